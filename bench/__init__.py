@@ -1,0 +1,1 @@
+"""Measurements: every module here is a command, `python -m bench.NAME [--json] [--tiny] [--out DIR]`."""

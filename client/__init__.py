@@ -1,0 +1,1 @@
+"""The device tier: the ClientApp and the resident client process."""

@@ -1,0 +1,1 @@
+"""What all tiers share; imports nothing of client, edge or server."""

@@ -1,0 +1,1 @@
+"""Local training, objectives, diffusion and quality measures."""

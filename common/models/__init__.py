@@ -1,0 +1,1 @@
+"""Networks, pruning and building a model from an ArchitectureSpec."""

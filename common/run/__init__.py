@@ -1,0 +1,1 @@
+"""Run configuration, checkpoints, ledger and report."""

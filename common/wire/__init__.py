@@ -1,0 +1,1 @@
+"""Payload types, codecs and validation: everything that becomes or was a message."""

@@ -1,0 +1,1 @@
+"""The control messages (espalier.proto) and the code generated from them."""

@@ -1,0 +1,1 @@
+"""The cloud tier: ServerApp, window planning, evaluation."""
