@@ -1,0 +1,56 @@
+"""The one place torchvision is imported through: its CUDA build cannot be imported beside a CPU-only torch as it is.
+
+The registry's torchvision wheel loads its compiled operators from a library that needs CUDA. Where that library
+cannot be loaded, ``import torchvision`` ends with ``operator torchvision::nms does not exist``, although data sets,
+transforms and models never call that operator. Declaring the schemas of the two operators that torchvision registers
+shape functions for is enough to import the package. diffusers imports torchvision too, so call
+:func:`import_torchvision` before importing a model from it.
+"""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from types import ModuleType
+from typing import Any
+
+_SCHEMAS = (
+    "nms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor",
+    "qnms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor",
+)
+
+# A torch Library withdraws its schemas when it is collected, so it lives as long as the process.
+_library: Any = None
+
+
+def import_torchvision() -> ModuleType:
+    """Import torchvision, declaring its operator schemas first if (and only if) the plain import fails for them.
+
+    Returns
+    -------
+    ModuleType
+        The imported ``torchvision``.
+
+    Raises
+    ------
+    ImportError
+        torchvision is not installed.
+    RuntimeError
+        The import fails for another reason than a missing operator.
+    """
+    global _library
+    try:
+        return importlib.import_module("torchvision")
+    except RuntimeError as error:
+        if _library is not None or "operator torchvision::" not in str(error):
+            raise
+    import torch
+
+    library = torch.library.Library("torchvision", "FRAGMENT")
+    for schema in _SCHEMAS:
+        library.define(schema)
+    _library = library
+    # The failed attempt leaves half-initialised submodules behind.
+    for name in [name for name in sys.modules if name.partition(".")[0] == "torchvision"]:
+        del sys.modules[name]
+    return importlib.import_module("torchvision")
