@@ -280,7 +280,7 @@ class RoundRecord(_message.Message):
     def __init__(self, round: _Optional[int] = ..., clients: _Optional[_Iterable[_Union[ClientReport, _Mapping]]] = ..., seconds: _Optional[float] = ..., loss: _Optional[float] = ...) -> None: ...
 
 class EdgeReport(_message.Message):
-    __slots__ = ("schema", "run", "window", "edge", "samples", "last_round_samples", "labels", "rounds", "client_edge", "up_bytes", "faults", "layout", "metrics", "seconds")
+    __slots__ = ("schema", "run", "window", "edge", "samples", "last_round_samples", "labels", "rounds", "client_edge", "up_bytes", "faults", "layout", "metrics", "seconds", "roster")
     class MetricsEntry(_message.Message):
         __slots__ = ("key", "value")
         KEY_FIELD_NUMBER: _ClassVar[int]
@@ -302,6 +302,7 @@ class EdgeReport(_message.Message):
     LAYOUT_FIELD_NUMBER: _ClassVar[int]
     METRICS_FIELD_NUMBER: _ClassVar[int]
     SECONDS_FIELD_NUMBER: _ClassVar[int]
+    ROSTER_FIELD_NUMBER: _ClassVar[int]
     schema: int
     run: str
     window: int
@@ -316,7 +317,8 @@ class EdgeReport(_message.Message):
     layout: Layout
     metrics: _containers.ScalarMap[str, float]
     seconds: float
-    def __init__(self, schema: _Optional[int] = ..., run: _Optional[str] = ..., window: _Optional[int] = ..., edge: _Optional[str] = ..., samples: _Optional[int] = ..., last_round_samples: _Optional[int] = ..., labels: _Optional[_Union[LabelHistogram, _Mapping]] = ..., rounds: _Optional[_Iterable[_Union[RoundRecord, _Mapping]]] = ..., client_edge: _Optional[_Union[LinkBytes, _Mapping]] = ..., up_bytes: _Optional[int] = ..., faults: _Optional[_Iterable[_Union[Fault, _Mapping]]] = ..., layout: _Optional[_Union[Layout, _Mapping]] = ..., metrics: _Optional[_Mapping[str, float]] = ..., seconds: _Optional[float] = ...) -> None: ...
+    roster: EdgeHello
+    def __init__(self, schema: _Optional[int] = ..., run: _Optional[str] = ..., window: _Optional[int] = ..., edge: _Optional[str] = ..., samples: _Optional[int] = ..., last_round_samples: _Optional[int] = ..., labels: _Optional[_Union[LabelHistogram, _Mapping]] = ..., rounds: _Optional[_Iterable[_Union[RoundRecord, _Mapping]]] = ..., client_edge: _Optional[_Union[LinkBytes, _Mapping]] = ..., up_bytes: _Optional[int] = ..., faults: _Optional[_Iterable[_Union[Fault, _Mapping]]] = ..., layout: _Optional[_Union[Layout, _Mapping]] = ..., metrics: _Optional[_Mapping[str, float]] = ..., seconds: _Optional[float] = ..., roster: _Optional[_Union[EdgeHello, _Mapping]] = ...) -> None: ...
 
 class Progress(_message.Message):
     __slots__ = ("schema", "run", "edge", "window", "round", "training", "done", "loss", "client_edge")

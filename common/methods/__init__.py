@@ -1,0 +1,1 @@
+"""One algorithm a file, the parts they share, and the registry."""

@@ -1,0 +1,98 @@
+"""Statistical Homogeneity (SH): how close a label distribution is to uniform (FedPhD, arXiv 2507.06449)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Literal
+
+import numpy as np
+
+Form = Literal["root", "squared"]
+
+
+def sh_score(counts: np.ndarray, form: Form = "root") -> float:
+    """Return the SH score mu = 2 - ||q - u||_2 of a label histogram.
+
+    Parameters
+    ----------
+    counts : np.ndarray
+        Label counts or a distribution, shape (classes,). All zeros count as uniform: an edge that
+        has seen nobody starts from the uniform prior.
+    form : {"root", "squared"}
+        "root" is the norm, as the authors' code has it; "squared" the form without the root.
+
+    Returns
+    -------
+    float
+        2 for a uniform distribution, less the further from it.
+    """
+    total = float(counts.sum())
+    if total == 0.0:
+        return 2.0
+    distance = float(np.sum((counts / total - 1.0 / len(counts)) ** 2))
+    return 2.0 - (distance**0.5 if form == "root" else distance)
+
+
+def edge_probabilities(
+    client: np.ndarray, edges: Sequence[np.ndarray], *, a: float, b: float, form: Form = "root"
+) -> np.ndarray:
+    """Return p_e ∝ ReLU(a·mu(q'_e) − n_e + b), the chance that a client goes to each edge.
+
+    q'_e is the edge's label distribution with the client mixed in, n_e the samples it had before.
+    Where every ReLU is zero the draw is uniform (the tiny constant does it).
+
+    Parameters
+    ----------
+    client : np.ndarray
+        The client's label counts, shape (classes,).
+    edges : sequence of np.ndarray
+        Label counts accumulated at each edge since the last central aggregation, shape (classes,).
+    a, b : float
+        `selection-a` and `selection-b`.
+    form : {"root", "squared"}
+        See :func:`sh_score`.
+
+    Returns
+    -------
+    np.ndarray
+        Probabilities, shape (len(edges),).
+    """
+    scores = [max(a * sh_score(q + client, form) - float(q.sum()) + b, 0.0) + 1e-8 for q in edges]
+    return np.asarray(scores) / sum(scores)
+
+
+def edge_weights(
+    samples: Sequence[float], labels: Sequence[np.ndarray], *, a: float, b: float, form: Form = "root"
+) -> np.ndarray:
+    """Return rho_e = ReLU(n_e + a·mu_e + b) / Σ, an edge's share in the central aggregation.
+
+    An edge without a sample since the last report has weight 0; if every ReLU is zero the weights
+    are proportional to n_e.
+
+    Parameters
+    ----------
+    samples : sequence of float
+        n_e, training samples behind each edge's model.
+    labels : sequence of np.ndarray
+        Accumulated label counts of each edge, shape (classes,).
+    a, b : float
+        `aggregation-a` and `aggregation-b`.
+    form : {"root", "squared"}
+        See :func:`sh_score`.
+
+    Returns
+    -------
+    np.ndarray
+        Weights that add up to 1, shape (len(samples),).
+
+    Raises
+    ------
+    ValueError
+        If no edge has a sample.
+    """
+    n = np.asarray(samples, dtype=np.float64)
+    if not n.sum() > 0:
+        raise ValueError("no edge has a sample to weigh")
+    mu = np.asarray([sh_score(q, form) for q in labels])
+    rho = np.where(n > 0, np.maximum(n + a * mu + b, 0.0), 0.0)
+    return rho / rho.sum() if rho.sum() > 0 else n / n.sum()

@@ -1,0 +1,88 @@
+"""FedPhD: federated pruning with hierarchical learning of diffusion models (arXiv 2507.06449)."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from common.methods.aggregation import Aggregation, HomogeneityWeighted
+from common.methods.base import CloudState, Method
+
+if TYPE_CHECKING:
+    from common.learning.objectives import Objective
+
+
+class FedPhD(Method):
+    """Algorithm 1.
+
+    Every round, a picked client draws its edge with p_e ∝ ReLU(a·mu(q'_e) − n_e + b), trains E
+    epochs from that edge's model, and the edge averages by samples. Every rg rounds the cloud
+    averages the edges with rho_e ∝ ReLU(n_e + a·mu_e + b). Until round R_s the loss carries the
+    group-norm penalty; the aggregation that reaches R_s is followed by structured pruning with
+    group L2 importance, and training goes on with the smaller network.
+    """
+
+    name = "fedphd"
+    own_edge_choice = "homogeneity"
+
+    @classmethod
+    def contradictions(cls, settings: RunConfig) -> list[str]:
+        """Refuse a pruning round that the run never reaches."""
+        if settings.pruning_ratio == 0 or settings.prune_at <= settings.rounds:
+            return []
+        return [
+            f"prune-at: round {settings.prune_at} is past the last one (rounds={settings.rounds}), so nothing "
+            f"would be pruned; set prune-at to at most {settings.rounds}, or pruning-ratio=0"
+        ]
+
+    def objective(self, round_: int) -> Objective:
+        """Return the DDPM loss, with the sparsity penalty in the rounds before the pruning."""
+        from common.learning.objectives import DDPMLoss, GroupNormPenalty
+
+        sparse = self._prunes and round_ <= self.settings.prune_at
+        return DDPMLoss() + GroupNormPenalty(self.settings.sparse_weight) if sparse else DDPMLoss()
+
+    def cloud_aggregation(self) -> Aggregation:
+        """Return the SH-weighted mean."""
+        s = self.settings
+        return HomogeneityWeighted(s.aggregation_a, s.aggregation_b, s.homogeneity_form, s.rho_count)
+
+    def after_window(self, state: CloudState) -> None:
+        """Prune once, right after the central aggregation that reaches R_s."""
+        if self._prunes and not state.pruned and state.round >= self.settings.prune_at:
+            self.prune(state)
+
+    @property
+    def _prunes(self) -> bool:
+        return self.settings.pruning_ratio > 0
+
+    def prune(self, state: CloudState) -> None:
+        """Remove `pruning-ratio` of the channels of every group, the ones of least group L2 norm."""
+        from common.models.pruning import prune
+
+        state.adopt(prune(state.model(), self.settings.pruning_ratio))
+        state.pruned = True
+
+
+class FedPhDOneShot(FedPhD):
+    """FedPhD-OS: the random initial network is pruned before round 1 and trained without the penalty."""
+
+    name = "fedphd-os"
+
+    @classmethod
+    def contradictions(cls, settings: RunConfig) -> list[str]:
+        """Accept every `prune-at`: it is not looked at."""
+        return []
+
+    def objective(self, round_: int) -> Objective:
+        """Return the plain DDPM loss."""
+        from common.learning.objectives import DDPMLoss
+
+        return DDPMLoss()
+
+    def before_run(self, state: CloudState) -> None:
+        """Prune the initial network."""
+        if self._prunes:
+            self.prune(state)
+
+    def after_window(self, state: CloudState) -> None:
+        """Keep the network that was pruned at the start."""

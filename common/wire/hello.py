@@ -1,0 +1,48 @@
+"""Hellos: what a client or an edge says of itself, checked on receipt."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import math
+import os
+
+from common.errors import WireError
+from proto import espalier_pb2 as pb
+
+#: A histogram or class list longer than this is no label set.
+MAX_CLASSES = 100_000
+
+
+def check_client_hello(hello: pb.ClientHello, sender: str) -> None:
+    """Validate a ClientHello.
+
+    Raises
+    ------
+    WireError
+        If the histogram does not fit the classes, a count is negative or not finite, the image
+        shape is no (C, H, W), or there is no sample.
+    """
+    classes = len(hello.classes)
+    if not 0 < classes <= MAX_CLASSES:
+        raise WireError(sender, f"{classes} classes")
+    counts = hello.histogram.counts
+    if len(counts) != classes:
+        raise WireError(sender, f"a label histogram of {len(counts)} counts for {classes} classes")
+    if not all(math.isfinite(c) and c >= 0 for c in counts):
+        raise WireError(sender, "a label histogram with a negative or infinite count")
+    if hello.samples == 0:
+        raise WireError(sender, "no training sample: give the client data with --data")
+    if not hello.histogram.noisy and round(sum(counts)) != hello.samples:
+        raise WireError(sender, f"a label histogram of {sum(counts):g} counts for {hello.samples} samples")
+    shape = hello.image_shape
+    if len(shape) != 3 or not all(0 < n <= 4096 for n in shape):
+        raise WireError(sender, f"the image shape {list(shape)}, expected channels, height and width")
+
+
+def device_facts(device: str) -> pb.DeviceFacts:
+    """Describe this machine: device, cores, memory in bytes, versions of what must match."""
+    pages, page = os.sysconf("SC_PHYS_PAGES"), os.sysconf("SC_PAGE_SIZE")
+    versions = {name: importlib.metadata.version(name) for name in ("espalier", "flwr", "torch")}
+    return pb.DeviceFacts(
+        device=device, cores=os.cpu_count() or 1, memory_bytes=pages * page, versions=versions
+    )

@@ -1,0 +1,220 @@
+"""Tensors on a link: one flat buffer per dtype and the layout that names what lies in it (DESIGN §3)."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+from flwr.app import ArrayRecord
+
+from common.errors import WireError
+from common.flower.arrays import array_from_numpy, numpy_view
+from proto import espalier_pb2 as pb
+
+#: Dtypes a payload may hold. "bfloat16" has no numpy type and is stored as its 16 bits.
+STORED_AS: dict[str, np.dtype[np.generic]] = {
+    name: np.dtype(name)
+    for name in (
+        "float64",
+        "float32",
+        "float16",
+        "int64",
+        "int32",
+        "int16",
+        "int8",
+        "uint8",
+        "uint16",
+        "uint32",
+        "bool",
+    )
+} | {"bfloat16": np.dtype("uint16")}
+
+#: No tensor list of a sane network is longer; a longer one is an attack on the receiver's memory.
+MAX_TENSORS = 20_000
+MAX_ELEMENTS = 4_000_000_000
+
+
+@dataclass(frozen=True)
+class TensorSpec:
+    """Name, dtype and shape of one tensor of a payload."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+
+    @property
+    def size(self) -> int:
+        """Number of elements."""
+        return math.prod(self.shape)
+
+
+@dataclass(frozen=True)
+class Layout:
+    """The tensors of a payload in order; each dtype's tensors lie in its buffer without gaps."""
+
+    tensors: tuple[TensorSpec, ...]
+
+    @classmethod
+    def of(cls, arrays: Mapping[str, np.ndarray]) -> Layout:
+        """Describe named arrays in their order."""
+        return cls(tuple(TensorSpec(name, str(a.dtype), tuple(a.shape)) for name, a in arrays.items()))
+
+    @classmethod
+    def from_proto(cls, specs: Iterable[pb.TensorSpec], sender: str) -> Layout:
+        """Read and validate the tensor list of a message.
+
+        Raises
+        ------
+        WireError
+            If a dtype is unknown, a name is empty or repeated, or the list is absurdly large.
+        """
+        tensors = tuple(TensorSpec(s.name, s.dtype, tuple(s.shape)) for s in specs)
+        if len(tensors) > MAX_TENSORS:
+            raise WireError(sender, f"a layout of {len(tensors)} tensors, more than {MAX_TENSORS}")
+        names = {t.name for t in tensors}
+        if len(names) != len(tensors) or "" in names:
+            raise WireError(sender, "a layout with an empty or repeated tensor name")
+        for tensor in tensors:
+            if tensor.dtype not in STORED_AS:
+                raise WireError(sender, f"tensor {tensor.name!r} has the unknown dtype {tensor.dtype!r}")
+        if sum(t.size for t in tensors) > MAX_ELEMENTS:
+            raise WireError(sender, f"a layout of more than {MAX_ELEMENTS} elements")
+        return cls(tensors)
+
+    def to_proto(self) -> pb.Layout:
+        """Return the protobuf form."""
+        return pb.Layout(tensors=[pb.TensorSpec(name=t.name, dtype=t.dtype, shape=t.shape) for t in self.tensors])
+
+    @cached_property
+    def lengths(self) -> dict[str, int]:
+        """Elements per dtype, in order of first appearance."""
+        lengths: dict[str, int] = {}
+        for tensor in self.tensors:
+            lengths[tensor.dtype] = lengths.get(tensor.dtype, 0) + tensor.size
+        return lengths
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Tensor names in order."""
+        return tuple(t.name for t in self.tensors)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all buffers."""
+        return sum(n * STORED_AS[dtype].itemsize for dtype, n in self.lengths.items())
+
+    def difference(self, other: Layout) -> str:
+        """Say in a few words how `other` departs from this layout ("" where it does not)."""
+        mine = {t.name: t for t in self.tensors}
+        theirs = {t.name: t for t in other.tensors}
+        if missing := [name for name in mine if name not in theirs]:
+            return f"tensor {missing[0]!r} is missing ({len(missing)} in all)"
+        if extra := [name for name in theirs if name not in mine]:
+            return f"tensor {extra[0]!r} was not asked for ({len(extra)} in all)"
+        for name, tensor in mine.items():
+            if theirs[name] != tensor:
+                return (
+                    f"tensor {name!r} is {theirs[name].dtype}{list(theirs[name].shape)}, "
+                    f"expected {tensor.dtype}{list(tensor.shape)}"
+                )
+        return "" if mine == theirs and self.names == other.names else "the tensors are in another order"
+
+
+@dataclass(frozen=True)
+class Weights:
+    """Named tensors as flat buffers.
+
+    Attributes
+    ----------
+    layout : Layout
+        What lies where.
+    buffers : dict[str, np.ndarray]
+        One 1-D array per dtype of the layout, of exactly its length.
+    """
+
+    layout: Layout
+    buffers: dict[str, np.ndarray]
+
+    @classmethod
+    def pack(cls, arrays: Mapping[str, np.ndarray]) -> Weights:
+        """Copy named arrays into new flat buffers."""
+        return cls.fill(Layout.of(arrays), arrays)
+
+    @classmethod
+    def fill(cls, layout: Layout, arrays: Mapping[str, np.ndarray]) -> Weights:
+        """Copy arrays into new buffers of a given layout (bfloat16 tensors come as their uint16 bits)."""
+        weights = cls(layout, {d: np.empty(n, STORED_AS[d]) for d, n in layout.lengths.items()})
+        for name, view in weights.views().items():
+            np.copyto(view, arrays[name], casting="no")
+        return weights
+
+    def views(self) -> dict[str, np.ndarray]:
+        """Return every tensor as a view of its buffer, in layout order."""
+        offsets = dict.fromkeys(self.buffers, 0)
+        views = {}
+        for tensor in self.layout.tensors:
+            start = offsets[tensor.dtype]
+            offsets[tensor.dtype] = start + tensor.size
+            views[tensor.name] = self.buffers[tensor.dtype][start : start + tensor.size].reshape(tensor.shape)
+        return views
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the buffers."""
+        return sum(b.nbytes for b in self.buffers.values())
+
+    def to_record(self) -> ArrayRecord:
+        """Return an ArrayRecord with one flat Array per dtype."""
+        return ArrayRecord({dtype: array_from_numpy(buffer) for dtype, buffer in self.buffers.items()})
+
+    @classmethod
+    def from_record(cls, record: ArrayRecord, layout: Layout, sender: str) -> Weights:
+        """Read the flat Arrays of a message; the buffers are read-only views of the received bytes.
+
+        Parameters
+        ----------
+        record : ArrayRecord
+            One flat Array per dtype of the layout.
+        layout : Layout
+            What the receiver expects.
+        sender : str
+            Whom an error names.
+
+        Raises
+        ------
+        WireError
+            If a buffer is missing, superfluous, of another dtype, shape or length, or not finite.
+        """
+        if set(record) != set(layout.lengths):
+            raise WireError(
+                sender,
+                f"buffers {sorted(record)} instead of {sorted(layout.lengths)}: a tensor is missing or too many",
+            )
+        buffers = {}
+        for dtype, length in layout.lengths.items():
+            try:
+                buffer = numpy_view(record[dtype])
+            except ValueError as error:
+                raise WireError(sender, f"the {dtype} buffer cannot be read ({error})") from error
+            if buffer.dtype != STORED_AS[dtype]:
+                raise WireError(sender, f"the {dtype} buffer holds {buffer.dtype}")
+            if buffer.shape != (length,):
+                raise WireError(sender, f"the {dtype} buffer has shape {buffer.shape}, expected ({length},)")
+            buffers[dtype] = buffer
+        weights = cls(layout, buffers)
+        if fault := weights.not_finite():
+            raise WireError(sender, fault)
+        return weights
+
+    def not_finite(self) -> str:
+        """Name the first tensor with a NaN or an infinity ("" where all numbers are finite)."""
+        for dtype, buffer in self.buffers.items():
+            # A finite sum proves finite terms and needs no mask as large as the model.
+            if buffer.dtype.kind == "f" and not np.isfinite(np.sum(buffer, dtype=np.float64)):
+                for name, view in self.views().items():
+                    if view.dtype == STORED_AS[dtype] and not np.isfinite(view).all():
+                        return f"tensor {name!r} holds a value that is not finite"
+        return ""

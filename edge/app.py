@@ -1,0 +1,196 @@
+"""What an edge does with a message of the cloud: a window, a hello, or a plain Flower message."""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+from flwr.app import ConfigRecord, Context, Message, RecordDict
+
+from common.errors import EspalierError, WireError
+from common.flower.arrays import payload_bytes
+from common.flower.inline import InlineFleet, InlineGrid
+from common.wire import control
+from common.wire.hello import device_facts
+from common.wire.payload import Weights
+from edge.relay import relay, run_record
+from edge.roster import NameRegistry, Roster
+from edge.rounds import EdgeProgress, EdgeWindow
+from proto import espalier_pb2 as pb
+
+log = logging.getLogger("espalier.edge")
+
+#: Handled beside a running window: they only look. ("query.done" ends a run.)
+DONE = "query.done"
+SIDE_TYPES = frozenset({control.HELLO, control.PROGRESS})
+#: Seconds after which a cloud run that was not heard of no longer keeps another one waiting.
+LEASE = 300.0
+#: Seconds that clients have to answer a hello.
+HELLO_DEADLINE = 20.0
+#: Seconds kept back from a message's ttl so that the reply still counts.
+MARGIN = 10.0
+
+
+
+
+@dataclass
+class ServedRun:
+    """The cloud run that this edge serves now."""
+
+    key: str
+    grid: InlineGrid
+    heard: float
+
+
+class EdgeApp:
+    """The edge's side of the uplink: called with every message of the cloud.
+
+    Parameters
+    ----------
+    name : str
+        This edge's name.
+    fleet : InlineFleet
+        Its Fleet server.
+    state : Path
+        Folder for the name registry.
+    fetch_fab : callable
+        Returns the app's bundle (Flower's Fab) of a cloud run by Flower's run id, None without one.
+    """
+
+    def __init__(self, name: str, fleet: InlineFleet, state: Path, fetch_fab: Callable[[int], object | None]) -> None:
+        self.name = name
+        self.fleet = fleet
+        self.roster = Roster(fleet, NameRegistry(state / "names.json"))
+        self.progress = EdgeProgress()
+        self._fetch_fab = fetch_fab
+        self._served: ServedRun | None = None
+        self._lock = threading.RLock()
+        self._request = ConfigRecord()
+        self._window = threading.Lock()
+
+    def __call__(self, message: Message, context: Context) -> Message:
+        """Answer one message; a fault of the cloud's message becomes the reply's error."""
+        kind = message.metadata.message_type
+        if kind == control.PROGRESS:
+            content = control.control_content(self.progress.to_proto(self.name))
+        elif kind == control.HELLO:
+            content = self._hello(message, context)
+        elif kind == DONE:
+            self.close()
+            content = RecordDict()
+        else:
+            with self._window:
+                plan = control.plan_bytes(message)
+                content = self._relay(message, context) if plan is None else self._run_window(plan, message, context)
+        return Message(content, reply_to=message)
+
+    def close(self) -> None:
+        """Stop serving the current run: its messages and objects are deleted."""
+        with self._lock:
+            if self._served is not None:
+                self._served.grid.close()
+                self._served = None
+                self.roster.reset()
+                self.progress = EdgeProgress()
+
+    # --- a window ----------------------------------------------------------------------------------
+
+    def _run_window(self, data: bytes, message: Message, context: Context) -> RecordDict:
+        plan = control.decode(pb.WindowPlan, data, "cloud")
+        weights = control.read_weights(message, control.plan_layout(plan, "cloud"), "cloud")
+        grid = self._serve(plan.run, message, context)
+        self.progress = EdgeProgress(run=plan.run, window=plan.window)
+        log.info("run %s window %d: %d rounds", plan.run, plan.window, len(plan.rounds))
+        self.roster.refresh(grid, self._request, HELLO_DEADLINE)
+        window = EdgeWindow(self.name, plan, weights, grid, self.roster, self.progress)
+        report = window.run()
+        self._touch()
+        self.roster.refresh(grid, self._request, HELLO_DEADLINE)
+        report.roster.CopyFrom(self._edge_hello())
+        return self._window_content(report, window.weights)
+
+    @staticmethod
+    def _window_content(report: pb.EdgeReport, weights: Weights) -> RecordDict:
+        loss = report.rounds[-1].loss if report.rounds else 0.0
+        arrays = weights.to_record()
+        content = control.report_content(report, arrays, report.samples, loss)
+        report.up_bytes = payload_bytes(content)
+        content[control.REPORT] = ConfigRecord({control.PLAN: report.SerializeToString()})
+        return content
+
+    # --- hello -------------------------------------------------------------------------------------
+
+    def _hello(self, message: Message, context: Context) -> RecordDict:
+        request = message.content.config_records.get(control.CONFIG, ConfigRecord())
+        run = str(request.get("run", ""))
+        busy = self._busy_with(run)
+        # Clients in the middle of a window answer no hello; the roster is as good as it was.
+        if not busy and self._window.acquire(blocking=False):
+            try:
+                grid = self._serve(run, message, context)
+                if request != self._request:
+                    self.roster.reset()
+                    self._request = request
+                self.roster.refresh(grid, request, HELLO_DEADLINE)
+            finally:
+                self._window.release()
+        hello = self._edge_hello()
+        hello.busy_with = busy
+        return control.control_content(hello)
+
+    def _edge_hello(self) -> pb.EdgeHello:
+        faults, self.roster.faults = self.roster.faults, []
+        return pb.EdgeHello(
+            schema=control.SCHEMA,
+            name=self.name,
+            clients=[k.hello for k in self.roster.clients().values()],
+            faults=faults,
+            facts=device_facts("cpu"),
+        )
+
+    # --- any Flower app ----------------------------------------------------------------------------
+
+    def _relay(self, message: Message, context: Context) -> RecordDict:
+        # A plain run has no id of ours; Flower's is unique at its cloud.
+        run = f"flwr-{message.metadata.run_id}"
+        grid = self._serve(run, message, context)
+        left = message.metadata.created_at + message.metadata.ttl - time.time() - MARGIN
+        content, faults = relay(message, grid, run_record(run, context.run_config), max(left, 1.0))
+        for fault in faults:
+            log.warning("%s", fault)
+        self._touch()
+        return content
+
+    # --- one run at a time -------------------------------------------------------------------------
+
+    def _busy_with(self, run: str) -> str:
+        with self._lock:
+            served = self._served
+            if served is None or served.key == run or time.monotonic() - served.heard > LEASE:
+                return ""
+            return served.key
+
+    def _touch(self) -> None:
+        with self._lock:
+            if self._served is not None:
+                self._served.heard = time.monotonic()
+
+    def _serve(self, run: str, message: Message, context: Context) -> InlineGrid:
+        """Return the grid of a cloud run, opening it (and closing the one before) if it is new."""
+        if not run:
+            raise WireError("cloud", "a message that names no run")
+        with self._lock:
+            if busy := self._busy_with(run):
+                raise EspalierError(f"edge {self.name} serves run {busy}; stop it or wait until it has finished")
+            if self._served is None or self._served.key != run:
+                self.close()
+                fab = self._fetch_fab(message.metadata.run_id)
+                grid = self.fleet.open_run(fab=fab, run_config=dict(context.run_config))
+                self._served = ServedRun(run, grid, time.monotonic())
+            self._served.heard = time.monotonic()
+            return self._served.grid

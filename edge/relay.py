@@ -1,0 +1,198 @@
+"""Any Flower app over the tree: a plain message goes on to the clients, their replies become one (DESIGN §1)."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import numpy as np
+from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
+
+from common.errors import WireError
+from common.flower.arrays import array_from_numpy, numpy_view
+from common.flower.inline import InlineGrid
+from common.wire.control import NUM_EXAMPLES
+
+#: The reserved record in which an edge hands a run's configuration down; our client strips it.
+RUN_RECORD = "espalier.run"
+
+
+def run_record(run: str, run_config: Mapping[str, Any]) -> ConfigRecord:
+    """Pack a run's id and configuration."""
+    return ConfigRecord({"run": run, "config": json.dumps(dict(run_config)).encode()})
+
+
+class ReplySum:
+    """Replies of plain Flower messages, added up by `num-examples` as they come.
+
+    Arrays and metrics become means weighted by `num-examples`, which itself is summed. Replies
+    without `num-examples` pass only if they are all equal, because there is no weight to add them
+    up by.
+    """
+
+    def __init__(self) -> None:
+        self.replies = 0
+        self.examples = 0.0
+        self._arrays: dict[str, dict[str, np.ndarray]] = {}
+        self._metrics: dict[str, dict[str, Any]] = {}
+        self._configs: dict[str, ConfigRecord] | None = None
+        self._equal: RecordDict | None = None
+
+    def add(self, content: RecordDict, sender: str) -> None:
+        """Add one reply.
+
+        Raises
+        ------
+        WireError
+            If it does not have the records, keys and shapes of the replies before it, or has no
+            `num-examples` and differs from them.
+        """
+        examples = self._examples(content, sender)
+        if examples is None or self._equal is not None:
+            self._add_equal(content, sender, examples)
+            return
+        arrays = {
+            name: {key: numpy_view(array) for key, array in record.items()}
+            for name, record in content.array_records.items()
+        }
+        metrics = {name: dict(record) for name, record in content.metric_records.items()}
+        self._check(arrays, metrics, content.config_records, sender)
+        first = self.replies == 0
+        for name, record in arrays.items():
+            sums = self._arrays.setdefault(name, {})
+            for key, value in record.items():
+                scaled = value * examples
+                sums[key] = scaled if first else sums[key] + scaled
+        for name, metric in metrics.items():
+            totals = self._metrics.setdefault(name, {})
+            for key, number in metric.items():
+                weight = 1 if key == NUM_EXAMPLES else examples
+                part = np.asarray(number) * weight
+                totals[key] = part if first else totals[key] + part
+        self._configs = dict(content.config_records)
+        self.examples += examples
+        self.replies += 1
+
+    def content(self) -> RecordDict:
+        """Return the one reply that stands for all.
+
+        Raises
+        ------
+        WireError
+            If nobody replied.
+        """
+        if self.replies == 0:
+            raise WireError("clients", "none of them gave a usable reply")
+        if self._equal is not None:
+            return self._equal
+        result = RecordDict()
+        for name, sums in self._arrays.items():
+            result[name] = ArrayRecord({k: self._array(v / self.examples) for k, v in sums.items()})
+        for name, totals in self._metrics.items():
+            result[name] = MetricRecord({k: self._metric(k, v) for k, v in totals.items()})
+        for name, config in (self._configs or {}).items():
+            result[name] = config
+        return result
+
+    @staticmethod
+    def _array(mean: np.ndarray) -> Array:
+        return array_from_numpy(np.ascontiguousarray(mean))
+
+    def _metric(self, key: str, total: np.ndarray) -> Any:
+        if key == NUM_EXAMPLES:
+            return total.item()
+        mean = total / self.examples
+        return mean.item() if mean.ndim == 0 else mean.tolist()
+
+    @staticmethod
+    def _examples(content: RecordDict, sender: str) -> float | None:
+        """Return the reply's `num-examples`, None if it has none."""
+        found = [r[NUM_EXAMPLES] for r in content.metric_records.values() if NUM_EXAMPLES in r]
+        if not found:
+            return None
+        if len(found) > 1 or not isinstance(found[0], int | float) or not found[0] >= 0:
+            raise WireError(sender, f"{NUM_EXAMPLES} is {found}, expected one number >= 0")
+        return float(found[0])
+
+    def _add_equal(self, content: RecordDict, sender: str, examples: float | None) -> None:
+        if self.replies and (self._equal is None or examples is not None):
+            raise WireError(sender, f"its reply has {'no ' if examples is None else ''}{NUM_EXAMPLES}, the others' differ in that")
+        if self._equal is not None and self._equal != content:
+            raise WireError(
+                sender, f"its reply differs from the others' and has no {NUM_EXAMPLES} to add it up by"
+            )
+        self._equal = content
+        self.replies += 1
+
+    def _check(
+        self,
+        arrays: Mapping[str, Mapping[str, np.ndarray]],
+        metrics: Mapping[str, Mapping[str, Any]],
+        configs: Mapping[str, ConfigRecord],
+        sender: str,
+    ) -> None:
+        if self.replies == 0:
+            return
+        expected = {n: {k: v.shape for k, v in r.items()} for n, r in self._arrays.items()}
+        got = {n: {k: v.shape for k, v in r.items()} for n, r in arrays.items()}
+        if got != expected:
+            raise WireError(sender, "its arrays have other names or shapes than the others'")
+        if {n: set(r) for n, r in metrics.items()} != {n: set(r) for n, r in self._metrics.items()}:
+            raise WireError(sender, "its metrics have other names than the others'")
+        if dict(configs) != (self._configs or {}):
+            raise WireError(sender, "its config records differ from the others'")
+
+
+def relay(message: Message, grid: InlineGrid, record: ConfigRecord, deadline: float) -> tuple[RecordDict, list[str]]:
+    """Send a plain message to every client and add the replies up.
+
+    Parameters
+    ----------
+    message : Message
+        What the cloud's ServerApp sent.
+    grid : InlineGrid
+        The run's grid.
+    record : ConfigRecord
+        The run's configuration (:func:`run_record`).
+    deadline : float
+        Seconds to wait; late clients are left out.
+
+    Returns
+    -------
+    tuple
+        The summed content, and a line for every client that gave no usable reply.
+
+    Raises
+    ------
+    WireError
+        If no client is connected or none gave a usable reply.
+    """
+    nodes = list(grid.get_node_ids())
+    if not nodes:
+        raise WireError("clients", "none is connected to this edge")
+    content = RecordDict(dict(message.content.items()))
+    content[RUN_RECORD] = record
+
+    def messages() -> Iterator[Message]:
+        for node_id in nodes:
+            yield Message(
+                content, node_id, message.metadata.message_type, group_id=message.metadata.group_id
+            )
+
+    total = ReplySum()
+    faults = []
+    answered = set()
+    for reply in grid.exchange(messages(), deadline=deadline):
+        sender = f"node {reply.metadata.src_node_id}"
+        answered.add(reply.metadata.src_node_id)
+        try:
+            if reply.has_error():
+                raise WireError(sender, f"an error instead of a reply: {reply.error.reason}")
+            total.add(reply.content, sender)
+        except (WireError, ValueError, TypeError) as error:
+            faults.append(str(error))
+    faults += [f"node {n}: no reply within {deadline:g} s" for n in nodes if n not in answered]
+    if total.replies == 0 and faults:
+        raise WireError("clients", "none of them gave a usable reply; " + "; ".join(faults[:3]))
+    return total.content(), faults

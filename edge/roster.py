@@ -1,0 +1,148 @@
+"""Who is below an edge: names proved by node keys, and what each client said of itself."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from flwr.app import ConfigRecord, Message, RecordDict
+
+from common.errors import StateError, WireError
+from common.flower.inline import InlineFleet, InlineGrid
+from common.names import check_name
+from common.wire import control
+from common.wire.hello import check_client_hello
+from proto import espalier_pb2 as pb
+
+log = logging.getLogger("espalier.edge")
+
+
+class NameRegistry:
+    """Which public key owns which name, kept on disk: the first key to use a name keeps it.
+
+    A name that was registered with a key before (`flwr supernode register KEY.pub NAME`) counts
+    as used by that key.
+
+    Parameters
+    ----------
+    path : Path
+        JSON file, made on the first claim.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        try:
+            self._keys: dict[str, str] = json.loads(path.read_text()) if path.exists() else {}
+        except (OSError, ValueError) as error:
+            raise StateError(f"{path} is damaged ({error}); remove it to let every client claim its name again") from error
+
+    def claim(self, name: str, public_key: bytes) -> None:
+        """Bind a name to a key.
+
+        Raises
+        ------
+        WireError
+            If another key owns the name, or the key owns another name.
+        """
+        key = public_key.hex()
+        owner = self._keys.get(name)
+        if owner == key:
+            return
+        if owner is not None:
+            raise WireError(name, "another node key owns this name; give the client its own --name or its old --state")
+        if names := [n for n, k in self._keys.items() if k == key]:
+            raise WireError(name, f"its node key already goes by the name {names[0]!r}")
+        self._keys[name] = key
+        temporary = self.path.with_suffix(".part")
+        temporary.write_text(json.dumps(self._keys, indent=1))
+        os.replace(temporary, self.path)
+
+
+@dataclass(frozen=True)
+class Known:
+    """A client that said hello: its node at this edge and its hello."""
+
+    node_id: int
+    hello: pb.ClientHello
+
+    @property
+    def labels(self) -> np.ndarray:
+        """Label counts, shape (classes,)."""
+        return np.asarray(self.hello.histogram.counts, dtype=np.float64)
+
+
+class Roster:
+    """The clients an edge can call.
+
+    Parameters
+    ----------
+    fleet : InlineFleet
+        The edge's Fleet server.
+    names : NameRegistry
+        Who may use which name.
+    """
+
+    def __init__(self, fleet: InlineFleet, names: NameRegistry) -> None:
+        self._fleet = fleet
+        self._names = names
+        self._known: dict[int, Known] = {}
+        self._silent: dict[int, str] = {}
+        self.faults: list[pb.Fault] = []
+
+    def reset(self) -> None:
+        """Forget every hello: another run may ask for noisy histograms."""
+        self._known.clear()
+        self._silent.clear()
+
+    def clients(self) -> dict[str, Known]:
+        """Return the clients that are connected now, by name."""
+        online = {n.node_id for n in self._fleet.nodes()}
+        return {k.hello.name: k for node, k in sorted(self._known.items()) if node in online}
+
+    def name_of(self, node_id: int) -> str:
+        """Return the name of a node that said hello, or a stand-in that says it did not."""
+        known = self._known.get(node_id)
+        return known.hello.name if known else f"node {node_id}"
+
+    def refresh(self, grid: InlineGrid, request: ConfigRecord, deadline: float) -> None:
+        """Say hello to every connected node that is not known yet.
+
+        A node that answers badly is left out and reported as a fault; a busy one is asked again the next time.
+
+        Parameters
+        ----------
+        grid : InlineGrid
+            The run's grid.
+        request : ConfigRecord
+            What the cloud asks (run, histogram noise).
+        deadline : float
+            Seconds to wait for answers.
+        """
+        nodes = {n.node_id: n for n in self._fleet.nodes()}
+        self._known = {i: k for i, k in self._known.items() if i in nodes}
+        asked = [i for i in nodes if i not in self._known and i not in self._silent]
+        for reply in grid.exchange(self._hellos(asked, request), deadline=deadline):
+            node_id = reply.metadata.src_node_id
+            try:
+                hello = control.read_control(pb.ClientHello, reply, f"node {node_id}")
+                check_client_hello(hello, hello.name or f"node {node_id}")
+                check_name(hello.name)
+                self._names.claim(hello.name, nodes[node_id].public_key)
+            except WireError as error:
+                log.warning("%s", error)
+                self._silent[node_id] = error.fault
+                self.faults.append(pb.Fault(tier="edge", node=error.sender, kind="refused", detail=error.fault))
+                continue
+            # A client that reconnected with its key replaces its older self and so counts once.
+            self._known = {i: k for i, k in self._known.items() if k.hello.name != hello.name}
+            self._known[node_id] = Known(node_id, hello)
+
+    @staticmethod
+    def _hellos(nodes: list[int], request: ConfigRecord) -> Iterator[Message]:
+        for node_id in nodes:
+            yield Message(RecordDict({control.CONFIG: request}), node_id, control.HELLO)
