@@ -1,0 +1,334 @@
+"""The run's configuration: one model, validated at the cloud and by whoever receives it in a plan."""
+
+from __future__ import annotations
+
+import difflib
+import math
+import tomllib
+from collections.abc import Iterable, Mapping
+from typing import Annotated, Any, Literal, get_args, get_origin
+
+from google.protobuf.struct_pb2 import Struct
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator
+from pydantic_core import ErrorDetails, PydanticCustomError
+
+from common.errors import ConfigError
+from common.run.names import NAME_RULE, is_name
+
+FlatValue = bool | int | float | str
+"""What a Flower run configuration can hold."""
+
+CLOUD_ONLY = frozenset({"out", "eval-data"})
+"""Settings that name places on the cloud's machine; they never leave it in a plan."""
+
+_DEVICE = r"^(auto|cpu|mps|cuda(:\d+)?)$"
+_LARGEST_EXACT = 2**53  # protobuf's Struct carries every number as a double
+
+
+def _whole_to_int(value: object) -> object:
+    """Turn 5.0 into 5: a Struct gives every number back as a double."""
+    if isinstance(value, float) and value.is_integer():
+        return int(value)
+    return value
+
+
+Int = Annotated[int, BeforeValidator(_whole_to_int)]
+PositiveInt = Annotated[int, BeforeValidator(_whole_to_int), Field(ge=1, le=_LARGEST_EXACT)]
+Count = Annotated[int, BeforeValidator(_whole_to_int), Field(ge=0, le=_LARGEST_EXACT)]
+Positive = Annotated[float, Field(gt=0)]
+NonNegative = Annotated[float, Field(ge=0)]
+
+
+class RunConfig(BaseModel):
+    """Every setting of a run, with its default.
+
+    Field names are the flat kebab-case keys of ``flwr run --run-config`` and ``espalier run -c`` with
+    underscores. Times are in seconds; `warmup_steps` counts optimiser steps, `rounds` and `prune_at` rounds.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
+
+    method: str = Field(default="fedphd", description="federated method, a name of the registry")
+    model: str = Field(default="unet-tiny", min_length=1, description="model preset")
+    seed: Count = Field(default=2023, description="seed all randomness of the run derives from")
+
+    rounds: PositiveInt = Field(default=60, description="edge rounds in all")
+    rg: PositiveInt = Field(
+        default=5, description="edge rounds per window, i.e. between two cloud aggregations"
+    )
+    fraction: float = Field(default=1.0, gt=0, le=1, description="share of the clients that train in a round")
+    min_edges: PositiveInt = Field(default=1, description="edges that must have joined before the run starts")
+    min_clients: PositiveInt = Field(
+        default=1, description="clients that must have joined before the run starts"
+    )
+
+    local_epochs: PositiveInt = Field(default=1, description="epochs a client trains per round")
+    batch_size: PositiveInt = Field(default=32, description="images per optimiser step")
+    learning_rate: Positive = Field(default=0.001, description="Adam's step size after warm-up")
+    warmup_steps: Count = Field(
+        default=100, description="optimiser steps over which the step size rises linearly"
+    )
+    clip_norm: NonNegative = Field(default=1.0, description="largest gradient norm; 0 does not clip")
+    flip: bool = Field(default=False, description="mirror training images at random")
+    keep_optimizer: bool = Field(default=True, description="clients keep Adam's moments from round to round")
+
+    edge_choice: Literal["auto", "homogeneity", "random", "fixed"] = Field(
+        default="auto", description="how a client's edge is chosen; auto: as the method says"
+    )
+    selection_a: float = Field(
+        default=10000.0, description="a of the edge choice, p_e ~ ReLU(a mu - n_e + b)"
+    )
+    selection_b: float = Field(default=0.0, description="b of the edge choice")
+    aggregation_a: float = Field(
+        default=5000.0, description="a of the cloud weights, rho_e ~ ReLU(n_e + a mu_e + b)"
+    )
+    aggregation_b: float = Field(default=0.0, description="b of the cloud weights")
+    homogeneity_form: Literal["root", "squared"] = Field(
+        default="root", description="form of the statistical homogeneity score"
+    )
+    rho_count: Literal["window", "last-round"] = Field(
+        default="window", description="samples that n_e counts"
+    )
+    histogram_noise: NonNegative = Field(
+        default=0.0, description="scale of Laplace noise on label histograms"
+    )
+
+    sparse_weight: NonNegative = Field(
+        default=1e-5, description="weight of the group-norm penalty before pruning"
+    )
+    pruning_ratio: float = Field(
+        default=0.2, description="share of the channels that pruning removes; 0 does not prune"
+    )
+    prune_at: Count = Field(
+        default=20, description="round after whose cloud aggregation the model is pruned; 0: at start"
+    )
+
+    ema_decay: float = Field(default=0.0, ge=0, lt=1, description="decay of the averaged model; 0 keeps none")
+    timesteps: PositiveInt = Field(default=1000, description="diffusion steps in training")
+    beta_start: float = Field(default=0.0001, gt=0, lt=1, description="first beta of the linear schedule")
+    beta_end: float = Field(default=0.02, gt=0, lt=1, description="last beta of the linear schedule")
+    precision: Literal["auto", "fp32", "bf16"] = Field(default="auto", description="arithmetic of training")
+    device: str = Field(default="auto", pattern=_DEVICE, description="where the cloud computes")
+
+    eval_data: str = Field(default="", description="data the cloud may measure against; empty: no measures")
+    eval_every: PositiveInt = Field(default=1, description="windows between two evaluations")
+    eval_samples: Int = Field(
+        default=500, ge=2, le=_LARGEST_EXACT, description="images drawn for an evaluation"
+    )
+    sample_steps: PositiveInt = Field(default=50, description="DDIM steps")
+    sample_count: PositiveInt = Field(default=64, description="images in a sample grid")
+    features: Literal["classifier", "inception"] = Field(
+        default="classifier", description="features quality is measured in"
+    )
+
+    round_deadline: Positive = Field(
+        default=600.0, description="seconds an edge waits for its clients' replies"
+    )
+    window_deadline: NonNegative = Field(
+        default=0.0, description="seconds the cloud waits for its edges; 0: rg round deadlines and a margin"
+    )
+    quorum: PositiveInt = Field(default=1, description="replies an edge needs for a round to count")
+    hello_timeout: Positive = Field(
+        default=120.0, description="seconds the cloud waits for edges and clients to join"
+    )
+    keep_checkpoints: PositiveInt = Field(
+        default=3, description="newest checkpoints kept, beside the best one"
+    )
+
+    out: str = Field(default="", description="folder of the run on the cloud's machine")
+    run_id: str = Field(
+        default="", description="Espalier's name of the run, kept by a resume; empty: a new one"
+    )
+
+    @field_validator("method")
+    @classmethod
+    def _known_method(cls, value: str) -> str:
+        from common.methods.registry import method_names  # the registry's methods import this module
+
+        names = sorted(method_names())
+        if value not in names:
+            raise _fault(_not_among(value, names))
+        return value
+
+    @field_validator("pruning_ratio")
+    @classmethod
+    def _ratio(cls, value: float) -> float:
+        if not 0 <= value < 1:
+            raise _fault(
+                f"{_show(value)} is out of range; give 0 (no pruning) or a number in (0, 1), e.g. 0.2"
+            )
+        return value
+
+    @field_validator("run_id")
+    @classmethod
+    def _name(cls, value: str) -> str:
+        if value and not is_name(value):
+            raise _fault(f"{_show(value)} is no name; use {NAME_RULE}")
+        return value
+
+    @property
+    def windows(self) -> int:
+        """Number of windows: `rounds` / `rg`, the last one may be shorter."""
+        return math.ceil(self.rounds / self.rg)
+
+    @classmethod
+    def from_flat(cls, mapping: Mapping[str, Any]) -> RunConfig:
+        """Validate flat kebab-case settings; absent ones take their defaults.
+
+        Raises
+        ------
+        ConfigError
+            With one line per fault: which key, what is wrong with it, how to mend it.
+        """
+        keys = flat_keys()
+        faults: list[str] = []
+        known: dict[str, Any] = {}
+        for key, value in mapping.items():
+            if key in keys:
+                known[keys[key]] = value
+            else:
+                faults.append(f"{key}: unknown setting{_closest(key, keys)}")
+        try:
+            config = cls(**known)
+        except ValidationError as error:
+            faults += [_explain(detail) for detail in error.errors(include_url=False)]
+        else:
+            faults += _contradictions(config)
+        if faults:
+            raise ConfigError("\n  ".join([f"run configuration, {len(faults)} fault(s):", *faults]))
+        return config
+
+    def to_flat(self) -> dict[str, FlatValue]:
+        """Return every setting under its flat kebab-case key."""
+        return {name.replace("_", "-"): value for name, value in self.model_dump().items()}
+
+    def to_struct(self) -> Struct:
+        """Return the settings as a protobuf Struct for a plan, without those of `CLOUD_ONLY`."""
+        struct = Struct()
+        struct.update({key: value for key, value in self.to_flat().items() if key not in CLOUD_ONLY})
+        return struct
+
+    @classmethod
+    def from_struct(cls, struct: Struct) -> RunConfig:
+        """Validate the settings of a received plan; raises ConfigError like `from_flat`."""
+        return cls.from_flat(dict(struct.items()))
+
+
+def _fault(text: str) -> PydanticCustomError:
+    return PydanticCustomError("espalier", "{fault}", {"fault": text})
+
+
+def flat_keys() -> dict[str, str]:
+    """Map each flat kebab-case key to its field name, in the order of the fields."""
+    return {name.replace("_", "-"): name for name in RunConfig.model_fields}
+
+
+def parse_assignments(assignments: Iterable[str]) -> dict[str, FlatValue]:
+    """Read ``key=value`` words of the command line; the last one of a key wins.
+
+    A value is TOML (``5``, ``1e-4``, ``true``, ``"text"``); what is no TOML is taken as bare text.
+
+    Raises
+    ------
+    ConfigError
+        A word without ``=``, without a key, or with a list, table or date as its value.
+    """
+    parsed: dict[str, FlatValue] = {}
+    for word in assignments:
+        key, equals, text = word.partition("=")
+        key, text = key.strip(), text.strip()
+        if not equals or not key:
+            raise ConfigError(f"-c {word!r} is no setting; write it as -c key=value, e.g. -c rounds=20")
+        value = _toml_value(text)
+        if not isinstance(value, FlatValue):
+            raise ConfigError(f"-c {word!r}: a setting is a number, true, false or a text, not {text}")
+        parsed[key] = value
+    return parsed
+
+
+def _toml_value(text: str) -> object:
+    try:
+        table = tomllib.loads(f"value = {text}")
+    except tomllib.TOMLDecodeError:
+        return text
+    return table["value"] if len(table) == 1 else text
+
+
+def _contradictions(config: RunConfig) -> list[str]:
+    """Faults that no single setting has, the method's own included."""
+    from common.methods.registry import METHODS  # the registry's methods import this module
+
+    faults = METHODS[config.method].contradictions(config)
+    if config.beta_start > config.beta_end:
+        faults.append(
+            f"beta-start: {config.beta_start} is above beta-end ({config.beta_end}); betas rise to beta-end"
+        )
+    if config.sample_steps > config.timesteps:
+        faults.append(
+            f"sample-steps: {config.sample_steps} is more than timesteps ({config.timesteps}); "
+            f"set it to at most {config.timesteps}"
+        )
+    return faults
+
+
+def _explain(detail: ErrorDetails) -> str:
+    """One line for one fault that pydantic found."""
+    name = str(detail["loc"][0]) if detail["loc"] else ""
+    key = name.replace("_", "-")
+    value, kind, context = detail["input"], detail["type"], detail.get("ctx", {})
+    if kind == "espalier":
+        return f"{key}: {detail['msg']}"
+    if kind == "literal_error":
+        return f"{key}: {_not_among(value, get_args(RunConfig.model_fields[name].annotation))}"
+    if kind == "string_pattern_mismatch":
+        return f"{key}: {_show(value)} is not understood; use auto, cpu, mps, cuda or cuda:N"
+    if kind == "string_too_short":
+        return f"{key}: is empty; give a name, e.g. {key}={_example(name)}"
+    bounds = {"greater_than": "above", "greater_than_equal": "at least", "less_than": "below"}
+    bounds["less_than_equal"] = "at most"
+    if kind in bounds:
+        limit = next(context[short] for short in ("gt", "ge", "lt", "le") if short in context)
+        return f"{key}: {_show(value)} is out of range; it must be {bounds[kind]} {limit:g}"
+    if kind == "finite_number":
+        return f"{key}: {value} is not a finite number; give one, e.g. {key}={_example(name)}"
+    wanted = f"{_expected(name)} is expected, e.g. {key}={_example(name)}"
+    return f"{key}: {_show(value)} is {_kind(value)}; {wanted}"
+
+
+def _expected(name: str) -> str:
+    annotation = RunConfig.model_fields[name].annotation
+    if get_origin(annotation) is Literal:
+        return "one of " + ", ".join(get_args(annotation))
+    words: dict[Any, str] = {bool: "true or false", int: "a whole number", float: "a number"}
+    return words.get(annotation, "a text")
+
+
+def _example(name: str) -> str:
+    default = RunConfig.model_fields[name].default
+    return str(default).lower() if isinstance(default, bool) else _show(default)
+
+
+def _kind(value: object) -> str:
+    if isinstance(value, bool):
+        return "true or false"
+    if isinstance(value, int):
+        return "a whole number"
+    if isinstance(value, float):
+        return "a number with a fraction"
+    return "a text" if isinstance(value, str) else f"a {type(value).__name__}"
+
+
+def _show(value: object) -> str:
+    if isinstance(value, str):
+        return f'"{value}"'
+    return str(value).lower() if isinstance(value, bool) else str(value)
+
+
+def _not_among(value: object, names: Iterable[str]) -> str:
+    names = list(names)
+    return f"{_show(value)} is none of {', '.join(names)}{_closest(str(value), names)}"
+
+
+def _closest(word: str, words: Iterable[str]) -> str:
+    close = difflib.get_close_matches(word.lower().replace("_", "-"), list(words), n=1)
+    return f'; did you mean "{close[0]}"?' if close else ""

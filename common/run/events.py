@@ -1,0 +1,114 @@
+"""What happens in a run, as it happens: JSON lines that the ServerApp appends and `espalier run` follows."""
+
+from __future__ import annotations
+
+import json
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from common.errors import StateError
+from common.run.jsonfile import plain
+
+EVENTS_FILE = "events.jsonl"
+STOP_FILE = "stop"
+"""A file of this name in the run's folder asks the ServerApp to end the run."""
+
+FINAL = frozenset({"finished", "stopped", "failed"})
+"""Events after which a run says nothing more."""
+
+_POLL_SECONDS = 0.2
+
+
+class EventLog:
+    """Append-only log of a run's events, safe to write from several threads.
+
+    Each line is an object with ``event``, ``time`` (Unix seconds) and the event's own fields:
+
+    - ``run``: run, config
+    - ``joined``: edges, clients
+    - ``window-start``: window, rounds: [{round, participants: [{client, edge}]}]
+    - ``progress``: edge, window, round, training, done, loss, bytes: {up_bytes, down_bytes, messages}
+    - ``window-end``: window, losses: {round: loss}, rho, mu, links: {link: {up_bytes, down_bytes, messages}}
+    - ``evaluation``: window, round, frechet, inception_score, kid, features, floor, noise
+    - ``prune``: window, round, params, macs, params_dense, macs_dense
+    - ``fault``: tier, node, kind, detail, window, round
+    - ``checkpoint``: window
+    - ``finished``, ``stopped``, ``failed``: reason
+
+    Parameters
+    ----------
+    path : Path
+        The log; its folder is made.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._lock = threading.Lock()
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            _end_torn_line(path)
+            self._file = path.open("a", encoding="utf-8")
+        except OSError as error:
+            raise StateError(f"cannot write {path}: {error}; give the folder to this user") from error
+
+    def write(self, event: str, **fields: Any) -> None:
+        """Append one event; readers see it at once and never a part of it."""
+        line = json.dumps({"event": event, "time": time.time(), **plain(fields)}) + "\n"
+        with self._lock:
+            self._file.write(line)
+            self._file.flush()
+
+    def close(self) -> None:
+        """Close the file; writing afterwards is an error."""
+        self._file.close()
+
+
+def follow(path: Path, stop: threading.Event, *, offset: int = 0) -> Iterator[dict[str, Any]]:
+    """Yield events as they are written, from byte `offset` on, until `stop` is set and all is read.
+
+    The file may not exist yet. A line that does not parse (torn by a crash of the writer) is passed over.
+    """
+    rest = b""
+    while True:
+        ending = stop.is_set()  # read before the file, so that what was written before `stop` is not lost
+        if path.exists():
+            with path.open("rb") as file:
+                file.seek(offset)
+                data = file.read()
+            offset += len(data)
+            *lines, rest = (rest + data).split(b"\n")
+            for line in lines:
+                event = _parse(line)
+                if event is not None:
+                    yield event
+        if ending:
+            return
+        stop.wait(_POLL_SECONDS)
+
+
+def read_events(path: Path) -> list[dict[str, Any]]:
+    """Return all events of a log so far; none if there is no log."""
+    done = threading.Event()
+    done.set()
+    return list(follow(path, done))
+
+
+def _parse(line: bytes) -> dict[str, Any] | None:
+    try:
+        event = json.loads(line)
+    except ValueError:
+        return None
+    return event if isinstance(event, dict) and isinstance(event.get("event"), str) else None
+
+
+def _end_torn_line(path: Path) -> None:
+    """Close a line that a killed writer left open, so that the next event starts its own."""
+    if not path.exists() or path.stat().st_size == 0:
+        return
+    with path.open("rb+") as file:
+        file.seek(-1, 2)
+        if file.read(1) != b"\n":
+            file.write(b"\n")

@@ -1,0 +1,198 @@
+"""What a run leaves behind in numbers: the content of report.json."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, computed_field
+
+from common.errors import StateError
+from common.run.jsonfile import plain, write_text
+from common.run.ledger import LINKS
+
+REPORT_FILE = "report.json"
+
+
+class _Part(BaseModel):
+    # Numbers may be NaN inside the program; JSON has null for them, so such fields are optional.
+    model_config = ConfigDict(extra="ignore", protected_namespaces=())
+
+
+class Participation(_Part):
+    """A client that was planned into a round, and the edge it trained at."""
+
+    client: str
+    edge: str
+
+
+class RoundEntry(_Part):
+    """One edge round over all edges.
+
+    `loss` is the sample-weighted mean over the clients that replied, None when none did; `seconds` is the
+    slowest edge's.
+    """
+
+    round: int
+    loss: float | None = None
+    participants: list[Participation] = Field(default_factory=list)
+    samples: int = 0
+    seconds: float = 0.0
+
+
+class Traffic(_Part):
+    """Payload bytes on one kind of link, as sent; `up` is towards the cloud."""
+
+    up_bytes: int = 0
+    down_bytes: int = 0
+    messages: int = 0
+
+
+def _no_traffic() -> dict[str, Traffic]:
+    return {link: Traffic() for link in LINKS}
+
+
+class WindowEntry(_Part):
+    """One window; the mappings are by edge name.
+
+    `rho` are the cloud's weights, `mu` the edges' homogeneity scores, `labels` the accumulated label counts,
+    `samples` what the edges trained on, `timings` seconds by what they went into. `mu_planned` is the mean
+    score the edge choice planned, `mu_random` what a random assignment of the same clients reaches.
+    """
+
+    window: int
+    rounds: list[RoundEntry] = Field(default_factory=list)
+    rho: dict[str, float | None] = Field(default_factory=dict)
+    mu: dict[str, float | None] = Field(default_factory=dict)
+    mu_planned: float | None = None
+    mu_random: float | None = None
+    samples: dict[str, int] = Field(default_factory=dict)
+    labels: dict[str, list[float]] = Field(default_factory=dict)
+    links: dict[str, Traffic] = Field(default_factory=_no_traffic)
+    timings: dict[str, float] = Field(default_factory=dict)
+    metrics: dict[str, float | None] = Field(default_factory=dict)
+
+    @computed_field  # type: ignore[prop-decorator]
+    @property
+    def losses(self) -> list[float | None]:
+        """Loss of each round, in order."""
+        return [entry.loss for entry in self.rounds]
+
+    @computed_field  # type: ignore[prop-decorator]
+    @property
+    def participants(self) -> list[str]:
+        """Names of the clients that took part in the window."""
+        return sorted({part.client for entry in self.rounds for part in entry.participants})
+
+
+class ModelSize(_Part):
+    """Parameters and multiply-accumulates for one image, now and before pruning."""
+
+    params: int = 0
+    macs: int = 0
+    params_dense: int = 0
+    macs_dense: int = 0
+    pruned_at_window: int | None = None
+    pruned_at_round: int | None = None
+
+
+class Scores(_Part):
+    """Measures of one set of images against the reference."""
+
+    frechet: float | None = None
+    inception_score: float | None = None
+    kid: float | None = None
+
+
+class Evaluation(Scores):
+    """Measures of the samples after a window, beside what real images, noise and a Gaussian fit reach."""
+
+    window: int
+    round: int
+    samples: int = 0
+    features: str = ""
+    floor: Scores = Field(default_factory=Scores)
+    noise: Scores = Field(default_factory=Scores)
+    gaussian: Scores = Field(default_factory=Scores)
+    seconds: float = 0.0
+
+
+class FaultEntry(_Part):
+    """Something that went wrong and the run went on without; `kind` as in the protobuf `Fault`."""
+
+    tier: str
+    node: str
+    kind: str
+    detail: str = ""
+    window: int = 0
+    round: int = 0
+
+
+class ClientEntry(_Part):
+    """A client as it introduced itself."""
+
+    samples: int = 0
+    edges: list[str] = Field(default_factory=list)
+    labels: list[float] = Field(default_factory=list)
+    data: str = ""
+    device: str = ""
+
+
+class RunRecord(_Part):
+    """Everything report.json holds and report.html is drawn from."""
+
+    espalier: str = ""
+    run: str = ""
+    status: Literal["running", "finished", "stopped", "failed"] = "running"
+    reason: str = ""
+    started: str = Field(default="", description="ISO 8601, UTC")
+    seconds: float = 0.0
+    method: str = ""
+    config: dict[str, bool | int | float | str] = Field(default_factory=dict)
+    classes: list[str] = Field(default_factory=list)
+    edges: list[str] = Field(default_factory=list)
+    clients: dict[str, ClientEntry] = Field(default_factory=dict)
+    model: ModelSize = Field(default_factory=ModelSize)
+    windows: list[WindowEntry] = Field(default_factory=list)
+    quality: list[Evaluation] = Field(default_factory=list)
+    links: dict[str, Traffic] = Field(default_factory=_no_traffic)
+    faults: list[FaultEntry] = Field(default_factory=list)
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return the record in JSON's types; NaN becomes None."""
+        content: dict[str, Any] = plain(self.model_dump())
+        return content
+
+    def write(self, folder: Path) -> Path:
+        """Write ``FOLDER/report.json``, whole or not at all, and return its path.
+
+        Raises
+        ------
+        StateError
+            The folder cannot be written to.
+        """
+        path = folder / REPORT_FILE
+        write_text(path, json.dumps(self.as_dict(), indent=1) + "\n")
+        return path
+
+    @classmethod
+    def read(cls, folder: Path) -> RunRecord:
+        """Read ``FOLDER/report.json``.
+
+        Raises
+        ------
+        StateError
+            There is none, or it is not a record.
+        """
+        path = folder / REPORT_FILE
+        try:
+            return cls.model_validate_json(path.read_bytes())
+        except FileNotFoundError as error:
+            raise StateError(f"{folder} holds no {REPORT_FILE}; give the --out folder of a run") from error
+        except OSError as error:
+            raise StateError(f"cannot read {path}: {error}; give the file to this user") from error
+        except ValidationError as error:
+            first = error.errors(include_url=False)[0]
+            where = ".".join(str(step) for step in first["loc"]) or "the file"
+            raise StateError(f"{path} is no report ({where}: {first['msg']}); run the run again") from error

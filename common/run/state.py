@@ -1,0 +1,125 @@
+"""State a client or edge keeps between rounds, versioned so that it can follow a cloud that goes back."""
+
+from __future__ import annotations
+
+import re
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+
+from common.errors import StateError
+from common.run.names import NAME_RULE, is_name
+from common.run.tensors import read_tensors, write_tensors
+
+Version = tuple[int, int]
+"""(window, round); (0, 0) is the state before anything was trained."""
+
+_FILE = re.compile(r"w(\d+)-r(\d+)\.safetensors")
+
+
+class StateStore:
+    """Named arrays per run and version, as files ``ROOT/RUN/wWINDOW-rROUND.safetensors``.
+
+    Parameters
+    ----------
+    root : Path
+        Folder of the store; made when first written to.
+    keep_runs : int
+        Runs kept; saving a further one forgets the run that was written to longest ago.
+    """
+
+    def __init__(self, root: Path, *, keep_runs: int = 4) -> None:
+        if keep_runs < 1:
+            raise ValueError(f"keep_runs must be at least 1, not {keep_runs}")
+        self.root = root
+        self.keep_runs = keep_runs
+
+    def load(self, run: str, start: Version) -> dict[str, np.ndarray]:
+        """Return the newest state that is not newer than `start`, and forget newer ones.
+
+        What is newer belongs to rounds that the cloud no longer knows: replies it dropped, or windows after
+        the checkpoint it resumed from.
+
+        Returns
+        -------
+        dict of str to array
+            Empty when there is no such state.
+
+        Raises
+        ------
+        StateError
+            The file is damaged (it is named), the folder cannot be used, or `run` is no run id.
+        """
+        versions = self.versions(run)
+        for version in versions:
+            if version > start:
+                self._remove(run, version)
+        usable = [version for version in versions if (0, 0) < version <= start]
+        return read_tensors(self._path(run, usable[-1])) if usable else {}
+
+    def save(
+        self, run: str, version: Version, tensors: Mapping[str, np.ndarray], *, checkpoint_window: int
+    ) -> None:
+        """Write a version, whole or not at all, and remove those nobody can ask for any more.
+
+        Kept are this version, the one before it (a straggler whose reply was dropped goes back by one) and
+        the newest one of `checkpoint_window` or earlier (a cloud that resumes goes back to it).
+
+        Raises
+        ------
+        StateError
+            The folder cannot be written to, or `run` is no run id.
+        """
+        if version <= (0, 0) or min(version) < 0:
+            raise ValueError(f"version {version} is not after (0, 0)")
+        write_tensors(self._path(run, version), tensors)
+        versions = self.versions(run)
+        older = [other for other in versions if other < version]
+        keep = {version, *older[-1:], *[other for other in older if other[0] <= checkpoint_window][-1:]}
+        for other in versions:
+            if other not in keep:
+                self._remove(run, other)
+        for forgotten in self.runs()[: -self.keep_runs]:
+            self.forget(forgotten)
+
+    def versions(self, run: str) -> list[Version]:
+        """Return the versions held of `run`, oldest first."""
+        folder = self._folder(run)
+        try:
+            matches = [_FILE.fullmatch(path.name) for path in folder.iterdir()] if folder.is_dir() else []
+        except OSError as error:
+            raise StateError(f"cannot read {folder}: {error}; give the folder to this user") from error
+        return sorted((int(match[1]), int(match[2])) for match in matches if match)
+
+    def runs(self) -> list[str]:
+        """Return the runs held, the one written to longest ago first."""
+        if not self.root.is_dir():
+            return []
+        folders = [path for path in self.root.iterdir() if path.is_dir() and is_name(path.name)]
+        return [path.name for path in sorted(folders, key=lambda path: (path.stat().st_mtime_ns, path.name))]
+
+    def forget(self, run: str) -> None:
+        """Remove everything of a run; nothing happens when there is nothing."""
+        folder = self._folder(run)
+        try:
+            if folder.is_dir():
+                shutil.rmtree(folder)
+        except OSError as error:
+            raise StateError(f"cannot remove {folder}: {error}; give the folder to this user") from error
+
+    def _folder(self, run: str) -> Path:
+        if not is_name(run):
+            raise StateError(f"run id {run!r} is refused: it must be {NAME_RULE}")
+        return self.root / run
+
+    def _path(self, run: str, version: Version) -> Path:
+        return self._folder(run) / f"w{version[0]:06d}-r{version[1]:06d}.safetensors"
+
+    def _remove(self, run: str, version: Version) -> None:
+        path = self._path(run, version)
+        try:
+            path.unlink(missing_ok=True)
+        except OSError as error:
+            raise StateError(f"cannot remove {path}: {error}; give the folder to this user") from error

@@ -1,0 +1,184 @@
+"""The run configuration: its defaults, its refusals and its way through a plan."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import tomllib
+from collections.abc import Mapping
+from pathlib import Path
+
+import pytest
+from google.protobuf.struct_pb2 import Struct
+from hypothesis import given
+from hypothesis import strategies as st
+from pydantic import ValidationError
+
+from common.errors import ConfigError
+from common.run.config import CLOUD_ONLY, RunConfig, parse_assignments
+
+ROOT = Path(__file__).parents[2]
+
+
+def types(flat: Mapping[str, object]) -> dict[str, type]:
+    return {key: type(value) for key, value in flat.items()}
+
+
+def faults(**settings: object) -> list[str]:
+    """Lines of the error that flat settings give, without the head line."""
+    with pytest.raises(ConfigError) as caught:
+        RunConfig.from_flat({key.replace("_", "-"): value for key, value in settings.items()})
+    return [line.strip() for line in str(caught.value).splitlines()[1:]]
+
+
+def test_pyproject_holds_the_defaults() -> None:
+    table = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["flwr"]["app"]["config"]
+    expected = RunConfig().to_flat()
+    assert table == expected
+    assert list(table) == list(expected)
+    assert types(table) == types(expected)
+
+
+def test_defaults_are_valid() -> None:
+    assert RunConfig.from_flat({}) == RunConfig.from_flat(RunConfig().to_flat())
+
+
+def test_it_is_frozen() -> None:
+    config = RunConfig()
+    with pytest.raises(ValidationError):
+        setattr(config, "rounds", 3)  # noqa: B010 - a plain assignment does not type-check
+
+
+@pytest.mark.parametrize(("rounds", "rg", "windows"), [(60, 5, 12), (61, 5, 13), (1, 5, 1), (6, 1, 6)])
+def test_windows(rounds: int, rg: int, windows: int) -> None:
+    assert RunConfig(rounds=rounds, rg=rg).windows == windows
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "parts"),
+    [
+        ("roundz", 5, ["roundz: unknown setting", '"rounds"']),
+        ("rounds", "5", ["rounds:", "a text", "a whole number is expected", "rounds=60"]),
+        ("rounds", 2.5, ["rounds: 2.5", "whole number"]),
+        ("rounds", True, ["rounds: true", "whole number"]),
+        ("rounds", 0, ["rounds: 0", "at least 1"]),
+        ("rg", -1, ["rg: -1", "at least 1"]),
+        ("flip", 1, ["flip: 1", "true or false"]),
+        ("fraction", 0, ["fraction: 0", "above 0"]),
+        ("fraction", 1.5, ["fraction: 1.5", "at most 1"]),
+        ("learning-rate", 0.0, ["learning-rate: 0.0", "above 0"]),
+        ("learning-rate", float("nan"), ["learning-rate: nan", "finite"]),
+        ("pruning-ratio", 1, ["pruning-ratio: 1", "(0, 1)", "0 (no pruning)"]),
+        ("pruning-ratio", -0.1, ["pruning-ratio: -0.1", "(0, 1)"]),
+        ("ema-decay", 1.0, ["ema-decay: 1.0", "below 1"]),
+        ("method", "fedpdh", ['method: "fedpdh"', "fedphd", 'did you mean "fedphd"?']),
+        ("edge-choice", "rnadom", ['edge-choice: "rnadom"', "random", 'did you mean "random"?']),
+        ("features", "vgg", ['features: "vgg"', "classifier, inception"]),
+        ("device", "gpu", ['device: "gpu"', "cuda:N"]),
+        ("model", "", ["model: is empty"]),
+        ("run-id", "../../etc", ["run-id:", "letters, digits"]),
+        ("beta-start", 0.5, ["beta-start: 0.5", "beta-end (0.02)"]),
+        ("sample-steps", 2000, ["sample-steps: 2000", "timesteps (1000)"]),
+        ("prune-at", 61, ["prune-at: round 61", "rounds=60", "pruning-ratio=0"]),
+    ],
+)
+def test_refusals_say_what_where_and_how(key: str, value: object, parts: list[str]) -> None:
+    (line,) = faults(**{key: value})
+    for part in parts:
+        assert part in line
+
+
+def test_all_faults_are_told_at_once() -> None:
+    lines = faults(rounds="x", rg=0, nonsense=1)
+    assert [line.split(":")[0] for line in lines] == ["nonsense", "rounds", "rg"]
+
+
+def test_pruning_round_matters_only_where_something_is_pruned() -> None:
+    assert RunConfig.from_flat({"rounds": 5, "pruning-ratio": 0}).prune_at == 20
+    assert RunConfig.from_flat({"rounds": 5, "method": "fedavg"}).prune_at == 20
+    assert RunConfig.from_flat({"rounds": 20}).prune_at == 20
+
+
+def test_numbers_are_read_generously_where_nothing_is_lost() -> None:
+    config = RunConfig.from_flat({"rounds": 30.0, "learning-rate": 1})
+    assert config.rounds == 30
+    assert isinstance(config.rounds, int)
+    assert config.learning_rate == 1.0
+
+
+@given(
+    st.fixed_dictionaries(
+        {
+            "seed": st.integers(0, 2**53),
+            "rounds": st.integers(20, 10**6),
+            "fraction": st.floats(0, 1, exclude_min=True),
+            "learning-rate": st.floats(1e-12, 1e3),
+            "flip": st.booleans(),
+            "edge-choice": st.sampled_from(["homogeneity", "random", "fixed"]),
+        }
+    )
+)
+def test_a_plan_brings_the_settings_over_unchanged(flat: dict[str, object]) -> None:
+    config = RunConfig.from_flat(flat)
+    struct = Struct.FromString(config.to_struct().SerializeToString())
+    received = RunConfig.from_struct(struct)
+    assert received == config
+    assert {k: type(v) for k, v in received.to_flat().items()} == {
+        k: type(v) for k, v in config.to_flat().items()
+    }
+
+
+def test_a_plan_leaves_out_places_on_the_clouds_machine() -> None:
+    config = RunConfig.from_flat({"out": "/somewhere/private", "eval-data": "/data/secret"})
+    assert CLOUD_ONLY.isdisjoint(config.to_struct().fields)
+    assert "somewhere" not in str(config.to_struct())
+
+
+def test_a_received_plan_is_validated() -> None:
+    struct = Struct()
+    struct.update({"rounds": "many"})
+    with pytest.raises(ConfigError, match="rounds"):
+        RunConfig.from_struct(struct)
+    struct = Struct()
+    struct.update({"rounds": {"nested": 1}})
+    with pytest.raises(ConfigError, match="rounds"):
+        RunConfig.from_struct(struct)
+
+
+@pytest.mark.parametrize(
+    ("word", "value"),
+    [
+        ("k=5", 5),
+        ("k = 5.0", 5.0),
+        ("k=1e-4", 1e-4),
+        ("k=true", True),
+        ('k="5"', "5"),
+        ("k=digits:2/8", "digits:2/8"),
+        ("k=a b", "a b"),
+        ("k=", ""),
+        ("k=a=b", "a=b"),
+        ("k=1\nj=2", "1\nj=2"),
+    ],
+)
+def test_assignments(word: str, value: object) -> None:
+    parsed = parse_assignments([word])
+    assert parsed == {"k": value}
+    assert type(parsed["k"]) is type(value)
+
+
+def test_the_last_assignment_wins() -> None:
+    assert parse_assignments(["k=1", "k=2"]) == {"k": 2}
+
+
+@pytest.mark.parametrize("word", ["rounds", "=5", "k=[1, 2]", "k={a=1}", "k=2026-01-01"])
+def test_words_that_are_no_setting(word: str) -> None:
+    with pytest.raises(ConfigError, match="-c"):
+        parse_assignments([word])
+
+
+def test_common_run_needs_no_torch() -> None:
+    modules = sorted(path.stem for path in (ROOT / "common" / "run").glob("*.py") if path.stem != "__init__")
+    program = (
+        f"import sys\nfor m in {modules!r}: __import__('common.run.' + m)\nsys.exit('torch' in sys.modules)"
+    )
+    assert subprocess.run([sys.executable, "-c", program], cwd=ROOT, check=False).returncode == 0
