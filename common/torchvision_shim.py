@@ -1,10 +1,10 @@
-"""The one place torchvision is imported through: its CUDA build cannot be imported beside a CPU-only torch as it is.
+"""The one place torchvision is imported through: its CUDA build does not import beside a CPU-only torch.
 
-The registry's torchvision wheel loads its compiled operators from a library that needs CUDA. Where that library
-cannot be loaded, ``import torchvision`` ends with ``operator torchvision::nms does not exist``, although data sets,
-transforms and models never call that operator. Declaring the schemas of the two operators that torchvision registers
-shape functions for is enough to import the package. diffusers imports torchvision too, so call
-:func:`import_torchvision` before importing a model from it.
+The registry's torchvision wheel loads its compiled operators from a library that needs CUDA. Where that
+library cannot be loaded, ``import torchvision`` ends with ``operator torchvision::nms does not exist``,
+although data sets, transforms and models never call that operator. Declaring the schemas of the two operators
+that torchvision registers shape functions for is enough to import the package. diffusers imports torchvision
+too, so call :func:`import_torchvision` before importing a model from it.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from __future__ import annotations
 import importlib
 import sys
 from types import ModuleType
-from typing import Any
+from typing import Any, cast
 
 _SCHEMAS = (
     "nms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor",
@@ -24,7 +24,7 @@ _library: Any = None
 
 
 def import_torchvision() -> ModuleType:
-    """Import torchvision, declaring its operator schemas first if (and only if) the plain import fails for them.
+    """Import torchvision, declaring its operators' schemas where the plain import fails for want of them.
 
     Returns
     -------
@@ -46,7 +46,7 @@ def import_torchvision() -> ModuleType:
             raise
     import torch
 
-    library = torch.library.Library("torchvision", "FRAGMENT")
+    library: Any = cast(Any, torch.library).Library("torchvision", "FRAGMENT")
     for schema in _SCHEMAS:
         library.define(schema)
     _library = library

@@ -1,0 +1,291 @@
+"""A network as the shapes of its tensors: described by the sender, rebuilt by a receiver, pruned or not.
+
+The receiver needs no pruning library: it builds the family's unpruned network on torch's ``meta`` device (no
+memory, no random numbers), sets every layer's width from the tensors' shapes and loads them strictly. What
+arrives is untrusted, so it is checked before a single module is built: known family, whitelisted constructor
+arguments, sane sizes.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from google.protobuf.json_format import MessageToDict
+from google.protobuf.struct_pb2 import Struct
+from torch import Tensor, nn
+
+from common.models import unet_family
+from common.models.arrays import dtype_name
+from proto import espalier_pb2 as pb
+
+#: Elements a network may have; a spec above it is refused before anything is allocated.
+MAX_PARAMETERS = 1_000_000_000
+#: Tensors a network may have.
+MAX_TENSORS = 10_000
+
+_DTYPES = {
+    dtype_name(d): d for d in (torch.float32, torch.float16, torch.bfloat16, torch.float64, torch.int64)
+}
+
+
+@dataclass(frozen=True)
+class Family:
+    """How one kind of network is described and rebuilt.
+
+    Attributes
+    ----------
+    matches : callable
+        Whether a module is of this family.
+    config : callable
+        The constructor arguments of a module, as JSON values.
+    construct : callable
+        The unpruned module of such arguments; raises ValueError where they make no sense. Called under
+        ``meta``.
+    settle : callable
+        Bring what a family keeps beside its tensors (channel counts of blocks, heads) in line with the
+        tensors' new shapes; raises ValueError where they contradict each other.
+    heads : callable
+        Heads of every attention layer, by module path.
+    """
+
+    matches: Callable[[nn.Module], bool]
+    config: Callable[[nn.Module], dict[str, Any]]
+    construct: Callable[[dict[str, Any]], nn.Module]
+    settle: Callable[[nn.Module, Mapping[str, int]], None]
+    heads: Callable[[nn.Module], dict[str, int]]
+
+
+FAMILIES: Mapping[str, Family] = {
+    "unet": Family(
+        matches=unet_family.matches,
+        config=unet_family.config,
+        construct=unet_family.construct,
+        settle=unet_family.settle,
+        heads=unet_family.heads,
+    ),
+}
+
+
+def describe(model: nn.Module) -> pb.ArchitectureSpec:
+    """Describe a network, pruned or not, for a receiver's :func:`build`.
+
+    Parameters
+    ----------
+    model : nn.Module
+        A network of a registered family.
+
+    Returns
+    -------
+    ArchitectureSpec
+        Tensors in ``state_dict`` order.
+
+    Raises
+    ------
+    TypeError
+        The network is of no registered family.
+    """
+    name = next((name for name, family in FAMILIES.items() if family.matches(model)), None)
+    if name is None:
+        known = ", ".join(FAMILIES)
+        raise TypeError(f"no family describes a {type(model).__name__}; known families are {known}")
+    family = FAMILIES[name]
+    config = Struct()
+    config.update(family.config(model))
+    return pb.ArchitectureSpec(
+        family=name,
+        config=config,
+        tensors=[
+            pb.TensorSpec(name=key, dtype=dtype_name(tensor.dtype), shape=tuple(tensor.shape))
+            for key, tensor in model.state_dict().items()
+        ],
+        groups={path: m.num_groups for path, m in model.named_modules() if isinstance(m, nn.GroupNorm)},
+        heads=family.heads(model),
+    )
+
+
+def build(spec: pb.ArchitectureSpec) -> nn.Module:
+    """Build the network of a description, its tensors on ``meta``.
+
+    Parameters
+    ----------
+    spec : ArchitectureSpec
+        As received; nothing in it is trusted.
+
+    Returns
+    -------
+    nn.Module
+        In training mode; give it tensors with :func:`build_with`.
+
+    Raises
+    ------
+    ValueError
+        The description makes no sense; the message says which part, the caller knows whose it is.
+    """
+    family = FAMILIES.get(spec.family)
+    if family is None:
+        raise ValueError(
+            f"the architecture family {spec.family!r} is unknown; known are {', '.join(FAMILIES)}"
+        )
+    shapes = _checked_shapes(spec)
+    with torch.device("meta"):
+        model = family.construct(_plain(MessageToDict(spec.config)))
+        _set_shapes(model, spec, shapes)
+        _set_widths(model, spec.groups)
+        family.settle(model, spec.heads)
+    return model.train()
+
+
+def build_with(spec: pb.ArchitectureSpec, tensors: Mapping[str, Tensor]) -> nn.Module:
+    """Build the network of a description and load its tensors strictly.
+
+    Parameters
+    ----------
+    spec : ArchitectureSpec
+        As received.
+    tensors : mapping of str to Tensor
+        Every tensor of the description, by name. They are copied, so training does not write into the
+        received buffers.
+
+    Returns
+    -------
+    nn.Module
+        On the device of the tensors, in training mode.
+
+    Raises
+    ------
+    ValueError
+        The description makes no sense, or a tensor is missing, superfluous or of another shape or dtype.
+    """
+    model = build(spec)
+    expected = model.state_dict()
+    if missing := [name for name in expected if name not in tensors]:
+        raise ValueError(f"tensor {missing[0]!r} is missing ({len(missing)} in all)")
+    if extra := [name for name in tensors if name not in expected]:
+        raise ValueError(f"tensor {extra[0]!r} is not part of the architecture ({len(extra)} in all)")
+    for name, like in expected.items():
+        given = tensors[name]
+        if given.shape != like.shape or given.dtype != like.dtype:
+            raise ValueError(
+                f"tensor {name!r} is {dtype_name(given.dtype)}{list(given.shape)}, "
+                f"the architecture says {dtype_name(like.dtype)}{list(like.shape)}"
+            )
+    model.load_state_dict(
+        {name: tensors[name].detach().clone() for name in expected}, strict=True, assign=True
+    )
+    return model
+
+
+def is_reduced(model: nn.Module) -> bool:
+    """Tell whether a tensor departs from what the configuration alone would build: pruned, scaled."""
+    spec = describe(model)
+    with torch.device("meta"):
+        whole = FAMILIES[spec.family].construct(_plain(MessageToDict(spec.config))).state_dict()
+    return any(tuple(whole[t.name].shape) != tuple(t.shape) for t in spec.tensors)
+
+
+def to_json(spec: pb.ArchitectureSpec) -> str:
+    """Return the protobuf JSON form of a description, indented."""
+    return json.dumps(MessageToDict(spec, preserving_proto_field_name=True), indent=1)
+
+
+def _plain(value: Any) -> Any:
+    """Turn a Struct's doubles back into whole numbers where they are whole."""
+    if isinstance(value, float) and value.is_integer():
+        return int(value)
+    if isinstance(value, dict):
+        return {key: _plain(item) for key, item in value.items()}
+    return [_plain(item) for item in value] if isinstance(value, list) else value
+
+
+def _checked_shapes(spec: pb.ArchitectureSpec) -> dict[str, tuple[int, ...]]:
+    if not 0 < len(spec.tensors) <= MAX_TENSORS:
+        raise ValueError(f"an architecture of {len(spec.tensors)} tensors; 1 to {MAX_TENSORS} are allowed")
+    shapes: dict[str, tuple[int, ...]] = {}
+    total = 0
+    for tensor in spec.tensors:
+        shape = tuple(tensor.shape)
+        if tensor.name in shapes:
+            raise ValueError(f"tensor {tensor.name!r} is described twice")
+        if tensor.dtype not in _DTYPES:
+            raise ValueError(
+                f"tensor {tensor.name!r} has the dtype {tensor.dtype!r}; known are {', '.join(_DTYPES)}"
+            )
+        if len(shape) > 8 or 0 in shape:
+            raise ValueError(f"tensor {tensor.name!r} has the shape {list(shape)}")
+        shapes[tensor.name] = shape
+        total += math.prod(shape)
+        if total > MAX_PARAMETERS:
+            raise ValueError(
+                f"an architecture of more than {MAX_PARAMETERS:,} parameters (at tensor {tensor.name!r})"
+            )
+    return shapes
+
+
+def _set_shapes(model: nn.Module, spec: pb.ArchitectureSpec, shapes: Mapping[str, tuple[int, ...]]) -> None:
+    """Replace every parameter and buffer on meta by one of the described shape and dtype."""
+    expected = list(model.state_dict())
+    if missing := [name for name in expected if name not in shapes]:
+        raise ValueError(f"tensor {missing[0]!r} is not described ({len(missing)} in all)")
+    if extra := set(shapes).difference(expected):
+        raise ValueError(
+            f"tensor {min(extra)!r} belongs to no layer of this {spec.family} ({len(extra)} in all)"
+        )
+    for tensor in spec.tensors:
+        path, _, leaf = tensor.name.rpartition(".")
+        module = model.get_submodule(path)
+        old = getattr(module, leaf)
+        if old.dim() != len(tensor.shape):
+            raise ValueError(
+                f"tensor {tensor.name!r} has shape {list(tensor.shape)}, expected {old.dim()} dimensions"
+            )
+        new = torch.empty(tuple(tensor.shape), dtype=_DTYPES[tensor.dtype], device="meta")
+        if isinstance(old, nn.Parameter):
+            setattr(module, leaf, nn.Parameter(new, requires_grad=old.requires_grad))
+        else:
+            module.register_buffer(leaf, new)
+
+
+def _set_widths(model: nn.Module, groups: Mapping[str, int]) -> None:
+    """Take the layers' widths from their weights, and check what belongs together inside a layer."""
+    norms = {path for path, module in model.named_modules() if isinstance(module, nn.GroupNorm)}
+    if set(groups) != norms:
+        path = min(set(groups) ^ norms)
+        raise ValueError(
+            f"GroupNorm {path!r} " + ("has no groups" if path in norms else "is no part of the network")
+        )
+    for path, module in model.named_modules():
+        if isinstance(module, nn.Conv2d):
+            _check_bias(path, module.weight, module.bias)
+            if tuple(module.weight.shape[2:]) != tuple(module.kernel_size):
+                raise ValueError(
+                    f"tensor {path + '.weight'!r} has a kernel of {list(module.weight.shape[2:])}, "
+                    f"expected {list(module.kernel_size)}"
+                )
+            module.out_channels, module.in_channels = (
+                module.weight.shape[0],
+                module.weight.shape[1] * module.groups,
+            )
+        elif isinstance(module, nn.Linear):
+            _check_bias(path, module.weight, module.bias)
+            module.out_features, module.in_features = module.weight.shape
+        elif isinstance(module, nn.GroupNorm):
+            _check_bias(path, module.weight, module.bias)
+            module.num_channels, module.num_groups = module.weight.shape[0], groups[path]
+            if module.num_groups < 1 or module.num_channels % module.num_groups:
+                raise ValueError(
+                    f"GroupNorm {path!r} has {module.num_channels} channels, "
+                    f"not a multiple of {module.num_groups} groups"
+                )
+
+
+def _check_bias(path: str, weight: Tensor, bias: Tensor | None) -> None:
+    if bias is not None and bias.shape[0] != weight.shape[0]:
+        raise ValueError(
+            f"tensor {path + '.bias'!r} has {bias.shape[0]} elements, "
+            f"its weight has {weight.shape[0]} outputs"
+        )
