@@ -15,18 +15,18 @@ from flwr.app import ConfigRecord, Context, Message, RecordDict
 from common.errors import EspalierError, WireError
 from common.flower.arrays import payload_bytes
 from common.flower.inline import InlineFleet, InlineGrid
+from common.names import NameRegistry
 from common.wire import control
 from common.wire.hello import device_facts
 from common.wire.payload import Weights
 from edge.relay import relay, run_record
-from edge.roster import NameRegistry, Roster
+from edge.roster import Roster
 from edge.rounds import EdgeProgress, EdgeWindow
 from proto import espalier_pb2 as pb
 
 log = logging.getLogger("espalier.edge")
 
-#: Handled beside a running window: they only look. ("query.done" ends a run.)
-DONE = "query.done"
+#: Handled beside a running window: they only look.
 SIDE_TYPES = frozenset({control.HELLO, control.PROGRESS})
 #: Seconds after which a cloud run that was not heard of no longer keeps another one waiting.
 LEASE = 300.0
@@ -80,7 +80,7 @@ class EdgeApp:
             content = control.control_content(self.progress.to_proto(self.name))
         elif kind == control.HELLO:
             content = self._hello(message, context)
-        elif kind == DONE:
+        elif kind == control.DONE:
             self.close()
             content = RecordDict()
         else:

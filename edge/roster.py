@@ -2,65 +2,21 @@
 
 from __future__ import annotations
 
-import json
 import logging
-import os
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 from flwr.app import ConfigRecord, Message, RecordDict
 
-from common.errors import StateError, WireError
+from common.errors import WireError
 from common.flower.inline import InlineFleet, InlineGrid
-from common.names import check_name
+from common.names import NameRegistry, check_name
 from common.wire import control
 from common.wire.hello import check_client_hello
 from proto import espalier_pb2 as pb
 
 log = logging.getLogger("espalier.edge")
-
-
-class NameRegistry:
-    """Which public key owns which name, kept on disk: the first key to use a name keeps it.
-
-    A name that was registered with a key before (`flwr supernode register KEY.pub NAME`) counts
-    as used by that key.
-
-    Parameters
-    ----------
-    path : Path
-        JSON file, made on the first claim.
-    """
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        try:
-            self._keys: dict[str, str] = json.loads(path.read_text()) if path.exists() else {}
-        except (OSError, ValueError) as error:
-            raise StateError(f"{path} is damaged ({error}); remove it to let every client claim its name again") from error
-
-    def claim(self, name: str, public_key: bytes) -> None:
-        """Bind a name to a key.
-
-        Raises
-        ------
-        WireError
-            If another key owns the name, or the key owns another name.
-        """
-        key = public_key.hex()
-        owner = self._keys.get(name)
-        if owner == key:
-            return
-        if owner is not None:
-            raise WireError(name, "another node key owns this name; give the client its own --name or its old --state")
-        if names := [n for n, k in self._keys.items() if k == key]:
-            raise WireError(name, f"its node key already goes by the name {names[0]!r}")
-        self._keys[name] = key
-        temporary = self.path.with_suffix(".part")
-        temporary.write_text(json.dumps(self._keys, indent=1))
-        os.replace(temporary, self.path)
 
 
 @dataclass(frozen=True)

@@ -54,9 +54,10 @@ class RunningMean:
         self.weight = 0.0
         self._layout: Layout | None = None
         self._sums: dict[str, np.ndarray] = {}
+        self._weights: dict[str, float] = {}
 
-    def add(self, weights: Weights, weight: float) -> None:
-        """Add one payload.
+    def add(self, name: str, weights: Weights, weight: float) -> None:
+        """Add one sender's payload.
 
         Raises
         ------
@@ -71,11 +72,16 @@ class RunningMean:
         elif fault := self._layout.difference(weights.layout):
             raise ValueError(fault)
         self.weight += weight
+        self._weights[name] = self._weights.get(name, 0.0) + weight
         for dtype, buffer in weights.buffers.items():
             if self._sums[dtype].dtype.kind == "f":
                 _add_scaled(self._sums[dtype], buffer, weight)
             else:
                 np.maximum(self._sums[dtype], buffer, out=self._sums[dtype])
+
+    def shares(self) -> dict[str, float]:
+        """Return each sender's share of the mean."""
+        return {name: w / self.weight for name, w in self._weights.items()} if self.weight else {}
 
     def mean(self) -> Weights | None:
         """Return the mean so far, None while nothing of positive weight was added."""
@@ -120,6 +126,10 @@ class Aggregation(ABC):
     def result(self) -> Weights | None:
         """Return the aggregated model, None if no update had any weight."""
 
+    @abstractmethod
+    def shares(self) -> dict[str, float]:
+        """Return each sender's share of the result; they add up to 1."""
+
 
 class SampleWeighted(Aggregation):
     """FedAvg's mean, weighted by training samples (McMahan et al. 2017, arXiv 1602.05629, Algorithm 1)."""
@@ -129,11 +139,15 @@ class SampleWeighted(Aggregation):
 
     def accept(self, update: Update) -> None:
         """Add n_k · w_k."""
-        self._mean.add(update.weights, update.samples)
+        self._mean.add(update.name, update.weights, update.samples)
 
     def result(self) -> Weights | None:
         """Return Σ n_k w_k / Σ n_k."""
         return self._mean.mean()
+
+    def shares(self) -> dict[str, float]:
+        """Return n_k / Σ n_k."""
+        return self._mean.shares()
 
 
 class HomogeneityWeighted(Aggregation):
@@ -164,10 +178,14 @@ class HomogeneityWeighted(Aggregation):
             return
         rho = max(n + self.a * sh_score(update.labels, self.form) + self.b, 0.0)
         if rho > 0:
-            self._mean.add(update.weights, rho)
+            self._mean.add(update.name, update.weights, rho)
         elif self._mean.weight == 0:
-            self._fallback.add(update.weights, n)
+            self._fallback.add(update.name, update.weights, n)
 
     def result(self) -> Weights | None:
         """Return Σ rho_e w_e."""
-        return self._mean.mean() or self._fallback.mean()
+        return (self._mean if self._mean.weight else self._fallback).mean()
+
+    def shares(self) -> dict[str, float]:
+        """Return rho_e."""
+        return (self._mean if self._mean.weight else self._fallback).shares()

@@ -1,0 +1,56 @@
+"""The ClientApp: one for our resident client and for a stock flower-supernode alike."""
+
+from __future__ import annotations
+
+from flwr.app import ArrayRecord, ConfigRecord, Context, Message, MetricRecord, RecordDict
+from flwr.clientapp import ClientApp
+
+from client.device import Device
+from client.training import evaluate_plain, train_plain, train_round
+from common.errors import WireError
+from common.wire import control
+from proto import espalier_pb2 as pb
+
+app = ClientApp()
+
+
+@app.query("espalier_hello")
+def hello(message: Message, context: Context) -> Message:
+    """Introduce this device to its edge."""
+    device = Device.from_node_config(context.node_config)
+    request = message.content.config_records.get(control.CONFIG, ConfigRecord())
+    noise = request.get("histogram-noise", 0.0)
+    if not isinstance(noise, int | float) or not 0 <= noise < float("inf"):
+        raise WireError("edge", f"a hello with histogram-noise {noise!r}")
+    answer = device.hello(str(request.get("run", "")), float(noise))
+    return Message(control.control_content(answer), reply_to=message)
+
+
+@app.train()
+def train(message: Message, context: Context) -> Message:
+    """Train one round: by the edge's plan, or for a plain Flower ServerApp by the run config."""
+    device = Device.from_node_config(context.node_config)
+    data = control.plan_bytes(message)
+    if data is not None:
+        plan = control.decode(pb.RoundPlan, data, "edge")
+        return Message(train_round(device, plan, message), reply_to=message)
+    arrays, metrics = train_plain(device, *_plain(message), context.run_config)
+    return Message(RecordDict({control.ARRAYS: arrays, control.METRICS: metrics}), reply_to=message)
+
+
+@app.evaluate()
+def evaluate(message: Message, context: Context) -> Message:
+    """Measure a plain Flower ServerApp's model: the training loss on this device's images."""
+    device = Device.from_node_config(context.node_config)
+    metrics: MetricRecord = evaluate_plain(device, *_plain(message), context.run_config)
+    return Message(RecordDict({control.METRICS: metrics}), reply_to=message)
+
+
+def _plain(message: Message) -> tuple[ArrayRecord, int]:
+    """Return the arrays and the round of a message of a stock strategy."""
+    content = message.content
+    if len(content.array_records) != 1:
+        raise WireError("server", f"{len(content.array_records)} array records, expected one")
+    config = content.config_records.get(control.CONFIG, ConfigRecord())
+    round_ = config.get("server-round", 0)
+    return next(iter(content.array_records.values())), round_ if isinstance(round_, int) else 0

@@ -1,0 +1,150 @@
+"""What is local to a device: its data, its state on disk and its processor, opened once a process."""
+
+from __future__ import annotations
+
+import secrets
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property, lru_cache
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from common.data.histogram import add_laplace_noise, label_histogram
+from common.data.spec import open_data
+from common.errors import ConfigError
+from common.run.state import StateStore
+from common.seeds import rng_for
+from common.wire import control
+from common.wire.hello import device_facts
+from proto import espalier_pb2 as pb
+
+if TYPE_CHECKING:
+    import torch
+
+    from common.data.imageset import ImageSet
+
+
+@dataclass(frozen=True)
+class Device:
+    """A device's own settings.
+
+    Attributes
+    ----------
+    name : str
+        The client's name.
+    data : str
+        Data SPEC: a named data set with a partition, or a folder.
+    device : str
+        "auto", "cpu", "cuda" or "cuda:N".
+    state : Path or None
+        Folder of what outlives the process; without one the device starts every round afresh.
+    """
+
+    name: str
+    data: str
+    device: str = "auto"
+    state: Path | None = None
+
+    @classmethod
+    def from_node_config(cls, config: Mapping[str, object]) -> Device:
+        """Read the settings from Flower's node config, where our client and a stock SuperNode put them.
+
+        Raises
+        ------
+        ConfigError
+            If name or data is missing.
+        """
+        missing = [key for key in ("name", "data") if not config.get(key)]
+        if missing:
+            raise ConfigError(
+                f"node config lacks {' and '.join(missing)}; start the node with "
+                "--node-config 'name=\"cam-7\" data=\"digits:0/2\" state=\"/var/lib/espalier\"'"
+            )
+        state = config.get("state")
+        return _device(
+            str(config["name"]),
+            str(config["data"]),
+            str(config.get("device") or "auto"),
+            Path(str(state)) if state else None,
+        )
+
+    @cached_property
+    def images(self) -> ImageSet:
+        """The device's training images."""
+        return open_data(self.data)
+
+    @cached_property
+    def labels(self) -> np.ndarray:
+        """Label counts, shape (classes,)."""
+        return label_histogram(self.images.labels, len(self.images.classes))
+
+    @cached_property
+    def torch_device(self) -> torch.device:
+        """Where the device trains."""
+        import torch
+
+        if self.device != "auto":
+            return torch.device(self.device)
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+    def load_state(self, run: str, start: pb.Version) -> dict[str, np.ndarray]:
+        """Return the device's own state of a run at a version, {} where it has none."""
+        return self._store.load(run, (start.window, start.round)) if self._store else {}
+
+    def save_state(self, plan: pb.RoundPlan, state: Mapping[str, np.ndarray]) -> None:
+        """Keep the state that training in a round left."""
+        if self._store:
+            self._store.save(
+                plan.run, (plan.window, plan.round), state, checkpoint_window=plan.checkpoint_window
+            )
+
+    def hello(self, run: str, histogram_noise: float) -> pb.ClientHello:
+        """Introduce the device: samples, label counts, facts; never an image.
+
+        Parameters
+        ----------
+        run : str
+            Espalier's run id.
+        histogram_noise : float
+            Scale of Laplace noise on the label counts; 0 for none.
+        """
+        counts = self.labels
+        if histogram_noise > 0:
+            # The run's seed is no secret, so the noise hangs on a secret of the device; it stays the
+            # same within a run, or asking again and again would average it away.
+            rng = rng_for(int.from_bytes(self._secret, "big"), self.name, 0, f"histogram {run}")
+            counts = add_laplace_noise(counts, histogram_noise, rng)
+        place = self.torch_device
+        facts = device_facts(str(place))
+        return pb.ClientHello(
+            schema=control.SCHEMA,
+            name=self.name,
+            samples=len(self.images),
+            histogram=pb.LabelHistogram(counts=counts.tolist(), noisy=histogram_noise > 0),
+            facts=facts,
+            image_shape=self.images.shape,
+            classes=self.images.classes,
+            data=self.images.name,
+        )
+
+    @cached_property
+    def _store(self) -> StateStore | None:
+        return StateStore(self.state / "rounds") if self.state else None
+
+    @cached_property
+    def _secret(self) -> bytes:
+        if self.state is None:
+            return secrets.token_bytes(32)
+        path = self.state / "histogram.secret"
+        if not path.exists():
+            self.state.mkdir(parents=True, exist_ok=True)
+            path.touch(mode=0o600)
+            path.write_bytes(secrets.token_bytes(32))
+        return path.read_bytes()
+
+
+@lru_cache(maxsize=8)
+def _device(name: str, data: str, device: str, state: Path | None) -> Device:
+    return Device(name, data, device, state)

@@ -1,0 +1,23 @@
+"""The ServerApp that `flwr run` starts at the cloud's SuperLink."""
+
+from __future__ import annotations
+
+import logging
+
+from flwr.app import Context
+from flwr.serverapp import Grid, ServerApp
+
+from common.flower.cloud_grid import TreeGrid
+from common.run.config import RunConfig
+from server.run import TreeRun, cloud_state, run_folder
+
+app = ServerApp()
+
+
+@app.main()
+def main(grid: Grid, context: Context) -> None:
+    """Run one run of the tree, as the run config says."""
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s %(levelname)s %(message)s")
+    settings = RunConfig.from_flat(context.run_config)
+    out = run_folder(settings, context.run_id)
+    TreeRun(settings, TreeGrid(grid), out, cloud_state()).run()

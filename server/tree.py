@@ -1,0 +1,200 @@
+"""The edges as the cloud sees them: their names, and the clients below each."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+
+import numpy as np
+from flwr.app import ConfigRecord, Message, RecordDict
+
+from common.errors import EspalierError, WireError
+from common.flower.cloud_grid import TreeGrid
+from common.methods.planning import Member
+from common.names import NameRegistry, check_name
+from common.run.config import RunConfig
+from common.wire import control
+from common.wire.hello import check_client_hello
+from proto import espalier_pb2 as pb
+
+log = logging.getLogger("espalier.cloud")
+
+#: Seconds edges have to answer a hello: they ask their own clients first.
+HELLO_DEADLINE = 45.0
+#: Seconds between two looks for edges and clients that are yet to join.
+PATIENCE = 0.5
+
+
+@dataclass
+class Tree:
+    """Edges and clients of a run.
+
+    Parameters
+    ----------
+    grid : TreeGrid
+        The run's grid.
+    names : NameRegistry
+        Which node key owns which edge name.
+    run : str
+        Espalier's run id.
+    histogram_noise : float
+        Scale of the Laplace noise that clients are asked to put on their label counts.
+    """
+
+    grid: TreeGrid
+    names: NameRegistry
+    run: str
+    histogram_noise: float
+    faults: list[pb.Fault] = field(default_factory=list)
+    _edges: dict[int, pb.EdgeHello] = field(default_factory=dict)
+    _clients: dict[str, pb.ClientHello] = field(default_factory=dict)
+    _refused: set[tuple[str, str]] = field(default_factory=set)
+
+    # --- who is there ------------------------------------------------------------------------------
+
+    def edges(self) -> dict[str, int]:
+        """Return the node id of every edge that is connected and serves this run, by name."""
+        online = set(self.grid.get_node_ids())
+        return {e.name: n for n, e in sorted(self._edges.items()) if n in online and not e.busy_with}
+
+    def members(self) -> list[Member]:
+        """Return the clients that can take part now, with the edges each one reaches."""
+        reach: dict[str, list[str]] = {}
+        online = self.edges()
+        for edge, node in online.items():
+            for client in self._edges[node].clients:
+                if client.name in self._clients:
+                    reach.setdefault(client.name, []).append(edge)
+        return [
+            Member(
+                name=name,
+                samples=self._clients[name].samples,
+                labels=np.asarray(self._clients[name].histogram.counts, dtype=np.float64),
+                edges=tuple(sorted(edges)),
+            )
+            for name, edges in sorted(reach.items())
+        ]
+
+    def hello_of(self, client: str) -> pb.ClientHello:
+        """Return what a client said of itself."""
+        return self._clients[client]
+
+    @property
+    def image_shape(self) -> tuple[int, int, int]:
+        """Channels, height and width that the clients agreed on."""
+        channels, height, width = next(iter(self._clients.values())).image_shape
+        return channels, height, width
+
+    @property
+    def classes(self) -> tuple[str, ...]:
+        """Label names in label order that the clients agreed on."""
+        return tuple(next(iter(self._clients.values())).classes)
+
+    # --- saying hello ------------------------------------------------------------------------------
+
+    def gather(self, settings: RunConfig, cancelled: Callable[[], bool]) -> None:
+        """Wait until `min-edges` edges and `min-clients` clients have joined.
+
+        Raises
+        ------
+        EspalierError
+            If they have not within `hello-timeout` seconds; it says who has, and who is busy.
+        """
+        end = time.monotonic() + settings.hello_timeout
+        while not cancelled():
+            self.greet(everyone=True)
+            edges, members = self.edges(), self.members()
+            if len(edges) >= settings.min_edges and len(members) >= settings.min_clients:
+                return
+            if time.monotonic() > end:
+                busy = [f"{e.name} serves run {e.busy_with}" for e in self._edges.values() if e.busy_with]
+                raise EspalierError(
+                    f"{len(edges)} of {settings.min_edges} edges and {len(members)} of {settings.min_clients} "
+                    f"clients joined within {settings.hello_timeout:g} s"
+                    + (f"; {'; '.join(busy)}" if busy else "")
+                    + "; start the missing ones or lower min-edges and min-clients"
+                )
+            time.sleep(PATIENCE)
+
+    def greet(self, *, everyone: bool = False) -> None:
+        """Say hello to edges not known yet (or to all), and learn who is below them."""
+        nodes = {n.node_id: n for n in self.grid.get_nodes()}
+        asked = [i for i in nodes if everyone or i not in self._edges or self._edges[i].busy_with]
+        for reply in self.grid.exchange(self._hellos(asked), deadline=HELLO_DEADLINE):
+            node_id = reply.metadata.src_node_id
+            try:
+                hello = control.read_control(pb.EdgeHello, reply, f"node {node_id}")
+                check_name(hello.name)
+                self.names.claim(hello.name, nodes[node_id].public_key)
+            except WireError as error:
+                self._refuse(error.sender, error.fault)
+                continue
+            self.learn(node_id, hello)
+
+    def learn(self, node_id: int, hello: pb.EdgeHello) -> None:
+        """Take over an edge's list of clients.
+
+        A client whose hello is not sound, or whose classes or image shape are not those of the
+        clients before it, is left out and reported.
+        """
+        # An edge that came back under a new node id replaces its older self.
+        self._edges = {i: e for i, e in self._edges.items() if e.name != hello.name}
+        self._edges[node_id] = hello
+        self.faults.extend(hello.faults)
+        for client in hello.clients:
+            try:
+                check_client_hello(client, client.name)
+                check_name(client.name)
+                self._agree(client)
+            except WireError as error:
+                self._refuse(error.sender, error.fault)
+                continue
+            self._clients[client.name] = client
+
+    def _agree(self, client: pb.ClientHello) -> None:
+        others = [c for n, c in self._clients.items() if n != client.name]
+        if not others:
+            return
+        if list(client.classes) != list(others[0].classes):
+            raise WireError(
+                client.name,
+                f"its classes {list(client.classes)[:5]}… are not those of {others[0].name} "
+                f"({list(others[0].classes)[:5]}…); name its data folders alike",
+            )
+        if list(client.image_shape) != list(others[0].image_shape):
+            raise WireError(
+                client.name,
+                f"its images are {list(client.image_shape)}, those of {others[0].name} "
+                f"{list(others[0].image_shape)} (channels, height, width)",
+            )
+
+    def _hellos(self, nodes: list[int]) -> Iterator[Message]:
+        request = ConfigRecord({"run": self.run, "histogram-noise": self.histogram_noise})
+        for node_id in nodes:
+            yield Message(RecordDict({control.CONFIG: request}), node_id, control.HELLO)
+
+    def _refuse(self, sender: str, fault: str) -> None:
+        if (sender, fault) not in self._refused:
+            self._refused.add((sender, fault))
+            log.warning("%s refused: %s", sender, fault)
+            self.faults.append(pb.Fault(tier="cloud", node=sender, kind="refused", detail=fault))
+
+    # --- beside a window ---------------------------------------------------------------------------
+
+    def progress(self) -> list[pb.Progress]:
+        """Ask every edge how far it is."""
+        messages = [Message(RecordDict(), n, control.PROGRESS) for n in self.edges().values()]
+        found = []
+        for reply in self.grid.exchange(messages, deadline=5.0):
+            if not reply.has_error():
+                found.append(control.read_control(pb.Progress, reply, f"node {reply.metadata.src_node_id}"))
+        return found
+
+    def dismiss(self) -> None:
+        """Tell every edge that the run is over."""
+        messages = [Message(RecordDict(), n, control.DONE) for n in self.edges().values()]
+        for reply in self.grid.exchange(messages, deadline=10.0):
+            if reply.has_error():
+                log.warning("node %s did not take the end of the run: %s", reply.metadata.src_node_id, reply.error.reason)
