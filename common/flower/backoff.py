@@ -1,0 +1,68 @@
+"""How long to wait: between attempts to reach a server, and between polls of one that answers at once."""
+
+from __future__ import annotations
+
+import random
+import time
+
+
+class Backoff:
+    """Exponential back-off with jitter, bounded.
+
+    Parameters
+    ----------
+    first : float
+        Mean of the first wait, in seconds.
+    cap : float
+        No wait is longer, in seconds.
+    generator : random.Random, optional
+        Source of the jitter. Jitter keeps many nodes from returning at once; it is no part of a run's results, so by
+        default it is not seeded by the run.
+    """
+
+    def __init__(self, first: float = 0.2, cap: float = 10.0, generator: random.Random | None = None) -> None:
+        self._first = first
+        self._cap = cap
+        self._random = generator or random.Random()
+        self._tries = 0
+
+    def next(self) -> float:
+        """Return the next wait in seconds: between half and the whole of ``min(cap, first * 2**tries)``, times 1.5."""
+        span = min(self._cap, 1.5 * self._first * 2.0**self._tries)
+        if span < self._cap:
+            self._tries += 1
+        return span * self._random.uniform(0.5, 1.0)
+
+    def reset(self) -> None:
+        """Start again from the first wait."""
+        self._tries = 0
+
+
+class PollPace:
+    """Adaptive polling: fast while something is going on, slow while nothing is.
+
+    A server that holds a poll until there is a message (ours does) is asked again at once; one that answers at once
+    (a stock SuperLink) is asked every `fast` seconds shortly after activity and ever more rarely up to `slow`.
+    """
+
+    def __init__(self, fast: float = 0.015, slow: float = 1.0, warm: float = 3.0, held: float = 0.3) -> None:
+        self._fast = fast
+        self._slow = slow
+        self._warm = warm
+        self._held = held
+        self._active_at = time.monotonic()
+        self._wait = fast
+
+    def activity(self) -> None:
+        """Note that a message came or went."""
+        self._active_at = time.monotonic()
+        self._wait = self._fast
+
+    def after(self, took: float) -> float:
+        """Return how long to wait after a poll that took `took` seconds and brought nothing."""
+        if took >= self._held:
+            return 0.0
+        if time.monotonic() - self._active_at < self._warm:
+            return self._fast
+        self._wait = min(self._slow, self._wait * 1.5)
+        return self._wait

@@ -1,0 +1,280 @@
+"""The cloud's Grid over the one that Flower gives a ServerApp: replies as they arrive, deadlines, and nothing left behind."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+
+from flwr.app import Error, Message, RecordDict
+from flwr.app.constants import DEFAULT_TTL
+from flwr.app.message.message import remove_content_from_message
+from flwr.common.constant import SUPERLINK_NODE_ID, ErrorCode
+from flwr.common.serde import message_from_proto
+from flwr.proto.message_pb2 import ConfirmMessageReceivedRequest, PullObjectRequest
+from flwr.proto.node_pb2 import Node, NodeInfo
+from flwr.proto.runtime_pb2 import PullAppMessagesRequest
+from flwr.serverapp import Grid
+from flwr.supercore.date import now
+from flwr.supercore.run import Run
+from flwr.superlink.grid.http_grid import HttpGrid
+
+from common.flower.payloads import PayloadError, tree_ids, unpack
+
+TTL_MARGIN = 60.0  # seconds past the deadline
+FASTEST = 0.02
+SLOWEST = 0.5
+UPLOAD_STALL = 240.0  # Flower's own limit for an upload without progress is 180 s
+
+
+@dataclass
+class _Arriving:
+    """A reply that is announced and whose objects are being fetched."""
+
+    sent: Message
+    reply_id: str
+    missing: list[str]
+    contents: dict[str, bytes] = field(default_factory=dict)
+    progress_at: float = field(default_factory=time.monotonic)
+
+
+class TreeGrid(Grid):
+    """Wraps the Grid of a ServerApp whose SuperLink is a stock one.
+
+    Parameters
+    ----------
+    grid : Grid
+        What Flower passed to the ServerApp's main function. Everything that has nothing to do with replies goes to it.
+
+    Attributes
+    ----------
+    abandoned : int
+        Messages whose reply was given up.
+    late : int
+        Replies that came for such messages; they are freed in the SuperLink without being fetched.
+    """
+
+    def __init__(self, grid: Grid) -> None:
+        if not isinstance(grid, HttpGrid):
+            raise TypeError(f"TreeGrid wraps the HttpGrid of a ServerApp, not a {type(grid).__name__}")
+        self._grid = grid
+        self._node = Node(node_id=SUPERLINK_NODE_ID)
+        self._lock = threading.Lock()
+        self._given_up: set[str] = set()
+        self.abandoned = 0
+        self.late = 0
+
+    # Flower's Grid ------------------------------------------------------------------------------
+
+    def set_run(self, run: Run) -> None:
+        """Set the run."""
+        self._grid.set_run(run)
+
+    @property
+    def run(self) -> Run:
+        """The run's record."""
+        return self._grid.run
+
+    def create_message(
+        self,
+        content: RecordDict,
+        message_type: str,
+        dst_node_id: int,
+        group_id: str,
+        ttl: float | None = None,
+    ) -> Message:
+        """Make an instruction message of this run."""
+        return self._grid.create_message(content, message_type, dst_node_id, group_id, ttl)
+
+    def get_node_ids(self) -> Iterable[int]:
+        """Node ids of the nodes that are online."""
+        return self._grid.get_node_ids()
+
+    def get_nodes(self) -> Iterable[NodeInfo]:
+        """Nodes that are online."""
+        return self._grid.get_nodes()
+
+    def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
+        """Send messages; return their ids."""
+        return self._grid.push_messages(messages)
+
+    def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
+        """Take the replies that have come."""
+        return self._grid.pull_messages(message_ids)
+
+    def send_and_receive(
+        self, messages: Iterable[Message], *, timeout: float | None = None
+    ) -> Iterable[Message]:
+        """Send messages and collect the replies that come within `timeout` seconds."""
+        return list(self.exchange(messages, deadline=DEFAULT_TTL if timeout is None else timeout))
+
+    # Streaming ----------------------------------------------------------------------------------
+
+    def exchange(
+        self, messages: Iterable[Message], *, deadline: float, quorum: int | None = None, grace: float = 0.0
+    ) -> Iterator[Message]:
+        """Send messages and yield the replies as they arrive.
+
+        Parameters
+        ----------
+        messages : iterable of Message
+            An ArrayRecord or RecordDict that several of them share is stored once.
+        deadline : float
+            Seconds after which the outstanding ones are abandoned.
+        quorum : int, optional
+            So many replies with content start the `grace` period; None waits for all.
+        grace : float
+            Seconds to wait for the others once the quorum is there.
+
+        Yields
+        ------
+        Message
+            A reply, or an Error: from the node, NODE_UNAVAILABLE for a node that is gone, or REPLY_MESSAGE_UNAVAILABLE
+            for a reply whose upload ended early or whose objects do not fit together.
+
+        Notes
+        -----
+        What was abandoned is freed in the SuperLink as far as it allows: the payload sent down at once, a late reply
+        when it has come (see :meth:`collect_late`).
+        """
+        self.collect_late()
+        batch = list(messages)
+        del messages
+        for message in batch:
+            message.metadata.ttl = now().timestamp() + deadline + TTL_MARGIN - message.metadata.created_at
+        end = time.monotonic() + deadline
+        waiting: dict[str, Message] = {}
+        arriving: dict[str, _Arriving] = {}
+        wait, came = FASTEST, 0
+        try:
+            failed = []
+            for message, message_id in zip(
+                batch, list(self._grid.push_messages(batch)) if batch else [], strict=True
+            ):
+                if message_id:
+                    waiting[message_id] = remove_content_from_message(message)
+                else:
+                    failed.append(_error(message, ErrorCode.NODE_UNAVAILABLE, "the node is unknown"))
+            del batch
+            yield from failed
+            while waiting or arriving:
+                for found in self._announced(waiting):
+                    arriving[found.sent.metadata.message_id] = found
+                    del waiting[found.sent.metadata.message_id]
+                moved = False
+                for message_id, one in list(arriving.items()):
+                    before = len(one.missing)
+                    reply = self._fetch(one)
+                    moved = moved or reply is not None or len(one.missing) < before
+                    if reply is None:
+                        continue
+                    del arriving[message_id]
+                    came += reply.has_content()
+                    if quorum is not None and came == quorum:
+                        end = min(end, time.monotonic() + grace)
+                    yield reply
+                    del reply
+                left = end - time.monotonic()
+                if left <= 0:
+                    break
+                wait = FASTEST if moved else min(SLOWEST, wait * 1.3)
+                if waiting or arriving:
+                    time.sleep(min(wait, left))
+        finally:
+            self._abandon(waiting, arriving)
+
+    def collect_late(self) -> int:
+        """Free the replies that came too late, without fetching them.
+
+        Returns
+        -------
+        int
+            How many came since the last call. Between windows, call it now and then: a message that was given up is
+            settled, one way or the other, within a minute of its deadline.
+        """
+        with self._lock:
+            given_up = sorted(self._given_up)
+        if not given_up:
+            return 0
+        answer = self._grid._runtime_client.PullMessages(PullAppMessagesRequest(message_ids=given_up))
+        came = 0
+        for reply in answer.messages_list:
+            self._free(reply.metadata.message_id)
+            with self._lock:
+                self._given_up.discard(reply.metadata.reply_to_message_id)
+                # An error that the SuperLink made itself (expired, node gone) comes from no node.
+                if reply.metadata.src_node_id != SUPERLINK_NODE_ID:
+                    came += 1
+                    self.late += 1
+        return came
+
+    # Parts --------------------------------------------------------------------------------------
+
+    def _announced(self, waiting: dict[str, Message]) -> list[_Arriving]:
+        if not waiting:
+            return []
+        answer = self._grid._runtime_client.PullMessages(PullAppMessagesRequest(message_ids=list(waiting)))
+        found = []
+        for proto, tree in zip(answer.messages_list, answer.message_object_trees, strict=True):
+            reply = message_from_proto(proto)
+            sent = waiting.get(reply.metadata.reply_to_message_id)
+            if sent is None:
+                self._free(reply.metadata.message_id)
+                continue
+            try:
+                missing = tree_ids(tree)
+            except PayloadError:
+                missing = []  # unpacking it will fail, and say so
+            found.append(_Arriving(sent, reply.metadata.message_id, missing))
+        return found
+
+    def _fetch(self, one: _Arriving) -> Message | None:
+        """Fetch what has come of a reply; return it when it is complete, or an Error in its place."""
+        client, run_id = self._grid._runtime_client, one.sent.metadata.run_id
+        while one.missing:
+            request = PullObjectRequest(node=self._node, run_id=run_id, object_id=one.missing[0])
+            answer = client.PullObject(request)
+            if not answer.object_found:
+                self._free(one.reply_id)
+                return _error(
+                    one.sent, ErrorCode.REPLY_MESSAGE_UNAVAILABLE, "the upload of the reply ended early"
+                )
+            if not answer.object_available:
+                if time.monotonic() - one.progress_at < UPLOAD_STALL:
+                    return None
+                self._free(one.reply_id)
+                return _error(
+                    one.sent, ErrorCode.REPLY_MESSAGE_UNAVAILABLE, "the upload of the reply stands still"
+                )
+            one.contents[one.missing.pop(0)] = answer.object_content
+            one.progress_at = time.monotonic()
+        self._free(one.reply_id)
+        try:
+            reply = unpack(one.reply_id, one.contents)
+        except PayloadError as fault:
+            return _error(one.sent, ErrorCode.REPLY_MESSAGE_UNAVAILABLE, f"its reply is refused: {fault}")
+        own = reply.metadata.__dict__
+        own["_src_node_id"], own["_dst_node_id"] = one.sent.metadata.dst_node_id, SUPERLINK_NODE_ID
+        own["_run_id"], own["_reply_to_message_id"] = run_id, one.sent.metadata.message_id
+        return reply
+
+    def _abandon(self, waiting: dict[str, Message], arriving: dict[str, _Arriving]) -> None:
+        with self._lock:
+            self._given_up.update(waiting)
+            self.abandoned += len(waiting) + len(arriving)
+        for message_id in waiting:
+            self._free(message_id)  # the payload sent down, which nobody may ever fetch
+        for one in arriving.values():
+            self._free(one.reply_id)
+
+    def _free(self, object_id: str) -> None:
+        """Delete a message's objects in the SuperLink's store."""
+        request = ConfirmMessageReceivedRequest(
+            node=self._node, run_id=self._grid.run.run_id, message_object_id=object_id
+        )
+        self._grid._runtime_client.ConfirmMessageReceived(request)
+
+
+def _error(sent: Message, code: int, reason: str) -> Message:
+    return Message(Error(code, reason), reply_to=sent)

@@ -1,0 +1,260 @@
+"""Flower's own Fleet servicer, taught to hold polls, to queue big uploads and to say when a reply is complete."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections import defaultdict
+from collections.abc import Callable
+from typing import Any
+
+import grpc
+from flwr.common.serde import message_from_proto
+from flwr.proto.fleet_pb2 import (
+    ActivateNodeRequest,
+    ActivateNodeResponse,
+    DeactivateNodeRequest,
+    DeactivateNodeResponse,
+    PullMessagesRequest,
+    PullMessagesResponse,
+    PushMessagesRequest,
+    PushMessagesResponse,
+)
+from flwr.proto.message_pb2 import (
+    ConfirmMessageReceivedRequest,
+    ConfirmMessageReceivedResponse,
+    PushObjectRequest,
+    PushObjectResponse,
+)
+from flwr.server.superlink.fleet.grpc_rere.fleet_servicer import FleetServicer
+from flwr.server.superlink.linkstate import InMemoryLinkState, LinkStateFactory
+from flwr.supercore.constant import FLWR_IN_MEMORY_DB_NAME
+from flwr.supercore.object_store import ObjectStoreFactory
+from flwr.supercore.object_store.in_memory_object_store import InMemoryObjectStore
+from flwr.superlink.federation.noop_federation_manager import NoOpFederationManager
+
+from common.flower.payloads import PayloadError, count_chunks, tree_ids
+from common.flower.uploads import Upload, Uploads
+
+POLL_HELD = 1.0  # seconds
+POLLS_HELD = 400  # threads that may wait in polls; a poll beyond them is answered at once
+UPLOADS_WAITING = 400
+REDELIVERIES = 3
+BIG_CHUNKS = 2  # more than one chunk of 5 MiB
+
+
+class Links:
+    """State, store and wake-ups that the servicer and the grids of one server share."""
+
+    def __init__(self, upload_slots: int) -> None:
+        self.store_factory = ObjectStoreFactory(FLWR_IN_MEMORY_DB_NAME)
+        self.state_factory = LinkStateFactory(
+            FLWR_IN_MEMORY_DB_NAME, NoOpFederationManager(), self.store_factory
+        )
+        state, store = self.state_factory.state(), self.store_factory.store()
+        if not isinstance(state, InMemoryLinkState) or not isinstance(store, InMemoryObjectStore):
+            raise TypeError("Flower did not make an in-memory link state and object store")
+        self.state: InMemoryLinkState = state
+        self.store: InMemoryObjectStore = store
+        self.uploads = Uploads(upload_slots)
+        self.lock = threading.RLock()
+        # Instructions that a grid waits for, and whom to tell that the reply is complete.
+        self.outstanding: dict[str, Callable[[str], None]] = {}
+        self.redelivered: dict[str, int] = {}
+        self.refused_late: Callable[[int], None] = lambda run_id: None
+        self.nodes_changed = threading.Condition()
+        self.generation = 0
+        self.trust_after = 0.0  # monotonic time before which a silent node may be our own pause
+        self._mail: dict[int, threading.Event] = defaultdict(threading.Event)
+        self._polls = 0
+
+    def node_change(self) -> None:
+        """Wake whoever waits for nodes to come or go."""
+        with self.nodes_changed:
+            self.generation += 1
+            self.nodes_changed.notify_all()
+
+    def mail_for(self, node_id: int) -> threading.Event:
+        """Return the flag that a node's held poll waits for."""
+        with self.lock:
+            return self._mail[node_id]
+
+    def hold_poll(self, node_id: int, alive: Callable[[], bool]) -> bool:
+        """Wait until there is a message for the node, at most about a second; return False if the caller is gone."""
+        flag = self.mail_for(node_id)
+        with self.lock:
+            if self._polls >= POLLS_HELD:
+                return alive()
+            self._polls += 1
+        try:
+            flag.wait(POLL_HELD)
+            return alive()
+        finally:
+            with self.lock:
+                self._polls -= 1
+
+    def wants(self, instruction_id: str) -> bool:
+        """Tell whether some grid still waits for the reply to an instruction."""
+        with self.lock:
+            return instruction_id in self.outstanding
+
+    def give_up_upload(self, instruction_id: str) -> None:
+        """Free an upload's slot and delete what came of it."""
+        upload = self.uploads.release(instruction_id)
+        if upload is None or not upload.reply_id:
+            return
+        with self.state.lock:
+            self.state.message_res_store.pop(upload.reply_id, None)
+            if self.state.message_ins_id_to_message_res_id.get(instruction_id) == upload.reply_id:
+                del self.state.message_ins_id_to_message_res_id[instruction_id]
+        self.forget_session(upload.session_id)
+        self.store.delete(upload.reply_id)
+
+    def forget_session(self, session_id: str) -> None:
+        """End the bookkeeping of a push session; Flower keeps that of a refused reply for ever."""
+        self.state._cleanup_push_session(session_id, cleanup_messages=False)
+
+    def redeliver(self, node_id: int) -> None:
+        """Offer a node that was restarted the unanswered messages that its dead process had pulled."""
+        with self.state.lock, self.lock:
+            for message_id, message in self.state.message_ins_store.items():
+                metadata = message.metadata
+                if (
+                    metadata.dst_node_id != node_id
+                    or not metadata.delivered_at
+                    or message_id not in self.outstanding
+                ):
+                    continue
+                upload = self.uploads.of(message_id)
+                if upload is not None and upload.complete:
+                    continue
+                times = self.redelivered.get(message_id, 0)
+                if times < REDELIVERIES:
+                    self.redelivered[message_id] = times + 1
+                    metadata.delivered_at = ""
+                    self._mail[node_id].set()
+
+
+class InlineFleetServicer(FleetServicer):
+    """Flower's Fleet servicer over :class:`Links`."""
+
+    def __init__(self, links: Links, require_keys: bool) -> None:
+        super().__init__(links.state_factory, links.store_factory, require_keys)
+        self._links = links
+
+    def ActivateNode(
+        self, request: ActivateNodeRequest, context: grpc.ServicerContext
+    ) -> ActivateNodeResponse:  # noqa: N802
+        """Activate a node, and offer it again what its dead process had pulled."""
+        answer: ActivateNodeResponse = super().ActivateNode(request, context)
+        self._links.redeliver(answer.node_id)
+        self._links.node_change()
+        return answer
+
+    def DeactivateNode(
+        self, request: DeactivateNodeRequest, context: grpc.ServicerContext
+    ) -> DeactivateNodeResponse:  # noqa: N802
+        """Deactivate a node."""
+        answer: DeactivateNodeResponse = super().DeactivateNode(request, context)
+        self._links.node_change()
+        return answer
+
+    def PullMessages(
+        self, request: PullMessagesRequest, context: grpc.ServicerContext
+    ) -> PullMessagesResponse:  # noqa: N802
+        """Answer a poll at once if there is a message, else hold it for about a second."""
+        node_id = request.node.node_id
+        flag = self._links.mail_for(node_id)
+        flag.clear()
+        answer: PullMessagesResponse = super().PullMessages(request, context)
+        if answer.messages_list:
+            return answer
+        # A message given to a call whose caller is gone would be lost.
+        if not self._links.hold_poll(node_id, context.is_active):
+            return answer
+        flag.clear()
+        return super().PullMessages(request, context)
+
+    def PushMessages(
+        self, request: PushMessagesRequest, context: grpc.ServicerContext
+    ) -> PushMessagesResponse:  # noqa: N802
+        """Accept a reply that a grid waits for, when its turn has come; refuse every other one quietly."""
+        links = self._links
+        if len(request.messages_list) != 1 or len(request.message_object_trees) != 1:
+            context.abort(grpc.StatusCode.INVALID_ARGUMENT, "one message and one object tree per call")
+        metadata = message_from_proto(request.messages_list[0]).metadata
+        node_id, instruction_id = request.node.node_id, metadata.reply_to_message_id
+        refused = PushMessagesResponse(results={metadata.message_id: 0})
+        instruction = links.state.message_ins_store.get(instruction_id)
+        if instruction is None or not links.wants(instruction_id):
+            links.refused_late(metadata.run_id)
+            return refused
+        if metadata.src_node_id != node_id or instruction.metadata.dst_node_id != node_id:
+            context.abort(grpc.StatusCode.PERMISSION_DENIED, "this node was not asked")
+        try:
+            tree_ids(request.message_object_trees[0])
+        except PayloadError as fault:
+            context.abort(grpc.StatusCode.INVALID_ARGUMENT, str(fault))
+        if links.uploads.waiting >= UPLOADS_WAITING:
+            context.abort(grpc.StatusCode.UNAVAILABLE, "too many uploads wait for their turn")
+        links.give_up_upload(instruction_id)
+        big = count_chunks(request.message_object_trees[0]) >= BIG_CHUNKS
+        upload = Upload(node_id, instruction_id, big)
+        if not links.uploads.admit(upload, lambda: links.wants(instruction_id) and context.is_active()):
+            if not links.wants(instruction_id):
+                links.refused_late(metadata.run_id)
+            return refused
+        return self._accept(request, context, upload, metadata.message_id)
+
+    def _accept(
+        self, request: PushMessagesRequest, context: grpc.ServicerContext, upload: Upload, reply_id: str
+    ) -> PushMessagesResponse:
+        links = self._links
+        accepted = False
+        try:
+            answer: PushMessagesResponse = super().PushMessages(request, context)
+            accepted = reply_id in links.state.message_res_store
+        finally:
+            if not accepted:
+                links.uploads.release(upload.instruction_id)
+        if not accepted:
+            links.forget_session(answer.session_id)
+            return answer
+        upload.session_id = answer.session_id
+        upload.pending = set(answer.objects_to_push)
+        upload.reply_id = reply_id
+        if not links.wants(upload.instruction_id):  # abandoned meanwhile
+            links.give_up_upload(upload.instruction_id)
+        elif upload.complete:
+            self._tell(upload)
+        return answer
+
+    def PushObject(self, request: PushObjectRequest, context: grpc.ServicerContext) -> PushObjectResponse:  # noqa: N802
+        """Store an object of a reply under way, and tell the grid when it was the last one."""
+        links = self._links
+        upload = links.uploads.find(request.session_id)
+        if upload is None or upload.node_id != request.node.node_id:
+            return PushObjectResponse(stored=False)
+        if request.object_id not in upload.pending:
+            # Sent twice, because the answer to the first one was lost.
+            return PushObjectResponse(stored=request.object_id in links.store)
+        upload.progress_at = time.monotonic()
+        answer: PushObjectResponse = super().PushObject(request, context)
+        if answer.stored and links.uploads.arrived(upload, request.object_id):
+            self._tell(upload)
+        return answer
+
+    def ConfirmMessageReceived(  # noqa: N802
+        self, request: ConfirmMessageReceivedRequest, context: grpc.ServicerContext
+    ) -> ConfirmMessageReceivedResponse:
+        """Keep a message's objects until it is answered: its node may be killed and ask again."""
+        if self._links.wants(request.message_object_id):
+            return ConfirmMessageReceivedResponse()
+        answer: Any = super().ConfirmMessageReceived(request, context)
+        return answer
+
+    def _tell(self, upload: Upload) -> None:
+        with self._links.lock:
+            tell = self._links.outstanding.get(upload.instruction_id)
+        if tell is not None:
+            tell(upload.instruction_id)

@@ -1,0 +1,200 @@
+"""Takes messages apart into Flower's content-addressed objects and puts them together again with as few copies as possible."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import cast
+
+from flwr.app import Array, ArrayRecord, Message, RecordDict
+from flwr.app.message.arraychunk import ArrayChunk
+from flwr.common.constant import FLWR_PRIVATE_MAX_ARRAY_CHUNK_SIZE
+from flwr.proto.message_pb2 import ObjectTree
+from flwr.supercore.constant import HEAD_BODY_DIVIDER, HEAD_VALUE_DIVIDER
+from flwr.supercore.inflatable.inflatable_object import (
+    InflatableObject,
+    get_object_head_values_from_object_content,
+    no_object_id_recompute,
+)
+from flwr.supercore.inflatable.inflatable_utils import inflatable_class_registry
+
+# Message, RecordDict, record, Array, chunk: nothing that Flower builds is deeper.
+MAX_DEPTH = 5
+
+
+class PayloadError(ValueError):
+    """The objects of a received message do not fit together."""
+
+
+def _chunk_head(size: int) -> bytes:
+    """Return the header that Flower puts before a chunk of `size` bytes."""
+    head = f"{ArrayChunk.__qualname__}{HEAD_VALUE_DIVIDER}{HEAD_VALUE_DIVIDER}{size}"
+    return head.encode() + HEAD_BODY_DIVIDER
+
+
+def _slice(array: Array) -> None:
+    """Fill the Array's cache of chunks; Flower's own slicing copies every chunk three times to hash it."""
+    if "_chunks" in array.__dict__:
+        return
+    chunks: list[tuple[str, InflatableObject]] = []
+    view = memoryview(array.data)
+    for start in range(0, len(view), FLWR_PRIVATE_MAX_ARRAY_CHUNK_SIZE):
+        piece = view[start : start + FLWR_PRIVATE_MAX_ARRAY_CHUNK_SIZE]
+        digest = hashlib.sha256(_chunk_head(len(piece)))
+        digest.update(piece)
+        chunks.append((digest.hexdigest(), ArrayChunk(piece)))
+    array.__dict__["_chunks"] = chunks
+
+
+@dataclass(frozen=True)
+class Packed:
+    """A message as Flower's links carry it: a tree of object ids, and the objects by id."""
+
+    message_id: str
+    tree: ObjectTree
+    objects: Mapping[str, InflatableObject]
+
+    def content(self, object_id: str) -> bytes:
+        """Serialise one object."""
+        held = self.objects[object_id]
+        if isinstance(held, ArrayChunk):
+            return b"".join((_chunk_head(len(held.data)), held.data))
+        return held.deflate()
+
+
+def pack(message: Message) -> Packed:
+    """Take a message apart and stamp it with its message id.
+
+    Arrays that were packed before (the same objects, sent to another node) are neither sliced nor hashed again.
+    """
+    with no_object_id_recompute():
+        if message.has_content():
+            for record in message.content.values():
+                if isinstance(record, ArrayRecord):
+                    for array in record.values():
+                        _slice(array)
+        objects: dict[str, InflatableObject] = {}
+        tree = _walk(message, message.object_id, objects)
+        message.metadata.__dict__["_message_id"] = tree.object_id
+    return Packed(tree.object_id, tree, objects)
+
+
+def _walk(held: InflatableObject, object_id: str, objects: dict[str, InflatableObject]) -> ObjectTree:
+    children = [_walk(child, child_id, objects) for child_id, child in (held.children or {}).items()]
+    objects[object_id] = held
+    return ObjectTree(object_id=object_id, children=children)
+
+
+def tree_ids(tree: ObjectTree) -> list[str]:
+    """List the distinct object ids of a tree, children first."""
+    ids: dict[str, None] = {}
+
+    def visit(node: ObjectTree, depth: int) -> None:
+        if depth > MAX_DEPTH:
+            raise PayloadError("the object tree is deeper than any message")
+        for child in node.children:
+            visit(child, depth + 1)
+        ids[node.object_id] = None
+
+    visit(tree, 1)
+    return list(ids)
+
+
+def count_chunks(tree: ObjectTree, depth: int = 1) -> int:
+    """Count the array chunks in a message's tree: an upper bound of its size in units of 5 MiB."""
+    if depth >= MAX_DEPTH:
+        return 1
+    return sum(count_chunks(child, depth + 1) for child in tree.children)
+
+
+def unpack(message_id: str, contents: dict[str, bytes]) -> Message:
+    """Put a message together; `contents` is emptied on the way, so that no more than one copy is alive.
+
+    Parameters
+    ----------
+    message_id : str
+        Object id of the message.
+    contents : dict of str to bytes
+        Every object of the message's tree.
+
+    Returns
+    -------
+    Message
+        With its message id set.
+
+    Raises
+    ------
+    PayloadError
+        If an object is missing, malformed or of an unexpected type.
+    """
+    try:
+        message = _Inflation(contents).inflate(message_id, 1)
+    except (KeyError, IndexError, ValueError, TypeError, AttributeError) as fault:
+        raise PayloadError(f"its objects do not fit together ({type(fault).__name__}: {fault})") from fault
+    if not isinstance(message, Message):
+        raise PayloadError(f"its root object is a {type(message).__name__}, not a Message")
+    if message.has_content() and not isinstance(message.content, RecordDict):
+        raise PayloadError(f"its content is a {type(message.content).__name__}, not a RecordDict")
+    message.metadata.__dict__["_message_id"] = message_id
+    return message
+
+
+class _Inflation:
+    """One message being put together: frees every chunk as soon as its last Array has its bytes."""
+
+    def __init__(self, contents: dict[str, bytes]) -> None:
+        self._contents = contents
+        self._done: dict[str, InflatableObject] = {}
+        # Equal chunks are one object, so several Arrays may need it.
+        self._uses = Counter(
+            child
+            for content in contents.values()
+            for child in get_object_head_values_from_object_content(content)[1]
+        )
+
+    def inflate(self, object_id: str, depth: int) -> InflatableObject:
+        if object_id in self._done:
+            return self._done[object_id]
+        if depth > MAX_DEPTH:
+            raise ValueError("the object tree is deeper than any message")
+        content = self._contents.pop(object_id)
+        kind, child_ids, size = get_object_head_values_from_object_content(content)
+        body = memoryview(content)[content.index(HEAD_BODY_DIVIDER) + len(HEAD_BODY_DIVIDER) :]
+        if len(body) != size:
+            raise ValueError(f"a {kind} has {len(body)} bytes and claims {size}")
+        cls = inflatable_class_registry[kind]
+        held: InflatableObject
+        if cls is ArrayChunk:
+            held = ArrayChunk(body)
+        else:
+            children = {child: self.inflate(child, depth + 1) for child in child_ids}
+            if cls is Array:
+                held = _join(body, children)
+                for child in children:
+                    self._uses[child] -= 1
+                    if not self._uses[child]:
+                        del self._done[child]
+            else:
+                held = cls.inflate(content, children=children)
+        self._done[object_id] = held
+        return held
+
+
+def _join(body: memoryview, children: Mapping[str, InflatableObject]) -> Array:
+    """Build an Array from its chunks with one copy (Flower's own inflation makes three)."""
+    described = json.loads(bytes(body))
+    chunks = list(children.values())
+    if not all(isinstance(chunk, ArrayChunk) for chunk in chunks):
+        raise ValueError("an Array has children that are no chunks")
+    order = [int(index) for index in described["arraychunk_ids"]]
+    if set(order) != set(range(len(chunks))):
+        raise ValueError("an Array does not name each of its chunks")
+    return Array(
+        dtype=str(described["dtype"]),
+        shape=tuple(int(n) for n in described["shape"]),
+        stype=str(described["stype"]),
+        data=b"".join(cast(ArrayChunk, chunks[index]).data for index in order),
+    )
