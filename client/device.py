@@ -60,7 +60,7 @@ class Device:
         if missing:
             raise ConfigError(
                 f"node config lacks {' and '.join(missing)}; start the node with "
-                "--node-config 'name=\"cam-7\" data=\"digits:0/2\" state=\"/var/lib/espalier\"'"
+                '--node-config \'name="cam-7" data="digits:0/2" state="/var/lib/espalier"\''
             )
         state = config.get("state")
         return _device(

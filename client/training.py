@@ -12,8 +12,8 @@ from flwr.app import ArrayRecord, Message, MetricRecord, RecordDict
 from client.device import Device
 from common.errors import ConfigError, WireError
 from common.flower.arrays import array_from_numpy, numpy_view, payload_bytes
-from common.learning.objectives import LocalRound
-from common.learning.trainer import LocalResult, train_local
+from common.learning.objectives import LocalResult, LocalRound
+from common.learning.trainer import train_local
 from common.methods.registry import create_method
 from common.models.architecture import build_with
 from common.models.initial import initial_model
@@ -112,9 +112,7 @@ def evaluate_plain(
             images = device.images.fetch(indices).to(device.torch_device)
             labels = torch.from_numpy(device.images.labels[indices])
             total += float(objective.loss(model, images, labels, generator)) * len(indices)
-    return MetricRecord(
-        {control.NUM_EXAMPLES: len(device.images), "loss": total / len(device.images)}
-    )
+    return MetricRecord({control.NUM_EXAMPLES: len(device.images), "loss": total / len(device.images)})
 
 
 def _train(

@@ -95,4 +95,5 @@ def edge_weights(
         raise ValueError("no edge has a sample to weigh")
     mu = np.asarray([sh_score(q, form) for q in labels])
     rho = np.where(n > 0, np.maximum(n + a * mu + b, 0.0), 0.0)
-    return rho / rho.sum() if rho.sum() > 0 else n / n.sum()
+    weights: np.ndarray = rho / rho.sum() if rho.sum() > 0 else n / n.sum()
+    return weights

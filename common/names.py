@@ -47,7 +47,9 @@ class NameRegistry:
         try:
             self._keys: dict[str, str] = json.loads(path.read_text()) if path.exists() else {}
         except (OSError, ValueError) as error:
-            raise StateError(f"{path} is damaged ({error}); remove it to let every client claim its name again") from error
+            raise StateError(
+                f"{path} is damaged ({error}); remove it to let every client claim its name again"
+            ) from error
 
     def claim(self, name: str, public_key: bytes) -> None:
         """Bind a name to a key.
@@ -62,7 +64,9 @@ class NameRegistry:
         if owner == key:
             return
         if owner is not None:
-            raise WireError(name, "another node key owns this name; give the client its own --name or its old --state")
+            raise WireError(
+                name, "another node key owns this name; give the client its own --name or its old --state"
+            )
         if names := [n for n, k in self._keys.items() if k == key]:
             raise WireError(name, f"its node key already goes by the name {names[0]!r}")
         self._keys[name] = key

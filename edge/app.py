@@ -8,13 +8,13 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
 
 from flwr.app import ConfigRecord, Context, Message, RecordDict
 
 from common.errors import EspalierError, WireError
 from common.flower.arrays import payload_bytes
 from common.flower.inline import InlineFleet, InlineGrid
+from common.flower.resident import Fab
 from common.names import NameRegistry
 from common.wire import control
 from common.wire.hello import device_facts
@@ -26,16 +26,14 @@ from proto import espalier_pb2 as pb
 
 log = logging.getLogger("espalier.edge")
 
-#: Handled beside a running window: they only look.
-SIDE_TYPES = frozenset({control.HELLO, control.PROGRESS})
+#: Handled beside a running window.
+SIDE_TYPES = frozenset({control.HELLO, control.PROGRESS, control.DONE})
 #: Seconds after which a cloud run that was not heard of no longer keeps another one waiting.
 LEASE = 300.0
 #: Seconds that clients have to answer a hello.
 HELLO_DEADLINE = 20.0
 #: Seconds kept back from a message's ttl so that the reply still counts.
 MARGIN = 10.0
-
-
 
 
 @dataclass
@@ -62,7 +60,9 @@ class EdgeApp:
         Returns the app's bundle (Flower's Fab) of a cloud run by Flower's run id, None without one.
     """
 
-    def __init__(self, name: str, fleet: InlineFleet, state: Path, fetch_fab: Callable[[int], object | None]) -> None:
+    def __init__(
+        self, name: str, fleet: InlineFleet, state: Path, fetch_fab: Callable[[int], Fab | None]
+    ) -> None:
         self.name = name
         self.fleet = fleet
         self.roster = Roster(fleet, NameRegistry(state / "names.json"))
@@ -86,7 +86,11 @@ class EdgeApp:
         else:
             with self._window:
                 plan = control.plan_bytes(message)
-                content = self._relay(message, context) if plan is None else self._run_window(plan, message, context)
+                content = (
+                    self._relay(message, context)
+                    if plan is None
+                    else self._run_window(plan, message, context)
+                )
         return Message(content, reply_to=message)
 
     def close(self) -> None:
@@ -186,7 +190,9 @@ class EdgeApp:
             raise WireError("cloud", "a message that names no run")
         with self._lock:
             if busy := self._busy_with(run):
-                raise EspalierError(f"edge {self.name} serves run {busy}; stop it or wait until it has finished")
+                raise EspalierError(
+                    f"edge {self.name} serves run {busy}; stop it or wait until it has finished"
+                )
             if self._served is None or self._served.key != run:
                 self.close()
                 fab = self._fetch_fab(message.metadata.run_id)

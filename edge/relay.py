@@ -1,4 +1,4 @@
-"""Any Flower app over the tree: a plain message goes on to the clients, their replies become one (DESIGN §1)."""
+"""Any Flower app over the tree: a plain message goes to the clients, their replies become one (DESIGN §1)."""
 
 from __future__ import annotations
 
@@ -12,14 +12,12 @@ from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MetricRecord, Re
 from common.errors import WireError
 from common.flower.arrays import array_from_numpy, numpy_view
 from common.flower.inline import InlineGrid
+from common.flower.resident import RUN_RECORD
 from common.wire.control import NUM_EXAMPLES
-
-#: The reserved record in which an edge hands a run's configuration down; our client strips it.
-RUN_RECORD = "espalier.run"
 
 
 def run_record(run: str, run_config: Mapping[str, Any]) -> ConfigRecord:
-    """Pack a run's id and configuration."""
+    """Pack a run's id and configuration: our client strips the record into its Context."""
     return ConfigRecord({"run": run, "config": json.dumps(dict(run_config)).encode()})
 
 
@@ -117,7 +115,10 @@ class ReplySum:
 
     def _add_equal(self, content: RecordDict, sender: str, examples: float | None) -> None:
         if self.replies and (self._equal is None or examples is not None):
-            raise WireError(sender, f"its reply has {'no ' if examples is None else ''}{NUM_EXAMPLES}, the others' differ in that")
+            raise WireError(
+                sender,
+                f"its reply has {'no ' if examples is None else ''}{NUM_EXAMPLES}, unlike the others'",
+            )
         if self._equal is not None and self._equal != content:
             raise WireError(
                 sender, f"its reply differs from the others' and has no {NUM_EXAMPLES} to add it up by"
@@ -144,7 +145,9 @@ class ReplySum:
             raise WireError(sender, "its config records differ from the others'")
 
 
-def relay(message: Message, grid: InlineGrid, record: ConfigRecord, deadline: float) -> tuple[RecordDict, list[str]]:
+def relay(
+    message: Message, grid: InlineGrid, record: ConfigRecord, deadline: float
+) -> tuple[RecordDict, list[str]]:
     """Send a plain message to every client and add the replies up.
 
     Parameters
@@ -176,9 +179,7 @@ def relay(message: Message, grid: InlineGrid, record: ConfigRecord, deadline: fl
 
     def messages() -> Iterator[Message]:
         for node_id in nodes:
-            yield Message(
-                content, node_id, message.metadata.message_type, group_id=message.metadata.group_id
-            )
+            yield Message(content, node_id, message.metadata.message_type, group_id=message.metadata.group_id)
 
     total = ReplySum()
     faults = []

@@ -68,7 +68,7 @@ class Roster:
     def refresh(self, grid: InlineGrid, request: ConfigRecord, deadline: float) -> None:
         """Say hello to every connected node that is not known yet.
 
-        A node that answers badly is left out and reported as a fault; a busy one is asked again the next time.
+        A node that answers badly is left out and reported as a fault; a busy one is asked again next time.
 
         Parameters
         ----------
@@ -92,7 +92,9 @@ class Roster:
             except WireError as error:
                 log.warning("%s", error)
                 self._silent[node_id] = error.fault
-                self.faults.append(pb.Fault(tier="edge", node=error.sender, kind="refused", detail=error.fault))
+                self.faults.append(
+                    pb.Fault(tier="edge", node=error.sender, kind="refused", detail=error.fault)
+                )
                 continue
             # A client that reconnected with its key replaces its older self and so counts once.
             self._known = {i: k for i, k in self._known.items() if k.hello.name != hello.name}

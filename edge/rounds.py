@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 import numpy as np
 from flwr.app import ArrayRecord, ConfigRecord, Message, RecordDict
 
-from common.errors import ConfigError, WireError
+from common.errors import ConfigError, EspalierError, WireError
 from common.flower.arrays import payload_bytes
 from common.flower.inline import InlineGrid
 from common.methods.aggregation import Update
@@ -104,6 +104,8 @@ class EdgeWindow:
         start = time.monotonic()
         for schedule in self.plan.rounds:
             mine = [p for p in schedule.participants if p.edge == self.edge]
+            if self.grid.closed:
+                raise EspalierError("the run was ended in the middle of the window")
             if mine:
                 self._round(schedule.round, mine)
         if self._labels is not None:
@@ -147,7 +149,12 @@ class EdgeWindow:
 
         mean = aggregation.result()
         if mean is None or len(record.clients) < self.plan.quorum:
-            self._fault(self.edge, "quorum", f"{len(record.clients)} usable replies, quorum {self.plan.quorum}", round_)
+            self._fault(
+                self.edge,
+                "quorum",
+                f"{len(record.clients)} usable replies, quorum {self.plan.quorum}",
+                round_,
+            )
         else:
             self.weights = mean
             self.report.samples += samples
@@ -183,7 +190,10 @@ class EdgeWindow:
         arrays: ArrayRecord = self.weights.to_record()
         for name, plan in plans.items():
             content = RecordDict(
-                {control.ARRAYS: arrays, control.CONFIG: ConfigRecord({control.PLAN: plan.SerializeToString()})}
+                {
+                    control.ARRAYS: arrays,
+                    control.CONFIG: ConfigRecord({control.PLAN: plan.SerializeToString()}),
+                }
             )
             self.report.client_edge.down_bytes += payload_bytes(content)
             self.report.client_edge.messages += 1

@@ -6,10 +6,11 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from common.learning.grid import save_grid
+
 from common.data.spec import open_data
 from common.errors import ConfigError
 from common.learning.diffusion import sample
-from common.learning.grid import save_grid
 from common.learning.quality import Quality
 from common.run.config import RunConfig
 from common.run.record import Evaluation, Scores
@@ -53,7 +54,8 @@ class Evaluator:
             reference = open_data(settings.eval_data, split="test")
             if tuple(reference.shape) != image_shape:
                 raise ConfigError(
-                    f"eval-data={settings.eval_data} holds images of {reference.shape}, the clients' are {image_shape}"
+                    f"eval-data={settings.eval_data} holds images of {reference.shape}, "
+                    f"the clients' are {image_shape}"
                 )
             self.quality = Quality(
                 reference,

@@ -13,6 +13,10 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
+from common.models.pipeline import save_model
+from common.run.board import Board
+from common.run.report import build_report
 from flwr.app import ConfigRecord
 
 from common.errors import EspalierError
@@ -23,9 +27,7 @@ from common.methods.planning import AtRandom, mean_homogeneity, plan_window
 from common.methods.registry import create_method
 from common.models.cost import macs_and_params
 from common.models.initial import initial_model
-from common.models.pipeline import save_model
 from common.names import NameRegistry
-from common.run.board import Board
 from common.run.checkpoint import Checkpoints
 from common.run.config import RunConfig
 from common.run.events import EVENTS_FILE, EventLog
@@ -39,7 +41,6 @@ from common.run.record import (
     Traffic,
     WindowEntry,
 )
-from common.run.report import build_report
 from common.wire.payload import Weights
 from proto import espalier_pb2 as pb
 from server.evaluation import Evaluator
@@ -54,7 +55,7 @@ WINDOW_MARGIN = 60.0
 
 
 @dataclass(frozen=True)
-class Stopped(Exception):
+class StopRequested(Exception):  # noqa: N818 - no error, a wish
     """Somebody asked for the end of the run."""
 
 
@@ -102,7 +103,7 @@ class TreeRun:
         self.events.write("run", run=self.run_id, config=self.settings.to_flat())
         try:
             self._train()
-        except Stopped:
+        except StopRequested:
             self._close("stopped", "stopped by `espalier stop`")
         except BaseException as error:
             self._close("failed", str(error) or type(error).__name__)
@@ -164,7 +165,10 @@ class TreeRun:
         plan = strategy.draw()
         window = state.window + 1
         rounds = [
-            {"round": strategy.first_round + i, "participants": [{"client": c, "edge": e} for c, e in a.items()]}
+            {
+                "round": strategy.first_round + i,
+                "participants": [{"client": c, "edge": e} for c, e in a.items()],
+            }
             for i, a in enumerate(plan)
         ]
         self.events.write("window-start", window=window, rounds=rounds)
@@ -187,8 +191,13 @@ class TreeRun:
             )
             strategy.aggregate_train(window, replies)
         self._check_stop()
-        self._enter(strategy, state, time.monotonic() - start, mean_homogeneity(plan, members, s.homogeneity_form),
-                    mean_homogeneity(random_plan, members, s.homogeneity_form))
+        self._enter(
+            strategy,
+            state,
+            time.monotonic() - start,
+            mean_homogeneity(plan, members, s.homogeneity_form),
+            mean_homogeneity(random_plan, members, s.homogeneity_form),
+        )
 
     def _look(self, strategy: WindowStrategy, state: CloudState, evaluator: Evaluator) -> None:
         """After an aggregation: the method's own step, moving average, measures, samples, checkpoint."""
@@ -235,8 +244,8 @@ class TreeRun:
         entry = WindowEntry(
             window=state.window,
             rounds=_round_entries(strategy),
-            rho=outcome.rho,
-            mu=outcome.mu,
+            rho=dict(outcome.rho),
+            mu=dict(outcome.mu),
             mu_planned=planned,
             mu_random=random,
             samples={name: r.samples for name, r in outcome.reports.items()},
@@ -344,14 +353,13 @@ class TreeRun:
 
     def _check_stop(self) -> None:
         if stop_requested(self.out):
-            raise Stopped
+            raise StopRequested
 
 
 def _round_entries(strategy: WindowStrategy) -> list[RoundEntry]:
     """Merge the edges' records of each round."""
     entries = []
-    for offset, assignment in enumerate(strategy.plan):
-        round_ = strategy.first_round + offset
+    for round_ in range(strategy.first_round, strategy.first_round + len(strategy.plan)):
         records = [
             (name, record)
             for name, report in sorted(strategy.outcome.reports.items())
@@ -372,9 +380,7 @@ def _round_entries(strategy: WindowStrategy) -> list[RoundEntry]:
     return entries
 
 
-def _device(name: str) -> object:
-    import torch
-
+def _device(name: str) -> torch.device:
     if name != "auto":
         return torch.device(name)
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -388,7 +394,9 @@ def run_folder(settings: RunConfig, flower_run: int) -> Path:
     EspalierError
         If it already holds a run.
     """
-    out = Path(settings.out) if settings.out else cloud_state() / "runs" / (settings.run_id or str(flower_run))
+    out = (
+        Path(settings.out) if settings.out else cloud_state() / "runs" / (settings.run_id or str(flower_run))
+    )
     if (out / "report.json").exists():
         raise EspalierError(f"{out} already holds a run; give another --out")
     out.mkdir(parents=True, exist_ok=True)

@@ -70,7 +70,12 @@ class WindowStrategy(Strategy):
     """
 
     def __init__(
-        self, method: Method, state: CloudState, tree: Tree, run: str, reached: Mapping[str, Version] | None = None
+        self,
+        method: Method,
+        state: CloudState,
+        tree: Tree,
+        run: str,
+        reached: Mapping[str, Version] | None = None,
     ) -> None:
         self.method, self.state, self.tree, self.run = method, state, tree, run
         self.settings = method.settings
@@ -128,7 +133,9 @@ class WindowStrategy(Strategy):
             schedule = pb.RoundSchedule(round=round_)
             for client, edge in assignment.items():
                 at = start.get(client, (0, 0))
-                schedule.participants.add(client=client, edge=edge, start=pb.Version(window=at[0], round=at[1]))
+                schedule.participants.add(
+                    client=client, edge=edge, start=pb.Version(window=at[0], round=at[1])
+                )
                 start[client] = (window, round_)
             schedules.append(schedule)
         return pb.WindowPlan(
@@ -197,7 +204,9 @@ class WindowStrategy(Strategy):
         classes = len(self.tree.classes)
         counts = report.labels.counts
         if len(counts) not in (0, classes) or not all(np.isfinite(c) and c >= 0 for c in counts):
-            raise WireError(name, f"a label distribution of {len(counts)} counts for {classes} classes, or a bad count")
+            raise WireError(
+                name, f"a label distribution of {len(counts)} counts for {classes} classes, or a bad count"
+            )
         if report.samples and not counts:
             raise WireError(name, "samples without a label distribution")
         labels = np.asarray(counts, dtype=np.float64) if counts else np.zeros(classes)

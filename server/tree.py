@@ -111,8 +111,8 @@ class Tree:
             if time.monotonic() > end:
                 busy = [f"{e.name} serves run {e.busy_with}" for e in self._edges.values() if e.busy_with]
                 raise EspalierError(
-                    f"{len(edges)} of {settings.min_edges} edges and {len(members)} of {settings.min_clients} "
-                    f"clients joined within {settings.hello_timeout:g} s"
+                    f"{len(edges)} of {settings.min_edges} edges and {len(members)} of "
+                    f"{settings.min_clients} clients joined within {settings.hello_timeout:g} s"
                     + (f"; {'; '.join(busy)}" if busy else "")
                     + "; start the missing ones or lower min-edges and min-clients"
                 )
@@ -186,15 +186,19 @@ class Tree:
     def progress(self) -> list[pb.Progress]:
         """Ask every edge how far it is."""
         messages = [Message(RecordDict(), n, control.PROGRESS) for n in self.edges().values()]
-        found = []
-        for reply in self.grid.exchange(messages, deadline=5.0):
-            if not reply.has_error():
-                found.append(control.read_control(pb.Progress, reply, f"node {reply.metadata.src_node_id}"))
-        return found
+        return [
+            control.read_control(pb.Progress, reply, f"node {reply.metadata.src_node_id}")
+            for reply in self.grid.exchange(messages, deadline=5.0)
+            if not reply.has_error()
+        ]
 
     def dismiss(self) -> None:
         """Tell every edge that the run is over."""
         messages = [Message(RecordDict(), n, control.DONE) for n in self.edges().values()]
         for reply in self.grid.exchange(messages, deadline=10.0):
             if reply.has_error():
-                log.warning("node %s did not take the end of the run: %s", reply.metadata.src_node_id, reply.error.reason)
+                log.warning(
+                    "node %s did not take the end of the run: %s",
+                    reply.metadata.src_node_id,
+                    reply.error.reason,
+                )

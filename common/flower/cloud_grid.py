@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 
 from flwr.app import Error, Message, RecordDict
@@ -112,7 +112,13 @@ class TreeGrid(Grid):
     # Streaming ----------------------------------------------------------------------------------
 
     def exchange(
-        self, messages: Iterable[Message], *, deadline: float, quorum: int | None = None, grace: float = 0.0
+        self,
+        messages: Iterable[Message],
+        *,
+        deadline: float,
+        quorum: int | None = None,
+        grace: float = 0.0,
+        cancelled: Callable[[], bool] | None = None,
     ) -> Iterator[Message]:
         """Send messages and yield the replies as they arrive.
 
@@ -126,6 +132,8 @@ class TreeGrid(Grid):
             So many replies with content start the `grace` period; None waits for all.
         grace : float
             Seconds to wait for the others once the quorum is there.
+        cancelled : callable, optional
+            Asked again and again; once it says True the outstanding ones are abandoned.
 
         Yields
         ------
@@ -176,7 +184,7 @@ class TreeGrid(Grid):
                     yield reply
                     del reply
                 left = end - time.monotonic()
-                if left <= 0:
+                if left <= 0 or (cancelled is not None and cancelled()):
                     break
                 wait = FASTEST if moved else min(SLOWEST, wait * 1.3)
                 if waiting or arriving:

@@ -30,7 +30,7 @@ from common.flower.fleet_client import (
 from common.flower.node_state import ContextStates, HomeIds, StateLock, load_key, load_or_make_key
 from common.flower.payloads import PayloadError, pack
 
-__all__ = ["RUN_RECORD", "Home", "ResidentNode"]
+__all__ = ["RUN_RECORD", "Fab", "Home", "ResidentNode"]
 
 RUN_RECORD = "espalier.run"
 HEARTBEAT_EVERY = 8.0  # the lease is 20 s: leaves room for a lost one and its repetition

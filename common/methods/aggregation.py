@@ -100,7 +100,7 @@ def _zeros(dtype: str, length: int) -> np.ndarray:
         raise ValueError("bfloat16 payloads must be decoded before they are added up")
     stored = STORED_AS[dtype]
     if stored.kind == "i":
-        return np.full(length, np.iinfo(stored).min, stored)
+        return np.full(length, np.iinfo(str(stored)).min, stored)
     return np.zeros(length, np.float32 if dtype == "float16" else stored)
 
 

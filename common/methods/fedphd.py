@@ -9,6 +9,7 @@ from common.methods.base import CloudState, Method
 
 if TYPE_CHECKING:
     from common.learning.objectives import Objective
+    from common.run.config import RunConfig
 
 
 class FedPhD(Method):

@@ -77,12 +77,14 @@ class AtRandom:
 
 
 class Fixed:
-    """A client stays at one of the edges it reaches, settled by its name alone, so clients spread over them."""
+    """A client stays at one of the edges it reaches; its name settles which, so clients spread over them."""
 
     def probabilities(self, member: Member, loads: Mapping[str, np.ndarray]) -> np.ndarray:
         """Return a one-hot distribution."""
         chosen = int(rng_for(0, member.name, 0, "fixed-edge").integers(len(member.edges)))
-        return np.eye(len(member.edges))[chosen]
+        chances = np.zeros(len(member.edges))
+        chances[chosen] = 1.0
+        return chances
 
 
 def pick_clients(members: Sequence[Member], fraction: float, seed: int, round_: int) -> list[Member]:

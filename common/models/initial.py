@@ -38,4 +38,5 @@ def initial_model(settings: RunConfig, image_shape: tuple[int, int, int]) -> nn.
         )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed_for(settings.seed, "cloud", 0, "initial model"))
-        return unet(settings.model, channels, height)
+        model: nn.Module = unet(settings.model, channels, height)
+    return model

@@ -2,19 +2,10 @@
 
 from __future__ import annotations
 
-from common import names
-from common.errors import ConfigError, WireError
+from common.errors import ConfigError
+from common.names import NAME_RULE, is_name
 
-NAME_RULE = "1 to 64 letters, digits, '.', '-' or '_', no sign at either end"
-
-
-def is_name(text: str) -> bool:
-    """Whether `text` is a name, and so may become a folder's: see `NAME_RULE`."""
-    try:
-        names.check_name(text)
-    except WireError:
-        return False
-    return True
+__all__ = ["NAME_RULE", "check_name", "is_name"]
 
 
 def check_name(text: str, what: str) -> str:

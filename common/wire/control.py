@@ -15,10 +15,12 @@ from proto import espalier_pb2 as pb
 #: Version of proto/espalier.proto; raised when a message changes its meaning.
 SCHEMA = 1
 
-#: Message types. A plan rides on Flower's own "train", so that any Flower strategy can carry one.
+#: Message types. A plan rides on Flower's own "train", so that any Flower strategy can carry one;
+#: the actions of ours are named so that no user's app has them too.
 TRAIN = "train"
-HELLO = "query.hello"
-PROGRESS = "query.progress"
+HELLO = "query.espalier_hello"
+PROGRESS = "query.espalier_progress"
+DONE = "query.espalier_done"
 
 #: Record keys: Flower's own defaults for arrays, config and metrics, one of ours for the report.
 ARRAYS, CONFIG, METRICS, REPORT = "arrays", "config", "metrics", "espalier"
@@ -57,7 +59,8 @@ def decode(kind: type[P], data: object, sender: str) -> P:
     schema: int = getattr(message, "schema", 0)
     if schema != SCHEMA:
         raise WireError(
-            sender, f"a {kind.__name__} of schema {schema}, this side speaks {SCHEMA}: install the same Espalier on both"
+            sender,
+            f"a {kind.__name__} of schema {schema}, this side speaks {SCHEMA}; install one Espalier on both",
         )
     return message
 

@@ -86,7 +86,9 @@ class Layout:
 
     def to_proto(self) -> pb.Layout:
         """Return the protobuf form."""
-        return pb.Layout(tensors=[pb.TensorSpec(name=t.name, dtype=t.dtype, shape=t.shape) for t in self.tensors])
+        return pb.Layout(
+            tensors=[pb.TensorSpec(name=t.name, dtype=t.dtype, shape=t.shape) for t in self.tensors]
+        )
 
     @cached_property
     def lengths(self) -> dict[str, int]:
@@ -191,7 +193,7 @@ class Weights:
         if set(record) != set(layout.lengths):
             raise WireError(
                 sender,
-                f"buffers {sorted(record)} instead of {sorted(layout.lengths)}: a tensor is missing or too many",
+                f"buffers {sorted(record)}, expected {sorted(layout.lengths)}: a tensor is missing or too many",
             )
         buffers = {}
         for dtype, length in layout.lengths.items():

@@ -1,0 +1,73 @@
+"""The edge process: Fleet server towards its clients, resident node towards the cloud."""
+
+from __future__ import annotations
+
+import logging
+import signal
+from pathlib import Path
+from typing import Any
+
+from common.errors import ConfigError
+from common.flower.inline import InlineFleet
+from common.flower.resident import Home, ResidentNode
+from common.names import is_name
+from common.security import Security
+from edge.app import SIDE_TYPES, EdgeApp
+
+log = logging.getLogger("espalier.edge")
+
+
+def run_edge(name: str, cloud: str, listen: str, state: Path, key: Path | None, security: Security) -> None:
+    """Run an edge until SIGTERM or Ctrl-C.
+
+    Parameters
+    ----------
+    name : str
+        The edge's name.
+    cloud : str
+        HOST:PORT of the cloud's Fleet API.
+    listen : str
+        HOST:PORT to serve clients at; port 0 takes a free one (written to `state`/address).
+    state : Path
+        Folder for the node key, client names and states; held by one process at a time.
+    key : Path or None
+        Private node key; by default one below `state`.
+    security : Security
+        Certificates of both links.
+
+    Raises
+    ------
+    EspalierError
+        If the name is none, the state is in use, or the address cannot be served.
+    """
+    if not is_name(name):
+        raise ConfigError(f"--name {name!r} is no name for an edge; use letters, digits, '.', '-', '_'")
+    roots = security.client_roots(cloud)
+    home = Home(cloud, root_certificates=roots, insecure=roots is None)
+    fleet = InlineFleet(listen, certificates=security.server_certificates(listen))
+
+    def on_event(kind: str, facts: dict[str, Any]) -> None:
+        level = logging.DEBUG if kind in ("message", "reply") else logging.INFO
+        log.log(level, "uplink %s %s", kind, facts)
+
+    app = EdgeApp(name, fleet, state, lambda run_id: node.fetch_fab(home, run_id))
+    node = ResidentNode(
+        app,
+        [home],
+        state,
+        node_config={"name": name},
+        key=key,
+        side_types=SIDE_TYPES,
+        on_event=on_event,
+    )
+    fleet.start()
+    host = listen.rpartition(":")[0]
+    (state / "address").write_text(f"{host}:{fleet.port}\n")
+    log.info("edge %s serves clients at %s:%d, cloud %s", name, host, fleet.port, cloud)
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda *_: node.stop())
+    try:
+        node.run()
+    finally:
+        app.close()
+        fleet.stop()

@@ -1,0 +1,128 @@
+"""The plan of a window against a direct simulation of FedPhD's rule, draw for draw."""
+
+from __future__ import annotations
+
+import hashlib
+
+import numpy as np
+import pytest
+
+from common.methods.planning import (
+    AtRandom,
+    ByHomogeneity,
+    Fixed,
+    Member,
+    mean_homogeneity,
+    pick_clients,
+    plan_window,
+)
+
+EDGES = ("edge-1", "edge-2")
+
+
+def members(count: int = 20, classes: int = 10) -> list[Member]:
+    """FedPhD's CIFAR-10 layout: client c holds classes c//4 and c//4+5, 1250 samples each."""
+    found = []
+    for c in range(count):
+        labels = np.zeros(classes)
+        labels[c // 4 % 5] = labels[c // 4 % 5 + 5] = 1250
+        found.append(Member(f"client-{c:02d}", 2500, labels, EDGES))
+    return found
+
+
+def generator(seed: int, name: str, round_: int, purpose: str) -> np.random.Generator:
+    """The seeding rule, written again: SHA-256 of the four parts."""
+    digest = hashlib.sha256("\x1f".join([str(seed), name, str(round_), purpose]).encode()).digest()
+    return np.random.default_rng(int.from_bytes(digest[:8], "big") // 2)
+
+
+def simulate(
+    clients: list[Member], first: int, rounds: int, k: int, seed: int, a: float
+) -> list[dict[str, str]]:
+    """FedPhD's rule by the text of fedphd.md §1, with distributions q_e and counts n_e kept apart."""
+    q = {e: np.full(10, 0.1) for e in EDGES}
+    n = dict.fromkeys(EDGES, 0.0)
+    found = []
+    for r in range(first, first + rounds):
+        picked = sorted(generator(seed, "cloud", r, "selection").choice(len(clients), k, replace=False))
+        round_ = {}
+        for i in picked:
+            client = clients[i]
+            p = []
+            for e in EDGES:
+                mixed = (n[e] * q[e] + client.labels) / (n[e] + 2500)
+                mu = 2 - np.sqrt(np.sum((mixed - 0.1) ** 2))
+                p.append(max(a * mu - n[e], 0) + 1e-8)
+            draw = generator(seed, client.name, r, "edge").choice(2, p=np.array(p) / sum(p))
+            round_[client.name] = EDGES[draw]
+        for i in picked:
+            e = round_[clients[i].name]
+            q[e] = (n[e] * q[e] + clients[i].labels) / (n[e] + 2500)
+            n[e] += 2500
+        found.append(round_)
+    return found
+
+
+@pytest.mark.parametrize("seed", [0, 1, 2023])
+@pytest.mark.parametrize("fraction", [0.2, 0.4, 1.0])
+def test_equals_direct_simulation(seed: int, fraction: float) -> None:
+    clients = members()
+    for first in (1, 6, 11):
+        plan = plan_window(
+            clients, ByHomogeneity(10000.0, 0.0), first_round=first, rounds=5, fraction=fraction, seed=seed
+        )
+        assert plan == simulate(clients, first, 5, round(20 * fraction), seed, 10000.0)
+
+
+def test_picks_do_not_depend_on_rule_or_order() -> None:
+    clients = members()
+    ordered = [m.name for m in pick_clients(clients, 0.2, 7, 3)]
+    assert ordered == [m.name for m in pick_clients(clients[::-1], 0.2, 7, 3)]
+    assert ordered == sorted(ordered)
+    for rule in (AtRandom(), Fixed(), ByHomogeneity(1.0, 0.0)):
+        plan = plan_window(clients, rule, first_round=3, rounds=1, fraction=0.2, seed=7)
+        assert list(plan[0]) == ordered
+
+
+def test_only_reachable_edges_are_drawn() -> None:
+    clients = [Member("a", 1, np.ones(2), ("east",)), Member("b", 1, np.ones(2), ("west",))]
+    for seed in range(20):
+        plan = plan_window(
+            clients, ByHomogeneity(10.0, 0.0), first_round=1, rounds=2, fraction=1.0, seed=seed
+        )
+        assert plan == [{"a": "east", "b": "west"}] * 2
+
+
+def test_fixed_stays() -> None:
+    plan = plan_window(members(), Fixed(), first_round=1, rounds=6, fraction=1.0, seed=3)
+    assert all(round_ == plan[0] for round_ in plan)
+    assert set(plan[0].values()) == set(EDGES)
+
+
+def test_mean_homogeneity() -> None:
+    clients = [
+        Member("a", 4, np.array([4.0, 0.0]), EDGES),
+        Member("b", 4, np.array([0.0, 4.0]), EDGES),
+    ]
+    together = [{"a": "edge-1", "b": "edge-1"}]
+    apart = [{"a": "edge-1", "b": "edge-2"}]
+    assert mean_homogeneity(together, clients) == 2.0
+    assert mean_homogeneity(apart, clients) == pytest.approx(2 - 0.5**0.5)
+
+
+def test_rule_is_no_worse_than_random() -> None:
+    """fedphd.md §1: with K=4 of 20 the rule lifts the mean mu a little (1.815 -> 1.825)."""
+    clients = members()
+
+    def mean_mu(rule: AtRandom | ByHomogeneity) -> float:
+        found = [
+            mean_homogeneity(
+                plan_window(clients, rule, first_round=1, rounds=5, fraction=0.2, seed=seed), clients
+            )
+            for seed in range(300)
+        ]
+        return float(np.mean(found))
+
+    random, rule = mean_mu(AtRandom()), mean_mu(ByHomogeneity(10000.0, 0.0))
+    assert random == pytest.approx(1.815, abs=0.01)
+    assert rule > random
