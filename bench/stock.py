@@ -1,0 +1,238 @@
+"""Starts Flower's own processes on free ports, for what is measured or tested against them."""
+
+from __future__ import annotations
+
+import os
+import socket
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from threading import Event, Thread
+
+import psutil
+from flwr.cli.build import build_fab_from_files
+from flwr.common.constant import SUPERLINK_NODE_ID
+from flwr.common.serde import fab_to_proto, run_from_proto, user_config_to_proto
+from flwr.proto.control_pb2 import StartRunRequest
+from flwr.proto.runtime_pb2 import AcquireTaskRequest, PullTaskInputRequest, SendTaskHeartbeatRequest
+from flwr.supercore.constant import NOOP_FEDERATION_ID, TaskType
+from flwr.supercore.control import ControlHttpClient
+from flwr.supercore.fab import Fab
+from flwr.supercore.interceptors import RuntimeTokenHttpInterceptor, RuntimeVersionHttpInterceptor
+from flwr.supercore.runtime import RuntimeHttpClient
+from flwr.supercore.task_identity import TaskIdentity
+from flwr.superlink.grid.http_grid import HttpGrid
+
+APP_TOML = """\
+[project]
+name = "tiny"
+version = "1.0.0"
+description = "A Flower app for measurements and tests"
+license = { file = "LICENSE" }
+dependencies = ["flwr>=1.39"]
+
+[tool.hatch.build.targets.wheel]
+packages = ["."]
+
+[tool.flwr.app]
+publisher = "espalier"
+
+[tool.flwr.app.components]
+serverapp = "tinyapp.server:app"
+clientapp = "tinyapp.client:app"
+
+[tool.flwr.app.config]
+"""
+SERVER = """\
+from flwr.serverapp import ServerApp
+app = ServerApp()
+
+@app.main()
+def main(grid, context):
+    pass
+"""
+
+
+def free_port() -> int:
+    """Return a TCP port of the loopback interface that was free a moment ago."""
+    with socket.socket() as held:
+        held.bind(("127.0.0.1", 0))
+        return int(held.getsockname()[1])
+
+
+def wait_until(condition: Callable[[], object], timeout: float, what: str = "it") -> None:
+    """Wait until a condition holds.
+
+    Raises
+    ------
+    TimeoutError
+        Naming `what`, after `timeout` seconds.
+    """
+    end = time.monotonic() + timeout
+    while not condition():
+        if time.monotonic() > end:
+            raise TimeoutError(f"{what} did not come about within {timeout:g} s")
+        time.sleep(0.02)
+
+
+def stop_process(process: subprocess.Popen[bytes], patience: float = 3.0) -> None:
+    """End a process and everything that it started, by their ids."""
+    try:
+        family = [*psutil.Process(process.pid).children(recursive=True), psutil.Process(process.pid)]
+    except psutil.NoSuchProcess:
+        family = []
+    for one in family:
+        with_suppressed(one.terminate)
+    _, alive = psutil.wait_procs(family, timeout=patience)
+    for one in alive:
+        with_suppressed(one.kill)
+    psutil.wait_procs(alive, timeout=patience)
+    process.wait(patience)
+
+
+def with_suppressed(action: Callable[[], object]) -> None:
+    """Do something to a process that may have ended."""
+    try:
+        action()
+    except psutil.NoSuchProcess:
+        return
+
+
+def environment(home: Path, **more: str) -> dict[str, str]:
+    """Return the environment of a Flower process with its own FLWR_HOME, our interpreter first in PATH."""
+    bin_folder = str(Path(sys.executable).parent)
+    return {
+        **os.environ,
+        "FLWR_HOME": str(home),
+        "FLWR_TELEMETRY_ENABLED": "0",
+        "FLWR_DISABLE_UPDATE_CHECK": "1",
+        "FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION": "1",
+        "PATH": f"{bin_folder}{os.pathsep}{os.environ.get('PATH', '')}",
+        **more,
+    }
+
+
+@contextmanager
+def running(
+    command: Sequence[str], log: Path, env: Mapping[str, str] | None = None
+) -> Iterator[subprocess.Popen[bytes]]:
+    """Run a command with its output in `log`; end it and its children on the way out."""
+    with log.open("ab") as out:
+        process = subprocess.Popen(list(command), stdout=out, stderr=subprocess.STDOUT, env=env)
+    try:
+        yield process
+    finally:
+        stop_process(process)
+
+
+@dataclass(frozen=True)
+class SuperLink:
+    """A stock SuperLink that is up."""
+
+    fleet: str
+    api: str
+    pid: int
+    log: Path
+
+
+@contextmanager
+def superlink(
+    folder: Path, *, isolation: str = "process", fleet_port: int | None = None, more: Sequence[str] = ()
+) -> Iterator[SuperLink]:
+    """Run a stock ``flower-superlink`` without TLS on free ports of the loopback interface.
+
+    Parameters
+    ----------
+    folder : Path
+        For its FLWR_HOME and log.
+    isolation : str
+        "process" starts nothing else (see :func:`serverapp_grid`); "subprocess" lets it start ServerApps.
+    fleet_port : int, optional
+        Port of its Fleet API.
+    more : sequence of str
+        Further arguments.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    fleet, api, log = f"127.0.0.1:{fleet_port or free_port()}", free_port(), folder / "superlink.log"
+    command = [str(Path(sys.executable).with_name("flower-superlink")), "--insecure", "--isolation", isolation]
+    command += ["--host", "127.0.0.1", "--port", str(api), "--fleet-api-address", fleet, *more]
+    with running(command, log, environment(folder)) as process:
+
+        def up() -> bool:
+            if process.poll() is not None:
+                raise RuntimeError(f"flower-superlink ended: {log.read_text()[-2000:]}")
+            try:
+                with urllib.request.urlopen(f"http://127.0.0.1:{api}/health", timeout=2) as answer:
+                    return bool(answer.status == 200)
+            except (urllib.error.URLError, OSError):
+                return False
+
+        wait_until(up, 60, "the SuperLink")
+        yield SuperLink(fleet, f"127.0.0.1:{api}", process.pid, log)
+
+
+@contextmanager
+def supernode(folder: Path, fleet: str, *more: str) -> Iterator[subprocess.Popen[bytes]]:
+    """Run a stock ``flower-supernode`` without TLS."""
+    folder.mkdir(parents=True, exist_ok=True)
+    command = [str(Path(sys.executable).with_name("flower-supernode")), "--insecure", "--superlink", fleet]
+    command += ["--port", str(free_port()), *more]
+    with running(command, folder / "supernode.log", environment(folder)) as process:
+        yield process
+
+
+def app_bundle(client: str, server: str = SERVER, config: str = "") -> Fab:
+    """Build the bundle of a tiny Flower app from the source of its two modules and its default configuration."""
+    files: dict[str, bytes | Path] = {
+        "pyproject.toml": (APP_TOML + config).encode(),
+        "LICENSE": b"MIT",
+        "README.md": b"# tiny\n",
+        "tinyapp/__init__.py": b"",
+        "tinyapp/client.py": client.encode(),
+        "tinyapp/server.py": server.encode(),
+    }
+    return Fab("", build_fab_from_files(files)[0], {})
+
+
+@contextmanager
+def serverapp_grid(
+    link: SuperLink, fab: Fab, run_config: Mapping[str, bool | int | float | str] | None = None
+) -> Iterator[HttpGrid]:
+    """Start a run at a stock SuperLink (isolation "process") and be its ServerApp: yield its Grid."""
+    version = RuntimeVersionHttpInterceptor(component_name="flwr-serverapp")
+    control = ControlHttpClient.from_server_address(link.api, True, None, [version])
+    request = StartRunRequest(
+        fab=fab_to_proto(fab),
+        override_config=user_config_to_proto(dict(run_config or {})),
+        federation=NOOP_FEDERATION_ID,
+    )
+    control.StartRun(request)
+    acquire = AcquireTaskRequest(supported_task_types=[TaskType.SERVER_APP])
+    claimed = RuntimeHttpClient.from_server_address(link.api, True, None, [version]).AcquireTask(acquire)
+    grid = HttpGrid(link.api, insecure=True, token=claimed.token)
+    token = RuntimeTokenHttpInterceptor(token=claimed.token)
+    client = RuntimeHttpClient.from_server_address(link.api, True, None, [version, token])
+    given = client.PullTaskInput(PullTaskInputRequest())
+    run = run_from_proto(given.run)
+    grid.set_run(run)
+    TaskIdentity.task_id, TaskIdentity.run_id, TaskIdentity.node_id = given.task_id, run.run_id, SUPERLINK_NODE_ID
+    ended = Event()
+
+    def beat() -> None:
+        while not ended.wait(10):
+            client.SendTaskHeartbeat(SendTaskHeartbeatRequest())
+
+    thread = Thread(target=beat, daemon=True)
+    thread.start()
+    try:
+        yield grid
+    finally:
+        ended.set()
+        thread.join(5)
+        grid.close()
