@@ -160,7 +160,12 @@ def superlink(
     """
     folder.mkdir(parents=True, exist_ok=True)
     fleet, api, log = f"127.0.0.1:{fleet_port or free_port()}", free_port(), folder / "superlink.log"
-    command = [str(Path(sys.executable).with_name("flower-superlink")), "--insecure", "--isolation", isolation]
+    command = [
+        str(Path(sys.executable).with_name("flower-superlink")),
+        "--insecure",
+        "--isolation",
+        isolation,
+    ]
     command += ["--host", "127.0.0.1", "--port", str(api), "--fleet-api-address", fleet, *more]
     with running(command, log, environment(folder)) as process:
 
@@ -221,7 +226,11 @@ def serverapp_grid(
     given = client.PullTaskInput(PullTaskInputRequest())
     run = run_from_proto(given.run)
     grid.set_run(run)
-    TaskIdentity.task_id, TaskIdentity.run_id, TaskIdentity.node_id = given.task_id, run.run_id, SUPERLINK_NODE_ID
+    TaskIdentity.task_id, TaskIdentity.run_id, TaskIdentity.node_id = (
+        given.task_id,
+        run.run_id,
+        SUPERLINK_NODE_ID,
+    )
     ended = Event()
 
     def beat() -> None:

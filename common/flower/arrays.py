@@ -1,4 +1,4 @@
-"""Turns numpy buffers into Flower Arrays and back with one copy at most, because a model crosses two links a round."""
+"""Turns numpy buffers into Flower Arrays and back without needless copies of a whole model."""
 
 from __future__ import annotations
 
@@ -23,7 +23,8 @@ def array_from_numpy(ndarray: npt.NDArray[Any]) -> Array:
     Returns
     -------
     Array
-        As ``Array(ndarray)`` builds it (an ``.npy`` header and the buffer), byte for byte for C-contiguous input.
+        As ``Array(ndarray)`` builds it (an ``.npy`` header and the buffer), byte for byte for C-contiguous
+        input.
 
     Raises
     ------
@@ -35,7 +36,7 @@ def array_from_numpy(ndarray: npt.NDArray[Any]) -> Array:
     packed = np.asarray(ndarray, order="C")
     head = BytesIO()
     np.lib.format.write_array_header_1_0(head, np.lib.format.header_data_from_array_1_0(packed))
-    body = memoryview(packed.reshape(-1).view(np.uint8)) if packed.size else b""
+    body = packed.reshape(-1).view(np.uint8).data if packed.size else b""
     return Array(
         dtype=str(packed.dtype),
         shape=tuple(int(n) for n in packed.shape),
@@ -60,8 +61,8 @@ def numpy_view(array: Array) -> npt.NDArray[Any]:
     Raises
     ------
     ValueError
-        If the bytes are no ``.npy`` array, hold Python objects, are cut short or too long, or are not of the dtype and
-        shape that the Array claims.
+        If the bytes are no ``.npy`` array, hold Python objects, are cut short or too long, or are not of the
+        dtype and shape that the Array claims.
     """
     if array.stype != SType.NUMPY:
         raise ValueError(f"serialisation {array.stype!r} is not supported, only {SType.NUMPY!r}")
@@ -98,8 +99,8 @@ def payload_bytes(content: RecordDict) -> int:
     Returns
     -------
     int
-        Bytes of every Array's data plus the serialised ConfigRecords and MetricRecords; Flower's own framing (message
-        and object headers, some hundred bytes) is not counted.
+        Bytes of every Array's data plus the serialised ConfigRecords and MetricRecords; Flower's own framing
+        (message and object headers, some hundred bytes) is not counted.
     """
     total = 0
     for record in content.values():

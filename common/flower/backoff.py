@@ -16,8 +16,8 @@ class Backoff:
     cap : float
         No wait is longer, in seconds.
     generator : random.Random, optional
-        Source of the jitter. Jitter keeps many nodes from returning at once; it is no part of a run's results, so by
-        default it is not seeded by the run.
+        Source of the jitter. Jitter keeps many nodes from returning at once; it is no part of a run's
+        results, so by default it is not seeded by the run.
     """
 
     def __init__(self, first: float = 0.2, cap: float = 10.0, generator: random.Random | None = None) -> None:
@@ -27,7 +27,7 @@ class Backoff:
         self._tries = 0
 
     def next(self) -> float:
-        """Return the next wait in seconds: between half and the whole of ``min(cap, first * 2**tries)``, times 1.5."""
+        """Return the next wait in seconds: 0.75 to 1.5 times ``first * 2**tries``, never above `cap`."""
         span = min(self._cap, 1.5 * self._first * 2.0**self._tries)
         if span < self._cap:
             self._tries += 1
@@ -41,8 +41,9 @@ class Backoff:
 class PollPace:
     """Adaptive polling: fast while something is going on, slow while nothing is.
 
-    A server that holds a poll until there is a message (ours does) is asked again at once; one that answers at once
-    (a stock SuperLink) is asked every `fast` seconds shortly after activity and ever more rarely up to `slow`.
+    A server that holds a poll until there is a message (ours does) is asked again at once; one that answers
+    at once (a stock SuperLink) is asked every `fast` seconds shortly after activity and ever more rarely up
+    to `slow`.
     """
 
     def __init__(self, fast: float = 0.015, slow: float = 1.0, warm: float = 3.0, held: float = 0.3) -> None:

@@ -1,4 +1,4 @@
-"""The cloud's Grid over the one that Flower gives a ServerApp: replies as they arrive, deadlines, and nothing left behind."""
+"""The cloud's Grid over a stock SuperLink: replies as they arrive, deadlines, and nothing left behind."""
 
 from __future__ import annotations
 
@@ -45,7 +45,8 @@ class TreeGrid(Grid):
     Parameters
     ----------
     grid : Grid
-        What Flower passed to the ServerApp's main function. Everything that has nothing to do with replies goes to it.
+        What Flower passed to the ServerApp's main function. Everything that has nothing to do with replies
+        goes to it.
 
     Attributes
     ----------
@@ -138,13 +139,14 @@ class TreeGrid(Grid):
         Yields
         ------
         Message
-            A reply, or an Error: from the node, NODE_UNAVAILABLE for a node that is gone, or REPLY_MESSAGE_UNAVAILABLE
-            for a reply whose upload ended early or whose objects do not fit together.
+            A reply, or an Error: from the node, NODE_UNAVAILABLE for a node that is gone, or
+            REPLY_MESSAGE_UNAVAILABLE for a reply whose upload ended early or whose objects do not fit
+            together.
 
         Notes
         -----
-        What was abandoned is freed in the SuperLink as far as it allows: the payload sent down at once, a late reply
-        when it has come (see :meth:`collect_late`).
+        What was abandoned is freed in the SuperLink as far as it allows: the payload sent down at once, a
+        late reply when it has come (see :meth:`collect_late`).
         """
         self.collect_late()
         batch = list(messages)
@@ -198,8 +200,8 @@ class TreeGrid(Grid):
         Returns
         -------
         int
-            How many came since the last call. Between windows, call it now and then: a message that was given up is
-            settled, one way or the other, within a minute of its deadline.
+            How many came since the last call. Between windows, call it now and then: a message that was
+            given up is settled, one way or the other, within a minute of its deadline.
         """
         with self._lock:
             given_up = sorted(self._given_up)

@@ -46,7 +46,7 @@ PULL_TIMEOUT = 30.0  # a server of ours holds a pull for about a second
 OBJECTS_IN_FLIGHT = 4
 
 
-class HomeFault(Exception):
+class HomeFault(Exception):  # noqa: N818 - an outcome to act upon
     """A call to a home failed."""
 
 
@@ -88,7 +88,8 @@ class Home:
 class _VersionInterceptor(grpc.UnaryUnaryClientInterceptor):
     """Says which Flower version this is, as a SuperNode does.
 
-    Flower's own interceptor ends the whole process when a server refuses the version; here it is one home's fault.
+    Flower's own interceptor ends the whole process when a server refuses the version; here it is one home's
+    fault.
     """
 
     def __init__(self) -> None:
@@ -188,9 +189,9 @@ class FleetClient:
     def join(self, remembered: int | None) -> int:
         """Register and activate this node; return the node id that the server gives it.
 
-        A server that enforces node keys registers them itself, and a server that is still up knows this key: both
-        refuse the registration, and activation goes on. While the lease of a killed process lasts, activation is
-        refused too; the remembered node id ends that lease.
+        A server that enforces node keys registers them itself, and a server that is still up knows this key:
+        both refuse the registration, and activation goes on. While the lease of a killed process lasts,
+        activation is refused too; the remembered node id ends that lease.
 
         Raises
         ------
@@ -262,7 +263,8 @@ class FleetClient:
         pulled : Pulled
             What :meth:`pull` brought.
         give_up_at : float
-            Until when (``time.time()``) to wait for a server that does not answer or an object that is on its way.
+            Until when (``time.time()``) to wait for a server that does not answer or an object that is on
+            its way.
 
         Raises
         ------
@@ -337,7 +339,7 @@ class FleetClient:
         took: Callable[[str, Any], bool],
         give_up_at: float,
     ) -> None:
-        """Call `method` for each object, a few at a time; repeat those that fail for now or that `took` declines."""
+        """Call `method` for each object, a few at a time; repeat what fails for now or `took` declines."""
         waiting = deque(object_ids)
         flying: deque[tuple[str, Any]] = deque()
         backoff = Backoff(first=0.05, cap=0.5)

@@ -1,4 +1,7 @@
-"""Flower's own Fleet servicer, taught to hold polls, to queue big uploads and to say when a reply is complete."""
+"""Flower's own Fleet servicer, taught to hold polls, to queue uploads and to say when a reply is there."""
+
+# The methods of a gRPC servicer are named as in its .proto file.
+# ruff: noqa: N802
 
 from __future__ import annotations
 
@@ -6,7 +9,6 @@ import threading
 import time
 from collections import defaultdict
 from collections.abc import Callable
-from typing import Any
 
 import grpc
 from flwr.common.serde import message_from_proto
@@ -80,7 +82,7 @@ class Links:
             return self._mail[node_id]
 
     def hold_poll(self, node_id: int, alive: Callable[[], bool]) -> bool:
-        """Wait until there is a message for the node, at most about a second; return False if the caller is gone."""
+        """Wait until the node has a message, at most about a second; return False if the caller is gone."""
         flag = self.mail_for(node_id)
         with self.lock:
             if self._polls >= POLLS_HELD:
@@ -144,7 +146,7 @@ class InlineFleetServicer(FleetServicer):
 
     def ActivateNode(
         self, request: ActivateNodeRequest, context: grpc.ServicerContext
-    ) -> ActivateNodeResponse:  # noqa: N802
+    ) -> ActivateNodeResponse:
         """Activate a node, and offer it again what its dead process had pulled."""
         answer: ActivateNodeResponse = super().ActivateNode(request, context)
         self._links.redeliver(answer.node_id)
@@ -153,7 +155,7 @@ class InlineFleetServicer(FleetServicer):
 
     def DeactivateNode(
         self, request: DeactivateNodeRequest, context: grpc.ServicerContext
-    ) -> DeactivateNodeResponse:  # noqa: N802
+    ) -> DeactivateNodeResponse:
         """Deactivate a node."""
         answer: DeactivateNodeResponse = super().DeactivateNode(request, context)
         self._links.node_change()
@@ -161,7 +163,7 @@ class InlineFleetServicer(FleetServicer):
 
     def PullMessages(
         self, request: PullMessagesRequest, context: grpc.ServicerContext
-    ) -> PullMessagesResponse:  # noqa: N802
+    ) -> PullMessagesResponse:
         """Answer a poll at once if there is a message, else hold it for about a second."""
         node_id = request.node.node_id
         flag = self._links.mail_for(node_id)
@@ -177,7 +179,7 @@ class InlineFleetServicer(FleetServicer):
 
     def PushMessages(
         self, request: PushMessagesRequest, context: grpc.ServicerContext
-    ) -> PushMessagesResponse:  # noqa: N802
+    ) -> PushMessagesResponse:
         """Accept a reply that a grid waits for, when its turn has come; refuse every other one quietly."""
         links = self._links
         if len(request.messages_list) != 1 or len(request.message_object_trees) != 1:
@@ -229,7 +231,7 @@ class InlineFleetServicer(FleetServicer):
             self._tell(upload)
         return answer
 
-    def PushObject(self, request: PushObjectRequest, context: grpc.ServicerContext) -> PushObjectResponse:  # noqa: N802
+    def PushObject(self, request: PushObjectRequest, context: grpc.ServicerContext) -> PushObjectResponse:
         """Store an object of a reply under way, and tell the grid when it was the last one."""
         links = self._links
         upload = links.uploads.find(request.session_id)
@@ -244,13 +246,13 @@ class InlineFleetServicer(FleetServicer):
             self._tell(upload)
         return answer
 
-    def ConfirmMessageReceived(  # noqa: N802
+    def ConfirmMessageReceived(
         self, request: ConfirmMessageReceivedRequest, context: grpc.ServicerContext
     ) -> ConfirmMessageReceivedResponse:
         """Keep a message's objects until it is answered: its node may be killed and ask again."""
         if self._links.wants(request.message_object_id):
             return ConfirmMessageReceivedResponse()
-        answer: Any = super().ConfirmMessageReceived(request, context)
+        answer: ConfirmMessageReceivedResponse = super().ConfirmMessageReceived(request, context)
         return answer
 
     def _tell(self, upload: Upload) -> None:

@@ -1,4 +1,4 @@
-"""A Flower server inside our own process: Fleet gRPC for the nodes, and grids that give replies as they arrive."""
+"""A Flower server inside our own process: Fleet gRPC for the nodes, and grids for whoever serves them."""
 
 from __future__ import annotations
 
@@ -243,8 +243,8 @@ class InlineFleet:
         task_id = state.get_run_info(run_ids=[run_id])[0].primary_task_id
         if task_id is None or state.claim_task(task_id) is None or not state.activate_task(task_id):
             raise StateError("Flower's link state did not start the run; check that flwr is 1.39")
-        # This process is the task, so there is no heartbeat to miss: without a token the task never expires, also not
-        # when the process was paused for an hour.
+        # This process is the task, so there is no heartbeat to miss: without a token the task never
+        # expires, also not when the process was paused for an hour.
         with state.lock_task_store:
             record = state.task_token_store.pop(task_id)
             state.task_token_to_task_id.pop(record.token, None)

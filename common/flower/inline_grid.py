@@ -1,4 +1,4 @@
-"""The inline server's Grid: stores messages and objects directly, yields replies as they arrive, and leaves nothing behind."""
+"""The inline server's Grid: stores messages directly, yields replies as they arrive, leaves nothing behind."""
 
 from __future__ import annotations
 
@@ -159,8 +159,8 @@ class InlineGrid(Grid):
 
         Notes
         -----
-        However it ends (all came, deadline, quorum, the caller closes it), every message, reply and object of the
-        exchange is deleted. Late replies are refused and counted.
+        However it ends (all came, deadline, quorum, the caller closes it), every message, reply and object
+        of the exchange is deleted. Late replies are refused and counted.
         """
         arrivals: queue.SimpleQueue[str] = queue.SimpleQueue()
         waiting: dict[str, Message] = {}

@@ -1,4 +1,4 @@
-"""Takes messages apart into Flower's content-addressed objects and puts them together again with as few copies as possible."""
+"""Takes messages apart into Flower's content-addressed objects, and puts them together again, with few copies."""
 
 from __future__ import annotations
 
@@ -68,7 +68,8 @@ class Packed:
 def pack(message: Message) -> Packed:
     """Take a message apart and stamp it with its message id.
 
-    Arrays that were packed before (the same objects, sent to another node) are neither sliced nor hashed again.
+    Arrays that were packed before (the same objects, sent to another node) are neither sliced nor hashed
+    again.
     """
     with no_object_id_recompute():
         if message.has_content():

@@ -47,8 +47,8 @@ class ResidentNode:
     Parameters
     ----------
     app : callable
-        A Flower ClientApp or any ``(Message, Context) -> Message``. Called in this process, one call at a time over all
-        homes; calls for `side_types` may overlap with one other call.
+        A Flower ClientApp or any ``(Message, Context) -> Message``. Called in this process, one call at a
+        time over all homes; calls for `side_types` may overlap with one other call.
     homes : sequence of Home
         The servers to connect to.
     state : Path

@@ -29,7 +29,8 @@ class Upload:
 class Uploads:
     """The uploads of a server, at most `slots` big ones at a time.
 
-    A big upload holds its slot from before its first byte until the reply is taken out of the store, or given up.
+    A big upload holds its slot from before its first byte until the reply is taken out of the store, or
+    given up.
 
     Parameters
     ----------
