@@ -28,7 +28,7 @@ class FedPhD(Method):
     @classmethod
     def contradictions(cls, settings: RunConfig) -> list[str]:
         """Refuse a pruning round that the run never reaches."""
-        if settings.pruning_ratio == 0 or settings.prune_at <= settings.rounds:
+        if settings.pruning_ratio == 0 or settings.prune_round <= settings.rounds:
             return []
         return [
             f"prune-at: round {settings.prune_at} is past the last one (rounds={settings.rounds}), so nothing "
@@ -39,7 +39,7 @@ class FedPhD(Method):
         """Return the DDPM loss, with the sparsity penalty in the rounds before the pruning."""
         from common.learning.objectives import DDPMLoss, GroupNormPenalty
 
-        sparse = self._prunes and round_ <= self.settings.prune_at
+        sparse = self._prunes and round_ <= self.settings.prune_round
         return DDPMLoss() + GroupNormPenalty(self.settings.sparse_weight) if sparse else DDPMLoss()
 
     def cloud_aggregation(self) -> Aggregation:
@@ -49,7 +49,7 @@ class FedPhD(Method):
 
     def after_window(self, state: CloudState) -> None:
         """Prune once, right after the central aggregation that reaches R_s."""
-        if self._prunes and not state.pruned and state.round >= self.settings.prune_at:
+        if self._prunes and not state.pruned and state.round >= self.settings.prune_round:
             self.prune(state)
 
     @property

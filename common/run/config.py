@@ -100,7 +100,7 @@ class RunConfig(BaseModel):
         default=0.2, description="share of the channels that pruning removes; 0 does not prune"
     )
     prune_at: Count = Field(
-        default=20, description="round after whose cloud aggregation the model is pruned; 0: at start"
+        default=0, description="round R_s after which the model is pruned; 0: a third of the rounds"
     )
 
     ema_decay: float = Field(default=0.0, ge=0, lt=1, description="decay of the averaged model; 0 keeps none")
@@ -165,6 +165,11 @@ class RunConfig(BaseModel):
         if value and not is_name(value):
             raise _fault(f"{_show(value)} is no name; use {NAME_RULE}")
         return value
+
+    @property
+    def prune_round(self) -> int:
+        """R_s: `prune-at`, or a third of the rounds where it is left open."""
+        return self.prune_at or max(1, round(self.rounds / 3))
 
     @property
     def windows(self) -> int:

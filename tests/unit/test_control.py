@@ -1,0 +1,98 @@
+from __future__ import annotations
+
+import contextlib
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from common.errors import WireError
+from common.wire import control
+from common.wire.hello import check_client_hello
+from proto import espalier_pb2 as pb
+
+
+def plan() -> pb.RoundPlan:
+    return pb.RoundPlan(schema=control.SCHEMA, run="r", window=1, round=2, client="cam-7", edge="edge-1")
+
+
+def test_decode_round_trip() -> None:
+    assert control.decode(pb.RoundPlan, plan().SerializeToString(), "edge-1") == plan()
+
+
+def test_truncated() -> None:
+    data = plan().SerializeToString()
+    with pytest.raises(WireError, match="'edge-1' refused: a RoundPlan that is truncated"):
+        control.decode(pb.RoundPlan, data[:-3], "edge-1")
+
+
+def test_unknown_schema() -> None:
+    other = plan()
+    other.schema = control.SCHEMA + 1
+    with pytest.raises(WireError, match=f"of schema {control.SCHEMA + 1}, this side speaks {control.SCHEMA}"):
+        control.decode(pb.RoundPlan, other.SerializeToString(), "edge-1")
+    with pytest.raises(WireError, match="schema 0"):
+        control.decode(pb.RoundPlan, b"", "edge-1")
+
+
+def test_not_bytes() -> None:
+    with pytest.raises(WireError, match="no RoundPlan in the message"):
+        control.decode(pb.RoundPlan, None, "edge-1")
+
+
+@given(st.binary(max_size=200))
+def test_no_bytes_crash_the_decoder(data: bytes) -> None:
+    for kind in (pb.WindowPlan, pb.RoundPlan, pb.EdgeReport, pb.ClientReport, pb.ClientHello, pb.EdgeHello):
+        with contextlib.suppress(WireError):
+            assert control.decode(kind, data, "stranger").schema == control.SCHEMA
+
+
+@pytest.mark.parametrize(("field", "value"), [("run", "other"), ("window", 9), ("round", 9)])
+def test_foreign_reply(field: str, value: object) -> None:
+    report = pb.ClientReport(schema=control.SCHEMA, run="r", window=1, round=2)
+    control.check_same_run(plan(), report, "cam-7")
+    setattr(report, field, value)
+    with pytest.raises(WireError, match="a reply to"):
+        control.check_same_run(plan(), report, "cam-7")
+
+
+def hello() -> pb.ClientHello:
+    return pb.ClientHello(
+        schema=control.SCHEMA,
+        name="cam-7",
+        samples=5,
+        histogram=pb.LabelHistogram(counts=[2, 3]),
+        classes=["cat", "dog"],
+        image_shape=[3, 32, 32],
+    )
+
+
+def test_good_hello() -> None:
+    check_client_hello(hello(), "cam-7")
+    noisy = hello()
+    noisy.histogram.counts[:] = [0.2, 7.9]
+    noisy.histogram.noisy = True
+    check_client_hello(noisy, "cam-7")
+
+
+@pytest.mark.parametrize(
+    ("counts", "classes", "samples", "shape", "fault"),
+    [
+        ([2, 3, 0], ["cat", "dog"], 5, [3, 8, 8], "a label histogram of 3 counts for 2 classes"),
+        ([2, -3], ["cat", "dog"], 5, [3, 8, 8], "negative or infinite"),
+        ([2, float("nan")], ["cat", "dog"], 5, [3, 8, 8], "negative or infinite"),
+        ([2, 3], ["cat", "dog"], 6, [3, 8, 8], "5 counts for 6 samples"),
+        ([0, 0], ["cat", "dog"], 0, [3, 8, 8], "no training sample"),
+        ([2, 3], ["cat", "dog"], 5, [8, 8], "image shape"),
+        ([2, 3], ["cat", "dog"], 5, [3, 8, 0], "image shape"),
+        ([], [], 5, [3, 8, 8], "0 classes"),
+    ],
+)
+def test_bad_hello(
+    counts: list[float], classes: list[str], samples: int, shape: list[int], fault: str
+) -> None:
+    bad = pb.ClientHello(
+        samples=samples, histogram=pb.LabelHistogram(counts=counts), classes=classes, image_shape=shape
+    )
+    with pytest.raises(WireError, match=fault):
+        check_client_hello(bad, "cam-7")
