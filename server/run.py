@@ -12,9 +12,10 @@ import uuid
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import torch
-from common.models.pipeline import save_model
 from common.run.board import Board
 from common.run.report import build_report
 from flwr.app import ConfigRecord
@@ -22,17 +23,19 @@ from flwr.app import ConfigRecord
 from common.errors import EspalierError
 from common.flower.cloud_grid import TreeGrid
 from common.learning.diffusion import ddim_schedule, ema_update
-from common.methods.base import CloudState, Method, build_model
+from common.methods.base import CloudState, Method, architecture_layout, build_model
 from common.methods.planning import AtRandom, mean_homogeneity, plan_window
 from common.methods.registry import create_method
 from common.models.cost import macs_and_params
 from common.models.initial import initial_model
+from common.models.pipeline import save_model
 from common.names import NameRegistry
 from common.run.checkpoint import Checkpoints
 from common.run.config import RunConfig
 from common.run.events import EVENTS_FILE, EventLog
 from common.run.ledger import Ledger
 from common.run.record import (
+    REPORT_FILE,
     ClientEntry,
     FaultEntry,
     Participation,
@@ -44,7 +47,7 @@ from common.run.record import (
 from common.wire.payload import Weights
 from proto import espalier_pb2 as pb
 from server.evaluation import Evaluator
-from server.strategy import WindowStrategy
+from server.strategy import Version, WindowStrategy
 from server.tree import Tree
 from server.watch import Watch, stop_requested
 
@@ -100,7 +103,7 @@ class TreeRun:
         EspalierError
             If the tree does not come together or the settings do not fit the data.
         """
-        self.events.write("run", run=self.run_id, config=self.settings.to_flat())
+        self.events.write("run", run=self.run_id, config=self.settings.to_flat(), pid=os.getpid())
         try:
             self._train()
         except StopRequested:
@@ -117,10 +120,11 @@ class TreeRun:
         s = self.settings
         self.tree.gather(s, lambda: stop_requested(self.out))
         self._check_stop()
-        state = self._initial_state()
+        resumed = self._resume()
+        state, reached = resumed or (self._initial_state(), {})
         self._introduce()
         evaluator = Evaluator(s, self.tree.image_shape, _device(s.device), cache=self.out / "features")
-        strategy = WindowStrategy(self.method, state, self.tree, self.run_id)
+        strategy = WindowStrategy(self.method, state, self.tree, self.run_id, reached)
         strategy.summary()
         while state.round < s.rounds:
             self._window(strategy, state)
@@ -137,6 +141,24 @@ class TreeRun:
         if state.pruned:
             self._pruned(state)
         return state
+
+    def _resume(self) -> tuple[CloudState, dict[str, Version]] | None:
+        """Go on from the newest checkpoint of this run, if there is one; what came after it is forgotten."""
+        window = self.checkpoints.latest()
+        if window is None:
+            return None
+        tensors, meta = self.checkpoints.load(window)
+        state, reached = restore(tensors, meta)
+        seconds = self.record.seconds
+        self.record = RunRecord.read(self.out).model_copy(update={"status": "running", "reason": ""})
+        self.record.windows = [w for w in self.record.windows if w.window <= window]
+        self.record.quality = [q for q in self.record.quality if q.window <= window]
+        self.started -= self.record.seconds - seconds
+        for entry in self.record.windows:
+            self.ledger.merge({link: t.model_dump() for link, t in entry.links.items()})
+        log.info("run %s goes on after window %d", self.run_id, window)
+        self.events.write("resumed", window=window, round=state.round)
+        return state, reached
 
     def _introduce(self) -> None:
         """Enter the tree into the record."""
@@ -304,6 +326,7 @@ class TreeRun:
             tensors,
             {
                 "run": self.run_id,
+                "window": state.window,
                 "round": state.round,
                 "pruned": state.pruned,
                 "architecture": state.architecture.SerializeToString().hex(),
@@ -356,6 +379,26 @@ class TreeRun:
             raise StopRequested
 
 
+def restore(tensors: dict[str, np.ndarray], meta: dict[str, Any]) -> tuple[CloudState, dict[str, Version]]:
+    """Rebuild the cloud's state, and the newest state version of each client, from a checkpoint."""
+    parts: dict[str, dict[str, np.ndarray]] = {"model": {}, "ema": {}, "extra": {}}
+    for name, tensor in tensors.items():
+        part, _, rest = name.partition("/")
+        parts[part][rest] = tensor
+    architecture = pb.ArchitectureSpec.FromString(bytes.fromhex(meta["architecture"]))
+    layout = architecture_layout(architecture)
+    state = CloudState(
+        architecture=architecture,
+        weights=Weights.fill(layout, parts["model"]),
+        window=meta["window"],
+        round=meta["round"],
+        ema=Weights.fill(layout, parts["ema"]) if parts["ema"] else None,
+        pruned=meta["pruned"],
+        extra=parts["extra"],
+    )
+    return state, {name: (at[0], at[1]) for name, at in meta["reached"].items()}
+
+
 def _round_entries(strategy: WindowStrategy) -> list[RoundEntry]:
     """Merge the edges' records of each round."""
     entries = []
@@ -392,13 +435,13 @@ def run_folder(settings: RunConfig, flower_run: int) -> Path:
     Raises
     ------
     EspalierError
-        If it already holds a run.
+        If it already holds another run; a run of the same `run-id` goes on there.
     """
     out = (
         Path(settings.out) if settings.out else cloud_state() / "runs" / (settings.run_id or str(flower_run))
     )
-    if (out / "report.json").exists():
-        raise EspalierError(f"{out} already holds a run; give another --out")
+    if (out / REPORT_FILE).exists() and RunRecord.read(out).run != settings.run_id:
+        raise EspalierError(f"{out} already holds another run; give another --out")
     out.mkdir(parents=True, exist_ok=True)
     return out
 
