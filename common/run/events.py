@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import threading
 import time
 from collections.abc import Iterator
@@ -27,7 +28,7 @@ class EventLog:
 
     Each line is an object with ``event``, ``time`` (Unix seconds) and the event's own fields:
 
-    - ``run``: run, config
+    - ``run``: run, config, pid (of the writer, added here)
     - ``joined``: edges, clients
     - ``window-start``: window, rounds: [{round, participants: [{client, edge}]}]
     - ``progress``: edge, window, round, training, done, loss, bytes: {up_bytes, down_bytes, messages}
@@ -36,6 +37,7 @@ class EventLog:
     - ``prune``: window, round, params, macs, params_dense, macs_dense
     - ``fault``: tier, node, kind, detail, window, round
     - ``checkpoint``: window
+    - ``interrupted``: reason (the cloud went away; the run is brought back from its checkpoint)
     - ``finished``, ``stopped``, ``failed``: reason
 
     Parameters
@@ -56,6 +58,11 @@ class EventLog:
 
     def write(self, event: str, **fields: Any) -> None:
         """Append one event; readers see it at once and never a part of it."""
+        if event == "run":
+            fields = {
+                **fields,
+                "pid": os.getpid(),
+            }  # so that a reader sees when the writer dies without a word
         line = json.dumps({"event": event, "time": time.time(), **plain(fields)}) + "\n"
         with self._lock:
             self._file.write(line)
@@ -71,29 +78,31 @@ def follow(path: Path, stop: threading.Event, *, offset: int = 0) -> Iterator[di
 
     The file may not exist yet. A line that does not parse (torn by a crash of the writer) is passed over.
     """
-    rest = b""
     while True:
         ending = stop.is_set()  # read before the file, so that what was written before `stop` is not lost
-        if path.exists():
-            with path.open("rb") as file:
-                file.seek(offset)
-                data = file.read()
-            offset += len(data)
-            *lines, rest = (rest + data).split(b"\n")
-            for line in lines:
-                event = _parse(line)
-                if event is not None:
-                    yield event
+        events, offset = read_from(path, offset)
+        yield from events
         if ending:
             return
         stop.wait(_POLL_SECONDS)
 
 
+def read_from(path: Path, offset: int) -> tuple[list[dict[str, Any]], int]:
+    """Return the events whose lines are complete from byte `offset` on, and the offset to go on from."""
+    try:
+        with path.open("rb") as file:
+            file.seek(offset)
+            data = file.read()
+    except FileNotFoundError:
+        return [], offset
+    complete = data[: data.rfind(b"\n") + 1]
+    events = [event for line in complete.splitlines() if (event := _parse(line)) is not None]
+    return events, offset + len(complete)
+
+
 def read_events(path: Path) -> list[dict[str, Any]]:
     """Return all events of a log so far; none if there is no log."""
-    done = threading.Event()
-    done.set()
-    return list(follow(path, done))
+    return read_from(path, 0)[0]
 
 
 def _parse(line: bytes) -> dict[str, Any] | None:

@@ -1,0 +1,148 @@
+"""`espalier demo`: a whole tree of real processes on this machine, one run, and everything stopped again."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import uuid
+from collections.abc import Mapping
+from pathlib import Path
+
+from common.commands.follow import check_folder, describe_result, prepare, run_to_end
+from common.data.spec import parse_spec
+from common.errors import ConfigError, EspalierError
+from common.run.clouds import Cloud, find_cloud, running_clouds
+from common.run.config import FlatValue
+from common.run.events import EVENTS_FILE
+from common.run.processes import Group, espalier_command, espalier_env, free_ports, listens, signals_interrupt
+from common.run.progress import RunView
+
+#: Settings of the demonstration where they differ from the defaults: a run of minutes on two cores.
+DEMO: dict[str, FlatValue] = {}
+
+READY_SECONDS = 90.0
+
+
+def run_demo(edges: int, clients: int, data: str, out: Path, settings: Mapping[str, FlatValue]) -> str:
+    """Start a cloud, `edges` edges and `clients` clients, run once, stop all of them; return the status.
+
+    Parameters
+    ----------
+    edges, clients : int
+        Processes of each kind; every client reaches every edge.
+    data : str
+        ``SOURCE`` or ``SOURCE:SCHEME``; client i of n gets ``SOURCE:i/n:SCHEME``, and quality is measured
+        against the whole.
+    out : Path
+        The run's folder; logs and states of the processes go to its ``processes/``.
+    settings : mapping
+        Flat settings that go before those of `DEMO`.
+
+    Raises
+    ------
+    EspalierError
+        A setting is at fault, a process does not start, or the run failed.
+    """
+    if edges < 1 or clients < 1:
+        raise ConfigError(f"a tree needs an edge and a client, not --edges {edges} --clients {clients}")
+    source, _, scheme = data.partition(":")
+    parse_spec(":".join(filter(None, [source, f"0/{clients}", scheme])))
+    tree: dict[str, FlatValue] = {"eval-data": source, "min-edges": edges, "min-clients": clients}
+    out = out.expanduser().resolve()
+    view = RunView()
+    _set_aside(out, view)
+    config = prepare({**DEMO, **tree, **settings}, out)
+    with signals_interrupt(), Group() as group:
+        cloud = _start_cloud(group, out / "processes")
+        _start_tree(group, out / "processes", cloud, edges, clients, data)
+        reported: set[str] = set()
+
+        def check(view: RunView) -> None:
+            _check(group, view, reported)
+
+        with view:
+            status = run_to_end(cloud, config, view, check)
+    view.say(describe_result(out, status))
+    return status
+
+
+def _set_aside(out: Path, view: RunView) -> None:
+    """Move an earlier demo out of the way; nothing that was made is lost."""
+    if not (out / EVENTS_FILE).exists():
+        check_folder(out, "demo")
+        # Processes of a demo that never came to its run leave states that belong to nobody.
+        shutil.rmtree(out / "processes", ignore_errors=True)
+        return
+    number = 1
+    while (aside := out.with_name(f"{out.name}.{number}")).exists():
+        number += 1
+    out.rename(aside)
+    view.say(f"the earlier run in {out} is now {aside}")
+
+
+def _start_cloud(group: Group, folder: Path) -> Cloud:
+    fleet, control = free_ports(2)
+    name = f"demo-{uuid.uuid4().hex[:6]}"
+    arguments = ["--listen", f"127.0.0.1:{fleet}", "--control", f"127.0.0.1:{control}"]
+    group.start(
+        "cloud",
+        espalier_command("cloud", *arguments, "--state", str(folder / "cloud"), "--name", name),
+        folder / "cloud.log",
+        espalier_env(),
+    )
+
+    def ready() -> bool:
+        named = any(cloud.name == name for cloud in running_clouds())
+        return named and listens("127.0.0.1", fleet) and listens("127.0.0.1", control)
+
+    group.wait_until(ready, "the cloud", READY_SECONDS)
+    return find_cloud(name)
+
+
+def _start_tree(group: Group, folder: Path, cloud: Cloud, edges: int, clients: int, data: str) -> None:
+    env = espalier_env()
+    addresses = []
+    for number in range(1, edges + 1):
+        name = f"edge-{number}"
+        addresses.append(folder / name / "address")  # where the edge writes what port it got
+        arguments = ["--name", name, "--cloud", cloud.listen, "--listen", "127.0.0.1:0"]
+        group.start(
+            name,
+            espalier_command("edge", *arguments, "--state", str(folder / name)),
+            folder / f"{name}.log",
+            env,
+        )
+    threads = max(1, (os.cpu_count() or 1) // clients)
+    group.wait_until(lambda: all(path.exists() for path in addresses), "an edge", READY_SECONDS)
+    homes = [word for path in addresses for word in ("--edge", path.read_text(encoding="utf-8").strip())]
+    source, _, scheme = data.partition(":")
+    for number in range(clients):
+        name = f"client-{number + 1}"
+        share = ":".join(filter(None, [source, f"{number}/{clients}", scheme]))
+        arguments = [
+            "--name",
+            name,
+            *homes,
+            "--data",
+            share,
+            "--threads",
+            str(threads),
+        ]
+        group.start(
+            name,
+            espalier_command("client", *arguments, "--state", str(folder / name)),
+            folder / f"{name}.log",
+            env,
+        )
+
+
+def _check(group: Group, view: RunView, reported: set[str]) -> None:
+    """End the demo when a process ends before everybody joined; later, go on without it and say so."""
+    for process in group.ended():
+        if process.name == "cloud" or not view.state.clients:
+            group.check()
+        if process.name not in reported:
+            reported.add(process.name)
+            view.say(f"{process.name} ended: {process.last_words()} (log: {process.log})")
+            if all(other in group.ended() for other in group.processes if other.name.startswith("client-")):
+                raise EspalierError("every client has ended")
