@@ -6,7 +6,7 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from common.learning.grid import save_grid
+from common.learning.grid import image_grid
 
 from common.data.spec import open_data
 from common.errors import ConfigError
@@ -77,7 +77,7 @@ class Evaluator:
             settings=s,
         )
         path.parent.mkdir(parents=True, exist_ok=True)
-        save_grid(images, path)
+        image_grid(images).save(path)
 
     def measure(self, model: nn.Module, window: int, round_: int) -> Evaluation | None:
         """Measure `eval-samples` images of the model, None without `eval-data`."""
@@ -101,8 +101,8 @@ class Evaluator:
             frechet=found.frechet,
             inception_score=found.inception_score,
             kid=found.kid,
-            floor=Scores.model_validate(found.floor, from_attributes=True),
-            noise=Scores.model_validate(found.noise, from_attributes=True),
-            gaussian=Scores.model_validate(found.gaussian, from_attributes=True),
+            floor=Scores(frechet=found.floor, inception_score=found.inception_score_real),
+            noise=Scores(frechet=found.noise),
+            gaussian=Scores(frechet=found.gaussian),
             seconds=time.monotonic() - start,
         )

@@ -22,7 +22,7 @@ from flwr.app import ConfigRecord
 
 from common.errors import EspalierError
 from common.flower.cloud_grid import TreeGrid
-from common.learning.diffusion import ddim_schedule, ema_update
+from common.learning.diffusion import ema_update
 from common.methods.base import CloudState, Method, architecture_layout, build_model
 from common.methods.planning import AtRandom, mean_homogeneity, plan_window
 from common.methods.registry import create_method
@@ -149,11 +149,11 @@ class TreeRun:
             return None
         tensors, meta = self.checkpoints.load(window)
         state, reached = restore(tensors, meta)
-        seconds = self.record.seconds
         self.record = RunRecord.read(self.out).model_copy(update={"status": "running", "reason": ""})
         self.record.windows = [w for w in self.record.windows if w.window <= window]
         self.record.quality = [q for q in self.record.quality if q.window <= window]
-        self.started -= self.record.seconds - seconds
+        self.started -= self.record.seconds
+        self.record.faults = [f for f in self.record.faults if f.window <= window]
         for entry in self.record.windows:
             self.ledger.merge({link: t.model_dump() for link, t in entry.links.items()})
         log.info("run %s goes on after window %d", self.run_id, window)
@@ -344,7 +344,7 @@ class TreeRun:
         save_model(
             self.out / "model",
             build_model(state.architecture, state.ema or state.weights),
-            scheduler=ddim_schedule(self.settings),
+            schedule=self.settings,
             metadata={
                 "run": self.run_id,
                 "method": self.settings.method,
