@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 
+import httpx
 from flwr.app import Error, Message, RecordDict
 from flwr.app.constants import DEFAULT_TTL
 from flwr.app.message.message import remove_content_from_message
@@ -180,6 +182,8 @@ class TreeGrid(Grid):
                     if reply is None:
                         continue
                     del arriving[message_id]
+                    if reply.has_error():
+                        self._free(message_id)  # a node that was gone never fetched it
                     came += reply.has_content()
                     if quorum is not None and came == quorum:
                         end = min(end, time.monotonic() + grace)
@@ -273,10 +277,11 @@ class TreeGrid(Grid):
         with self._lock:
             self._given_up.update(waiting)
             self.abandoned += len(waiting) + len(arriving)
-        for message_id in waiting:
-            self._free(message_id)  # the payload sent down, which nobody may ever fetch
-        for one in arriving.values():
-            self._free(one.reply_id)
+        # The payload sent down, which nobody may ever fetch, and what has come of replies. If the SuperLink is gone,
+        # so is what it held.
+        with contextlib.suppress(httpx.HTTPError):
+            for object_id in [*waiting, *(one.reply_id for one in arriving.values())]:
+                self._free(object_id)
 
     def _free(self, object_id: str) -> None:
         """Delete a message's objects in the SuperLink's store."""

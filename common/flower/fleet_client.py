@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import json
+import contextlib
 import threading
 import time
 from collections import deque
@@ -14,7 +14,6 @@ import grpc
 from cryptography.hazmat.primitives.asymmetric import ec
 from flwr.app import Message
 from flwr.app.message.message import remove_content_from_message
-from flwr.client.grpc_rere_client.node_auth_client_interceptor import NodeAuthClientInterceptor
 from flwr.common.constant import HEARTBEAT_MIN_INTERVAL
 from flwr.common.serde import fab_from_proto, message_from_proto, message_to_proto, run_from_proto
 from flwr.proto.fab_pb2 import GetFabRequest
@@ -30,14 +29,22 @@ from flwr.proto.heartbeat_pb2 import SendNodeHeartbeatRequest
 from flwr.proto.message_pb2 import ConfirmMessageReceivedRequest, PullObjectRequest, PushObjectRequest
 from flwr.proto.node_pb2 import Node
 from flwr.proto.run_pb2 import GetRunRequest
-from flwr.supercore.error import ApiErrorCode, FlowerError
+from flwr.supercore.error import ApiErrorCode
 from flwr.supercore.fab import Fab
-from flwr.supercore.grpc import GRPC_MAX_MESSAGE_LENGTH
 from flwr.supercore.primitives.asymmetric import public_key_to_bytes
 from flwr.supercore.run import Run
-from flwr.supercore.runtime_version_compatibility import RuntimeVersionMetadata
 
 from common.flower.backoff import Backoff
+from common.flower.homes import (
+    Home,
+    HomeRefused,
+    HomeUnavailable,
+    MessageGone,
+    NodeForgotten,
+    fault_of,
+    flower_code,
+    open_channel,
+)
 from common.flower.payloads import Packed, tree_ids, unpack
 
 CALL_TIMEOUT = 20.0
@@ -46,82 +53,8 @@ PULL_TIMEOUT = 30.0  # a server of ours holds a pull for about a second
 OBJECTS_IN_FLIGHT = 4
 
 
-class HomeFault(Exception):  # noqa: N818 - an outcome to act upon
-    """A call to a home failed."""
-
-
-class HomeUnavailable(HomeFault):
-    """Nobody answers, for now: try again."""
-
-
-class NodeForgotten(HomeFault):
-    """The server does not know this node (it was restarted): register and activate again."""
-
-
-class MessageGone(HomeFault):
-    """The run is over, or the server has given this message up: drop it."""
-
-
-class HomeRefused(HomeFault):
-    """The server answers, and refuses."""
-
-
-@dataclass(frozen=True)
-class Home:
-    """One server to connect to.
-
-    Parameters
-    ----------
-    address : str
-        HOST:PORT of its Fleet API.
-    root_certificates : bytes, optional
-        PEM certificates that its own must be signed by; None means those of the system.
-    insecure : bool
-        Without TLS.
-    """
-
-    address: str
-    root_certificates: bytes | None = None
-    insecure: bool = False
-
-
-class _VersionInterceptor(grpc.UnaryUnaryClientInterceptor):
-    """Says which Flower version this is, as a SuperNode does.
-
-    Flower's own interceptor ends the whole process when a server refuses the version; here it is one home's
-    fault.
-    """
-
-    def __init__(self) -> None:
-        self._metadata = RuntimeVersionMetadata.from_local_component("SuperNode")
-
-    def intercept_unary_unary(
-        self, continuation: Callable[[Any, Any], Any], details: Any, request: Any
-    ) -> Any:
-        metadata = self._metadata.append_to_grpc_metadata(details.metadata)
-        return continuation(details._replace(metadata=metadata), request)
-
-
-def fault_of(error: grpc.RpcError) -> HomeFault:
-    """Translate a gRPC error into what to do next."""
-    code = error.code()
-    details = error.details() or ""
-    said = FlowerError.from_json(details)
-    if said is not None:
-        if said.code == ApiErrorCode.FLEET_RUN_STATUS_NOT_ALLOWED:
-            return MessageGone("the run is over")
-        extra = f" ({said.public_details})" if said.public_details else ""
-        return HomeRefused(f"[{int(said.code)}] {said.message}{extra}")
-    if code in (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.DEADLINE_EXCEEDED, grpc.StatusCode.CANCELLED):
-        return HomeUnavailable(" ".join(details.split())[:300] or str(code.name))
-    if code is grpc.StatusCode.UNAUTHENTICATED:
-        return NodeForgotten(details)
-    return HomeRefused(f"{code.name}: {' '.join(details.split())[:300]}")
-
-
-def _flower_code(error: grpc.RpcError) -> int | None:
-    said = FlowerError.from_json(error.details())
-    return None if said is None else int(said.code)
+def _code(refused: HomeRefused) -> int | None:
+    return flower_code(refused.__cause__) if isinstance(refused.__cause__, grpc.RpcError) else None
 
 
 @dataclass
@@ -150,35 +83,20 @@ class FleetClient:
         self._key = key
         self._public_key = public_key_to_bytes(key.public_key())
         self._stopped = stopped
-        self._channel, self._stub = self._open()
+        self._channel = open_channel(home, key)
+        self._stub = FleetStub(self._channel)
         # Its own TCP connection: a heartbeat never waits behind a payload.
-        self._beat_channel, self._beat_stub = self._open()
+        self._beat_channel = open_channel(home, key)
+        self._beat_stub = FleetStub(self._beat_channel)
         self.node_id = 0
-
-    def _open(self) -> tuple[grpc.Channel, FleetStub]:
-        options = [
-            ("grpc.max_send_message_length", GRPC_MAX_MESSAGE_LENGTH),
-            ("grpc.max_receive_message_length", GRPC_MAX_MESSAGE_LENGTH),
-            # Without it gRPC gives every channel to one address the same connection.
-            ("grpc.use_local_subchannel_pool", 1),
-            ("grpc.initial_reconnect_backoff_ms", 200),
-            ("grpc.min_reconnect_backoff_ms", 200),
-            ("grpc.max_reconnect_backoff_ms", 5000),
-        ]
-        if self.home.insecure:
-            channel = grpc.insecure_channel(self.home.address, options=options)
-        else:
-            credentials = grpc.ssl_channel_credentials(self.home.root_certificates)
-            channel = grpc.secure_channel(self.home.address, credentials, options=options)
-        signed = NodeAuthClientInterceptor(self._key, self._key.public_key())
-        channel = grpc.intercept_channel(channel, _VersionInterceptor(), signed)
-        return channel, FleetStub(channel)
 
     def _call(self, method: Callable[..., Any], request: Any, timeout: float | None = CALL_TIMEOUT) -> Any:
         try:
             return method(request, timeout=timeout)
         except grpc.RpcError as error:
             raise fault_of(error) from error
+        except ValueError as error:  # what gRPC says of a closed channel
+            raise HomeUnavailable(str(error)) from error
 
     @property
     def _node(self) -> Node:
@@ -203,28 +121,27 @@ class FleetClient:
             ApiErrorCode.PUBLIC_KEY_ALREADY_IN_USE,
         )
         try:
-            self._stub.RegisterNode(
-                RegisterNodeFleetRequest(public_key=self._public_key), timeout=CALL_TIMEOUT
-            )
-        except grpc.RpcError as error:
-            if _flower_code(error) not in known:
-                raise fault_of(error) from error
+            self._call(self._stub.RegisterNode, RegisterNodeFleetRequest(public_key=self._public_key))
+        except HomeRefused as refused:
+            if _code(refused) not in known:
+                raise
         activate = ActivateNodeRequest(public_key=self._public_key, heartbeat_interval=HEARTBEAT_MIN_INTERVAL)
         try:
-            answer = self._stub.ActivateNode(activate, timeout=CALL_TIMEOUT)
-        except grpc.RpcError as error:
-            if _flower_code(error) != ApiErrorCode.FLEET_NODE_ACTIVATION_FAILED or remembered is None:
-                raise fault_of(error) from error
-            self._call(self._stub.DeactivateNode, DeactivateNodeRequest(node_id=remembered))
+            answer = self._call(self._stub.ActivateNode, activate)
+        except HomeRefused as refused:
+            if _code(refused) != ApiErrorCode.FLEET_NODE_ACTIVATION_FAILED or remembered is None:
+                raise
+            # A server that was restarted gives other ids; then the lease is not ours to end.
+            with contextlib.suppress(NodeForgotten, HomeRefused):
+                self._call(self._stub.DeactivateNode, DeactivateNodeRequest(node_id=remembered))
             answer = self._call(self._stub.ActivateNode, activate)
         self.node_id = answer.node_id
         return self.node_id
 
-    def leave(self) -> None:
-        """End this node's lease, if the server answers."""
+    def _leave(self) -> None:
         if self.node_id:
             try:
-                self._stub.DeactivateNode(DeactivateNodeRequest(node_id=self.node_id), timeout=2.0)
+                self._beat_stub.DeactivateNode(DeactivateNodeRequest(node_id=self.node_id), timeout=2.0)
             except grpc.RpcError:
                 return  # its lease ends by itself after two missed heartbeats
 
@@ -241,9 +158,19 @@ class FleetClient:
         if not answer.success:
             raise NodeForgotten("the server does not know this node")
 
+    def hang_up(self) -> None:
+        """End the calls under way with HomeUnavailable; later ones use a new connection.
+
+        A server whose machine lost power never closes a connection, so a call could wait for ever.
+        """
+        dead, self._channel = self._channel, open_channel(self.home, self._key)
+        self._stub = FleetStub(self._channel)
+        dead.close()
+
     def close(self) -> None:
-        """Close both connections; calls under way end with HomeUnavailable."""
+        """End this node's lease and close both connections; calls under way end with HomeUnavailable."""
         self._channel.close()
+        self._leave()
         self._beat_channel.close()
 
     # Messages -----------------------------------------------------------------------------------
@@ -347,7 +274,10 @@ class FleetClient:
             while waiting or flying:
                 while waiting and len(flying) < OBJECTS_IN_FLIGHT:
                     object_id = waiting.popleft()
-                    flying.append((object_id, method.future(request(object_id))))
+                    try:
+                        flying.append((object_id, method.future(request(object_id))))
+                    except ValueError as error:  # what gRPC says of a closed channel
+                        raise HomeUnavailable(str(error)) from error
                 object_id, call = flying.popleft()
                 try:
                     done = took(object_id, call.result())
@@ -380,25 +310,3 @@ class FleetClient:
         """Ask for the bundle of a run's app."""
         request = GetFabRequest(node=self._node, hash_str=fab_hash, run_id=run_id)
         return fab_from_proto(self._call(self._stub.GetFab, request, PULL_TIMEOUT).fab)
-
-
-def parse_run_record(values: Any) -> tuple[str, dict[str, bool | int | float | str]]:
-    """Read the reserved record ``espalier.run``: the run id and the run configuration.
-
-    Raises
-    ------
-    ValueError
-        If it is malformed.
-    """
-    run, raw = values.get("run"), values.get("config")
-    if not isinstance(run, str) or not run:
-        raise ValueError("the record espalier.run has no run id")
-    if not isinstance(raw, bytes):
-        raise ValueError("the record espalier.run has no configuration")
-    config = json.loads(raw)
-    if not isinstance(config, dict):
-        raise ValueError("the configuration in espalier.run is no JSON object")
-    for key, value in config.items():
-        if not isinstance(value, (bool, int, float, str)):
-            raise ValueError(f"the configuration in espalier.run gives {key!r} a {type(value).__name__}")
-    return run, config

@@ -12,6 +12,7 @@ import grpc
 from cryptography.exceptions import UnsupportedAlgorithm
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.serialization import load_pem_public_key, load_ssh_public_key
+from flwr.common.config import get_fab_config, get_metadata_from_config
 from flwr.common.constant import NOOP_ACCOUNT_NAME, NOOP_FLWR_AID, SUPERLINK_NODE_ID
 from flwr.proto.fleet_pb2_grpc import add_FleetServicer_to_server
 from flwr.proto.node_pb2 import NodeInfo
@@ -229,7 +230,7 @@ class InlineFleet:
         """
         state = self.links.state
         fab_hash = state.store_fab(fab) if fab is not None else None
-        fab_id, fab_version = ("espalier/app", "0.0.0") if fab is not None else (None, None)
+        fab_version, fab_id = get_metadata_from_config(get_fab_config(fab.content)) if fab else (None, None)
         run_id = state.create_run(
             fab_id,
             fab_version,

@@ -120,6 +120,8 @@ class InlineGrid(Grid):
             reply = self._take(sent) if complete else None
             if reply is None and (gone := self._gone(sent)):
                 reply = self._abandon(sent, ErrorCode.NODE_UNAVAILABLE, gone)
+            if reply is None and sent.metadata.created_at + sent.metadata.ttl < now().timestamp():
+                reply = self._abandon(sent, ErrorCode.MESSAGE_UNAVAILABLE, "the message has expired")
             if reply is not None:
                 self._pulled_by_hand.pop(message_id, None)
                 with self._lock:
@@ -179,10 +181,10 @@ class InlineGrid(Grid):
             yield from failed
             while waiting:
                 left = end - time.monotonic()
-                if left <= 0 or self.closed:
+                if self.closed or (left <= 0 and arrivals.empty()):  # what came in time is taken in any case
                     break
                 try:
-                    message_id = arrivals.get(timeout=min(left, TICK))
+                    message_id = arrivals.get(timeout=max(0.0, min(left, TICK)))
                 except queue.Empty:
                     for message_id, sent in list(waiting.items()):
                         if gone := self._gone(sent):

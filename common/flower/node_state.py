@@ -160,6 +160,7 @@ class ContextStates:
         self._keep = keep
         self._lock = threading.Lock()
         self._held: OrderedDict[str, RecordDict] = OrderedDict()
+        self._written: dict[str, bytes] = {}
         try:
             folder.mkdir(parents=True, exist_ok=True)
         except OSError as fault:
@@ -200,7 +201,12 @@ class ContextStates:
             self._held.move_to_end(run)
         if not state and not path.exists():
             return
-        write_atomic(path, recorddict_to_proto(state).SerializeToString())
+        content = recorddict_to_proto(state).SerializeToString()
+        digest = hashlib.sha256(content).digest()
+        if self._written.get(run) == digest:
+            return
+        write_atomic(path, content)
+        self._written = {run: digest}
         files = sorted(self._folder.glob("*.pb"), key=lambda file: file.stat().st_mtime_ns, reverse=True)
         for old in files[self._keep :]:
             old.unlink(missing_ok=True)

@@ -1,0 +1,114 @@
+"""A server that a node connects to, the channels to it, and what its errors mean for what to do next."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import grpc
+from cryptography.hazmat.primitives.asymmetric import ec
+from flwr.client.grpc_rere_client.node_auth_client_interceptor import NodeAuthClientInterceptor
+from flwr.supercore.error import ApiErrorCode, FlowerError
+from flwr.supercore.grpc import GRPC_MAX_MESSAGE_LENGTH
+from flwr.supercore.runtime_version_compatibility import RuntimeVersionMetadata
+
+
+class HomeFault(Exception):  # noqa: N818 - an outcome to act upon
+    """A call to a home failed."""
+
+
+class HomeUnavailable(HomeFault):
+    """Nobody answers, for now: try again."""
+
+
+class NodeForgotten(HomeFault):
+    """The server does not know this node (it was restarted): register and activate again."""
+
+
+class MessageGone(HomeFault):
+    """The run is over, or the server has given this message up: drop it."""
+
+
+class HomeRefused(HomeFault):
+    """The server answers, and refuses."""
+
+
+@dataclass(frozen=True)
+class Home:
+    """One server to connect to.
+
+    Parameters
+    ----------
+    address : str
+        HOST:PORT of its Fleet API.
+    root_certificates : bytes, optional
+        PEM certificates that its own must be signed by; None means those of the system.
+    insecure : bool
+        Without TLS.
+    """
+
+    address: str
+    root_certificates: bytes | None = None
+    insecure: bool = False
+
+
+class _VersionInterceptor(grpc.UnaryUnaryClientInterceptor):
+    """Says which Flower version this is, as a SuperNode does.
+
+    Flower's own interceptor ends the whole process when a server refuses the version; here it is one home's fault.
+    """
+
+    def __init__(self) -> None:
+        self._metadata = RuntimeVersionMetadata.from_local_component("SuperNode")
+
+    def intercept_unary_unary(
+        self, continuation: Callable[[Any, Any], Any], details: Any, request: Any
+    ) -> Any:
+        metadata = self._metadata.append_to_grpc_metadata(details.metadata)
+        return continuation(details._replace(metadata=metadata), request)
+
+
+def open_channel(home: Home, key: ec.EllipticCurvePrivateKey) -> grpc.Channel:
+    """Open a channel with a TCP connection of its own, whose calls are signed with the node's key."""
+    options = [
+        ("grpc.max_send_message_length", GRPC_MAX_MESSAGE_LENGTH),
+        ("grpc.max_receive_message_length", GRPC_MAX_MESSAGE_LENGTH),
+        # Without it gRPC gives every channel to one address the same connection.
+        ("grpc.use_local_subchannel_pool", 1),
+        ("grpc.initial_reconnect_backoff_ms", 200),
+        ("grpc.min_reconnect_backoff_ms", 200),
+        ("grpc.max_reconnect_backoff_ms", 5000),
+    ]
+    if home.insecure:
+        channel = grpc.insecure_channel(home.address, options=options)
+    else:
+        credentials = grpc.ssl_channel_credentials(home.root_certificates)
+        channel = grpc.secure_channel(home.address, credentials, options=options)
+    signed = NodeAuthClientInterceptor(key, key.public_key())
+    return grpc.intercept_channel(channel, _VersionInterceptor(), signed)
+
+
+def flower_code(error: grpc.RpcError) -> int | None:
+    """Return Flower's own error code of a gRPC error, if it carries one."""
+    said = FlowerError.from_json(error.details())
+    return None if said is None else int(said.code)
+
+
+def fault_of(error: grpc.RpcError) -> HomeFault:
+    """Translate a gRPC error into what to do next."""
+    code = error.code()
+    details = " ".join((error.details() or "").split())[:300]
+    said = FlowerError.from_json(error.details())
+    if said is not None:
+        if said.code == ApiErrorCode.FLEET_RUN_STATUS_NOT_ALLOWED:
+            return MessageGone("the run is over")
+        extra = f" ({said.public_details})" if said.public_details else ""
+        return HomeRefused(f"[{int(said.code)}] {said.message}{extra}")
+    if code in (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.DEADLINE_EXCEEDED, grpc.StatusCode.CANCELLED):
+        return HomeUnavailable(details or str(code.name))
+    if code is grpc.StatusCode.UNAUTHENTICATED:
+        if "timestamp" in details:
+            return HomeRefused("the clocks of this machine and the server differ; set them, e.g. by NTP")
+        return NodeForgotten(details)
+    return HomeRefused(f"{code.name}: {details}")
