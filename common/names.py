@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 from pathlib import Path
 
 from common.errors import StateError, WireError
+from common.run.jsonfile import write_text
 
 NAME_RULE = "1 to 64 letters, digits, '.', '-' or '_', no sign at either end"
 _NAME = re.compile(r"[A-Za-z0-9](?:[A-Za-z0-9._-]{0,62}[A-Za-z0-9])?")
@@ -70,6 +70,4 @@ class NameRegistry:
         if names := [n for n, k in self._keys.items() if k == key]:
             raise WireError(name, f"its node key already goes by the name {names[0]!r}")
         self._keys[name] = key
-        temporary = self.path.with_suffix(".part")
-        temporary.write_text(json.dumps(self._keys, indent=1))
-        os.replace(temporary, self.path)
+        write_text(self.path, json.dumps(self._keys, indent=1) + "\n")

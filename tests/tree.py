@@ -1,0 +1,123 @@
+"""A tree of real processes on loopback for integration tests: a stock SuperLink, edges and clients."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from bench.stock import (
+    SuperLink,
+    app_bundle,
+    environment,
+    free_port,
+    running,
+    serverapp_grid,
+    superlink,
+    wait_until,
+)
+from common.flower.cloud_grid import TreeGrid
+from common.run.config import RunConfig
+from server.run import TreeRun
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def espalier(*arguments: str) -> list[str]:
+    """Return the command line of one of our processes."""
+    return [sys.executable, "-m", "common.cli", *arguments]
+
+
+def process_environment(folder: Path, **more: str) -> dict[str, str]:
+    """Return the environment of our processes: one thread each, the checkout importable."""
+    path = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
+    return environment(folder / "flwr", OMP_NUM_THREADS="1", PYTHONPATH=path, **more)
+
+
+@dataclass
+class LiveTree:
+    """A running tree.
+
+    Attributes
+    ----------
+    link : SuperLink
+        The cloud.
+    folder : Path
+        Logs and states.
+    edges : dict[str, str]
+        Address of each edge by name.
+    """
+
+    link: SuperLink
+    folder: Path
+    edges: dict[str, str] = field(default_factory=dict)
+
+    def log(self, name: str) -> str:
+        """Return what a process printed."""
+        return (self.folder / f"{name}.log").read_text()
+
+    def run(self, name: str, **settings: bool | int | float | str) -> TreeRun:
+        """Run the cloud's part in this process, start to end; keyword underscores are dashes."""
+        flat = {key.replace("_", "-"): value for key, value in settings.items()}
+        config = RunConfig.from_flat({"run-id": name, **flat})
+        out = self.folder / "runs" / name
+        out.mkdir(parents=True, exist_ok=True)
+        with serverapp_grid(self.link, app_bundle("")) as grid:
+            run = TreeRun(config, TreeGrid(grid), out, self.folder / "cloud")
+            run.run()
+        return run
+
+
+@contextmanager
+def start_edge(tree: LiveTree, name: str) -> Iterator[str]:
+    """Run an edge process; yields its address."""
+    state = tree.folder / name
+    state.mkdir(parents=True, exist_ok=True)
+    address = state / "address"
+    address.unlink(missing_ok=True)
+    listen = tree.edges.get(name) or f"127.0.0.1:{free_port()}"
+    command = espalier(
+        "edge", "--name", name, "--cloud", tree.link.fleet, "--listen", listen, "--state", str(state)
+    )
+    with running(command, tree.folder / f"{name}.log", process_environment(tree.folder)) as process:
+
+        def ready() -> bool:
+            if process.poll() is not None:
+                raise RuntimeError(f"{name} ended: {tree.log(name)[-2000:]}")
+            return address.exists() and address.read_text().endswith("\n")
+
+        wait_until(ready, 60, name)
+        tree.edges[name] = address.read_text().strip()
+        yield tree.edges[name]
+
+
+@contextmanager
+def start_client(
+    tree: LiveTree, name: str, data: str, edges: Sequence[str], *more: str, **env: str
+) -> Iterator[int]:
+    """Run a client process towards the named edges; yields its process id."""
+    command = espalier("client", "--name", name, "--state", str(tree.folder / name), "--threads", "1")
+    command += ["--data", data] if data else []
+    for edge in edges:
+        command += ["--edge", tree.edges[edge]]
+    with running(
+        command + list(more), tree.folder / f"{name}.log", process_environment(tree.folder, **env)
+    ) as process:
+        yield process.pid
+
+
+@contextmanager
+def live_tree(
+    folder: Path, *, edges: int = 2, clients: int = 4, data: str = "digits:{i}/16"
+) -> Iterator[LiveTree]:
+    """Run a cloud, edges `edge-1`… and clients `c0`… that reach all edges, each with its part of the data."""
+    with ExitStack() as stack:
+        tree = LiveTree(stack.enter_context(superlink(folder / "link")), folder)
+        for number in range(1, edges + 1):
+            stack.enter_context(start_edge(tree, f"edge-{number}"))
+        for i in range(clients):
+            stack.enter_context(start_client(tree, f"c{i}", data.format(i=i), list(tree.edges)))
+        yield tree
