@@ -1,0 +1,61 @@
+"""TensorBoard events of a run, where tensorboard is installed (it is with the extra `cloud`)."""
+
+from __future__ import annotations
+
+import importlib.util
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from common.run.record import Evaluation, WindowEntry
+
+if TYPE_CHECKING:
+    from torch.utils.tensorboard import SummaryWriter
+
+
+class Board:
+    """Writes a run's curves; does nothing where tensorboard is absent.
+
+    Parameters
+    ----------
+    folder : Path
+        Where ``tensorboard --logdir`` finds them.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self._writer: SummaryWriter | None = None
+        if importlib.util.find_spec("tensorboard") is not None:
+            from torch.utils.tensorboard import SummaryWriter
+
+            self._writer = SummaryWriter(str(folder))
+
+    def window(self, entry: WindowEntry) -> None:
+        """Add a window: loss per round; weights, scores, bytes and timings per window."""
+        for round_ in entry.rounds:
+            self._add("train/loss", round_.loss, round_.round)
+        for edge, value in entry.rho.items():
+            self._add(f"rho/{edge}", value, entry.window)
+        for edge, value in entry.mu.items():
+            self._add(f"mu/{edge}", value, entry.window)
+        self._add("mu/planned", entry.mu_planned, entry.window)
+        self._add("mu/random", entry.mu_random, entry.window)
+        for link, traffic in entry.links.items():
+            self._add(f"bytes/{link}/up", traffic.up_bytes, entry.window)
+            self._add(f"bytes/{link}/down", traffic.down_bytes, entry.window)
+        for name, seconds in entry.timings.items():
+            self._add(f"seconds/{name}", seconds, entry.window)
+
+    def evaluation(self, entry: Evaluation) -> None:
+        """Add the measures after a window."""
+        for measure in ("frechet", "inception_score", "kid"):
+            self._add(f"quality/{measure}", getattr(entry, measure), entry.window)
+        if self._writer is not None:
+            self._writer.flush()
+
+    def close(self) -> None:
+        """Write everything out."""
+        if self._writer is not None:
+            self._writer.close()
+
+    def _add(self, name: str, value: float | None, step: int) -> None:
+        if self._writer is not None and value is not None:
+            self._writer.add_scalar(name, value, step)

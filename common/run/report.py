@@ -1,0 +1,321 @@
+"""The report of a run: one self-contained page made from report.json and the sample grids."""
+# ruff: noqa: RUF001 - typographic dashes and Greek letters of the page
+
+from __future__ import annotations
+
+import base64
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from markupsafe import Markup
+
+from common.errors import StateError
+from common.run.charts import Line, column_chart, line_chart, number, row_chart
+from common.run.config import RunConfig
+from common.run.events import EVENTS_FILE, read_events
+from common.run.jsonfile import write_text
+from common.run.ledger import CLIENT_EDGE, EDGE_CLOUD, LINKS
+from common.run.rebuild import record_of
+from common.run.record import Evaluation, RunRecord, Traffic, WindowEntry
+
+PAGE = "report.html"
+_MOST_PICTURES, _MOST_FAULTS = 16, 200
+
+
+@dataclass(frozen=True)
+class Tile:
+    """One number at the top of the page."""
+
+    name: str
+    value: str
+    note: str = ""
+
+
+@dataclass(frozen=True)
+class Card:
+    """One chart of the page."""
+
+    title: str
+    body: Markup
+    note: str = ""
+    wide: bool = False
+
+
+def build_report(folder: Path) -> Path:
+    """Write ``FOLDER/report.html`` (and report.json, brought up to date from the events) and return its path.
+
+    Raises
+    ------
+    StateError
+        The folder holds no run, or cannot be written to.
+    """
+    events = read_events(folder / EVENTS_FILE)
+    record = record_of(folder, events)
+    record.write(folder)
+    path = folder / PAGE
+    write_text(path, render(record, folder))
+    return path
+
+
+def render(record: RunRecord, folder: Path) -> str:
+    """Return the page of a record; sample grids are taken from ``FOLDER/samples``."""
+    environment = Environment(
+        loader=FileSystemLoader(Path(__file__).parent),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+    )
+    cards = [
+        *_quality_cards(record),
+        _losses(record),
+        *_edge_cards(record),
+        _traffic(record),
+        _timings(record),
+    ]
+    return environment.get_template(PAGE).render(
+        record=record,
+        title=_title(record),
+        subtitle=_subtitle(record),
+        tiles=_tiles(record),
+        samples=_pictures(folder),
+        cards=[card for card in cards if card.body],
+        edges=record.edges,
+        windows=[_window_row(record, window) for window in record.windows],
+        faults=record.faults[:_MOST_FAULTS],
+        more_faults=max(0, len(record.faults) - _MOST_FAULTS),
+        settings=_settings(record),
+    )
+
+
+def _title(record: RunRecord) -> str:
+    names = {"fedphd": "FedPhD", "fedphd-os": "FedPhD-OS", "fedavg": "FedAvg"}
+    return names.get(record.method, record.method or "Run")
+
+
+def _subtitle(record: RunRecord) -> str:
+    samples = sum(client.samples for client in record.clients.values())
+    parts = [
+        f"{len(record.clients)} clients with {number(samples)} images, {len(record.edges)} edges",
+        f"{sum(len(window.rounds) for window in record.windows)} rounds in {len(record.windows)} windows",
+        _duration(record.seconds),
+        record.started.replace("T", " ").replace("+00:00", " UTC"),
+    ]
+    return " · ".join(part for part in parts if part)
+
+
+def _tiles(record: RunRecord) -> list[Tile]:
+    tiles = []
+    if record.quality:
+        last = record.quality[-1]
+        note = f"real {number(last.floor.frechet)} · noise {number(last.noise.frechet)}"
+        tiles.append(Tile(f"Fréchet distance ({_features(last)})", number(last.frechet), note))
+    losses = [loss for window in record.windows for loss in window.losses if loss is not None]
+    if losses:
+        tiles.append(Tile("Training loss", f"{losses[-1]:.4f}", f"from {losses[0]:.4f}"))
+    size = record.model
+    if size.params:
+        pruned = size.params < size.params_dense
+        cut = f"{1 - size.params / size.params_dense:.0%} pruned away" if pruned else "dense"
+        saved = f"{1 - size.macs / size.macs_dense:.0%} fewer" if pruned and size.macs_dense else "per image"
+        tiles.append(Tile("Parameters", _scaled(size.params), cut))
+        tiles.append(Tile("Multiply-adds", _scaled(size.macs), saved))
+    for link in LINKS:
+        traffic = record.links.get(link, Traffic())
+        note = f"↑ {_bytes(traffic.up_bytes)} · ↓ {_bytes(traffic.down_bytes)}"
+        tiles.append(Tile(link.replace("-", "–"), _bytes(traffic.up_bytes + traffic.down_bytes), note))
+    tiles.append(Tile("Faults", str(len(record.faults)), "see below" if record.faults else "none"))
+    return tiles
+
+
+def _quality_cards(record: RunRecord) -> list[Card]:
+    quality = record.quality
+    if not quality:
+        return []
+    titles = {
+        "frechet": "Fréchet distance",
+        "inception_score": "Inception score",
+        "kid": "Kernel distance (KID)",
+    }
+    notes = {"frechet": "lower is better", "inception_score": "higher is better", "kid": "lower is better"}
+    cards = []
+    for measure, title in titles.items():
+        lines = [Line("samples", [(entry.window, getattr(entry, measure)) for entry in quality])]
+        for colour, (kind, name) in enumerate(
+            {"floor": "real images", "gaussian": "Gaussian fit", "noise": "noise"}.items(), start=1
+        ):
+            points = [(entry.window, getattr(getattr(entry, kind), measure)) for entry in quality]
+            lines.append(Line(name, points, colour, "dashed", marks=False))
+        body = line_chart(
+            lines, x_label="window", y_label=title, log=True, events=_prune_mark(record, "window")
+        )
+        cards.append(
+            Card(f"{title} ({_features(quality[-1])})", body, notes[measure], wide=measure == "frechet")
+        )
+    return cards
+
+
+def _losses(record: RunRecord) -> Card:
+    points = [(entry.round, entry.loss) for window in record.windows for entry in window.rounds]
+    body = line_chart(
+        [Line("loss", points)], x_label="round", y_label="loss", events=_prune_mark(record, "round"), log=True
+    )
+    return Card("Training loss", body, "mean over the clients of each round, by samples", wide=True)
+
+
+def _prune_mark(record: RunRecord, unit: str) -> dict[float, str]:
+    at = record.model.pruned_at_window if unit == "window" else record.model.pruned_at_round
+    return {} if at is None or at == 0 else {float(at): "pruned"}
+
+
+def _edge_cards(record: RunRecord) -> list[Card]:
+    windows = record.windows
+    chosen = [
+        Line("as chosen", [(w.window, w.mu_planned) for w in windows]),
+        Line("random assignment", [(w.window, w.mu_random) for w in windows], 1, "dashed", marks=False),
+    ]
+    weights = [
+        Line(edge, [(w.window, w.rho.get(edge)) for w in windows], i) for i, edge in enumerate(record.edges)
+    ]
+    scores = [
+        Line(edge, [(w.window, w.mu.get(edge)) for w in windows], i) for i, edge in enumerate(record.edges)
+    ]
+    classes = record.classes or [
+        str(i) for i in range(max((len(c.labels) for c in record.clients.values()), default=0))
+    ]
+    clients = {
+        name: _fit(client.labels, len(classes)) for name, client in sorted(record.clients.items())[:24]
+    }
+    return [
+        Card(
+            "Edges' label distributions",
+            row_chart(_edge_labels(record, len(classes)), classes, share=True),
+            "labels of the samples each edge trained on, over all windows",
+        ),
+        Card("Clients' label distributions", row_chart(clients, classes), "as they told it; may be noisy"),
+        Card(
+            "Homogeneity of the edges, planned",
+            line_chart(chosen, x_label="window", y_label="mean μ"),
+            "mean score of the edge choice, beside a random assignment of the same clients",
+        ),
+        Card(
+            "Homogeneity of the edges, reached",
+            line_chart(scores, x_label="window", y_label="μ"),
+            "score of the labels each edge trained on",
+        ),
+        Card(
+            "Weights of the edges",
+            line_chart(weights, x_label="window", y_label="ρ", zero=True),
+            "share of each edge in the global model",
+        ),
+    ]
+
+
+def _edge_labels(record: RunRecord, classes: int) -> dict[str, list[float]]:
+    totals = {edge: [0.0] * classes for edge in record.edges}
+    for window in record.windows:
+        for edge, counts in window.labels.items():
+            row = totals.setdefault(edge, [0.0] * classes)
+            for i, count in enumerate(_fit(counts, classes)):
+                row[i] += count
+    return totals
+
+
+def _fit(counts: Sequence[float], length: int) -> list[float]:
+    return [*counts, *[0.0] * length][:length]
+
+
+def _traffic(record: RunRecord) -> Card:
+    parts: dict[str, list[float]] = {}
+    for link in LINKS:
+        for way, arrow in (("up_bytes", "↑"), ("down_bytes", "↓")):
+            parts[f"{link.replace('-', '–')} {arrow}"] = [
+                getattr(window.links.get(link, Traffic()), way) / 1e6 for window in record.windows
+            ]
+    body = column_chart(
+        _numbers(record.windows), parts, y_label="MB", x_label="window", show=lambda v: f"{v:.2f} MB"
+    )
+    return Card("Payload bytes per link", body, "as sent, counted at the sender; ↑ is towards the cloud")
+
+
+def _timings(record: RunRecord) -> Card:
+    names = list(dict.fromkeys(name for window in record.windows for name in window.timings))
+    parts = {name: [window.timings.get(name, 0.0) for window in record.windows] for name in names}
+    body = column_chart(
+        _numbers(record.windows), parts, y_label="seconds", x_label="window", show=lambda v: f"{v:.1f} s"
+    )
+    return Card("Time", body, "what each window's seconds went into")
+
+
+def _numbers(windows: Iterable[WindowEntry]) -> list[str]:
+    return [str(window.window) for window in windows]
+
+
+def _window_row(record: RunRecord, window: WindowEntry) -> dict[str, object]:
+    rounds = [entry.round for entry in window.rounds]
+    traffic = {link: window.links.get(link, Traffic()) for link in LINKS}
+    losses = [loss for loss in window.losses if loss is not None]
+    return {
+        "window": window.window,
+        "rounds": f"{rounds[0]}–{rounds[-1]}" if rounds else "",
+        "loss": f"{losses[-1]:.4f}" if losses else "–",
+        "clients": len(window.participants),
+        "edges": [number(values.get(edge)) for edge in record.edges for values in (window.rho, window.mu)],
+        "client_edge": _bytes(traffic[CLIENT_EDGE].up_bytes + traffic[CLIENT_EDGE].down_bytes),
+        "edge_cloud": _bytes(traffic[EDGE_CLOUD].up_bytes + traffic[EDGE_CLOUD].down_bytes),
+        "seconds": f"{sum(window.timings.values()):.1f}",
+    }
+
+
+def _settings(record: RunRecord) -> list[dict[str, object]]:
+    defaults = RunConfig().to_flat()
+    return [
+        {
+            "key": key,
+            "value": str(value).lower() if isinstance(value, bool) else value,
+            "changed": value != defaults.get(key),
+        }
+        for key, value in record.config.items()
+    ]
+
+
+def _pictures(folder: Path) -> list[dict[str, object]]:
+    """Return the sample grids over time, thinned evenly, the newest always among them."""
+    paths = sorted((folder / "samples").glob("window-*.png"))
+    count = min(len(paths), _MOST_PICTURES)
+    picked = [paths[round(i * (len(paths) - 1) / max(1, count - 1))] for i in range(count)]
+    try:
+        return [
+            {
+                "window": int("".join(filter(str.isdigit, path.stem)) or 0),
+                "data": "data:image/png;base64," + base64.b64encode(path.read_bytes()).decode(),
+            }
+            for path in picked
+        ]
+    except OSError as error:
+        raise StateError(f"cannot read the samples in {folder}: {error}") from error
+
+
+def _features(entry: Evaluation) -> str:
+    return entry.features if "feature" in entry.features else f"{entry.features} features".strip()
+
+
+def _scaled(count: float) -> str:
+    for unit in ("", " k", " M", " G"):
+        if abs(count) < 1000:
+            return f"{count:.4g}{unit}"
+        count /= 1000
+    return f"{count:.4g} T"
+
+
+def _bytes(count: float) -> str:
+    return _scaled(float(f"{count:.3g}")) + ("B" if count >= 1000 else " B")
+
+
+def _duration(seconds: float) -> str:
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return (
+        f"{hours} h {minutes:02d} min" if hours else f"{minutes} min {rest:02d} s" if minutes else f"{rest} s"
+    )

@@ -1,0 +1,152 @@
+"""A made-up run, as realistic as a fixture can be: the report's tests and its looks are tried on it."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from common.run.config import RunConfig
+from common.run.record import (
+    ClientEntry,
+    Evaluation,
+    FaultEntry,
+    ModelSize,
+    Participation,
+    RoundEntry,
+    RunRecord,
+    Scores,
+    Traffic,
+    WindowEntry,
+)
+
+EDGES = ["edge-1", "edge-2"]
+MODEL_BYTES = 4_100_000
+
+
+def made_up_record(windows: int = 12, rg: int = 5, prune_at: int = 4) -> RunRecord:
+    """Return the record of a finished FedPhD run with a straggler and a refused update."""
+    rng = np.random.default_rng(7)
+    config = RunConfig(
+        rounds=windows * rg, rg=rg, prune_at=prune_at * rg, eval_data="digits", run_id="made-up"
+    )
+    labels = {f"client-{i + 1}": rng.multinomial(360, rng.dirichlet(np.full(10, 0.4))) for i in range(4)}
+    record = RunRecord(
+        espalier="0.1.0",
+        run="fedphd-1a2b3c4d",
+        status="finished",
+        started="2026-05-04T09:30:00+00:00",
+        seconds=312.4,
+        method="fedphd",
+        config=config.to_flat(),
+        classes=[str(i) for i in range(10)],
+        edges=EDGES,
+        clients={
+            name: ClientEntry(
+                samples=360, edges=EDGES, labels=[float(n) for n in counts], data="digits", device="cpu"
+            )
+            for name, counts in labels.items()
+        },
+        model=ModelSize(
+            params=672_113,
+            macs=11_480_000,
+            params_dense=1_034_881,
+            macs_dense=17_920_000,
+            pruned_at_window=prune_at,
+            pruned_at_round=prune_at * rg,
+        ),
+    )
+    totals = {"client-edge": Traffic(), "edge-cloud": Traffic()}
+    for window in range(1, windows + 1):
+        entry = _window(window, rg, window > prune_at, labels, rng)
+        record.windows.append(entry)
+        for link, traffic in entry.links.items():
+            totals[link].up_bytes += traffic.up_bytes
+            totals[link].down_bytes += traffic.down_bytes
+            totals[link].messages += traffic.messages
+        record.quality.append(_evaluation(window, rg, window == prune_at + 1, rng))
+    record.links = totals
+    late = "no reply within 600 s"
+    record.faults = [
+        FaultEntry(tier="edge", node="client-3", kind="straggler", detail=late, window=3, round=14),
+        FaultEntry(
+            tier="edge",
+            node="client-2",
+            kind="refused",
+            detail="tensor <mid.w> holds NaN",
+            window=7,
+            round=33,
+        ),
+    ]
+    return record
+
+
+def _window(
+    window: int, rg: int, pruned: bool, labels: dict[str, np.ndarray], rng: np.random.Generator
+) -> WindowEntry:
+    rounds, counts = [], {edge: np.zeros(10) for edge in EDGES}
+    for round_ in range((window - 1) * rg + 1, window * rg + 1):
+        parts = [Participation(client=name, edge=EDGES[int(rng.random() < 0.5)]) for name in labels]
+        for part in parts:
+            counts[part.edge] += labels[part.client]
+        loss = (
+            0.9 * math.exp(-round_ / 6)
+            + 0.09
+            + 0.02 * pruned * math.exp(-(window - 5))
+            + rng.normal() * 0.006
+        )
+        rounds.append(RoundEntry(round=round_, loss=loss, participants=parts, samples=1440, seconds=3.1))
+    size = MODEL_BYTES * (0.65 if pruned else 1.0)
+    share = rng.uniform(0.4, 0.6)
+    mu = rng.uniform(0.86, 0.97, size=2)
+    return WindowEntry(
+        window=window,
+        rounds=rounds,
+        rho={"edge-1": share, "edge-2": 1 - share},
+        mu=dict(zip(EDGES, mu.tolist(), strict=True)),
+        mu_planned=float(mu.mean()),
+        mu_random=float(mu.mean() - rng.uniform(0.05, 0.14)),
+        samples={edge: int(counts[edge].sum()) for edge in EDGES},
+        labels={edge: counts[edge].tolist() for edge in EDGES},
+        links={
+            "client-edge": Traffic(up_bytes=int(20 * size), down_bytes=int(20 * size), messages=20),
+            "edge-cloud": Traffic(up_bytes=int(2 * size), down_bytes=int(2 * size), messages=2),
+        },
+        timings={"train": 19 + rng.normal(), "evaluate": 3.5 + rng.random(), "checkpoint": 0.3},
+    )
+
+
+def _evaluation(window: int, rg: int, dented: bool, rng: np.random.Generator) -> Evaluation:
+    frechet = 160 * math.exp(-window / 2.2) + 5 + 6 * dented + rng.random()
+    return Evaluation(
+        window=window,
+        round=window * rg,
+        samples=500,
+        features="digits",
+        frechet=frechet,
+        inception_score=1 + 8.1 * (1 - math.exp(-window / 2.5)),
+        kid=frechet / 900,
+        floor=Scores(frechet=1.6, inception_score=9.4, kid=0.0004),
+        noise=Scores(frechet=214.0, inception_score=1.4, kid=0.31),
+        gaussian=Scores(frechet=38.0, inception_score=4.4, kid=0.044),
+        seconds=3.6,
+    )
+
+
+def draw_samples(folder: Path, windows: int = 12) -> None:
+    """Write sample grids that get sharper: 8x8 digits between noise and data."""
+    from sklearn.datasets import load_digits
+
+    digits = load_digits().images[:64] / 16.0
+    rng = np.random.default_rng(3)
+    (folder / "samples").mkdir(parents=True, exist_ok=True)
+    for window in range(1, windows + 1):
+        clear = min(1.0, window / 9)
+        images = clear * digits + (1 - clear) * rng.random(digits.shape)
+        grid = images.reshape(8, 8, 8, 8).transpose(0, 2, 1, 3).reshape(64, 64)
+        picture = Image.fromarray((255 * grid).clip(0, 255).astype(np.uint8)).resize(
+            (256, 256), Image.Resampling.NEAREST
+        )
+        picture.save(folder / "samples" / f"window-{window:04d}.png")
