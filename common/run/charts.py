@@ -11,8 +11,8 @@ from markupsafe import Markup, escape
 
 Points = Sequence[tuple[float, float | None]]
 
-WIDTH, HEIGHT = 640, 260
-_LEFT, _RIGHT, _TOP, _BOTTOM = 56, 12, 12, 34
+WIDTH, HEIGHT = 480, 250
+_LEFT, _RIGHT, _TOP, _BOTTOM = 66, 10, 12, 40
 _COLOURS = 10
 """Colours ``--c0`` … of the page's style sheet."""
 
@@ -132,7 +132,7 @@ def column_chart(
     step = (WIDTH - _LEFT - _RIGHT) / len(columns)
     thick = min(46.0, step * 0.72)
     body = [_frame(None, y_axis, x_label, y_label)]
-    every = math.ceil(len(columns) / 16)
+    every = math.ceil(len(columns) / 14)
     for i, column in enumerate(columns):
         x, base = _LEFT + (i + 0.5) * step, 0.0
         for place, (name, values) in enumerate(parts.items()):
@@ -145,7 +145,7 @@ def column_chart(
                     f"<title>{escape(column)}, {escape(name)}: {escape(show(values[i]))}</title></rect>"
                 )
         if i % every == 0:
-            body.append(_text("tick", x, HEIGHT - _BOTTOM + 15, column))
+            body.append(_text("tick", x, HEIGHT - _BOTTOM + 17, column))
     return Markup(_svg("".join(body), f"{y_label} by {x_label}")) + legend(
         [(name, place, "block") for place, name in enumerate(parts)]
     )
@@ -156,23 +156,23 @@ def row_chart(rows: Mapping[str, Sequence[float]], parts: Sequence[str], *, shar
     longest = max((sum(values) for values in rows.values()), default=0.0)
     if longest <= 0:
         return Markup()
-    label = min(190, 16 + 7 * max(len(name) for name in rows))
-    span, row_height = WIDTH - label - 70, 26
+    label = min(170, 14 + 7.5 * max(len(name) for name in rows))
+    span, row_height = WIDTH - label - 62, 30
     body = []
     for place, (name, values) in enumerate(rows.items()):
         total, y, x = sum(values), place * row_height, float(label)
         scale = span / (total if share and total > 0 else longest)
-        body.append(_text("row", label - 8, y + 17, name, "end"))
+        body.append(_text("row", label - 8, y + 20, name, "end"))
         for i, value in enumerate(values):
             width = max(0.0, value) * scale
             if width > 0.05:
                 body.append(
-                    f'<rect class="bar" x="{x:.1f}" y="{y + 4}" width="{width:.1f}" height="{row_height - 8}" '
+                    f'<rect class="bar" x="{x:.1f}" y="{y + 5}" width="{width:.1f}" height="{row_height - 10}" '
                     f'style="fill:var(--c{i % _COLOURS})"><title>{escape(name)}, {escape(parts[i])}: '
                     f"{number(value)}</title></rect>"
                 )
             x += width
-        body.append(_text("tick", x + 6, y + 17, number(total), "start"))
+        body.append(_text("tick", x + 6, y + 20, number(total), "start"))
     return Markup(_svg("".join(body), "distribution", height=len(rows) * row_height)) + legend(
         [(name, i, "block") for i, name in enumerate(parts)]
     )
@@ -197,7 +197,7 @@ def number(value: float | None) -> str:
         return "0"
     if abs(value) >= 1000:
         return f"{value:,.0f}".replace(",", "\u202f")
-    return f"{value:.3g}" if abs(value) >= 1e-3 else f"{value:.1e}"
+    return f"{value:.3g}" if abs(value) >= 1e-3 else f"{value:.2g}"
 
 
 def _svg(body: str, label: str, height: int = HEIGHT) -> str:
@@ -215,7 +215,7 @@ def _frame(x_axis: Axis | None, y_axis: Axis, x_label: str, y_label: str) -> str
     for tick in x_axis.ticks if x_axis else []:
         x = x_axis.place(tick) if x_axis else 0.0
         parts.append(
-            f'<text class="tick" x="{x:.1f}" y="{HEIGHT - _BOTTOM + 15}" text-anchor="middle">{tick:g}</text>'
+            f'<text class="tick" x="{x:.1f}" y="{HEIGHT - _BOTTOM + 17}" text-anchor="middle">{tick:g}</text>'
         )
     middle = (_TOP + HEIGHT - _BOTTOM) / 2
     parts.append(_text("label", (_LEFT + WIDTH - _RIGHT) / 2, HEIGHT - 3, x_label))

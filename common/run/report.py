@@ -21,7 +21,7 @@ from common.run.rebuild import record_of
 from common.run.record import Evaluation, RunRecord, Traffic, WindowEntry
 
 PAGE = "report.html"
-_MOST_PICTURES, _MOST_FAULTS = 16, 200
+_MOST_PICTURES, _MOST_FAULTS, _MOST_EDGES = 16, 200, 6
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,6 @@ class Card:
     title: str
     body: Markup
     note: str = ""
-    wide: bool = False
 
 
 def build_report(folder: Path) -> Path:
@@ -68,8 +67,8 @@ def render(record: RunRecord, folder: Path) -> str:
         trim_blocks=True,
     )
     cards = [
-        *_quality_cards(record),
         _losses(record),
+        *_quality_cards(record),
         *_edge_cards(record),
         _traffic(record),
         _timings(record),
@@ -123,7 +122,9 @@ def _tiles(record: RunRecord) -> list[Tile]:
         tiles.append(Tile("Multiply-adds", _scaled(size.macs), saved))
     for link in LINKS:
         traffic = record.links.get(link, Traffic())
-        note = f"↑ {_bytes(traffic.up_bytes)} · ↓ {_bytes(traffic.down_bytes)}"
+        note = f"↑ {_bytes(traffic.up_bytes)} ↓ {_bytes(traffic.down_bytes)}".replace(" ", "\u00a0").replace(
+            "\u00a0↓", " ↓"
+        )
         tiles.append(Tile(link.replace("-", "–"), _bytes(traffic.up_bytes + traffic.down_bytes), note))
     tiles.append(Tile("Faults", str(len(record.faults)), "see below" if record.faults else "none"))
     return tiles
@@ -150,9 +151,7 @@ def _quality_cards(record: RunRecord) -> list[Card]:
         body = line_chart(
             lines, x_label="window", y_label=title, log=True, events=_prune_mark(record, "window")
         )
-        cards.append(
-            Card(f"{title} ({_features(quality[-1])})", body, notes[measure], wide=measure == "frechet")
-        )
+        cards.append(Card(f"{title} ({_features(quality[-1])})", body, notes[measure]))
     return cards
 
 
@@ -161,7 +160,7 @@ def _losses(record: RunRecord) -> Card:
     body = line_chart(
         [Line("loss", points)], x_label="round", y_label="loss", events=_prune_mark(record, "round"), log=True
     )
-    return Card("Training loss", body, "mean over the clients of each round, by samples", wide=True)
+    return Card("Training loss", body, "mean over the clients of each round, by samples")
 
 
 def _prune_mark(record: RunRecord, unit: str) -> dict[float, str]:
@@ -178,8 +177,9 @@ def _edge_cards(record: RunRecord) -> list[Card]:
     weights = [
         Line(edge, [(w.window, w.rho.get(edge)) for w in windows], i) for i, edge in enumerate(record.edges)
     ]
-    scores = [
-        Line(edge, [(w.window, w.mu.get(edge)) for w in windows], i) for i, edge in enumerate(record.edges)
+    reached = [
+        Line(f"{edge}, reached", [(w.window, w.mu.get(edge)) for w in windows], i, "dotted", marks=False)
+        for i, edge in enumerate(record.edges[:_MOST_EDGES], start=2)
     ]
     classes = record.classes or [
         str(i) for i in range(max((len(c.labels) for c in record.clients.values()), default=0))
@@ -195,14 +195,9 @@ def _edge_cards(record: RunRecord) -> list[Card]:
         ),
         Card("Clients' label distributions", row_chart(clients, classes), "as they told it; may be noisy"),
         Card(
-            "Homogeneity of the edges, planned",
-            line_chart(chosen, x_label="window", y_label="mean μ"),
-            "mean score of the edge choice, beside a random assignment of the same clients",
-        ),
-        Card(
-            "Homogeneity of the edges, reached",
-            line_chart(scores, x_label="window", y_label="μ"),
-            "score of the labels each edge trained on",
+            "Homogeneity of the edges",
+            line_chart([*chosen, *reached], x_label="window", y_label="μ"),
+            "mean score the edge choice planned, beside a random assignment, and what each edge reached",
         ),
         Card(
             "Weights of the edges",
