@@ -183,10 +183,14 @@ class FileImages:
         import torch
 
         files = [self.files[i] for i in _checked(indices, len(self), self.name)]
+        images = {file: image for file in files if (image := self._cache.get(file)) is not None}
+        missing = [file for file in dict.fromkeys(files) if file not in images]
+        if missing:
+            with ThreadPoolExecutor(_DECODERS) as pool:
+                images.update(zip(missing, pool.map(self._decode, missing), strict=True))
         pixels = np.empty((len(files), *self.shape), np.uint8)
-        with ThreadPoolExecutor(_DECODERS) as pool:
-            for row, image in enumerate(pool.map(self._image, files)):
-                pixels[row] = image
+        for row, file in enumerate(files):
+            pixels[row] = images[file]
         return to_float(torch.from_numpy(pixels))
 
     def subset(self, indices: NDArray[np.int64]) -> FileImages:
@@ -202,11 +206,9 @@ class FileImages:
             _cache=self._cache,
         )
 
-    def _image(self, file: Path) -> NDArray[np.uint8]:
-        image = self._cache.get(file)
-        if image is None:
-            image = decode(file, channels=self.shape[0], size=self.shape[1])
-            self._cache.put(file, image)
+    def _decode(self, file: Path) -> NDArray[np.uint8]:
+        image = decode(file, channels=self.shape[0], size=self.shape[1])
+        self._cache.put(file, image)
         return image
 
 

@@ -18,6 +18,8 @@ GRAMMAR = "NAME[:I/N[:SCHEME]] or FOLDER[:I/N[:SCHEME]], such as digits, mnist:2
 
 _SPEC = re.compile(r"(?P<source>.+?)(?::(?P<index>\d+)/(?P<clients>\d+)(?::(?P<scheme>[^:/\\]+))?)?")
 
+_SHARE = re.compile(r":\d+/\d+(:|$)")
+
 
 @dataclass(frozen=True)
 class DataSpec:
@@ -67,13 +69,13 @@ def parse_spec(text: str) -> DataSpec:
     if match is None:
         raise DataError(f"data {text!r} is not understood; give {GRAMMAR}")
     source = match["source"]
-    if not _is_path(source):
-        if ":" in source:
-            raise DataError(f"data {text!r} is not understood; give {GRAMMAR}")
-        if source not in NAMED:
-            hint = f", or ./{source} for the folder of that name" if Path(source).is_dir() else ""
-            known = ", ".join(NAMED)
-            raise DataError(f"data set {source!r} is not known; give one of {known}{hint} or a folder's path")
+    head, _, rest = source.partition(":")
+    if (rest and (head in NAMED or not _is_path(source))) or _SHARE.search(source):
+        raise DataError(f"data {text!r} is not understood; give {GRAMMAR}")
+    if not _is_path(source) and source not in NAMED:
+        hint = f", or ./{source} for the folder of that name" if Path(source).is_dir() else ""
+        known = ", ".join(NAMED)
+        raise DataError(f"data set {source!r} is not known; give one of {known}{hint} or a folder's path")
     if match["clients"] is None:
         return DataSpec(source)
     index, clients = int(match["index"]), int(match["clients"])

@@ -29,6 +29,7 @@ KINDS = ("classifier", "inception")
 _BATCH = 256
 _MAX_TRAINING = 20_000
 _DIMS = 64
+_STEPS = (300, 600)
 _RECIPE = "classifier-1"
 """Part of a cached classifier's key: another number for another network or training."""
 
@@ -248,7 +249,7 @@ def _fit(
 ) -> None:
     """Train a classifier: Adam, cosine schedule, 5 epochs but at least 300 and at most 600 steps."""
     batch = min(128, len(labels))
-    steps = min(600, max(300, 5 * len(labels) // batch))
+    steps = min(_STEPS[1], max(_STEPS[0], 5 * len(labels) // batch))
     optimizer = torch.optim.Adam(model.parameters(), lr=2e-3)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
     # Smoothed labels keep logits small, so that the Inception Score's exponentials stay finite.
