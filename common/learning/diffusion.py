@@ -101,6 +101,8 @@ def sample(
     parameter = next(model.parameters())
     shape = (count, network.config.in_channels, height, width)
     noise = torch.randn(shape, generator=torch.Generator().manual_seed(seed % 2**63))
+    if count == 0:
+        return noise
     training = model.training
     model.eval()
     drawn = []
@@ -115,7 +117,7 @@ def sample(
                 drawn.append(image.clamp(-1, 1).float().cpu())
     finally:
         model.train(training)
-    return torch.cat(drawn).clone() if drawn else noise
+    return torch.cat(drawn).clone()
 
 
 def ema_update(

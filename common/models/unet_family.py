@@ -89,7 +89,8 @@ def construct(arguments: dict[str, Any]) -> nn.Module:
     import_torchvision()
     from diffusers import UNet2DModel
 
-    return cast(nn.Module, UNet2DModel(**checked.model_dump()))
+    values = {k: tuple(v) if isinstance(v, list) else v for k, v in checked.model_dump().items()}
+    return cast(nn.Module, UNet2DModel(**values))
 
 
 def heads(model: nn.Module) -> dict[str, int]:
@@ -175,7 +176,7 @@ def _prove(model: nn.Module) -> None:
     shape = (1, network.config.in_channels, side, side)
     try:
         with torch.no_grad():
-            image = torch.empty(shape, device="meta")
+            image = torch.empty(shape, device="meta", dtype=network.dtype)
             out = network(image, torch.zeros(1, dtype=torch.long, device="meta"), return_dict=False)[0]
     except (RuntimeError, ValueError, AssertionError) as error:
         reason = str(error).partition("\n")[0] or "its channels differ"
