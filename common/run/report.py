@@ -8,7 +8,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from jinja2 import Environment, StrictUndefined
 from markupsafe import Markup
 
 from common.errors import StateError
@@ -17,6 +17,7 @@ from common.run.config import RunConfig
 from common.run.events import EVENTS_FILE, read_events
 from common.run.jsonfile import write_text
 from common.run.ledger import CLIENT_EDGE, EDGE_CLOUD, LINKS
+from common.run.page import TEMPLATE
 from common.run.rebuild import record_of
 from common.run.record import Evaluation, RunRecord, Traffic, WindowEntry
 
@@ -61,7 +62,6 @@ def build_report(folder: Path) -> Path:
 def render(record: RunRecord, folder: Path) -> str:
     """Return the page of a record; sample grids are taken from ``FOLDER/samples``."""
     environment = Environment(
-        loader=FileSystemLoader(Path(__file__).parent),
         autoescape=True,
         undefined=StrictUndefined,
         trim_blocks=True,
@@ -73,7 +73,7 @@ def render(record: RunRecord, folder: Path) -> str:
         _traffic(record),
         _timings(record),
     ]
-    return environment.get_template(PAGE).render(
+    return environment.from_string(TEMPLATE).render(
         record=record,
         title=_title(record),
         subtitle=_subtitle(record),
