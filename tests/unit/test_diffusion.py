@@ -5,7 +5,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
@@ -87,6 +87,7 @@ def test_sample_needs_a_schedule() -> None:
         sample(OneImage(torch.zeros(1, 4, 4)), count=1, steps=2, seed=0)
 
 
+@settings(deadline=None)
 @given(decay=st.floats(0, 0.999), old=st.floats(-5, 5), new=st.floats(-5, 5))
 def test_the_average_lies_between_old_and_new(decay: float, old: float, new: float) -> None:
     a, b = np.full((2, 3), old, np.float32), np.full((2, 3), new, np.float32)
