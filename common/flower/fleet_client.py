@@ -10,7 +10,6 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
-import grpc
 from cryptography.hazmat.primitives.asymmetric import ec
 from flwr.app import Message
 from flwr.app.message.message import remove_content_from_message
@@ -24,7 +23,6 @@ from flwr.proto.fleet_pb2 import (
     PushMessagesRequest,
     RegisterNodeFleetRequest,
 )
-from flwr.proto.fleet_pb2_grpc import FleetStub
 from flwr.proto.heartbeat_pb2 import SendNodeHeartbeatRequest
 from flwr.proto.message_pb2 import ConfirmMessageReceivedRequest, PullObjectRequest, PushObjectRequest
 from flwr.proto.node_pb2 import Node
@@ -37,13 +35,14 @@ from flwr.supercore.run import Run
 from common.flower.backoff import Backoff
 from common.flower.homes import (
     Home,
+    HomeFault,
     HomeRefused,
     HomeUnavailable,
+    Line,
     MessageGone,
     NodeForgotten,
-    fault_of,
     flower_code,
-    open_channel,
+    outcome,
 )
 from common.flower.payloads import Packed, tree_ids, unpack
 
@@ -51,10 +50,6 @@ CALL_TIMEOUT = 20.0
 HEARTBEAT_TIMEOUT = 5.0
 PULL_TIMEOUT = 30.0  # a server of ours holds a pull for about a second
 OBJECTS_IN_FLIGHT = 4
-
-
-def _code(refused: HomeRefused) -> int | None:
-    return flower_code(refused.__cause__) if isinstance(refused.__cause__, grpc.RpcError) else None
 
 
 @dataclass
@@ -83,20 +78,12 @@ class FleetClient:
         self._key = key
         self._public_key = public_key_to_bytes(key.public_key())
         self._stopped = stopped
-        self._channel = open_channel(home, key)
-        self._stub = FleetStub(self._channel)
-        # Its own TCP connection: a heartbeat never waits behind a payload.
-        self._beat_channel = open_channel(home, key)
-        self._beat_stub = FleetStub(self._beat_channel)
+        self._line = Line(home, key)
+        self._beat_line = Line(home, key)  # its own: a heartbeat never waits behind a payload
         self.node_id = 0
 
-    def _call(self, method: Callable[..., Any], request: Any, timeout: float | None = CALL_TIMEOUT) -> Any:
-        try:
-            return method(request, timeout=timeout)
-        except grpc.RpcError as error:
-            raise fault_of(error) from error
-        except ValueError as error:  # what gRPC says of a closed channel
-            raise HomeUnavailable(str(error)) from error
+    def _call(self, method: str, request: Any, timeout: float | None = CALL_TIMEOUT) -> Any:
+        return outcome(self._line.begin(method, request, timeout))
 
     @property
     def _node(self) -> Node:
@@ -121,29 +108,30 @@ class FleetClient:
             ApiErrorCode.PUBLIC_KEY_ALREADY_IN_USE,
         )
         try:
-            self._call(self._stub.RegisterNode, RegisterNodeFleetRequest(public_key=self._public_key))
+            self._call("RegisterNode", RegisterNodeFleetRequest(public_key=self._public_key))
         except HomeRefused as refused:
-            if _code(refused) not in known:
+            if flower_code(refused) not in known:
                 raise
         activate = ActivateNodeRequest(public_key=self._public_key, heartbeat_interval=HEARTBEAT_MIN_INTERVAL)
         try:
-            answer = self._call(self._stub.ActivateNode, activate)
+            answer = self._call("ActivateNode", activate)
         except HomeRefused as refused:
-            if _code(refused) != ApiErrorCode.FLEET_NODE_ACTIVATION_FAILED or remembered is None:
+            if flower_code(refused) != ApiErrorCode.FLEET_NODE_ACTIVATION_FAILED or remembered is None:
                 raise
             # A server that was restarted gives other ids; then the lease is not ours to end.
             with contextlib.suppress(NodeForgotten, HomeRefused):
-                self._call(self._stub.DeactivateNode, DeactivateNodeRequest(node_id=remembered))
-            answer = self._call(self._stub.ActivateNode, activate)
+                self._call("DeactivateNode", DeactivateNodeRequest(node_id=remembered))
+            answer = self._call("ActivateNode", activate)
         self.node_id = answer.node_id
         return self.node_id
 
     def _leave(self) -> None:
         if self.node_id:
-            try:
-                self._beat_stub.DeactivateNode(DeactivateNodeRequest(node_id=self.node_id), timeout=2.0)
-            except grpc.RpcError:
-                return  # its lease ends by itself after two missed heartbeats
+            # Its lease ends by itself after two missed heartbeats.
+            with contextlib.suppress(HomeFault):
+                outcome(
+                    self._beat_line.begin("DeactivateNode", DeactivateNodeRequest(node_id=self.node_id), 2.0)
+                )
 
     def beat(self) -> None:
         """Send one heartbeat.
@@ -154,7 +142,7 @@ class FleetClient:
             NodeForgotten if the server does not know this node.
         """
         request = SendNodeHeartbeatRequest(node=self._node, heartbeat_interval=HEARTBEAT_MIN_INTERVAL)
-        answer = self._call(self._beat_stub.SendNodeHeartbeat, request, HEARTBEAT_TIMEOUT)
+        answer = outcome(self._beat_line.begin("SendNodeHeartbeat", request, HEARTBEAT_TIMEOUT))
         if not answer.success:
             raise NodeForgotten("the server does not know this node")
 
@@ -163,21 +151,20 @@ class FleetClient:
 
         A server whose machine lost power never closes a connection, so a call could wait for ever.
         """
-        dead, self._channel = self._channel, open_channel(self.home, self._key)
-        self._stub = FleetStub(self._channel)
+        dead, self._line = self._line, Line(self.home, self._key)
         dead.close()
 
     def close(self) -> None:
         """End this node's lease and close both connections; calls under way end with HomeUnavailable."""
-        self._channel.close()
+        self._line.close()
         self._leave()
-        self._beat_channel.close()
+        self._beat_line.close()
 
     # Messages -----------------------------------------------------------------------------------
 
     def pull(self) -> Pulled | None:
         """Ask for the next message; a server of ours holds the call for about a second."""
-        answer = self._call(self._stub.PullMessages, PullMessagesRequest(node=self._node), PULL_TIMEOUT)
+        answer = self._call("PullMessages", PullMessagesRequest(node=self._node), PULL_TIMEOUT)
         if not answer.messages_list:
             return None
         return Pulled(message_from_proto(answer.messages_list[0]), tree_ids(answer.message_object_trees[0]))
@@ -213,11 +200,11 @@ class FleetClient:
                 contents[object_id] = answer.object_content
             return bool(answer.object_available)
 
-        self._all(self._stub.PullObject, pulled.object_ids, request, took, give_up_at)
+        self._all("PullObject", pulled.object_ids, request, took, give_up_at)
         confirm = ConfirmMessageReceivedRequest(
             node=self._node, run_id=metadata.run_id, message_object_id=metadata.message_id
         )
-        self._call(self._stub.ConfirmMessageReceived, confirm)
+        self._call("ConfirmMessageReceived", confirm)
         return unpack(metadata.message_id, contents)
 
     def push(self, reply: Message, packed: Packed, runtime: float, give_up_at: float) -> bool:
@@ -236,7 +223,7 @@ class FleetClient:
             clientapp_runtime_list=[runtime],
         )
         # No timeout: a server of ours lets big uploads wait their turn. A dead one is seen by the heartbeat.
-        answer = self._call(self._stub.PushMessages, announce, None)
+        answer = self._call("PushMessages", announce, None)
         wanted = set(answer.objects_to_push)
         run_id = reply.metadata.run_id
 
@@ -255,12 +242,12 @@ class FleetClient:
             return True
 
         ordered = [object_id for object_id in packed.objects if object_id in wanted]
-        self._all(self._stub.PushObject, ordered, request, took, give_up_at)
+        self._all("PushObject", ordered, request, took, give_up_at)
         return bool(wanted)
 
     def _all(
         self,
-        method: Any,
+        method: str,
         object_ids: Iterable[str],
         request: Callable[[str], Any],
         took: Callable[[str, Any], bool],
@@ -274,20 +261,12 @@ class FleetClient:
             while waiting or flying:
                 while waiting and len(flying) < OBJECTS_IN_FLIGHT:
                     object_id = waiting.popleft()
-                    try:
-                        flying.append((object_id, method.future(request(object_id))))
-                    except ValueError as error:  # what gRPC says of a closed channel
-                        raise HomeUnavailable(str(error)) from error
+                    flying.append((object_id, self._line.begin(method, request(object_id))))
                 object_id, call = flying.popleft()
                 try:
-                    done = took(object_id, call.result())
-                except grpc.RpcError as error:
-                    fault = fault_of(error)
-                    if not isinstance(fault, HomeUnavailable):
-                        raise fault from error
+                    done = took(object_id, outcome(call))
+                except HomeUnavailable:
                     done = False
-                except grpc.FutureCancelledError as error:
-                    raise HomeUnavailable("the connection was closed") from error
                 if done:
                     backoff.reset()
                     continue
@@ -302,11 +281,9 @@ class FleetClient:
 
     def get_run(self, run_id: int) -> Run:
         """Ask for a run's record."""
-        return run_from_proto(
-            self._call(self._stub.GetRun, GetRunRequest(node=self._node, run_id=run_id)).run
-        )
+        return run_from_proto(self._call("GetRun", GetRunRequest(node=self._node, run_id=run_id)).run)
 
     def get_fab(self, run_id: int, fab_hash: str) -> Fab:
         """Ask for the bundle of a run's app."""
         request = GetFabRequest(node=self._node, hash_str=fab_hash, run_id=run_id)
-        return fab_from_proto(self._call(self._stub.GetFab, request, PULL_TIMEOUT).fab)
+        return fab_from_proto(self._call("GetFab", request, PULL_TIMEOUT).fab)

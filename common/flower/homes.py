@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -9,6 +10,7 @@ from typing import Any
 import grpc
 from cryptography.hazmat.primitives.asymmetric import ec
 from flwr.client.grpc_rere_client.node_auth_client_interceptor import NodeAuthClientInterceptor
+from flwr.proto.fleet_pb2_grpc import FleetStub
 from flwr.supercore.error import ApiErrorCode, FlowerError
 from flwr.supercore.grpc import GRPC_MAX_MESSAGE_LENGTH
 from flwr.supercore.runtime_version_compatibility import RuntimeVersionMetadata
@@ -69,29 +71,74 @@ class _VersionInterceptor(grpc.UnaryUnaryClientInterceptor):
         return continuation(details._replace(metadata=metadata), request)
 
 
-def open_channel(home: Home, key: ec.EllipticCurvePrivateKey) -> grpc.Channel:
-    """Open a channel with a TCP connection of its own, whose calls are signed with the node's key."""
-    options = [
-        ("grpc.max_send_message_length", GRPC_MAX_MESSAGE_LENGTH),
-        ("grpc.max_receive_message_length", GRPC_MAX_MESSAGE_LENGTH),
-        # Without it gRPC gives every channel to one address the same connection.
-        ("grpc.use_local_subchannel_pool", 1),
-        ("grpc.initial_reconnect_backoff_ms", 200),
-        ("grpc.min_reconnect_backoff_ms", 200),
-        ("grpc.max_reconnect_backoff_ms", 5000),
-    ]
-    if home.insecure:
-        channel = grpc.insecure_channel(home.address, options=options)
-    else:
-        credentials = grpc.ssl_channel_credentials(home.root_certificates)
-        channel = grpc.secure_channel(home.address, credentials, options=options)
-    signed = NodeAuthClientInterceptor(key, key.public_key())
-    return grpc.intercept_channel(channel, _VersionInterceptor(), signed)
+class Line:
+    """A connection to a home of its own, whose calls are signed with the node's key.
+
+    Every call is begun under a lock that closing takes too: gRPC crashes the process when a call is begun on a channel
+    that was closed meanwhile.
+    """
+
+    def __init__(self, home: Home, key: ec.EllipticCurvePrivateKey) -> None:
+        options = [
+            ("grpc.max_send_message_length", GRPC_MAX_MESSAGE_LENGTH),
+            ("grpc.max_receive_message_length", GRPC_MAX_MESSAGE_LENGTH),
+            # Without it gRPC gives every channel to one address the same connection.
+            ("grpc.use_local_subchannel_pool", 1),
+            ("grpc.initial_reconnect_backoff_ms", 200),
+            ("grpc.min_reconnect_backoff_ms", 200),
+            ("grpc.max_reconnect_backoff_ms", 5000),
+        ]
+        if home.insecure:
+            channel = grpc.insecure_channel(home.address, options=options)
+        else:
+            credentials = grpc.ssl_channel_credentials(home.root_certificates)
+            channel = grpc.secure_channel(home.address, credentials, options=options)
+        self._channel = channel
+        signed = NodeAuthClientInterceptor(key, key.public_key())
+        self._stub = FleetStub(grpc.intercept_channel(channel, _VersionInterceptor(), signed))
+        self._lock = threading.Lock()
+        self._closed = False
+
+    def begin(self, method: str, request: Any, timeout: float | None = None) -> Any:
+        """Begin a call of the Fleet service and return it; see :func:`outcome`.
+
+        Raises
+        ------
+        HomeUnavailable
+            If the line was closed.
+        """
+        with self._lock:
+            if self._closed:
+                raise HomeUnavailable("the connection was closed")
+            return getattr(self._stub, method).future(request, timeout=timeout)
+
+    def close(self) -> None:
+        """End the calls under way with HomeUnavailable, and refuse later ones."""
+        with self._lock:
+            self._closed = True
+            self._channel.close()
 
 
-def flower_code(error: grpc.RpcError) -> int | None:
-    """Return Flower's own error code of a gRPC error, if it carries one."""
-    said = FlowerError.from_json(error.details())
+def outcome(call: Any) -> Any:
+    """Wait for a call and return its answer.
+
+    Raises
+    ------
+    HomeFault
+        That says what to do next.
+    """
+    try:
+        return call.result()
+    except grpc.RpcError as error:
+        raise fault_of(error) from error
+    except grpc.FutureCancelledError as error:
+        raise HomeUnavailable("the connection was closed") from error
+
+
+def flower_code(refused: HomeRefused) -> int | None:
+    """Return Flower's own error code of a refusal, if it carries one."""
+    error = refused.__cause__
+    said = FlowerError.from_json(error.details()) if isinstance(error, grpc.RpcError) else None
     return None if said is None else int(said.code)
 
 

@@ -150,10 +150,10 @@ def test_constants() -> None:
     assert constant.HEARTBEAT_PATIENCE == 2
     assert constant.SUPERLINK_NODE_ID == 1
     assert constant.FLWR_PRIVATE_MAX_ARRAY_CHUNK_SIZE == 5 * 1024 * 1024
-    assert ApiErrorCode.FLEET_SUPERNODE_REGISTRATION_DISABLED == 2001
-    assert ApiErrorCode.FLEET_NODE_ACTIVATION_FAILED == 2004
-    assert ApiErrorCode.FLEET_RUN_STATUS_NOT_ALLOWED == 2007
-    assert ApiErrorCode.PUBLIC_KEY_ALREADY_IN_USE == 23
+    assert int(ApiErrorCode.FLEET_SUPERNODE_REGISTRATION_DISABLED) == 2001
+    assert int(ApiErrorCode.FLEET_NODE_ACTIVATION_FAILED) == 2004
+    assert int(ApiErrorCode.FLEET_RUN_STATUS_NOT_ALLOWED) == 2007
+    assert int(ApiErrorCode.PUBLIC_KEY_ALREADY_IN_USE) == 23
 
 
 def test_classes_of_objects() -> None:

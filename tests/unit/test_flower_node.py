@@ -28,7 +28,13 @@ from common.flower.node_state import (
 from common.flower.run_info import parse_run_record
 from common.flower.uploads import Upload, Uploads
 
-HOLD = "import sys,pathlib;from common.flower.node_state import StateLock;l=StateLock(pathlib.Path(sys.argv[1]));print('held',flush=True);sys.stdin.read()"
+HOLD = """
+import pathlib, sys
+from common.flower.node_state import StateLock
+lock = StateLock(pathlib.Path(sys.argv[1]))
+print("held", flush=True)
+sys.stdin.read()
+"""
 
 
 def test_a_second_process_on_a_state_folder_is_refused_until_the_first_one_dies(tmp_path: Path) -> None:
@@ -149,7 +155,12 @@ def test_uploads_take_turns() -> None:
     assert uploads.admit(first, lambda: True)
     assert uploads.admit(Upload(3, "small", big=False), lambda: True)
     admitted = threading.Event()
-    thread = threading.Thread(target=lambda: uploads.admit(second, lambda: True) and admitted.set())
+
+    def second_one() -> None:
+        if uploads.admit(second, lambda: True):
+            admitted.set()
+
+    thread = threading.Thread(target=second_one)
     thread.start()
     assert not admitted.wait(0.2)
     assert uploads.release("a") is first
