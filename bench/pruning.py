@@ -130,8 +130,8 @@ def through_the_wire(model: nn.Module) -> dict[str, float | int]:
         folder = Path(name)
         (folder / _SPEC).write_bytes(describe(model).SerializeToString())
         np.save(folder / _INPUTS, images.numpy())
-        for dtype, buffer in weights.buffers.items():
-            (folder / f"{dtype}.buffer").write_bytes(buffer.tobytes())
+        for dtype, array in weights.to_record().items():
+            (folder / f"{dtype}.array").write_bytes(array.data)
         done = subprocess.run(
             [sys.executable, "-m", "bench.pruning", "--receive", name],
             capture_output=True,
@@ -182,9 +182,11 @@ def receive(folder: Path) -> None:
 
 def _plot(figure: Figure, rows: list[Row]) -> None:
     axes = figure.subplots()
-    ratios = [row["ratio"] for row in rows]
-    axes.plot(ratios, [row["parameters_cut_%"] for row in rows], "o-", label="parameters")
-    axes.plot(ratios, [row["GMACs_cut_%"] for row in rows], "s--", label="multiply-accumulates")
+    ratios, parameters, macs = (
+        [cast(float, row[key]) for row in rows] for key in ("ratio", "parameters_cut_%", "GMACs_cut_%")
+    )
+    axes.plot(ratios, parameters, "o-", label="parameters")
+    axes.plot(ratios, macs, "s--", label="multiply-accumulates")
     axes.set(xlabel="channel ratio", ylabel="removed [%]", title=f"Pruning of {rows[0]['model']}")
     axes.legend()
 

@@ -167,7 +167,7 @@ def _save_plots(folder: Path, outcome: Outcome) -> None:
 
 def _show(value: object) -> str:
     if value is None:
-        return "–"
+        return "-"
     return f"{value:.5g}" if isinstance(value, float) else str(value)
 
 
