@@ -145,6 +145,6 @@ def _show_rest(submission: Submission, view: RunView) -> None:
 
 
 def describe_result(out: Path, status: str) -> str:
-    """Return where the results are."""
+    """Return where the results of a run that ended are."""
     made = [name for name in ("report.html", "samples.png", "model") if (out / name).exists()]
-    return f"{status}: {out}" + (f" ({', '.join(made)})" if made else "")
+    return f"{status}; in {out}: {', '.join(made) or 'nothing yet'}"

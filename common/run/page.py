@@ -51,7 +51,8 @@ svg text{fill:var(--ink);font-size:13px}svg .tick,svg .label,svg .note{fill:var(
 .key i.block{width:11px;height:11px;border:0;border-radius:3px;background:var(--k)}
 .samples{display:grid;grid-template-columns:minmax(0,2fr) minmax(0,3fr);gap:18px;align-items:start;margin-top:10px}
 .strip{display:grid;grid-template-columns:repeat(auto-fill,minmax(118px,1fr));gap:10px}
-@media(max-width:760px){.samples{grid-template-columns:minmax(0,1fr)}.strip{grid-template-columns:repeat(auto-fill,minmax(92px,1fr))}}
+@media(max-width:760px){.samples{grid-template-columns:minmax(0,1fr)}
+.strip{grid-template-columns:repeat(auto-fill,minmax(92px,1fr))}}
 figure{margin:0}figure img{display:block;width:100%;border-radius:6px;image-rendering:pixelated;
 border:1px solid var(--line)}
 figcaption{color:var(--soft);font-size:.8rem;margin-top:3px}

@@ -239,9 +239,8 @@ def describe(event: Mapping[str, Any], state: RunState) -> str:
         return f"pruned after round {event.get('round')}: {_model(event)}"
     if kind == "fault":
         return f"fault: {_fault(event)}"
-    if kind in ("finished", "stopped", "failed", "interrupted"):
-        reason = event.get("reason")
-        return f"{kind}: {reason}" if reason else str(kind)
+    if event.get("reason"):  # finished, stopped, failed, interrupted; without one the exit says enough
+        return f"{kind}: {event['reason']}"
     return ""
 
 

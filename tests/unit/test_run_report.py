@@ -1,0 +1,228 @@
+"""The report: self-contained, complete, and safe with whatever a client calls itself."""
+
+from __future__ import annotations
+
+import base64
+import json
+import re
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+
+from common.errors import StateError
+from common.run.board import Board
+from common.run.charts import Line, column_chart, line_chart, number, row_chart
+from common.run.events import EventLog, read_events
+from common.run.rebuild import from_events
+from common.run.record import ClientEntry, RunRecord
+from common.run.report import build_report
+from tests.made_up import draw_samples, made_up_record
+
+VOID = {"meta", "img", "br", "line", "path", "rect", "circle"}
+
+
+class Page(HTMLParser):
+    """Collects what a page refers to and whether its tags are balanced."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.links: list[str] = []
+        self.titles: list[str] = []
+        self.feed(text)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.links += [
+            value or "" for name, value in attrs if name in ("src", "href", "srcset", "data", "action")
+        ]
+        assert tag not in ("script", "link", "iframe", "object")
+        if tag not in VOID:
+            self.open.append(tag)
+
+    def handle_endtag(self, tag: str) -> None:
+        if tag not in VOID:
+            assert self.open.pop() == tag
+
+    def handle_data(self, data: str) -> None:
+        if self.open and self.open[-1] == "h2":
+            self.titles.append(data)
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("run")
+    draw_samples(folder)
+    made_up_record().write(folder)
+    build_report(folder)
+    return folder
+
+
+def test_the_page_is_whole_and_self_contained(run: Path) -> None:
+    text = (run / "report.html").read_text()
+    page = Page(text)
+    assert page.open == []
+    assert len(page.links) == 12  # the sample grids
+    assert all(link.startswith("data:image/png;base64,") for link in page.links)
+    assert not re.search(r"https?://|@import|url\(", text)
+
+
+def test_the_page_holds_the_promised_parts(run: Path) -> None:
+    text = (run / "report.html").read_text()
+    assert set(Page(text).titles) == {
+        "Samples",
+        "Training loss",
+        "Fréchet distance (digits features)",
+        "Inception score (digits features)",
+        "Kernel distance (KID) (digits features)",
+        "Edges' label distributions",
+        "Clients' label distributions",
+        "Homogeneity of the edges",
+        "Weights of the edges",
+        "Payload bytes per link",
+        "Time",
+        "Windows",
+        "Faults",
+        "Configuration",
+    }
+    newest = base64.b64encode((run / "samples" / "window-0012.png").read_bytes()).decode()
+    for part in (
+        newest,
+        "real images",
+        "Gaussian fit",
+        "noise",
+        "pruned",
+        "straggler",
+        "prefers-color-scheme:dark",
+    ):
+        assert part in text
+    assert re.search(r'class="changed"><span>eval-data</span>\s*<span class="mono">digits<', text)
+    assert re.search(r'class=""><span>seed</span>\s*<span class="mono">2023<', text)
+
+
+def test_names_are_text_never_markup(tmp_path: Path) -> None:
+    record = made_up_record()
+    evil = "<script>alert(1)</script>"
+    record.clients[evil] = ClientEntry(samples=1, labels=[1.0] * 10)
+    record.edges = [evil, *record.edges]
+    record.classes[0] = evil
+    record.reason = record.faults[0].detail = record.config["eval-data"] = evil
+    record.windows[0].timings[evil] = 1.0
+    record.write(tmp_path)
+    text = build_report(tmp_path).read_text()
+    assert "<script" not in text
+    assert "&lt;script&gt;" in text
+
+
+def test_a_run_that_was_cut_short_is_reported(tmp_path: Path) -> None:
+    RunRecord(run="r", method="fedphd").write(tmp_path)
+    log = EventLog(tmp_path / "events.jsonl")
+    log.write("failed", reason="power cut")
+    log.close()
+    text = build_report(tmp_path).read_text()
+    assert "power cut" in text
+    assert json.loads((tmp_path / "report.json").read_text())["status"] == "failed"
+
+
+def test_a_folder_without_a_run(tmp_path: Path) -> None:
+    with pytest.raises(StateError, match="--out folder of a run"):
+        build_report(tmp_path)
+
+
+def test_the_record_is_rebuilt_from_events(tmp_path: Path) -> None:
+    log = EventLog(tmp_path / "events.jsonl")
+    log.write("run", run="r-1", config={"method": "fedphd", "rounds": 4})
+    log.write("joined", edges=["e2", "e1"], clients=["c1"])
+    for window in (1, 2, 2):  # window 2 was trained again after a resume
+        parts = [{"client": "c1", "edge": "e1"}]
+        log.write("window-start", window=window, rounds=[{"round": window, "participants": parts}])
+        links = {"client-edge": {"up_bytes": 10 * window, "down_bytes": 5, "messages": window}}
+        log.write(
+            "window-end", window=window, losses={window: 0.5 / window}, rho={"e1": 1.0}, mu={}, links=links
+        )
+        log.write(
+            "evaluation",
+            window=window,
+            round=window,
+            frechet=9.0 - window,
+            features="digits",
+            floor={"frechet": 1},
+        )
+    log.write("prune", window=2, round=2, params=5, macs=6, params_dense=7, macs_dense=8)
+    log.write("fault", tier="edge", node="c1", kind="late", detail="", window=2, round=2)
+    log.write("finished", reason="")
+    log.close()
+    record = from_events(read_events(tmp_path / "events.jsonl"))
+    assert (record.run, record.method, record.edges, list(record.clients)) == (
+        "r-1",
+        "fedphd",
+        ["e1", "e2"],
+        ["c1"],
+    )
+    assert [window.losses for window in record.windows] == [[0.5], [0.25]]
+    assert [window.links["client-edge"].up_bytes for window in record.windows] == [10, 0]
+    assert record.links["client-edge"].up_bytes == 20
+    assert [entry.frechet for entry in record.quality] == [8.0, 7.0]
+    assert (record.model.params, record.model.pruned_at_round) == (5, 2)
+    assert record.faults[0].kind == "late"
+    build_report(tmp_path)
+    assert RunRecord.read(tmp_path).status == "finished"
+
+
+def test_charts_of_little_or_nothing() -> None:
+    assert line_chart([], x_label="x", y_label="y") == ""
+    assert line_chart([Line("a", [(1, None)])], x_label="x", y_label="y") == ""
+    assert column_chart([], {}, x_label="x", y_label="y") == ""
+    assert row_chart({"a": [0.0]}, ["k"]) == ""
+    assert "<circle" in line_chart([Line("a", [(1, 0.0)])], x_label="x", y_label="y")
+    assert "NaN" not in line_chart(
+        [Line("a", [(1, -2.0), (5, None), (9, -2.0)])], x_label="x", y_label="y", log=True
+    )
+
+
+def test_curves_lie_where_their_values_are() -> None:
+    chart = line_chart([Line("a", [(0, 0.0), (5, 5.0), (10, 10.0)])], x_label="x", y_label="y")
+    points = [tuple(map(float, match)) for match in re.findall(r'cx="([\d.]+)" cy="([\d.]+)"', chart)]
+    (x0, y0), (x1, y1), (x2, y2) = points
+    assert x1 == pytest.approx((x0 + x2) / 2, abs=0.1)
+    assert y1 == pytest.approx((y0 + y2) / 2, abs=0.1)
+    assert y0 > y2  # SVG counts downwards
+
+
+def test_columns_are_as_high_as_their_values() -> None:
+    chart = column_chart(["1", "2"], {"a": [1.0, 2.0], "b": [1.0, 0.0]}, x_label="x", y_label="y")
+    heights = [float(height) for height in re.findall(r'class="bar".*?height="([\d.]+)"', chart)]
+    assert len(heights) == 3
+    assert heights[0] == heights[1] == pytest.approx(heights[2] / 2, abs=0.1)
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [
+        (None, "\u2013"),
+        (0, "0"),
+        (1234567, "1\u202f234\u202f567"),
+        (12.345, "12.3"),
+        (0.5, "0.5"),
+        (0.0001, "0.0001"),
+    ],
+)
+def test_numbers(value: float | None, text: str) -> None:
+    assert number(value) == text
+
+
+def test_tensorboard_gets_the_curves(tmp_path: Path) -> None:
+    accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    record = made_up_record(windows=2)
+    board = Board(tmp_path)
+    for window, quality in zip(record.windows, record.quality, strict=True):
+        board.window(window)
+        board.evaluation(quality)
+    board.close()
+    events = accumulator.EventAccumulator(str(tmp_path))
+    events.Reload()
+    losses = events.Scalars("train/loss")
+    assert [event.step for event in losses] == list(range(1, 11))
+    assert losses[3].value == pytest.approx(record.windows[0].losses[3])
+    assert events.Scalars("bytes/client-edge/up")[1].value == record.windows[1].links["client-edge"].up_bytes
+    assert events.Scalars("quality/frechet")[1].value == pytest.approx(record.quality[1].frechet)
