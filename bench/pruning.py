@@ -153,6 +153,7 @@ def through_the_wire(model: nn.Module) -> dict[str, float | int]:
 def receive(folder: Path) -> None:
     """Be the receiver: rebuild the net from bytes, answer, print parameters and seconds."""
     import torch
+    from flwr.app import Array, ArrayRecord
 
     from common.models.architecture import build_with
     from common.models.arrays import to_tensor
@@ -164,10 +165,15 @@ def receive(folder: Path) -> None:
     started = time.perf_counter()
     spec = pb.ArchitectureSpec.FromString((folder / _SPEC).read_bytes())
     layout = Layout.from_proto(spec.tensors, "bench")
-    buffers = {
-        d: np.frombuffer((folder / f"{d}.buffer").read_bytes(), dtype=STORED_AS[d]) for d in layout.lengths
-    }
-    views = Weights(layout, buffers).views()
+    record = ArrayRecord(
+        {
+            dtype: Array(
+                str(STORED_AS[dtype]), (n,), "numpy.ndarray", (folder / f"{dtype}.array").read_bytes()
+            )
+            for dtype, n in layout.lengths.items()
+        }
+    )
+    views = Weights.from_record(record, layout, "bench").views()
     model = build_with(spec, {t.name: to_tensor(views[t.name], t.dtype) for t in layout.tensors})
     seconds = time.perf_counter() - started
     network = cast(Any, model).eval()
