@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 
 import pytest
+from matplotlib.figure import Figure
 
 from bench.report import Outcome, Target, run
 
@@ -16,8 +17,12 @@ def outcome(tiny: bool) -> Outcome:
             Target.within("size", 2, 1, 2),
             Target.at_least("tiny", tiny, 1),
         ],
-        plots={"line": lambda figure: figure.subplots().plot([1, 2], [3, 4])},
+        plots={"line": draw},
     )
+
+
+def draw(figure: Figure) -> None:
+    figure.subplots().plot([1, 2], [3, 4])
 
 
 def test_json_is_one_object_and_the_status_is_0_whatever_holds(capsys: pytest.CaptureFixture[str]) -> None:
