@@ -5,9 +5,9 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol
 
 from flwr.app import ConfigRecord, Context, Message, RecordDict
 
@@ -28,21 +28,29 @@ log = logging.getLogger("espalier.edge")
 
 #: Handled beside a running window.
 SIDE_TYPES = frozenset({control.HELLO, control.PROGRESS, control.DONE})
-#: Seconds after which a cloud run that was not heard of no longer keeps another one waiting.
-LEASE = 300.0
 #: Seconds that clients have to answer a hello.
 HELLO_DEADLINE = 20.0
 #: Seconds kept back from a message's ttl so that the reply still counts.
 MARGIN = 10.0
 
 
+class Cloud(Protocol):
+    """What the edge asks its cloud beside the messages; run ids are Flower's."""
+
+    def fetch_fab(self, run_id: int) -> Fab | None:
+        """Return the app's bundle of a run, None without one."""
+
+    def run_is_over(self, run_id: int) -> bool:
+        """Whether a run has ended at the cloud."""
+
+
 @dataclass
 class ServedRun:
-    """The cloud run that this edge serves now."""
+    """The cloud run that this edge serves now: our run id, Flower's, and the run at our own clients."""
 
     key: str
+    flower_run: int
     grid: InlineGrid
-    heard: float
 
 
 class EdgeApp:
@@ -56,18 +64,16 @@ class EdgeApp:
         Its Fleet server.
     state : Path
         Folder for the name registry.
-    fetch_fab : callable
-        Returns the app's bundle (Flower's Fab) of a cloud run by Flower's run id, None without one.
+    cloud : Cloud
+        Answers what an edge wants to know of the cloud's runs.
     """
 
-    def __init__(
-        self, name: str, fleet: InlineFleet, state: Path, fetch_fab: Callable[[int], Fab | None]
-    ) -> None:
+    def __init__(self, name: str, fleet: InlineFleet, state: Path, cloud: Cloud) -> None:
         self.name = name
         self.fleet = fleet
         self.roster = Roster(fleet, NameRegistry(state / "names.json"))
         self.progress = EdgeProgress()
-        self._fetch_fab = fetch_fab
+        self._cloud = cloud
         self._served: ServedRun | None = None
         self._lock = threading.RLock()
         self._request = ConfigRecord()
@@ -113,7 +119,6 @@ class EdgeApp:
         self.roster.refresh(grid, self._request, HELLO_DEADLINE)
         window = EdgeWindow(self.name, plan, weights, grid, self.roster, self.progress)
         report = window.run()
-        self._touch()
         self.roster.refresh(grid, self._request, HELLO_DEADLINE)
         report.roster.CopyFrom(self._edge_hello())
         return self._window_content(report, window.weights)
@@ -167,7 +172,6 @@ class EdgeApp:
         content, faults = relay(message, grid, run_record(run, context.run_config), max(left, 1.0))
         for fault in faults:
             log.warning("%s", fault)
-        self._touch()
         return content
 
     # --- one run at a time -------------------------------------------------------------------------
@@ -175,14 +179,10 @@ class EdgeApp:
     def _busy_with(self, run: str) -> str:
         with self._lock:
             served = self._served
-            if served is None or served.key == run or time.monotonic() - served.heard > LEASE:
+            if served is None or served.key == run:
                 return ""
-            return served.key
-
-    def _touch(self) -> None:
-        with self._lock:
-            if self._served is not None:
-                self._served.heard = time.monotonic()
+        # The cloud knows best whether a run still goes on: a ServerApp that died says no goodbye.
+        return "" if self._cloud.run_is_over(served.flower_run) else served.key
 
     def _serve(self, run: str, message: Message, context: Context) -> InlineGrid:
         """Return the grid of a cloud run, opening it (and closing the one before) if it is new."""
@@ -195,8 +195,9 @@ class EdgeApp:
                 )
             if self._served is None or self._served.key != run:
                 self.close()
-                fab = self._fetch_fab(message.metadata.run_id)
+                fab = self._cloud.fetch_fab(message.metadata.run_id)
                 grid = self.fleet.open_run(fab=fab, run_config=dict(context.run_config))
-                self._served = ServedRun(run, grid, time.monotonic())
-            self._served.heard = time.monotonic()
+                self._served = ServedRun(run, message.metadata.run_id, grid)
+            # A resumed run comes under a new id of Flower's.
+            self._served.flower_run = message.metadata.run_id
             return self._served.grid

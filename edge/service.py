@@ -9,7 +9,7 @@ from typing import Any
 
 from common.errors import ConfigError
 from common.flower.inline import InlineFleet
-from common.flower.resident import Home, ResidentNode
+from common.flower.resident import Fab, Home, ResidentNode
 from common.names import is_name
 from common.security import Security
 from edge.app import SIDE_TYPES, EdgeApp
@@ -50,7 +50,16 @@ def run_edge(name: str, cloud: str, listen: str, state: Path, key: Path | None, 
         level = logging.DEBUG if kind in ("message", "reply") else logging.INFO
         log.log(level, "uplink %s %s", kind, facts)
 
-    app = EdgeApp(name, fleet, state, lambda run_id: node.fetch_fab(home, run_id))
+    class Cloud:
+        """The cloud as the uplink sees it."""
+
+        def fetch_fab(self, run_id: int) -> Fab | None:
+            return node.fetch_fab(home, run_id)
+
+        def run_is_over(self, run_id: int) -> bool:
+            return node.run_is_over(home, run_id)
+
+    app = EdgeApp(name, fleet, state, Cloud())
     node = ResidentNode(
         app,
         [home],

@@ -6,11 +6,10 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from common.learning.grid import image_grid
-
 from common.data.spec import open_data
 from common.errors import ConfigError
 from common.learning.diffusion import sample
+from common.learning.grid import image_grid
 from common.learning.quality import Quality
 from common.run.config import RunConfig
 from common.run.record import Evaluation, Scores
@@ -80,7 +79,13 @@ class Evaluator:
         image_grid(images).save(path)
 
     def measure(self, model: nn.Module, window: int, round_: int) -> Evaluation | None:
-        """Measure `eval-samples` images of the model, None without `eval-data`."""
+        """Measure `eval-samples` images of the model, None without `eval-data`.
+
+        Raises
+        ------
+        DataError
+            If the images cannot be measured, e.g. because the model draws NaN.
+        """
         if self.quality is None:
             return None
         s = self.settings

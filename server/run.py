@@ -20,7 +20,7 @@ from common.run.board import Board
 from common.run.report import build_report
 from flwr.app import ConfigRecord
 
-from common.errors import EspalierError
+from common.errors import DataError, EspalierError
 from common.flower.cloud_grid import TreeGrid
 from common.learning.diffusion import ema_update
 from common.methods.base import CloudState, Method, architecture_layout, build_model
@@ -242,7 +242,14 @@ class TreeRun:
     def _evaluate(self, state: CloudState, evaluator: Evaluator) -> None:
         start = time.monotonic()
         model = build_model(state.architecture, state.ema or state.weights)
-        found = evaluator.measure(model, state.window, state.round)
+        try:
+            found = evaluator.measure(model, state.window, state.round)
+        except DataError as error:
+            # A window's measure is no reason to lose the run.
+            found = None
+            fault = pb.Fault(tier="cloud", node="cloud", kind="evaluation", detail=str(error))
+            fault.window, fault.round = state.window, state.round
+            self._enter_faults([fault])
         if found is not None:
             self.record.quality.append(found)
             self.events.write("evaluation", **found.model_dump())

@@ -10,7 +10,8 @@ from flwr.supercore.fab import Fab
 
 from common.errors import StateError
 from common.flower.home_loop import App, Desk, HomeLoop
-from common.flower.homes import Home
+from common.flower.homes import Home, HomeFault, HomeRefused, MessageGone
+from common.flower.memory import give_back_big_blocks
 from common.flower.node_state import ContextStates, HomeIds, StateLock, load_key, load_or_make_key
 from common.flower.run_info import RUN_RECORD, UserConfig
 
@@ -64,6 +65,7 @@ class ResidentNode:
     ) -> None:
         if not homes or len({home.address for home in homes}) < len(homes):
             raise ValueError("a node needs at least one home, and none twice")
+        give_back_big_blocks()
         self._lock_file = StateLock(state)
         try:
             self._desk = Desk(
@@ -117,6 +119,16 @@ class ResidentNode:
             If the home does not answer or refuses.
         """
         return self._homes[home.address].runs.get(run_id)[0]
+
+    def run_is_over(self, home: Home, run_id: int) -> bool:
+        """Whether a home says that a run has ended, or knows it no more; False while nobody answers."""
+        try:
+            self._homes[home.address].client.get_run(run_id)
+        except (MessageGone, HomeRefused):
+            return True
+        except HomeFault:
+            return False
+        return False
 
     def run_config(self, home: Home, run_id: int) -> UserConfig:
         """Return a run's configuration: the app's defaults with the run's overrides.
