@@ -43,6 +43,8 @@ def resolve_device(setting: str) -> torch.device:
         return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
     try:
         device = torch.device(setting)
+        if device.type not in ("cpu", "cuda", "mps"):
+            raise RuntimeError("nothing can be trained there")
         torch.empty(1, device=device)
     except (RuntimeError, AssertionError) as error:
         reason = str(error).partition("\n")[0]

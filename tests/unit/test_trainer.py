@@ -239,6 +239,6 @@ def test_gradients_pass_through_the_objective_before_they_are_applied() -> None:
 def test_devices() -> None:
     assert resolve_device("cpu").type == "cpu"
     assert resolve_device("auto").type in ("cpu", "cuda", "mps")
-    for wrong in ("abacus", "cuda:99"):
+    for wrong in ("abacus", "cuda:99", "meta"):
         with pytest.raises(ConfigError, match=f"device: '{wrong}' cannot be used here"):
             resolve_device(wrong)
