@@ -33,8 +33,9 @@ def espalier(*arguments: str) -> list[str]:
 
 def process_environment(folder: Path, **more: str) -> dict[str, str]:
     """Return the environment of our processes: one thread each, the checkout importable."""
-    path = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
-    return environment(folder / "flwr", OMP_NUM_THREADS="1", PYTHONPATH=path, **more)
+    path = [more.pop("PYTHONPATH", ""), str(ROOT), os.environ.get("PYTHONPATH", "")]
+    more["PYTHONPATH"] = os.pathsep.join(filter(None, path))
+    return environment(folder / "flwr", OMP_NUM_THREADS="1", **more)
 
 
 @dataclass
