@@ -235,7 +235,9 @@ def _security(roots: Path | None, certificate: Path | None, key: Path | None, in
 
 def main() -> None:
     """Run the command line; a person's mistake becomes one clear line and an exit status."""
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s %(levelname)s %(message)s")
+    logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(name)s %(levelname)s %(message)s")
+    logging.getLogger("espalier").setLevel(logging.INFO)
+    logging.getLogger("flwr").propagate = False  # it prints by itself
     try:
         # Not standalone: typer would turn an interruption into an exit status of 1.
         status = app(standalone_mode=False)

@@ -113,7 +113,11 @@ def _start_tree(group: Group, folder: Path, cloud: Cloud, edges: int, clients: i
             env,
         )
     threads = max(1, (os.cpu_count() or 1) // clients)
-    group.wait_until(lambda: all(path.exists() for path in addresses), "an edge", READY_SECONDS)
+    group.wait_until(
+        lambda: all(path.exists() and path.read_text().endswith("\n") for path in addresses),
+        "an edge",
+        READY_SECONDS,
+    )
     homes = [word for path in addresses for word in ("--edge", path.read_text(encoding="utf-8").strip())]
     source, _, scheme = data.partition(":")
     for number in range(clients):

@@ -30,6 +30,7 @@ class EventLog:
 
     - ``run``: run, config, pid (of the writer, added here)
     - ``joined``: edges, clients
+    - ``resumed``: window, round (of the checkpoint the run goes on from)
     - ``window-start``: window, rounds: [{round, participants: [{client, edge}]}]
     - ``progress``: edge, window, round, training, done, loss, bytes: {up_bytes, down_bytes, messages}
     - ``window-end``: window, losses: {round: loss}, rho, mu, links: {link: {up_bytes, down_bytes, messages}}

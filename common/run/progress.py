@@ -73,6 +73,13 @@ class RunState:
         self.edges, self.clients = list(event.get("edges", [])), list(event.get("clients", []))
         self.phase = "preparing"
 
+    def _on_resumed(self, event: Mapping[str, Any]) -> None:
+        self.window = int(event.get("window", 0))
+        self.losses = {
+            round_: loss for round_, loss in self.losses.items() if round_ <= int(event.get("round", 0))
+        }
+        self.phase = "resuming"
+
     def _on_window_start(self, event: Mapping[str, Any]) -> None:
         self.window, self.plan, self.at_edges = int(event["window"]), list(event.get("rounds", [])), {}
         self.phase = "training"
@@ -239,6 +246,8 @@ def describe(event: Mapping[str, Any], state: RunState) -> str:
         return f"pruned after round {event.get('round')}: {_model(event)}"
     if kind == "fault":
         return f"fault: {_fault(event)}"
+    if kind == "resumed":
+        return f"resumed after window {window}, round {event.get('round')}"
     if event.get("reason"):  # finished, stopped, failed, interrupted; without one the exit says enough
         return f"{kind}: {event['reason']}"
     return ""
