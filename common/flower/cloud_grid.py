@@ -22,7 +22,8 @@ from flwr.supercore.date import now
 from flwr.supercore.run import Run
 from flwr.superlink.grid.http_grid import HttpGrid
 
-from common.flower.payloads import PayloadError, tree_ids, unpack
+from common.flower.memory import Sweeper
+from common.flower.payloads import PayloadError, array_bytes, tree_ids, unpack
 
 TTL_MARGIN = 60.0  # seconds past the deadline
 FASTEST = 0.02
@@ -159,6 +160,7 @@ class TreeGrid(Grid):
         waiting: dict[str, Message] = {}
         arriving: dict[str, _Arriving] = {}
         wait, came = FASTEST, 0
+        sweeper = Sweeper()
         try:
             failed = []
             for message, message_id in zip(
@@ -187,8 +189,10 @@ class TreeGrid(Grid):
                     came += reply.has_content()
                     if quorum is not None and came == quorum:
                         end = min(end, time.monotonic() + grace)
+                    size = array_bytes(reply)
                     yield reply
                     del reply
+                    sweeper.dropped(size)
                 left = end - time.monotonic()
                 if left <= 0 or (cancelled is not None and cancelled()):
                     break

@@ -50,6 +50,7 @@ CALL_TIMEOUT = 20.0
 HEARTBEAT_TIMEOUT = 5.0
 PULL_TIMEOUT = 30.0  # a server of ours holds a pull for about a second
 OBJECTS_IN_FLIGHT = 4
+CHUNKS_IN_FLIGHT = 2  # of 5 MiB; both ends hold several copies of one that is under way
 
 
 @dataclass
@@ -242,7 +243,8 @@ class FleetClient:
             return True
 
         ordered = [object_id for object_id in packed.objects if object_id in wanted]
-        self._all("PushObject", ordered, request, took, give_up_at)
+        in_flight = CHUNKS_IN_FLIGHT if len(ordered) > 2 * OBJECTS_IN_FLIGHT else OBJECTS_IN_FLIGHT
+        self._all("PushObject", ordered, request, took, give_up_at, in_flight)
         return bool(wanted)
 
     def _all(
@@ -252,6 +254,7 @@ class FleetClient:
         request: Callable[[str], Any],
         took: Callable[[str, Any], bool],
         give_up_at: float,
+        in_flight: int = OBJECTS_IN_FLIGHT,
     ) -> None:
         """Call `method` for each object, a few at a time; repeat what fails for now or `took` declines."""
         waiting = deque(object_ids)
@@ -259,7 +262,7 @@ class FleetClient:
         backoff = Backoff(first=0.05, cap=0.5)
         try:
             while waiting or flying:
-                while waiting and len(flying) < OBJECTS_IN_FLIGHT:
+                while waiting and len(flying) < in_flight:
                     object_id = waiting.popleft()
                     flying.append((object_id, self._line.begin(method, request(object_id))))
                 object_id, call = flying.popleft()

@@ -17,8 +17,9 @@ from flwr.common.constant import ErrorCode
 from common.flower.backoff import Backoff, PollPace
 from common.flower.fleet_client import FleetClient, Pulled
 from common.flower.homes import Home, HomeFault, HomeUnavailable, MessageGone, NodeForgotten
+from common.flower.memory import Sweeper
 from common.flower.node_state import ContextStates, HomeIds
-from common.flower.payloads import Packed, PayloadError, pack
+from common.flower.payloads import Packed, PayloadError, array_bytes, pack
 from common.flower.run_info import RUN_RECORD, RunInfo, UserConfig, parse_run_record
 
 HEARTBEAT_EVERY = 8.0  # the lease is 20 s: leaves room for a lost one and its repetition
@@ -74,6 +75,7 @@ class HomeLoop:
         self._busy = False
         self._work = threading.Condition()
         self._session = 0
+        self._sweeper = Sweeper()
         self._threads = [
             threading.Thread(target=target, name=f"{name} {home.address}", daemon=True)
             for name, target in (("poll", self._poll), ("beat", self._beat), ("work", self._serve))
@@ -217,7 +219,10 @@ class HomeLoop:
                 if desk.stopped.is_set():
                     return
                 session, message = self._queue.popleft()
+            size = array_bytes(message)
             self._answer(message, session, side=False)
+            del message
+            self._sweeper.dropped(size)
 
     def _answer(self, message: Message, session: int, *, side: bool) -> None:
         """Call the app and send its reply, unless nobody waits for it any more."""

@@ -33,6 +33,7 @@ from grpc_health.v1.health_pb2_grpc import add_HealthServicer_to_server
 from common.errors import AddressError, StateError
 from common.flower.fleet_server import InlineFleetServicer, Links
 from common.flower.inline_grid import InlineGrid
+from common.flower.memory import give_back_big_blocks
 
 __all__ = ["InlineFleet", "InlineGrid"]
 
@@ -71,6 +72,7 @@ class InlineFleet:
         upload_slots: int = 2,
     ) -> None:
         logging.getLogger("flwr").addFilter(_not_every_call)
+        give_back_big_blocks()
         self._address = address
         self._certificates = certificates
         self.links = Links(upload_slots)
@@ -230,7 +232,7 @@ class InlineFleet:
         """
         state = self.links.state
         fab_hash = state.store_fab(fab) if fab is not None else None
-        fab_version, fab_id = get_metadata_from_config(get_fab_config(fab.content)) if fab else (None, None)
+        fab_id, fab_version = get_metadata_from_config(get_fab_config(fab.content)) if fab else (None, None)
         run_id = state.create_run(
             fab_id,
             fab_version,

@@ -20,7 +20,8 @@ from flwr.supercore.date import now
 from flwr.supercore.run import Run
 
 from common.flower.fleet_server import Links
-from common.flower.payloads import PayloadError, pack, tree_ids, unpack
+from common.flower.memory import Sweeper
+from common.flower.payloads import PayloadError, array_bytes, pack, tree_ids, unpack
 
 TTL_MARGIN = 60.0  # seconds past the deadline
 OFFLINE_GRACE = 3.0  # a node that is being restarted goes offline for a moment
@@ -168,6 +169,7 @@ class InlineGrid(Grid):
         waiting: dict[str, Message] = {}
         end = time.monotonic() + deadline
         came = 0
+        sweeper = Sweeper()
         try:
             failed = []
             for message in messages:
@@ -200,8 +202,10 @@ class InlineGrid(Grid):
                 came += reply.has_content()
                 if quorum is not None and came == quorum:
                     end = min(end, time.monotonic() + grace)
+                size = array_bytes(reply)
                 yield reply
                 del reply
+                sweeper.dropped(size)
         finally:
             for sent in waiting.values():
                 self._abandon(sent, ErrorCode.REPLY_MESSAGE_UNAVAILABLE, "abandoned")
@@ -268,11 +272,16 @@ class InlineGrid(Grid):
                 return None
             tree = store.get_object_tree(reply_id)
         contents = {object_id: store.get(object_id) or b"" for object_id in tree_ids(tree)}
-        self._forget(message_id)
+        with links.lock:
+            links.outstanding.pop(message_id, None)
+        state.delete_messages({message_id})
+        store.delete(reply_id)
         try:
             reply = unpack(reply_id, contents)
         except PayloadError as fault:
             return _error(sent, ErrorCode.REPLY_MESSAGE_UNAVAILABLE, f"its reply is refused: {fault}")
+        finally:
+            self._forget(message_id)  # its slot too, now that only one copy is left
         # What the objects say of sender and run is the sender's word; what was checked is the announcement.
         own = reply.metadata.__dict__
         own["_src_node_id"], own["_dst_node_id"] = sent.metadata.dst_node_id, SUPERLINK_NODE_ID

@@ -89,6 +89,14 @@ def _walk(held: InflatableObject, object_id: str, objects: dict[str, InflatableO
     return ObjectTree(object_id=object_id, children=children)
 
 
+def array_bytes(message: Message) -> int:
+    """Count the bytes of a message's Arrays."""
+    records = message.content.values() if message.has_content() else ()
+    return sum(
+        len(array.data) for record in records if isinstance(record, ArrayRecord) for array in record.values()
+    )
+
+
 def tree_ids(tree: ObjectTree) -> list[str]:
     """List the distinct object ids of a tree, children first."""
     ids: dict[str, None] = {}

@@ -1,0 +1,50 @@
+"""Gets the memory of big payloads back at once, so that the footprint of a busy process is what it holds."""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import gc
+
+_M_MMAP_THRESHOLD = -3  # malloc.h of glibc
+BIG_BLOCK = 1 << 20
+
+
+@functools.cache
+def give_back_big_blocks() -> bool:
+    """Have every block of 1 MiB or more mapped on its own and unmapped when freed; return whether that took effect.
+
+    By default glibc raises that limit to 32 MiB once such a block is freed, and then keeps the chunks of payloads in
+    the arenas of the threads that received them. Elsewhere than on glibc nothing is changed.
+    """
+    try:
+        mallopt = ctypes.CDLL(None).mallopt
+    except (OSError, AttributeError):
+        return False
+    mallopt.argtypes, mallopt.restype = (ctypes.c_int, ctypes.c_int), ctypes.c_int
+    return bool(mallopt(_M_MMAP_THRESHOLD, BIG_BLOCK))
+
+
+class Sweeper:
+    """Collects cyclic garbage once enough payload may be in it.
+
+    ``RecordDict.array_records`` and its like build an object that refers to itself and to the whole content, so a
+    message that was read through them is not freed when it is dropped, but when Python next looks for cycles: many
+    payloads later.
+
+    Parameters
+    ----------
+    every : int
+        Bytes of payload between two collections.
+    """
+
+    def __init__(self, every: int = 32_000_000) -> None:
+        self._every = every
+        self._seen = 0
+
+    def dropped(self, size: int) -> None:
+        """Note that a message with `size` bytes of payload was dropped."""
+        self._seen += size
+        if self._seen >= self._every:
+            self._seen = 0
+            gc.collect()

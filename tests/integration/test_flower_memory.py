@@ -1,0 +1,85 @@
+"""Memory does not grow: with the number of clients of a round, nor with the number of rounds and stragglers."""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import psutil
+from flwr.app import ConfigRecord, Message, RecordDict
+
+from common.flower.cloud_grid import TreeGrid
+from tests.integration.flower_helpers import resident_process, weights
+from tests.support import app_bundle, environment, running, serverapp_grid, superlink, wait_until
+
+MB = 1_000_000
+CLIENT = "from flwr.clientapp import ClientApp\napp = ClientApp()\n"
+
+
+def measured(folder: Path, nodes: int, rounds: int, deadline: float, size: int, kind: str) -> dict[str, Any]:
+    """Run the server and its nodes, each in a process; return what the server measured."""
+    folder.mkdir()
+    log = folder / "server"
+    root = Path(__file__).parents[2]
+    numbers = [str(number) for number in (nodes, rounds, deadline, size)]
+    command = [sys.executable, "-m", "tests.integration.inline_process", *numbers, kind]
+    env = environment(folder, PYTHONPATH=str(root), OMP_NUM_THREADS="1", OPENBLAS_NUM_THREADS="1")
+    with running(command, log, env) as server:
+
+        def lines() -> list[dict[str, Any]]:
+            assert server.poll() in (None, 0), log.read_text()
+            return [json.loads(line) for line in log.read_text().splitlines() if line.startswith("{")]
+
+        wait_until(lambda: log.exists() and lines(), 60, "the server")
+        address = f"127.0.0.1:{lines()[0]['port']}"
+        with resident_process(folder / "nodes", address, more=["--nodes", str(nodes)]):
+            wait_until(lambda: len(lines()) == 2, 200, "the end of the rounds")
+            return lines()[1]
+
+
+def test_a_round_of_32_big_replies_takes_no_more_memory_than_one_of_4(tmp_path: Path) -> None:
+    payload = 40 * MB
+    few = measured(tmp_path / "few", 4, 1, 150, payload, "big")
+    many = measured(tmp_path / "many", 32, 1, 150, payload, "big")
+    assert (few["replies"], many["replies"]) == (4, 32)
+    assert many["peak"] - few["peak"] < 2 * payload, (few, many)
+
+
+def test_300_rounds_with_stragglers_leave_nothing_at_an_inline_server(tmp_path: Path) -> None:
+    done = measured(tmp_path / "run", 3, 300, 0.08, 0, "slow")
+    assert done["abandoned"] >= 250
+    assert done["late"] > 10
+    early, last = done["rss"][5], done["rss"][-1]  # after 50 rounds and after 300
+    assert last - early < 10 * MB, done["rss"]  # 250 payloads of 100 KB left behind would be 25 MB
+
+
+def test_300_rounds_with_stragglers_leave_nothing_at_a_stock_superlink(tmp_path: Path) -> None:
+    rounds, deadline = 300, 0.08
+    with (
+        superlink(tmp_path / "link") as link,
+        serverapp_grid(link, app_bundle(CLIENT)) as http,
+        resident_process(tmp_path / "nodes", link.fleet, more=["--nodes", "3"]),
+    ):
+        grid = TreeGrid(http)
+        wait_until(lambda: len(list(grid.get_node_ids())) == 3, 30, "the nodes")
+        nodes = sorted(grid.get_node_ids())
+        memory = []
+        for number in range(rounds):
+            if number % 10 == 0:
+                memory.append(psutil.Process(link.pid).memory_info().rss)
+            late = RecordDict({"w": weights(25_000 + number), "do": ConfigRecord({"sleep": 2 * deadline})})
+            plain = RecordDict({"do": ConfigRecord({})})
+            messages = [Message(plain, node, "train") for node in nodes[:-1]] + [
+                Message(late, nodes[-1], "train")
+            ]
+            list(grid.exchange(messages, deadline=deadline))
+        assert grid.abandoned >= 250
+        end = time.monotonic() + 5
+        while time.monotonic() < end and grid._given_up:
+            grid.collect_late()
+            time.sleep(0.1)
+        assert grid.late > 0
+        assert memory[-1] - memory[5] < 12 * MB, memory
