@@ -92,7 +92,7 @@ def run_to_end(
         try:
             return _follow(cloud, submission, view, check)
         except KeyboardInterrupt:
-            view.say(f"stopping run {submission.run} … (Ctrl-C again leaves it running)")
+            view.say(f"stopping run {submission.run} …")
             stop_run(cloud, submission, STOP_SECONDS)
             _show_rest(submission, view)
             raise

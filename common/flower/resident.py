@@ -87,7 +87,8 @@ class ResidentNode:
         try:
             for loop in self._homes.values():
                 loop.start()
-            self._desk.stopped.wait()
+            while not self._desk.stopped.wait(1.0):
+                pass  # a signal that another thread took is only seen when this one wakes
         finally:
             self.stop()
             for loop in self._homes.values():
