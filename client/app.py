@@ -34,7 +34,7 @@ def train(message: Message, context: Context) -> Message:
     if data is not None:
         plan = control.decode(pb.RoundPlan, data, "edge")
         return Message(train_round(device, plan, message), reply_to=message)
-    arrays, metrics = train_plain(device, *_plain(message), context.run_config)
+    arrays, metrics = train_plain(device, *_plain(message), context.run_config, context.state)
     return Message(RecordDict({control.ARRAYS: arrays, control.METRICS: metrics}), reply_to=message)
 
 

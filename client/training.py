@@ -27,6 +27,10 @@ if TYPE_CHECKING:
     from torch import nn
 
 
+#: Record of `Context.state` that holds a client's own state in a plain run.
+STATE = "espalier.state"
+
+
 def train_round(device: Device, plan: pb.RoundPlan, message: Message) -> RecordDict:
     """Train one round of a plan.
 
@@ -84,14 +88,18 @@ def train_round(device: Device, plan: pb.RoundPlan, message: Message) -> RecordD
 
 
 def train_plain(
-    device: Device, record: ArrayRecord, round_: int, run_config: Mapping[str, Any]
+    device: Device, record: ArrayRecord, round_: int, run_config: Mapping[str, Any], kept: RecordDict
 ) -> tuple[ArrayRecord, MetricRecord]:
     """Train one round for a plain Flower ServerApp: named tensors in and out, settings from the run config.
 
-    With the same settings, client names and rounds this is exactly what a plan of the tree trains.
+    With the same settings, client names and rounds this is exactly what a plan of the tree trains. What
+    the client keeps between rounds is in Flower's `Context.state`, because a plain run has no versions.
     """
     settings, model = _plain_model(device, record, run_config)
-    result = _train(device, model, settings, round_, {})
+    before = kept.array_records.get(STATE, ArrayRecord())
+    state = {name: np.array(numpy_view(array)) for name, array in before.items()}
+    result = _train(device, model, settings, round_, state)
+    kept[STATE] = ArrayRecord({name: array_from_numpy(np.asarray(value)) for name, value in state.items()})
     arrays = ArrayRecord({n: array_from_numpy(a) for n, a in _arrays(model).items()})
     return arrays, MetricRecord({control.NUM_EXAMPLES: result.samples, "loss": result.loss})
 

@@ -25,8 +25,10 @@ from server.run import restore
 from server.tree import Tree
 from tests.tree import LiveTree, live_tree, start_client
 
+Flat = dict[str, bool | int | float | str]
+
 #: Small enough for a test: 90 images a client, three optimiser steps a round.
-SMALL: dict[str, bool | int | float | str] = {"learning-rate": 0.0001, "keep-optimizer": False, "seed": 7}
+SMALL: Flat = {"learning-rate": 0.0001, "seed": 7}
 
 
 @pytest.fixture(scope="module")
@@ -35,12 +37,12 @@ def tree(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LiveTree]:
         yield live
 
 
-def initial_arrays(settings: dict[str, bool | int | float | str]) -> ArrayRecord:
+def initial_arrays(settings: Flat) -> ArrayRecord:
     model = initial_model(RunConfig.from_flat(settings), (1, 8, 8))
     return ArrayRecord({n: Array(t.numpy()) for n, t in model.state_dict().items()})
 
 
-def flower_config(settings: dict[str, bool | int | float | str]) -> str:
+def flower_config(settings: Flat) -> str:
     """Return the run's settings as the default configuration of a Flower app."""
     return "".join(f"{k} = {json.dumps(v)}\n" for k, v in settings.items())
 
@@ -153,7 +155,8 @@ def test_tree_equals_flat_flower(tree: LiveTree, flat: dict[int, Model], method:
 
 def test_stock_fedadam_at_the_cloud(tree: LiveTree) -> None:
     """A stock strategy in the cloud's place, unmodified: it sees two nodes, the edges, and the loss falls."""
-    with serverapp_grid(tree.link, app_bundle("", config=flower_config(SMALL))) as grid:
+    settings: Flat = {"learning-rate": 0.001, "warmup-steps": 0, "seed": 7}
+    with serverapp_grid(tree.link, app_bundle("", config=flower_config(settings))) as grid:
         strategy = FedAdam(
             fraction_evaluate=1.0,
             min_train_nodes=2,
@@ -164,9 +167,7 @@ def test_stock_fedadam_at_the_cloud(tree: LiveTree) -> None:
         )
         result = strategy.start(TreeGrid(grid), initial_arrays(SMALL), num_rounds=3, timeout=120)
     losses = [float(result.evaluate_metrics_clientapp[r]["loss"]) for r in (1, 2, 3)]  # type: ignore[arg-type]
-    assert losses[-1] < losses[0]
-    trained = result.train_metrics_clientapp[3]
-    assert trained["loss"] < result.train_metrics_clientapp[1]["loss"]  # type: ignore[operator]
+    assert losses[-1] < 0.9 * losses[0]
 
 
 BAD_CLIENT = textwrap.dedent(
