@@ -68,6 +68,10 @@ class Cloud:
             self.flwr_home / "config.toml",
             connection + (security if self.root_certificates else "insecure = true") + "\n",
         )
+        for path in registry().glob("*.json"):
+            other = _read(path)
+            if other is not None and not other.running:  # it was killed and could not take itself off
+                path.unlink(missing_ok=True)
         text = json.dumps(asdict(self), indent=1) + "\n"
         write_text(self.folder / CLOUD_FILE, text)
         write_text(registry() / f"{self.name}.json", text)
