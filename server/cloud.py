@@ -287,7 +287,7 @@ class Supervisor:
         watched.deaths += 1
         old = watched.submission
         if watched.deaths > FUTILE_RUNS:
-            reason = f"its ServerApp died {watched.deaths} times without a new checkpoint; see {self.cloud.state}/superlink.log"
+            reason = f"its ServerApp died {watched.deaths} times without a new checkpoint; see superlink.log"
             runs.close_log(old, "failed", reason)
             watched.ended = True
             return
