@@ -7,15 +7,16 @@ import functools
 import gc
 
 _M_MMAP_THRESHOLD = -3  # malloc.h of glibc
-BIG_BLOCK = 1 << 20
+BIG_BLOCK = 1 << 16
 
 
 @functools.cache
 def give_back_big_blocks() -> bool:
-    """Have every block of 1 MiB or more mapped on its own and unmapped when freed; return whether that took effect.
+    """Have every block of 64 KiB or more mapped on its own and unmapped when freed; return whether that took effect.
 
-    By default glibc raises that limit to 32 MiB once such a block is freed, and then keeps the chunks of payloads in
-    the arenas of the threads that received them. Elsewhere than on glibc nothing is changed.
+    By default glibc raises that limit to 32 MiB once such a block is freed, and keeps what it received in the arenas of
+    the threads that received it: 32 replies of 40 MB left 80 MB more behind than 4. It is for a process that moves
+    payloads; one that trains allocates too often for it. Elsewhere than on glibc nothing is changed.
     """
     try:
         mallopt = ctypes.CDLL(None).mallopt

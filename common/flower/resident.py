@@ -11,7 +11,6 @@ from flwr.supercore.fab import Fab
 from common.errors import StateError
 from common.flower.home_loop import App, Desk, HomeLoop
 from common.flower.homes import Home, HomeFault, HomeRefused, MessageGone
-from common.flower.memory import give_back_big_blocks
 from common.flower.node_state import ContextStates, HomeIds, StateLock, load_key, load_or_make_key
 from common.flower.run_info import RUN_RECORD, UserConfig
 
@@ -65,7 +64,6 @@ class ResidentNode:
     ) -> None:
         if not homes or len({home.address for home in homes}) < len(homes):
             raise ValueError("a node needs at least one home, and none twice")
-        give_back_big_blocks()
         self._lock_file = StateLock(state)
         try:
             self._desk = Desk(

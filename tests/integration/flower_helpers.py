@@ -108,4 +108,4 @@ def empty(server: InlineFleet) -> bool:
     links = server.links
     left = (links.store, links.state.message_ins_store, links.state.message_res_store, links.outstanding)
     sessions = links.state._object_push_sessions
-    return not any(map(len, left)) and not sessions and links.uploads._by_instruction == {}
+    return not any(len(part) for part in left) and not sessions and links.uploads._by_instruction == {}

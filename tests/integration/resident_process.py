@@ -36,16 +36,16 @@ def app(message: Message, context: Context) -> Message:
     """Do what the message says."""
     do = message.content.config_records.get("do", ConfigRecord())
     say("begin", {"type": message.metadata.message_type})
-    calls = int(context.state.config_records.get("n", ConfigRecord({"calls": 0}))["calls"]) + 1  # type: ignore[arg-type]
+    calls = 1 + int(str(context.state.config_records.get("n", ConfigRecord({"calls": 0}))["calls"]))
     if message.metadata.message_type == "train":
         context.state["n"] = ConfigRecord({"calls": calls})
-    time.sleep(float(do.get("sleep", 0.0)))  # type: ignore[arg-type]
+    time.sleep(float(str(do.get("sleep", 0.0))))
     if do.get("fail"):
         raise RuntimeError("told to\nfail")
     content = RecordDict({"m": MetricRecord({"num-examples": 1, "calls": calls})})
     seen = {"run_config": json.dumps(context.run_config), "node_config": json.dumps(context.node_config)}
     content["seen"] = ConfigRecord({**seen, "keys": ",".join(message.content)})
-    if size := int(do.get("reply", 0)):  # type: ignore[call-overload]
+    if size := int(str(do.get("reply", 0))):
         data = np.random.default_rng().bytes(size)
         content["w"] = ArrayRecord({"flat": array_from_numpy(np.frombuffer(data, np.uint8))})
     elif "w" in message.content:

@@ -206,7 +206,12 @@ def test_flowers_own_way_of_pushing_and_pulling(tmp_path: Path) -> None:
         grid.set_run(grid.run)
         ids = set(grid.push_messages(instruct(grid, nodes)))
         replies: list[Message] = []
-        wait_until(lambda: replies.extend(grid.pull_messages(ids)) or replies, 20)
+
+        def pulled() -> bool:
+            replies.extend(grid.pull_messages(ids))
+            return bool(replies)
+
+        wait_until(pulled, 20)
         assert {reply.metadata.reply_to_message_id for reply in replies} == ids
         assert len(list(grid.send_and_receive(instruct(grid, nodes), timeout=20))) == 1
         assert [node.node_id for node in grid.get_nodes()] == nodes

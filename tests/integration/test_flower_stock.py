@@ -96,9 +96,7 @@ def test_deadline_quorum_and_late_replies_at_a_stock_superlink(
         nodes = join(grid, 2)
         list(grid.exchange(to(nodes), deadline=30))
         began = time.monotonic()
-        replies = list(
-            grid.exchange(to(nodes[:1]) + to(nodes[1:], sleep=6), deadline=30, quorum=1, grace=2)
-        )
+        replies = list(grid.exchange(to(nodes[:1]) + to(nodes[1:], sleep=6), deadline=30, quorum=1, grace=2))
         assert [reply.metadata.src_node_id for reply in replies] == nodes[:1]
         assert time.monotonic() - began < 5.5
         assert (grid.abandoned, grid.late) == (1, 0)
