@@ -21,7 +21,7 @@ from common.run.report import build_report
 from flwr.app import ConfigRecord
 
 from common.errors import DataError, EspalierError
-from common.flower.cloud_grid import TreeGrid
+from common.flower.cloud_grid import LINK_LOST, TreeGrid
 from common.learning.diffusion import ema_update
 from common.methods.base import CloudState, Method, architecture_layout, build_model
 from common.methods.planning import AtRandom, mean_homogeneity, plan_window
@@ -108,6 +108,10 @@ class TreeRun:
             self._train()
         except StopRequested:
             self._close("stopped", "stopped by `espalier stop`")
+        except LINK_LOST as error:
+            # Not the last word: the cloud's supervisor starts the SuperLink again and submits the run again.
+            self.events.write("interrupted", reason=f"the SuperLink is gone: {error}")
+            raise
         except BaseException as error:
             self._close("failed", str(error) or type(error).__name__)
             raise
@@ -372,8 +376,11 @@ class TreeRun:
     def _close(self, status: str, reason: str) -> None:
         """Let the edges go and leave the report behind."""
         self.record.status, self.record.reason = status, reason  # type: ignore[assignment]
-        self.tree.dismiss()
-        self.grid.collect_late()
+        try:
+            self.tree.dismiss()
+            self.grid.collect_late()
+        except LINK_LOST as error:
+            log.warning("the edges were not told that the run is over: %s", error)
         self._enter_faults(self.tree.faults)
         self._write_report()
         build_report(self.out)

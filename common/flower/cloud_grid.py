@@ -28,7 +28,11 @@ from common.flower.payloads import PayloadError, array_bytes, tree_ids, unpack
 TTL_MARGIN = 60.0  # seconds past the deadline
 FASTEST = 0.02
 SLOWEST = 0.5
-UPLOAD_STALL = 240.0  # Flower's own limit for an upload without progress is 180 s
+UPLOAD_STALL = 190.0  # Flower's own limit for an upload without progress is 180 s
+UPLOAD_DOUBT = 10.0  # after so many seconds without progress, ask whether the uploader is still there
+
+#: What a call raises when the SuperLink does not answer, all retries included.
+LINK_LOST = (httpx.HTTPError,)
 
 
 @dataclass
@@ -40,6 +44,7 @@ class _Arriving:
     missing: list[str]
     contents: dict[str, bytes] = field(default_factory=dict)
     progress_at: float = field(default_factory=time.monotonic)
+    doubted_at: float = 0.0
 
 
 class TreeGrid(Grid):
@@ -259,7 +264,7 @@ class TreeGrid(Grid):
                     one.sent, ErrorCode.REPLY_MESSAGE_UNAVAILABLE, "the upload of the reply ended early"
                 )
             if not answer.object_available:
-                if time.monotonic() - one.progress_at < UPLOAD_STALL:
+                if not self._stands_still(one):
                     return None
                 self._free(one.reply_id)
                 return _error(
@@ -276,6 +281,14 @@ class TreeGrid(Grid):
         own["_src_node_id"], own["_dst_node_id"] = one.sent.metadata.dst_node_id, SUPERLINK_NODE_ID
         own["_run_id"], own["_reply_to_message_id"] = run_id, one.sent.metadata.message_id
         return reply
+
+    def _stands_still(self, one: _Arriving) -> bool:
+        now_ = time.monotonic()
+        if now_ - max(one.progress_at, one.doubted_at) < UPLOAD_DOUBT:
+            return False
+        one.doubted_at = now_
+        gone = one.sent.metadata.dst_node_id not in set(self._grid.get_node_ids())
+        return gone or now_ - one.progress_at > UPLOAD_STALL
 
     def _abandon(self, waiting: dict[str, Message], arriving: dict[str, _Arriving]) -> None:
         with self._lock:
