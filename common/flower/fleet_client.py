@@ -168,7 +168,12 @@ class FleetClient:
         answer = self._call("PullMessages", PullMessagesRequest(node=self._node), PULL_TIMEOUT)
         if not answer.messages_list:
             return None
-        return Pulled(message_from_proto(answer.messages_list[0]), tree_ids(answer.message_object_trees[0]))
+        try:
+            return Pulled(
+                message_from_proto(answer.messages_list[0]), tree_ids(answer.message_object_trees[0])
+            )
+        except (ValueError, IndexError) as fault:
+            raise HomeRefused(f"the server announced a message that is none: {fault}") from fault
 
     def fetch(self, pulled: Pulled, give_up_at: float) -> Message:
         """Fetch the objects of a message, tell the server so, and put the message together.

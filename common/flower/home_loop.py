@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import random
 import threading
 import time
@@ -14,6 +15,7 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from flwr.app import ConfigRecord, Context, Error, Message, RecordDict
 from flwr.common.constant import ErrorCode
 
+from common.errors import StateError
 from common.flower.backoff import Backoff, PollPace
 from common.flower.fleet_client import FleetClient, Pulled
 from common.flower.homes import Home, HomeFault, HomeUnavailable, MessageGone, NodeForgotten
@@ -77,7 +79,7 @@ class HomeLoop:
         self._session = 0
         self._sweeper = Sweeper()
         self._threads = [
-            threading.Thread(target=target, name=f"{name} {home.address}", daemon=True)
+            threading.Thread(target=self._guard, args=(target,), name=f"{name} {home.address}", daemon=True)
             for name, target in (("poll", self._poll), ("beat", self._beat), ("work", self._serve))
         ]
 
@@ -85,6 +87,15 @@ class HomeLoop:
         """Start the threads."""
         for thread in self._threads:
             thread.start()
+
+    def _guard(self, target: Callable[[], None]) -> None:
+        """Start a thread's work again after a fault that nobody foresaw: a node that only seems alive is worst."""
+        while not self.desk.stopped.is_set():
+            try:
+                target()
+            except Exception:
+                logging.getLogger(__name__).exception("%s: unforeseen fault; going on", self.home.address)
+                self.desk.stopped.wait(1.0)
 
     def close(self, patience: float) -> None:
         """Leave the home and end the threads; a call of the app is waited for `patience` seconds."""
@@ -142,7 +153,7 @@ class HomeLoop:
             except HomeUnavailable as fault:
                 self._set_connected(False, str(fault))
                 stopped.wait(backoff.next())
-            except HomeFault as fault:
+            except (HomeFault, StateError) as fault:
                 self._tell("refused", reason=str(fault))
                 stopped.wait(backoff.next())
 

@@ -15,7 +15,7 @@ def test_overhead() -> None:
     result = json.loads(done.stdout)
     assert result["bench"] == "overhead"
     edge, stock = result["rows"]
-    assert (edge["clients"], edge["payload_bytes"]) == (stock["clients"], stock["payload_bytes"]) == (2, 4096)
+    assert (edge["clients"], edge["bytes"]) == (stock["clients"], stock["bytes"]) == (2, 4096)
     targets = {target["name"]: target for target in result["targets"]}
     # The absolute target, 0.1 s, is for a machine that does nothing else; the ratio holds on any.
     assert targets["median round, 2 clients, 4 KB, s"]["limit"] == 0.1

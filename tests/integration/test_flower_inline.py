@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import datetime
 import json
-import ssl
 import threading
 import time
 from pathlib import Path
@@ -12,6 +12,8 @@ from typing import Any
 import grpc
 import numpy as np
 import pytest
+from cryptography import x509
+from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from flwr.app import ConfigRecord, Context, Message, MetricRecord, RecordDict
 from flwr.common.constant import ErrorCode
@@ -21,8 +23,10 @@ from grpc_health.v1.health_pb2_grpc import HealthStub
 
 from common.errors import AddressError, StateError
 from common.flower.arrays import numpy_view
+from common.flower.fleet_client import FleetClient, Pulled
+from common.flower.homes import HomeRefused
 from common.flower.inline import InlineFleet
-from common.flower.resident import RUN_RECORD
+from common.flower.resident import RUN_RECORD, Home, ResidentNode
 from tests.integration.flower_helpers import (
     empty,
     fleet,
@@ -34,8 +38,6 @@ from tests.integration.flower_helpers import (
 )
 from tests.integration.resident_process import app
 from tests.support import free_port, wait_until
-
-assert ssl  # grpc's TLS needs it
 
 
 def address(server: InlineFleet) -> str:
@@ -199,6 +201,38 @@ def test_a_node_that_is_gone_is_not_waited_for(tmp_path: Path) -> None:
         assert empty(server)
 
 
+def test_silence_after_a_pause_of_the_server_is_not_taken_for_death(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(FleetClient, "beat", lambda self: None)
+    with fleet() as server, resident(app, tmp_path, address(server)):
+        grid = server.open_run()
+        nodes = online(server, 1)
+        server.links.trust_after = time.monotonic() + 60
+        server.links.state.nodes[nodes[0]].online_until = 1.0  # as after an hour without a heartbeat
+        (reply,) = grid.exchange(instruct(grid, nodes, sleep=2), deadline=30)
+        assert reply.has_content()
+        server.links.trust_after = 0.0
+        (reply,) = grid.exchange(instruct(grid, nodes, sleep=2), deadline=30)
+        assert reply.error.code == ErrorCode.NODE_UNAVAILABLE
+
+
+def test_a_thread_that_fails_unforeseen_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pull = FleetClient.pull
+    faults = iter([RuntimeError("nobody foresaw this"), HomeRefused("no")])
+
+    def stumble(self: FleetClient) -> Pulled | None:
+        if fault := next(faults, None):
+            raise fault
+        return pull(self)
+
+    monkeypatch.setattr(FleetClient, "pull", stumble)
+    with fleet() as server, resident(app, tmp_path, address(server)):
+        grid = server.open_run()
+        (reply,) = grid.exchange(instruct(grid, online(server, 1)), deadline=30)
+        assert reply.has_content()
+
+
 def test_flowers_own_way_of_pushing_and_pulling(tmp_path: Path) -> None:
     with fleet() as server, resident(app, tmp_path, address(server)):
         grid = server.open_run()
@@ -245,8 +279,6 @@ def test_a_server_with_keys_admits_only_those(tmp_path: Path) -> None:
 
 
 def test_tls_and_health(tmp_path: Path, certificates: tuple[bytes, bytes, bytes]) -> None:
-    from common.flower.resident import Home, ResidentNode
-
     with fleet(certificates=certificates) as server:
         node = ResidentNode(
             app,
@@ -269,11 +301,6 @@ def test_tls_and_health(tmp_path: Path, certificates: tuple[bytes, bytes, bytes]
 
 @pytest.fixture
 def certificates() -> tuple[bytes, bytes, bytes]:
-    import datetime
-
-    from cryptography import x509
-    from cryptography.hazmat.primitives import hashes, serialization
-
     key = ec.generate_private_key(ec.SECP256R1())
     name = x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, "localhost")])
     now = datetime.datetime.now(datetime.UTC)
