@@ -18,7 +18,16 @@ from common.run.processes import Group, espalier_command, espalier_env, free_por
 from common.run.progress import RunView
 
 #: Settings of the demonstration where they differ from the defaults: a run of minutes on two cores.
-DEMO: dict[str, FlatValue] = {}
+DEMO: dict[str, FlatValue] = {
+    "rounds": 60,
+    "rg": 5,
+    "learning-rate": 0.002,
+    "batch-size": 16,
+    "ema-decay": 0.5,
+    "eval-every": 2,
+    "eval-samples": 256,
+    "sample-steps": 20,
+}
 
 READY_SECONDS = 90.0
 
