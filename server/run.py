@@ -16,8 +16,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from common.run.board import Board
-from common.run.report import build_report
 from flwr.app import ConfigRecord
 
 from common.errors import DataError, EspalierError
@@ -30,6 +28,7 @@ from common.models.cost import macs_and_params
 from common.models.initial import initial_model
 from common.models.pipeline import save_model
 from common.names import NameRegistry
+from common.run.board import Board
 from common.run.checkpoint import Checkpoints
 from common.run.config import RunConfig
 from common.run.events import EVENTS_FILE, EventLog
@@ -44,6 +43,7 @@ from common.run.record import (
     Traffic,
     WindowEntry,
 )
+from common.run.report import build_report
 from common.wire.payload import Weights
 from proto import espalier_pb2 as pb
 from server.evaluation import Evaluator
