@@ -18,7 +18,7 @@ app = ClientApp()
 def hello(message: Message, context: Context) -> Message:
     """Introduce this device to its edge."""
     device = Device.from_node_config(context.node_config)
-    request = message.content.config_records.get(control.CONFIG, ConfigRecord())
+    request = control.config_of(message, control.CONFIG) or ConfigRecord()
     noise = request.get("histogram-noise", 0.0)
     if not isinstance(noise, int | float) or not 0 <= noise < float("inf"):
         raise WireError("edge", f"a hello with histogram-noise {noise!r}")
@@ -48,9 +48,9 @@ def evaluate(message: Message, context: Context) -> Message:
 
 def _plain(message: Message) -> tuple[ArrayRecord, int]:
     """Return the arrays and the round of a message of a stock strategy."""
-    content = message.content
-    if len(content.array_records) != 1:
-        raise WireError("server", f"{len(content.array_records)} array records, expected one")
-    config = content.config_records.get(control.CONFIG, ConfigRecord())
+    arrays = [record for record in message.content.values() if isinstance(record, ArrayRecord)]
+    if len(arrays) != 1:
+        raise WireError("server", f"{len(arrays)} array records, expected one")
+    config = control.config_of(message, control.CONFIG) or ConfigRecord()
     round_ = config.get("server-round", 0)
-    return next(iter(content.array_records.values())), round_ if isinstance(round_, int) else 0
+    return arrays[0], round_ if isinstance(round_, int) else 0

@@ -96,12 +96,13 @@ def train_plain(
     the client keeps between rounds is in Flower's `Context.state`, because a plain run has no versions.
     """
     settings, model = _plain_model(device, record, run_config)
-    before = kept.array_records.get(STATE, ArrayRecord())
-    state = {name: np.array(numpy_view(array)) for name, array in before.items()}
+    before = kept.get(STATE)
+    arrays = before if isinstance(before, ArrayRecord) else ArrayRecord()
+    state = {name: np.array(numpy_view(array)) for name, array in arrays.items()}
     result = _train(device, model, settings, round_, state)
     kept[STATE] = ArrayRecord({name: array_from_numpy(np.asarray(value)) for name, value in state.items()})
-    arrays = ArrayRecord({n: array_from_numpy(a) for n, a in _arrays(model).items()})
-    return arrays, MetricRecord({control.NUM_EXAMPLES: result.samples, "loss": result.loss})
+    trained = ArrayRecord({n: array_from_numpy(a) for n, a in _arrays(model).items()})
+    return trained, MetricRecord({control.NUM_EXAMPLES: result.samples, "loss": result.loss})
 
 
 def evaluate_plain(

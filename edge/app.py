@@ -135,7 +135,7 @@ class EdgeApp:
     # --- hello -------------------------------------------------------------------------------------
 
     def _hello(self, message: Message, context: Context) -> RecordDict:
-        request = message.content.config_records.get(control.CONFIG, ConfigRecord())
+        request = control.config_of(message, control.CONFIG) or ConfigRecord()
         run = str(request.get("run", ""))
         busy = self._busy_with(run)
         # Clients in the middle of a window answer no hello; the roster is as good as it was.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
@@ -15,10 +15,17 @@ from common.flower.inline import InlineGrid
 from common.flower.resident import RUN_RECORD
 from common.wire.control import NUM_EXAMPLES
 
+R = TypeVar("R", ArrayRecord, MetricRecord, ConfigRecord)
+
 
 def run_record(run: str, run_config: Mapping[str, Any]) -> ConfigRecord:
     """Pack a run's id and configuration: our client strips the record into its Context."""
     return ConfigRecord({"run": run, "config": json.dumps(dict(run_config)).encode()})
+
+
+def _of_type(content: RecordDict, kind: type[R]) -> dict[str, R]:
+    """Return the records of one type; Flower's own views of them keep the payload alive (a cycle)."""
+    return {name: record for name, record in content.items() if isinstance(record, kind)}
 
 
 class ReplySum:
@@ -52,10 +59,11 @@ class ReplySum:
             return
         arrays = {
             name: {key: numpy_view(array) for key, array in record.items()}
-            for name, record in content.array_records.items()
+            for name, record in _of_type(content, ArrayRecord).items()
         }
-        metrics = {name: dict(record) for name, record in content.metric_records.items()}
-        self._check(arrays, metrics, content.config_records, sender)
+        metrics = {name: dict(record) for name, record in _of_type(content, MetricRecord).items()}
+        configs = _of_type(content, ConfigRecord)
+        self._check(arrays, metrics, configs, sender)
         first = self.replies == 0
         for name, record in arrays.items():
             sums = self._arrays.setdefault(name, {})
@@ -68,7 +76,7 @@ class ReplySum:
                 weight = 1 if key == NUM_EXAMPLES else examples
                 part = np.asarray(number) * weight
                 totals[key] = part if first else totals[key] + part
-        self._configs = dict(content.config_records)
+        self._configs = configs
         self.examples += examples
         self.replies += 1
 
@@ -106,7 +114,8 @@ class ReplySum:
     @staticmethod
     def _examples(content: RecordDict, sender: str) -> float | None:
         """Return the reply's `num-examples`, None if it has none."""
-        found = [r[NUM_EXAMPLES] for r in content.metric_records.values() if NUM_EXAMPLES in r]
+        metrics = _of_type(content, MetricRecord)
+        found = [r[NUM_EXAMPLES] for r in metrics.values() if NUM_EXAMPLES in r]
         if not found:
             return None
         if len(found) > 1 or not isinstance(found[0], int | float) or not found[0] >= 0:

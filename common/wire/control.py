@@ -67,10 +67,19 @@ def decode(kind: type[P], data: object, sender: str) -> P:
 
 def plan_bytes(message: Message) -> bytes | None:
     """Return the plan that a message carries, None for a plain Flower message."""
-    if not message.has_content() or CONFIG not in message.content.config_records:
-        return None
-    data = message.content.config_records[CONFIG].get(PLAN)
+    record = config_of(message, CONFIG)
+    data = record.get(PLAN) if record is not None else None
     return data if isinstance(data, bytes) else None
+
+
+def config_of(message: Message, key: str) -> ConfigRecord | None:
+    """Return a config record of a message, None where there is none of that key.
+
+    Not by `content.config_records`: that view makes a reference cycle which keeps the payload in
+    memory until the garbage collector comes by.
+    """
+    record = message.content.get(key) if message.has_content() else None
+    return record if isinstance(record, ConfigRecord) else None
 
 
 def plan_content(plan: Proto, weights: ArrayRecord) -> RecordDict:
@@ -104,16 +113,16 @@ def read_control(kind: type[P], message: Message, sender: str) -> P:
     """
     if message.has_error():
         raise WireError(sender, f"an error instead of a {kind.__name__}: {message.error.reason}")
-    records = message.content.config_records
-    return decode(kind, records[REPORT].get(PLAN) if REPORT in records else None, sender)
+    record = config_of(message, REPORT)
+    return decode(kind, record.get(PLAN) if record is not None else None, sender)
 
 
 def read_weights(message: Message, layout: Layout, sender: str) -> Weights:
     """Read the payload of a message against the layout that is expected; see `Weights.from_record`."""
-    records = message.content.array_records
-    if ARRAYS not in records:
+    record = message.content.get(ARRAYS)
+    if not isinstance(record, ArrayRecord):
         raise WireError(sender, "no payload in the message")
-    return Weights.from_record(records[ARRAYS], layout, sender)
+    return Weights.from_record(record, layout, sender)
 
 
 def plan_layout(plan: pb.WindowPlan | pb.RoundPlan, sender: str) -> Layout:
