@@ -83,11 +83,9 @@ class Device:
     @cached_property
     def torch_device(self) -> torch.device:
         """Where the device trains."""
-        import torch
+        from common.learning.trainer import resolve_device
 
-        if self.device != "auto":
-            return torch.device(self.device)
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        return resolve_device(self.device)
 
     def load_state(self, run: str, start: pb.Version) -> dict[str, np.ndarray]:
         """Return the device's own state of a run at a version, {} where it has none."""

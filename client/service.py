@@ -8,13 +8,13 @@ import signal
 import sys
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 from flwr.clientapp import ClientApp
 
 from common.errors import ConfigError
 from common.flower.resident import Home, ResidentNode
 from common.names import is_name
+from common.node_log import event_logger
 from common.security import Security
 
 log = logging.getLogger("espalier.client")
@@ -71,12 +71,7 @@ def run_client(
     roots = {edge: security.client_roots(edge) for edge in edges}
     homes = [Home(e, root_certificates=r, insecure=r is None) for e, r in roots.items()]
     client_app = load_app(app) if app else own_app(config, threads)
-
-    def on_event(kind: str, facts: dict[str, Any]) -> None:
-        level = logging.DEBUG if kind in ("message", "reply") else logging.INFO
-        log.log(level, "%s %s", kind, facts)
-
-    node = ResidentNode(client_app, homes, state, node_config=config, key=key, on_event=on_event)
+    node = ResidentNode(client_app, homes, state, node_config=config, key=key, on_event=event_logger(log))
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: node.stop())
     log.info("client %s for %s", name, ", ".join(edges))

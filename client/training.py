@@ -113,13 +113,14 @@ def evaluate_plain(
     model.to(device.torch_device).eval()
     objective = create_method(settings).objective(round_)
     objective.begin(model, LocalRound(settings, round_, {}, {}, {}))
-    generator = torch.Generator().manual_seed(seed_for(settings.seed, device.name, round_, "evaluate"))
+    generator = torch.Generator(device=device.torch_device)
+    generator.manual_seed(seed_for(settings.seed, device.name, round_, "evaluate"))
     total = 0.0
     with torch.no_grad():
         for start in range(0, len(device.images), settings.batch_size):
             indices = np.arange(start, min(start + settings.batch_size, len(device.images)))
             images = device.images.fetch(indices).to(device.torch_device)
-            labels = torch.from_numpy(device.images.labels[indices])
+            labels = torch.from_numpy(device.images.labels[indices]).to(device.torch_device)
             total += float(objective.loss(model, images, labels, generator)) * len(indices)
     return MetricRecord({control.NUM_EXAMPLES: len(device.images), "loss": total / len(device.images)})
 

@@ -5,12 +5,12 @@ from __future__ import annotations
 import logging
 import signal
 from pathlib import Path
-from typing import Any
 
 from common.errors import ConfigError
 from common.flower.inline import InlineFleet
 from common.flower.resident import Fab, Home, ResidentNode
 from common.names import is_name
+from common.node_log import event_logger
 from common.security import Security
 from edge.app import SIDE_TYPES, EdgeApp
 
@@ -46,10 +46,6 @@ def run_edge(name: str, cloud: str, listen: str, state: Path, key: Path | None, 
     home = Home(cloud, root_certificates=roots, insecure=roots is None)
     fleet = InlineFleet(listen, certificates=security.server_certificates(listen))
 
-    def on_event(kind: str, facts: dict[str, Any]) -> None:
-        level = logging.DEBUG if kind in ("message", "reply") else logging.INFO
-        log.log(level, "uplink %s %s", kind, facts)
-
     class Cloud:
         """The cloud as the uplink sees it."""
 
@@ -67,7 +63,7 @@ def run_edge(name: str, cloud: str, listen: str, state: Path, key: Path | None, 
         node_config={"name": name},
         key=key,
         side_types=SIDE_TYPES,
-        on_event=on_event,
+        on_event=event_logger(log),
     )
     fleet.start()
     host = listen.rpartition(":")[0]

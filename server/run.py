@@ -15,12 +15,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from flwr.app import ConfigRecord
 
 from common.errors import DataError, EspalierError
 from common.flower.cloud_grid import LINK_LOST, TreeGrid
 from common.learning.diffusion import ema_update
+from common.learning.trainer import resolve_device
 from common.methods.base import CloudState, Method, architecture_layout, build_model
 from common.methods.planning import AtRandom, mean_homogeneity, plan_window
 from common.methods.registry import create_method
@@ -127,7 +127,7 @@ class TreeRun:
         resumed = self._resume()
         state, reached = resumed or (self._initial_state(), {})
         self._introduce()
-        evaluator = Evaluator(s, self.tree.image_shape, _device(s.device), cache=self.out / "features")
+        evaluator = Evaluator(s, self.tree.image_shape, resolve_device(s.device), cache=self.out / "features")
         strategy = WindowStrategy(self.method, state, self.tree, self.run_id, reached)
         strategy.summary()
         while state.round < s.rounds:
@@ -435,12 +435,6 @@ def _round_entries(strategy: WindowStrategy) -> list[RoundEntry]:
             )
         )
     return entries
-
-
-def _device(name: str) -> torch.device:
-    if name != "auto":
-        return torch.device(name)
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def run_folder(settings: RunConfig, flower_run: int) -> Path:

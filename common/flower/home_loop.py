@@ -72,6 +72,7 @@ class HomeLoop:
         self.client = FleetClient(home, desk.key, desk.stopped)
         self.runs = RunInfo(self.client)
         self.connected = False
+        self._told = False
         self._forgotten = threading.Event()
         self._queue: deque[tuple[int, Message]] = deque()
         self._busy = False
@@ -117,6 +118,7 @@ class HomeLoop:
             self.connected = connected
             self.desk.connection_changed.notify_all()
         if connected:
+            self._told = False
             self._tell("connected", node_id=self.client.node_id)
         elif not self.desk.stopped.is_set():
             self._tell("disconnected", reason=reason)
@@ -151,6 +153,9 @@ class HomeLoop:
                 self._set_connected(False, str(fault))
                 stopped.wait(backoff.next())
             except HomeUnavailable as fault:
+                if not self.connected and not self._told:  # once an outage, however long
+                    self._told = True
+                    self._tell("unreachable", reason=str(fault))
                 self._set_connected(False, str(fault))
                 stopped.wait(backoff.next())
             except (HomeFault, StateError) as fault:

@@ -139,8 +139,8 @@ def tree(app_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator
         )
 
         def all_there() -> bool:
-            return all("uplink connected" in live.log(e) for e in live.edges) and all(
-                "connected" in live.log(c) for c in "abc"
+            return all("connected to" in live.log(e) for e in live.edges) and all(
+                "connected to" in live.log(c) for c in "abc"
             )
 
         wait_until(all_there, 90, "the tree")

@@ -1,0 +1,31 @@
+"""What a resident node tells its owner, as log lines that say what happened and what to do about it."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Mapping
+from typing import Any
+
+_LINES: dict[str, tuple[int, str]] = {
+    "connected": (logging.INFO, "connected to {home}"),
+    "disconnected": (logging.WARNING, "lost {home} ({reason}); trying again"),
+    "unreachable": (
+        logging.WARNING,
+        "{home} does not answer ({reason}); trying again; is it running, and is the address right?",
+    ),
+    "refused": (logging.WARNING, "{home} refuses this node ({reason}); trying again"),
+    "dropped": (logging.INFO, "dropped a {message_type!r} message of {home}: {reason}"),
+    "error": (logging.WARNING, "a {message_type!r} message of {home} failed: {reason}"),
+    "message": (logging.DEBUG, "a {message_type!r} message of {home}"),
+    "reply": (logging.DEBUG, "answered a {message_type!r} message of {home} after {seconds:.2f} s"),
+}
+
+
+def event_logger(log: logging.Logger) -> Callable[[str, Mapping[str, Any]], None]:
+    """Return an `on_event` for a ResidentNode that writes to `log`."""
+
+    def on_event(kind: str, facts: Mapping[str, Any]) -> None:
+        level, line = _LINES.get(kind, (logging.INFO, kind + " at {home}"))
+        log.log(level, "%s", line.format(**facts))
+
+    return on_event
