@@ -21,7 +21,7 @@ from common.models.pipeline import load_pipeline
 from common.names import NameRegistry
 from common.run.checkpoint import Checkpoints
 from common.run.config import RunConfig
-from server.run import restore
+from server.chronicle import restore
 from server.tree import Tree
 from tests.tree import LiveTree, live_tree, start_client
 
@@ -85,7 +85,7 @@ def test_fedphd_trains_prunes_and_leaves_everything(tree: LiveTree) -> None:
     assert (out / "samples.png").stat().st_size > 500
     assert (out / "report.html").read_text().startswith("<!")
     assert list((out / "tensorboard").iterdir())
-    assert run.checkpoints.windows() == [1, 2]
+    assert run.chronicle.checkpoints.windows() == [1, 2]
     pipeline = load_pipeline(out / "model")
     assert sum(p.numel() for p in pipeline.unet.parameters()) == model["params"]
 
@@ -200,11 +200,11 @@ def test_bad_update_in_a_running_tree(tree: LiveTree, tmp_path: Path) -> None:
         run = tree.run(
             "bad", method="fedavg", rounds=1, rg=1, min_edges=2, min_clients=4, sample_steps=2, sample_count=1
         )
-    [fault] = run.record.faults
+    [fault] = run.chronicle.record.faults
     assert (fault.node, fault.kind, fault.window, fault.round) == ("mallory", "refused", 1, 1)
     assert "not finite" in fault.detail
-    assert run.record.windows[0].participants == ["c0", "c1", "c2"]
-    assert run.record.status == "finished"
+    assert run.chronicle.record.windows[0].participants == ["c0", "c1", "c2"]
+    assert run.chronicle.record.status == "finished"
 
 
 def test_stop_file_ends_a_run_cleanly(tree: LiveTree) -> None:
@@ -216,7 +216,7 @@ def test_stop_file_ends_a_run_cleanly(tree: LiveTree) -> None:
     report = json.loads((out / "report.json").read_text())
     assert report["status"] == "stopped"
     run = tree.run("after", method="fedavg", rounds=1, rg=1, min_clients=3, sample_steps=2, sample_count=1)
-    assert run.record.status == "finished"
+    assert run.chronicle.record.status == "finished"
 
 
 def test_two_runs_do_not_mix(tree: LiveTree) -> None:

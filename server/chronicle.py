@@ -1,0 +1,293 @@
+"""What a run leaves: record, events, TensorBoard, checkpoints and the model, written as the run goes."""
+
+from __future__ import annotations
+
+import datetime
+import importlib.metadata
+import logging
+import os
+import shutil
+import time
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+
+from common.methods.base import CloudState, architecture_layout, build_model
+from common.models.cost import macs_and_params
+from common.models.pipeline import save_model
+from common.run.board import Board
+from common.run.checkpoint import Checkpoints
+from common.run.config import RunConfig
+from common.run.events import EVENTS_FILE, EventLog
+from common.run.ledger import Ledger
+from common.run.record import (
+    ClientEntry,
+    Evaluation,
+    FaultEntry,
+    Participation,
+    RoundEntry,
+    RunRecord,
+    Traffic,
+    WindowEntry,
+)
+from common.run.report import build_report
+from common.wire.payload import Weights
+from proto import espalier_pb2 as pb
+from server.strategy import Version, WindowStrategy
+from server.tree import Tree
+
+log = logging.getLogger("espalier.cloud")
+
+
+class Chronicle:
+    """The run's folder, kept up to date while the run goes.
+
+    Parameters
+    ----------
+    settings : RunConfig
+        The run's configuration.
+    run : str
+        Espalier's run id.
+    out : Path
+        The run's folder.
+    """
+
+    def __init__(self, settings: RunConfig, run: str, out: Path) -> None:
+        self.settings, self.run, self.out = settings, run, out
+        self.events = EventLog(out / EVENTS_FILE)
+        self.board = Board(out / "tensorboard")
+        self.checkpoints = Checkpoints(out / "checkpoints", keep=settings.keep_checkpoints)
+        self.ledger = Ledger()
+        self.started = time.monotonic()
+        self.record = RunRecord(
+            espalier=importlib.metadata.version("espalier"),
+            run=run,
+            started=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+            method=settings.method,
+            config=settings.to_flat(),
+        )
+        self.events.write("run", run=run, config=settings.to_flat(), pid=os.getpid())
+
+    def grid_path(self, window: int) -> Path:
+        """Return where the sample grid of a window goes."""
+        return self.out / "samples" / f"window-{window:04d}.png"
+
+    def resume(self) -> tuple[CloudState, dict[str, Version]] | None:
+        """Go on from the newest checkpoint of this run, if there is one; what came after it is forgotten.
+
+        Returns
+        -------
+        tuple or None
+            The cloud's state, and the newest state version of each client.
+        """
+        window = self.checkpoints.latest()
+        if window is None:
+            return None
+        state, reached = restore(*self.checkpoints.load(window))
+        self.record = RunRecord.read(self.out).model_copy(update={"status": "running", "reason": ""})
+        self.record.windows = [w for w in self.record.windows if w.window <= window]
+        self.record.quality = [q for q in self.record.quality if q.window <= window]
+        self.record.faults = [f for f in self.record.faults if f.window <= window]
+        self.started -= self.record.seconds
+        for entry in self.record.windows:
+            self.ledger.merge({link: t.model_dump() for link, t in entry.links.items()})
+        log.info("run %s goes on after window %d", self.run, window)
+        self.events.write("resumed", window=window, round=state.round)
+        return state, reached
+
+    # --- what happens ------------------------------------------------------------------------------
+
+    def joined(self, tree: Tree) -> None:
+        """Enter the edges and clients."""
+        members = tree.members()
+        self.record.classes = list(tree.classes)
+        self.record.edges = sorted(tree.edges())
+        for member in members:
+            hello = tree.hello_of(member.name)
+            self.record.clients[member.name] = ClientEntry(
+                samples=member.samples,
+                edges=list(member.edges),
+                labels=member.labels.tolist(),
+                data=hello.data,
+                device=hello.facts.device,
+            )
+        self.events.write("joined", edges=self.record.edges, clients=[m.name for m in members])
+
+    def planned(self, strategy: WindowStrategy, window: int) -> None:
+        """Enter who will train in each round of a window, and where."""
+        rounds = [
+            {
+                "round": strategy.first_round + i,
+                "participants": [{"client": c, "edge": e} for c, e in assignment.items()],
+            }
+            for i, assignment in enumerate(strategy.plan)
+        ]
+        self.events.write("window-start", window=window, rounds=rounds)
+
+    def window(self, strategy: WindowStrategy, seconds: float, mu_planned: float, mu_random: float) -> None:
+        """Enter a window that was aggregated."""
+        outcome, window = strategy.outcome, strategy.state.window
+        self.ledger.merge(outcome.ledger)
+        entry = WindowEntry(
+            window=window,
+            rounds=_round_entries(strategy),
+            rho=dict(outcome.rho),
+            mu=dict(outcome.mu),
+            mu_planned=mu_planned,
+            mu_random=mu_random,
+            samples={name: r.samples for name, r in outcome.reports.items()},
+            labels={name: list(r.labels.counts) for name, r in outcome.reports.items()},
+            links={k: Traffic(**v) for k, v in outcome.ledger.as_dict().items()},
+            timings={"train": seconds},
+        )
+        self.record.windows.append(entry)
+        self.board.window(entry)
+        self.events.write(
+            "window-end",
+            window=window,
+            losses={r.round: r.loss for r in entry.rounds},
+            rho=outcome.rho,
+            mu=outcome.mu,
+            links=self.ledger.as_dict(),
+        )
+
+    def took(self, what: str, seconds: float) -> None:
+        """Enter what a part of the newest window took, in seconds."""
+        self.record.windows[-1].timings[what] = seconds
+
+    def faults(self, faults: Iterable[pb.Fault]) -> None:
+        """Enter what went wrong and the run went on without."""
+        for fault in faults:
+            entry = FaultEntry(
+                tier=fault.tier,
+                node=fault.node,
+                kind=fault.kind,
+                detail=fault.detail,
+                window=fault.window,
+                round=fault.round,
+            )
+            self.record.faults.append(entry)
+            self.events.write("fault", **entry.model_dump())
+
+    def evaluation(self, found: Evaluation) -> None:
+        """Enter the measures of a window's samples."""
+        self.record.quality.append(found)
+        self.events.write("evaluation", **found.model_dump())
+        self.board.evaluation(found)
+
+    def dense(self, state: CloudState) -> None:
+        """Enter the size of the network before any pruning."""
+        size = self.record.model
+        size.macs, size.params = macs_and_params(state.model())
+        size.macs_dense, size.params_dense = size.macs, size.params
+
+    def pruned(self, state: CloudState) -> None:
+        """Enter the size of the network after pruning."""
+        size = self.record.model
+        size.macs, size.params = macs_and_params(state.model())
+        size.pruned_at_window, size.pruned_at_round = state.window, state.round
+        self.events.write("prune", window=state.window, round=state.round, **size.model_dump())
+
+    # --- what is kept ------------------------------------------------------------------------------
+
+    def checkpoint(self, state: CloudState, reached: dict[str, Version]) -> None:
+        """Write report.json, then the checkpoint: a record may know more than a checkpoint, never less."""
+        self.write()
+        tensors = {f"model/{n}": v for n, v in state.weights.views().items()}
+        if state.ema:
+            tensors |= {f"ema/{n}": v for n, v in state.ema.views().items()}
+        tensors |= {f"extra/{n}": v for n, v in state.extra.items()}
+        quality = self.record.quality
+        self.checkpoints.save(
+            state.window,
+            tensors,
+            {
+                "run": self.run,
+                "window": state.window,
+                "round": state.round,
+                "pruned": state.pruned,
+                "architecture": state.architecture.SerializeToString().hex(),
+                "reached": {name: list(version) for name, version in reached.items()},
+                "config": self.settings.to_flat(),
+                "score": quality[-1].frechet if quality else None,
+            },
+        )
+        self.events.write("checkpoint", window=state.window)
+
+    def model(self, state: CloudState) -> None:
+        """Write the model folder, and the newest sample grid as samples.png."""
+        save_model(
+            self.out / "model",
+            build_model(state.architecture, state.ema or state.weights),
+            schedule=self.settings,
+            metadata={
+                "run": self.run,
+                "method": self.settings.method,
+                "round": state.round,
+                "params": self.record.model.params,
+                "ema": state.ema is not None,
+            },
+        )
+        if grids := sorted((self.out / "samples").glob("window-*.png")):
+            shutil.copyfile(grids[-1], self.out / "samples.png")
+
+    def write(self) -> None:
+        """Write report.json."""
+        self.record.links = {k: Traffic(**v) for k, v in self.ledger.as_dict().items()}
+        self.record.seconds = time.monotonic() - self.started
+        self.record.write(self.out)
+
+    def close(self, status: Literal["finished", "stopped", "failed"], reason: str) -> None:
+        """Write the last word, and the report's page."""
+        self.record.status, self.record.reason = status, reason
+        self.write()
+        build_report(self.out)
+        self.board.close()
+        self.events.write(status, reason=reason)
+        self.events.close()
+
+
+def restore(tensors: dict[str, np.ndarray], meta: dict[str, Any]) -> tuple[CloudState, dict[str, Version]]:
+    """Rebuild the cloud's state, and the newest state version of each client, from a checkpoint."""
+    parts: dict[str, dict[str, np.ndarray]] = {"model": {}, "ema": {}, "extra": {}}
+    for name, tensor in tensors.items():
+        part, _, rest = name.partition("/")
+        parts[part][rest] = tensor
+    architecture = pb.ArchitectureSpec.FromString(bytes.fromhex(meta["architecture"]))
+    layout = architecture_layout(architecture)
+    state = CloudState(
+        architecture=architecture,
+        weights=Weights.fill(layout, parts["model"]),
+        window=meta["window"],
+        round=meta["round"],
+        ema=Weights.fill(layout, parts["ema"]) if parts["ema"] else None,
+        pruned=meta["pruned"],
+        extra=parts["extra"],
+    )
+    return state, {name: (at[0], at[1]) for name, at in meta["reached"].items()}
+
+
+def _round_entries(strategy: WindowStrategy) -> list[RoundEntry]:
+    """Merge the edges' records of each round."""
+    entries = []
+    for round_ in range(strategy.first_round, strategy.first_round + len(strategy.plan)):
+        records = [
+            (name, record)
+            for name, report in sorted(strategy.outcome.reports.items())
+            for record in report.rounds
+            if record.round == round_
+        ]
+        clients = [(edge, client) for edge, record in records for client in record.clients]
+        samples = sum(c.samples for _, c in clients)
+        entries.append(
+            RoundEntry(
+                round=round_,
+                loss=sum(c.loss * c.samples for _, c in clients) / samples if samples else None,
+                participants=[Participation(client=c.client, edge=e) for e, c in clients],
+                samples=samples,
+                seconds=max((record.seconds for _, record in records), default=0.0),
+            )
+        )
+    return entries
