@@ -119,6 +119,8 @@ def live_tree(
         tree = LiveTree(stack.enter_context(superlink(folder / "link")), folder)
         for number in range(1, edges + 1):
             stack.enter_context(start_edge(tree, f"edge-{number}"))
-        for i in range(clients):
-            stack.enter_context(start_client(tree, f"c{i}", data.format(i=i), list(tree.edges)))
+        names = [f"c{i}" for i in range(clients)]
+        for i, name in enumerate(names):
+            stack.enter_context(start_client(tree, name, data.format(i=i), list(tree.edges)))
+        wait_until(lambda: all(tree.log(n).count("connected to") >= edges for n in names), 90, "the clients")
         yield tree

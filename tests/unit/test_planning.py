@@ -31,7 +31,7 @@ def members(count: int = 20, classes: int = 10) -> list[Member]:
 
 
 def generator(seed: int, name: str, round_: int, purpose: str) -> np.random.Generator:
-    """The seeding rule, written again: SHA-256 of the four parts."""
+    """Seed by the rule, written again: SHA-256 of the four parts."""
     digest = hashlib.sha256("\x1f".join([str(seed), name, str(round_), purpose]).encode()).digest()
     return np.random.default_rng(int.from_bytes(digest[:8], "big") // 2)
 
