@@ -21,10 +21,11 @@ log = logging.getLogger("espalier.edge")
 
 @dataclass(frozen=True)
 class Known:
-    """A client that said hello: its node at this edge and its hello."""
+    """A client that said hello: its node at this edge, its hello, and since when the node is connected."""
 
     node_id: int
     hello: pb.ClientHello
+    since: str = ""
 
     @property
     def labels(self) -> np.ndarray:
@@ -66,7 +67,7 @@ class Roster:
         return known.hello.name if known else f"node {node_id}"
 
     def refresh(self, grid: InlineGrid, request: ConfigRecord, deadline: float) -> None:
-        """Say hello to every connected node that is not known yet.
+        """Say hello to every connected node that is not known yet, or that was started again since.
 
         A node that answers badly is left out and reported as a fault; a busy one is asked again next time.
 
@@ -80,7 +81,9 @@ class Roster:
             Seconds to wait for answers.
         """
         nodes = {n.node_id: n for n in self._fleet.nodes()}
-        self._known = {i: k for i, k in self._known.items() if i in nodes}
+        since = {i: n.last_activated_at for i, n in nodes.items()}
+        self._known = {i: k for i, k in self._known.items() if since.get(i) == k.since}
+        self._silent = {i: at for i, at in self._silent.items() if since.get(i) == at}
         asked = [i for i in nodes if i not in self._known and i not in self._silent]
         for reply in grid.exchange(self._hellos(asked, request), deadline=deadline):
             node_id = reply.metadata.src_node_id
@@ -91,14 +94,14 @@ class Roster:
                 self._names.claim(hello.name, nodes[node_id].public_key)
             except WireError as error:
                 log.warning("%s", error)
-                self._silent[node_id] = error.fault
+                self._silent[node_id] = since[node_id]
                 self.faults.append(
                     pb.Fault(tier="edge", node=error.sender, kind="refused", detail=error.fault)
                 )
                 continue
             # A client that reconnected with its key replaces its older self and so counts once.
             self._known = {i: k for i, k in self._known.items() if k.hello.name != hello.name}
-            self._known[node_id] = Known(node_id, hello)
+            self._known[node_id] = Known(node_id, hello, since[node_id])
 
     @staticmethod
     def _hellos(nodes: list[int], request: ConfigRecord) -> Iterator[Message]:
