@@ -199,6 +199,11 @@ class WindowStrategy(Strategy):
         if report.edge != name:
             raise WireError(name, f"a report in the name of {report.edge!r}")
         control.check_same_run(self._sent, report, name)
+        if report.HasField("roster") and report.roster.name != name:
+            raise WireError(name, f"a list of clients in the name of {report.roster.name!r}")
+        given = {client for assignment in self.plan for client, edge in assignment.items() if edge == name}
+        if foreign := {c.client for r in report.rounds for c in r.clients} - given:
+            raise WireError(name, f"updates of {sorted(foreign)[:3]}, which it was not given")
         layout = control.reply_layout(report, control.plan_layout(self._sent, name), name)
         weights = control.read_weights(reply, layout, name)
         classes = len(self.tree.classes)
