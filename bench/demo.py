@@ -95,9 +95,14 @@ def draw(figure: Figure, reports: dict[str, dict[str, Any]]) -> None:
         quality = report["quality"]
         axes.plot([q["round"] for q in quality], [q["frechet"] for q in quality], marker="o", label=name)
     last = reports["dense"]["quality"][-1]
-    for name in ("noise", "gaussian", "floor"):
-        axes.axhline(last[name]["frechet"], linestyle="--", linewidth=1, color="grey")
-        axes.annotate(name, (0, last[name]["frechet"]))
+    for key, label in {"noise": "noise", "gaussian": "Gaussian fit", "floor": "real images"}.items():
+        axes.axhline(last[key]["frechet"], linestyle="--", linewidth=1, color="grey")
+        axes.annotate(
+            label,
+            (0.01, last[key]["frechet"]),
+            xycoords=("axes fraction", "data"),
+            verticalalignment="bottom",
+        )
     axes.set_yscale("log")
     axes.set_xlabel("round")
     axes.set_ylabel("Fréchet distance (digits features)")
