@@ -180,7 +180,8 @@ def _processor_seconds() -> float:
 
 def _draw(figure: Figure, medians: dict[tuple[str, int, int], float]) -> None:
     axes = figure.subplots()
-    labels = [f"{kind}\n{clients} clients, {size / 1e6:g} MB" for kind, clients, size in medians]
+    sizes = {SMALL: "4 KB", BIG: "10 MB"}
+    labels = [f"{clients} clients, {sizes[size]}: {kind}" for kind, clients, size in medians]
     axes.barh(labels, list(medians.values()))
     axes.set_xscale("log")
     axes.set_xlabel("median wall time of a round, seconds")
