@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -106,8 +107,6 @@ class Evaluator:
             frechet=found.frechet,
             inception_score=found.inception_score,
             kid=found.kid,
-            floor=Scores(frechet=found.floor, inception_score=found.inception_score_real),
-            noise=Scores(frechet=found.noise),
-            gaussian=Scores(frechet=found.gaussian),
+            **{name: Scores(**dataclasses.asdict(mark)) for name, mark in found.marks.items()},
             seconds=time.monotonic() - start,
         )

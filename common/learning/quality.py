@@ -23,6 +23,15 @@ _KID_SUBSET_SIZE = 1000
 
 
 @dataclasses.dataclass(frozen=True)
+class Mark:
+    """The three figures of a set of images that others are held against."""
+
+    frechet: float
+    inception_score: float
+    kid: float
+
+
+@dataclasses.dataclass(frozen=True)
 class Scores:
     """What was measured of a set of generated images, and what the figures are to be held against.
 
@@ -44,6 +53,8 @@ class Scores:
         Fréchet distance of as many draws of a Gaussian fitted to the training pixels: the least to beat.
     inception_score_real : float
         Inception Score of the reference images.
+    marks : dict of str to Mark
+        All three figures of "floor", "noise" and "gaussian", the images of the fields above.
     samples : int
         Number of generated images.
     caption : str
@@ -58,10 +69,11 @@ class Scores:
     noise: float
     gaussian: float
     inception_score_real: float
+    marks: dict[str, Mark]
     samples: int
     caption: str
 
-    def as_dict(self) -> dict[str, float | int | str]:
+    def as_dict(self) -> dict[str, Any]:
         """Return the scores as a JSON object's content."""
         return dataclasses.asdict(self)
 
@@ -114,7 +126,7 @@ class Quality:
         real = _choice(reference, _MAX_REAL, rng_for(seed, reference.name, 0, "quality/reference"))
         self._real, logits = self.network.extract(real)
         self._real_score = inception_score(logits, seed=self._draw_seed("score"))
-        self._marks: dict[int, tuple[float, float, float]] = {}
+        self._marks: dict[int, dict[str, Mark]] = {}
 
     def measure(self, images: torch.Tensor) -> Scores:
         """Score generated images.
@@ -142,32 +154,40 @@ class Quality:
         if not torch.isfinite(images).all():
             raise DataError("a generated image holds a value that is not finite")
         features, logits = self.network.extract(to_float(to_uint8(images.detach().cpu())))
-        floor, noise, gaussian = self._marks_for(len(images))
+        marks = self._marks_for(len(images))
+        found = self._figures(features, logits)
         return Scores(
-            frechet=frechet_distance(self._real, features),
-            inception_score=inception_score(logits, seed=self._draw_seed("score")),
-            kid=kernel_distance(self._real, features, seed=self._draw_seed("kid")),
+            frechet=found.frechet,
+            inception_score=found.inception_score,
+            kid=found.kid,
             features=self.network.name,
-            floor=floor,
-            noise=noise,
-            gaussian=gaussian,
+            floor=marks["floor"].frechet,
+            noise=marks["noise"].frechet,
+            gaussian=marks["gaussian"].frechet,
             inception_score_real=self._real_score,
+            marks=marks,
             samples=len(images),
             caption="FID" if self.network.is_inception else f"Fréchet distance ({self.network.name})",
         )
 
-    def _marks_for(self, count: int) -> tuple[float, float, float]:
+    def _figures(self, features: torch.Tensor, logits: torch.Tensor) -> Mark:
+        return Mark(
+            frechet=frechet_distance(self._real, features),
+            inception_score=inception_score(logits, seed=self._draw_seed("score")),
+            kid=kernel_distance(self._real, features, seed=self._draw_seed("kid")),
+        )
+
+    def _marks_for(self, count: int) -> dict[str, Mark]:
         """Return floor, noise and Gaussian for a number of images: few samples raise a Fréchet distance."""
         if count not in self._marks:
             rng = rng_for(self._seed, self._train.name, 0, f"quality/marks/{count}")
             floor = _choice(self._train, count, rng)
             noise = torch.from_numpy(rng.integers(0, 256, (count, *self._train.shape), np.uint8))
             gaussian = gaussian_images(_choice(self._train, 5000, rng), count, rng)
-            distances = [
-                frechet_distance(self._real, self.network.extract(images)[0])
-                for images in (floor, to_float(noise), to_float(to_uint8(gaussian)))
-            ]
-            self._marks[count] = (distances[0], distances[1], distances[2])
+            sets = {"floor": floor, "noise": to_float(noise), "gaussian": to_float(to_uint8(gaussian))}
+            self._marks[count] = {
+                name: self._figures(*self.network.extract(images)) for name, images in sets.items()
+            }
         return self._marks[count]
 
     def _draw_seed(self, purpose: str) -> int:

@@ -126,6 +126,11 @@ def test_scores_order_as_eyes_do(quality: Quality, digits: tuple[TensorImages, T
     assert best.floor < best.gaussian < best.noise / 3
     assert worst.frechet == pytest.approx(best.noise, rel=0.1)
     assert best.frechet == pytest.approx(best.floor, abs=1.0)
+    # Every figure has its floor and ceiling beside it.
+    floor, ceiling = best.marks["floor"], best.marks["noise"]
+    assert (floor.frechet, ceiling.frechet) == (best.floor, best.noise)
+    assert floor.kid < best.marks["gaussian"].kid < ceiling.kid
+    assert floor.inception_score > best.marks["gaussian"].inception_score > ceiling.inception_score
     # One digit only looks real, and is found out.
     threes = train.fetch(np.flatnonzero(train.labels == 3)[:100])
     assert quality.measure(threes).frechet > best.gaussian
