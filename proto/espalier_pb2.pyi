@@ -16,14 +16,16 @@ class Version(_message.Message):
     def __init__(self, window: _Optional[int] = ..., round: _Optional[int] = ...) -> None: ...
 
 class TensorSpec(_message.Message):
-    __slots__ = ("name", "dtype", "shape")
+    __slots__ = ("name", "dtype", "shape", "buffer")
     NAME_FIELD_NUMBER: _ClassVar[int]
     DTYPE_FIELD_NUMBER: _ClassVar[int]
     SHAPE_FIELD_NUMBER: _ClassVar[int]
+    BUFFER_FIELD_NUMBER: _ClassVar[int]
     name: str
     dtype: str
     shape: _containers.RepeatedScalarFieldContainer[int]
-    def __init__(self, name: _Optional[str] = ..., dtype: _Optional[str] = ..., shape: _Optional[_Iterable[int]] = ...) -> None: ...
+    buffer: bool
+    def __init__(self, name: _Optional[str] = ..., dtype: _Optional[str] = ..., shape: _Optional[_Iterable[int]] = ..., buffer: _Optional[bool] = ...) -> None: ...
 
 class Layout(_message.Message):
     __slots__ = ("tensors",)
@@ -59,6 +61,25 @@ class ArchitectureSpec(_message.Message):
     heads: _containers.ScalarMap[str, int]
     def __init__(self, family: _Optional[str] = ..., config: _Optional[_Union[_struct_pb2.Struct, _Mapping]] = ..., tensors: _Optional[_Iterable[_Union[TensorSpec, _Mapping]]] = ..., groups: _Optional[_Mapping[str, int]] = ..., heads: _Optional[_Mapping[str, int]] = ...) -> None: ...
 
+class View(_message.Message):
+    __slots__ = ("architecture", "layout", "sources", "returns")
+    class SourcesEntry(_message.Message):
+        __slots__ = ("key", "value")
+        KEY_FIELD_NUMBER: _ClassVar[int]
+        VALUE_FIELD_NUMBER: _ClassVar[int]
+        key: str
+        value: str
+        def __init__(self, key: _Optional[str] = ..., value: _Optional[str] = ...) -> None: ...
+    ARCHITECTURE_FIELD_NUMBER: _ClassVar[int]
+    LAYOUT_FIELD_NUMBER: _ClassVar[int]
+    SOURCES_FIELD_NUMBER: _ClassVar[int]
+    RETURNS_FIELD_NUMBER: _ClassVar[int]
+    architecture: ArchitectureSpec
+    layout: Layout
+    sources: _containers.ScalarMap[str, str]
+    returns: _containers.RepeatedScalarFieldContainer[str]
+    def __init__(self, architecture: _Optional[_Union[ArchitectureSpec, _Mapping]] = ..., layout: _Optional[_Union[Layout, _Mapping]] = ..., sources: _Optional[_Mapping[str, str]] = ..., returns: _Optional[_Iterable[str]] = ...) -> None: ...
+
 class LabelHistogram(_message.Message):
     __slots__ = ("counts", "noisy")
     COUNTS_FIELD_NUMBER: _ClassVar[int]
@@ -84,7 +105,7 @@ class ClassTable(_message.Message):
     def __init__(self, schema: _Optional[int] = ..., kind: _Optional[str] = ..., classes: _Optional[int] = ..., dimension: _Optional[int] = ..., labels: _Optional[_Iterable[int]] = ..., counts: _Optional[_Iterable[float]] = ...) -> None: ...
 
 class DeviceFacts(_message.Message):
-    __slots__ = ("device", "cores", "memory_bytes", "versions")
+    __slots__ = ("device", "cores", "memory_bytes", "versions", "speed")
     class VersionsEntry(_message.Message):
         __slots__ = ("key", "value")
         KEY_FIELD_NUMBER: _ClassVar[int]
@@ -96,14 +117,16 @@ class DeviceFacts(_message.Message):
     CORES_FIELD_NUMBER: _ClassVar[int]
     MEMORY_BYTES_FIELD_NUMBER: _ClassVar[int]
     VERSIONS_FIELD_NUMBER: _ClassVar[int]
+    SPEED_FIELD_NUMBER: _ClassVar[int]
     device: str
     cores: int
     memory_bytes: int
     versions: _containers.ScalarMap[str, str]
-    def __init__(self, device: _Optional[str] = ..., cores: _Optional[int] = ..., memory_bytes: _Optional[int] = ..., versions: _Optional[_Mapping[str, str]] = ...) -> None: ...
+    speed: float
+    def __init__(self, device: _Optional[str] = ..., cores: _Optional[int] = ..., memory_bytes: _Optional[int] = ..., versions: _Optional[_Mapping[str, str]] = ..., speed: _Optional[float] = ...) -> None: ...
 
 class ClientHello(_message.Message):
-    __slots__ = ("schema", "name", "samples", "histogram", "facts", "image_shape", "classes", "data")
+    __slots__ = ("schema", "name", "samples", "histogram", "facts", "image_shape", "classes", "data", "level", "link_seconds")
     SCHEMA_FIELD_NUMBER: _ClassVar[int]
     NAME_FIELD_NUMBER: _ClassVar[int]
     SAMPLES_FIELD_NUMBER: _ClassVar[int]
@@ -112,6 +135,8 @@ class ClientHello(_message.Message):
     IMAGE_SHAPE_FIELD_NUMBER: _ClassVar[int]
     CLASSES_FIELD_NUMBER: _ClassVar[int]
     DATA_FIELD_NUMBER: _ClassVar[int]
+    LEVEL_FIELD_NUMBER: _ClassVar[int]
+    LINK_SECONDS_FIELD_NUMBER: _ClassVar[int]
     schema: int
     name: str
     samples: int
@@ -120,7 +145,9 @@ class ClientHello(_message.Message):
     image_shape: _containers.RepeatedScalarFieldContainer[int]
     classes: _containers.RepeatedScalarFieldContainer[str]
     data: str
-    def __init__(self, schema: _Optional[int] = ..., name: _Optional[str] = ..., samples: _Optional[int] = ..., histogram: _Optional[_Union[LabelHistogram, _Mapping]] = ..., facts: _Optional[_Union[DeviceFacts, _Mapping]] = ..., image_shape: _Optional[_Iterable[int]] = ..., classes: _Optional[_Iterable[str]] = ..., data: _Optional[str] = ...) -> None: ...
+    level: float
+    link_seconds: float
+    def __init__(self, schema: _Optional[int] = ..., name: _Optional[str] = ..., samples: _Optional[int] = ..., histogram: _Optional[_Union[LabelHistogram, _Mapping]] = ..., facts: _Optional[_Union[DeviceFacts, _Mapping]] = ..., image_shape: _Optional[_Iterable[int]] = ..., classes: _Optional[_Iterable[str]] = ..., data: _Optional[str] = ..., level: _Optional[float] = ..., link_seconds: _Optional[float] = ...) -> None: ...
 
 class EdgeHello(_message.Message):
     __slots__ = ("schema", "name", "clients", "busy_with", "facts", "faults")
@@ -139,25 +166,36 @@ class EdgeHello(_message.Message):
     def __init__(self, schema: _Optional[int] = ..., name: _Optional[str] = ..., clients: _Optional[_Iterable[_Union[ClientHello, _Mapping]]] = ..., busy_with: _Optional[str] = ..., facts: _Optional[_Union[DeviceFacts, _Mapping]] = ..., faults: _Optional[_Iterable[_Union[Fault, _Mapping]]] = ...) -> None: ...
 
 class Participant(_message.Message):
-    __slots__ = ("client", "edge", "start")
+    __slots__ = ("client", "edge", "start", "view")
     CLIENT_FIELD_NUMBER: _ClassVar[int]
     EDGE_FIELD_NUMBER: _ClassVar[int]
     START_FIELD_NUMBER: _ClassVar[int]
+    VIEW_FIELD_NUMBER: _ClassVar[int]
     client: str
     edge: str
     start: Version
-    def __init__(self, client: _Optional[str] = ..., edge: _Optional[str] = ..., start: _Optional[_Union[Version, _Mapping]] = ...) -> None: ...
+    view: str
+    def __init__(self, client: _Optional[str] = ..., edge: _Optional[str] = ..., start: _Optional[_Union[Version, _Mapping]] = ..., view: _Optional[str] = ...) -> None: ...
 
 class RoundSchedule(_message.Message):
-    __slots__ = ("round", "participants")
+    __slots__ = ("round", "participants", "keep")
     ROUND_FIELD_NUMBER: _ClassVar[int]
     PARTICIPANTS_FIELD_NUMBER: _ClassVar[int]
+    KEEP_FIELD_NUMBER: _ClassVar[int]
     round: int
     participants: _containers.RepeatedCompositeFieldContainer[Participant]
-    def __init__(self, round: _Optional[int] = ..., participants: _Optional[_Iterable[_Union[Participant, _Mapping]]] = ...) -> None: ...
+    keep: int
+    def __init__(self, round: _Optional[int] = ..., participants: _Optional[_Iterable[_Union[Participant, _Mapping]]] = ..., keep: _Optional[int] = ...) -> None: ...
 
 class WindowPlan(_message.Message):
-    __slots__ = ("schema", "run", "window", "rounds", "settings", "architecture", "layout", "checkpoint_window", "round_deadline", "quorum")
+    __slots__ = ("schema", "run", "window", "rounds", "settings", "architecture", "layout", "checkpoint_window", "round_deadline", "quorum", "views", "population", "inquiry")
+    class ViewsEntry(_message.Message):
+        __slots__ = ("key", "value")
+        KEY_FIELD_NUMBER: _ClassVar[int]
+        VALUE_FIELD_NUMBER: _ClassVar[int]
+        key: str
+        value: View
+        def __init__(self, key: _Optional[str] = ..., value: _Optional[_Union[View, _Mapping]] = ...) -> None: ...
     SCHEMA_FIELD_NUMBER: _ClassVar[int]
     RUN_FIELD_NUMBER: _ClassVar[int]
     WINDOW_FIELD_NUMBER: _ClassVar[int]
@@ -168,6 +206,9 @@ class WindowPlan(_message.Message):
     CHECKPOINT_WINDOW_FIELD_NUMBER: _ClassVar[int]
     ROUND_DEADLINE_FIELD_NUMBER: _ClassVar[int]
     QUORUM_FIELD_NUMBER: _ClassVar[int]
+    VIEWS_FIELD_NUMBER: _ClassVar[int]
+    POPULATION_FIELD_NUMBER: _ClassVar[int]
+    INQUIRY_FIELD_NUMBER: _ClassVar[int]
     schema: int
     run: str
     window: int
@@ -178,10 +219,13 @@ class WindowPlan(_message.Message):
     checkpoint_window: int
     round_deadline: float
     quorum: int
-    def __init__(self, schema: _Optional[int] = ..., run: _Optional[str] = ..., window: _Optional[int] = ..., rounds: _Optional[_Iterable[_Union[RoundSchedule, _Mapping]]] = ..., settings: _Optional[_Union[_struct_pb2.Struct, _Mapping]] = ..., architecture: _Optional[_Union[ArchitectureSpec, _Mapping]] = ..., layout: _Optional[_Union[Layout, _Mapping]] = ..., checkpoint_window: _Optional[int] = ..., round_deadline: _Optional[float] = ..., quorum: _Optional[int] = ...) -> None: ...
+    views: _containers.MessageMap[str, View]
+    population: int
+    inquiry: str
+    def __init__(self, schema: _Optional[int] = ..., run: _Optional[str] = ..., window: _Optional[int] = ..., rounds: _Optional[_Iterable[_Union[RoundSchedule, _Mapping]]] = ..., settings: _Optional[_Union[_struct_pb2.Struct, _Mapping]] = ..., architecture: _Optional[_Union[ArchitectureSpec, _Mapping]] = ..., layout: _Optional[_Union[Layout, _Mapping]] = ..., checkpoint_window: _Optional[int] = ..., round_deadline: _Optional[float] = ..., quorum: _Optional[int] = ..., views: _Optional[_Mapping[str, View]] = ..., population: _Optional[int] = ..., inquiry: _Optional[str] = ...) -> None: ...
 
 class RoundPlan(_message.Message):
-    __slots__ = ("schema", "run", "window", "round", "client", "edge", "start", "checkpoint_window", "settings", "architecture", "layout")
+    __slots__ = ("schema", "run", "window", "round", "client", "edge", "start", "checkpoint_window", "settings", "architecture", "layout", "population", "returns", "inquiry")
     SCHEMA_FIELD_NUMBER: _ClassVar[int]
     RUN_FIELD_NUMBER: _ClassVar[int]
     WINDOW_FIELD_NUMBER: _ClassVar[int]
@@ -193,6 +237,9 @@ class RoundPlan(_message.Message):
     SETTINGS_FIELD_NUMBER: _ClassVar[int]
     ARCHITECTURE_FIELD_NUMBER: _ClassVar[int]
     LAYOUT_FIELD_NUMBER: _ClassVar[int]
+    POPULATION_FIELD_NUMBER: _ClassVar[int]
+    RETURNS_FIELD_NUMBER: _ClassVar[int]
+    INQUIRY_FIELD_NUMBER: _ClassVar[int]
     schema: int
     run: str
     window: int
@@ -204,7 +251,10 @@ class RoundPlan(_message.Message):
     settings: _struct_pb2.Struct
     architecture: ArchitectureSpec
     layout: Layout
-    def __init__(self, schema: _Optional[int] = ..., run: _Optional[str] = ..., window: _Optional[int] = ..., round: _Optional[int] = ..., client: _Optional[str] = ..., edge: _Optional[str] = ..., start: _Optional[_Union[Version, _Mapping]] = ..., checkpoint_window: _Optional[int] = ..., settings: _Optional[_Union[_struct_pb2.Struct, _Mapping]] = ..., architecture: _Optional[_Union[ArchitectureSpec, _Mapping]] = ..., layout: _Optional[_Union[Layout, _Mapping]] = ...) -> None: ...
+    population: int
+    returns: _containers.RepeatedScalarFieldContainer[str]
+    inquiry: str
+    def __init__(self, schema: _Optional[int] = ..., run: _Optional[str] = ..., window: _Optional[int] = ..., round: _Optional[int] = ..., client: _Optional[str] = ..., edge: _Optional[str] = ..., start: _Optional[_Union[Version, _Mapping]] = ..., checkpoint_window: _Optional[int] = ..., settings: _Optional[_Union[_struct_pb2.Struct, _Mapping]] = ..., architecture: _Optional[_Union[ArchitectureSpec, _Mapping]] = ..., layout: _Optional[_Union[Layout, _Mapping]] = ..., population: _Optional[int] = ..., returns: _Optional[_Iterable[str]] = ..., inquiry: _Optional[str] = ...) -> None: ...
 
 class ClientReport(_message.Message):
     __slots__ = ("schema", "run", "window", "round", "client", "samples", "steps", "loss", "seconds", "up_bytes", "layout", "metrics")

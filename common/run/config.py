@@ -6,139 +6,25 @@ import difflib
 import math
 import tomllib
 from collections.abc import Iterable, Mapping
-from typing import Annotated, Any, Literal, get_args, get_origin
+from typing import Any, Literal, get_args, get_origin
 
 from google.protobuf.struct_pb2 import Struct
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator
+from pydantic import ValidationError, field_validator
 from pydantic_core import ErrorDetails, PydanticCustomError
 
 from common.errors import ConfigError
 from common.run.names import NAME_RULE, is_name
+from common.run.settings import Settings
 
 FlatValue = bool | int | float | str
 """What a Flower run configuration can hold."""
 
-CLOUD_ONLY = frozenset({"out", "eval-data"})
+CLOUD_ONLY = frozenset({"out", "eval-data", "shared-data"})
 """Settings that name places on the cloud's machine; they never leave it in a plan."""
 
-_DEVICE = r"^(auto|cpu|mps|cuda(:\d+)?)$"
-_LARGEST_EXACT = 2**53  # protobuf's Struct carries every number as a double
 
-
-def _whole_to_int(value: object) -> object:
-    """Turn 5.0 into 5: a Struct gives every number back as a double."""
-    if isinstance(value, float) and value.is_integer():
-        return int(value)
-    return value
-
-
-Int = Annotated[int, BeforeValidator(_whole_to_int)]
-PositiveInt = Annotated[int, BeforeValidator(_whole_to_int), Field(ge=1, le=_LARGEST_EXACT)]
-Count = Annotated[int, BeforeValidator(_whole_to_int), Field(ge=0, le=_LARGEST_EXACT)]
-Positive = Annotated[float, Field(gt=0)]
-NonNegative = Annotated[float, Field(ge=0)]
-
-
-class RunConfig(BaseModel):
-    """Every setting of a run, with its default.
-
-    Field names are the flat kebab-case keys of ``flwr run --run-config`` and ``espalier run -c`` with
-    underscores. Times are in seconds; `warmup_steps` counts optimiser steps, `rounds` and `prune_at` rounds.
-    """
-
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
-
-    method: str = Field(default="fedphd", description="federated method, a name of the registry")
-    model: str = Field(default="unet-tiny", min_length=1, description="model preset")
-    seed: Count = Field(default=2023, description="seed all randomness of the run derives from")
-
-    rounds: PositiveInt = Field(default=60, description="edge rounds in all")
-    rg: PositiveInt = Field(
-        default=5, description="edge rounds per window, i.e. between two cloud aggregations"
-    )
-    fraction: float = Field(default=1.0, gt=0, le=1, description="share of the clients that train in a round")
-    min_edges: PositiveInt = Field(default=1, description="edges that must have joined before the run starts")
-    min_clients: PositiveInt = Field(
-        default=1, description="clients that must have joined before the run starts"
-    )
-
-    local_epochs: PositiveInt = Field(default=1, description="epochs a client trains per round")
-    batch_size: PositiveInt = Field(default=32, description="images per optimiser step")
-    learning_rate: Positive = Field(default=0.001, description="Adam's step size after warm-up")
-    warmup_steps: Count = Field(
-        default=100, description="optimiser steps over which the step size rises linearly"
-    )
-    clip_norm: NonNegative = Field(default=1.0, description="largest gradient norm; 0 does not clip")
-    flip: bool = Field(default=False, description="mirror training images at random")
-    keep_optimizer: bool = Field(default=True, description="clients keep Adam's moments from round to round")
-
-    edge_choice: Literal["auto", "homogeneity", "random", "fixed"] = Field(
-        default="auto", description="how a client's edge is chosen; auto: as the method says"
-    )
-    selection_a: float = Field(
-        default=10000.0, description="a of the edge choice, p_e ~ ReLU(a mu - n_e + b)"
-    )
-    selection_b: float = Field(default=0.0, description="b of the edge choice")
-    aggregation_a: float = Field(
-        default=5000.0, description="a of the cloud weights, rho_e ~ ReLU(n_e + a mu_e + b)"
-    )
-    aggregation_b: float = Field(default=0.0, description="b of the cloud weights")
-    homogeneity_form: Literal["root", "squared"] = Field(
-        default="root", description="form of the statistical homogeneity score"
-    )
-    rho_count: Literal["window", "last-round"] = Field(
-        default="window", description="samples that n_e counts"
-    )
-    histogram_noise: NonNegative = Field(
-        default=0.0, description="scale of Laplace noise on label histograms"
-    )
-
-    sparse_weight: NonNegative = Field(
-        default=1e-5, description="weight of the group-norm penalty before pruning"
-    )
-    pruning_ratio: float = Field(
-        default=0.2, description="share of the channels that pruning removes; 0 does not prune"
-    )
-    prune_at: Count = Field(
-        default=0, description="round R_s after which the model is pruned; 0: a third of the rounds"
-    )
-
-    ema_decay: float = Field(default=0.0, ge=0, lt=1, description="decay of the averaged model; 0 keeps none")
-    timesteps: PositiveInt = Field(default=1000, description="diffusion steps in training")
-    beta_start: float = Field(default=0.0001, gt=0, lt=1, description="first beta of the linear schedule")
-    beta_end: float = Field(default=0.02, gt=0, lt=1, description="last beta of the linear schedule")
-    precision: Literal["auto", "fp32", "bf16"] = Field(default="auto", description="arithmetic of training")
-    device: str = Field(default="auto", pattern=_DEVICE, description="where the cloud computes")
-
-    eval_data: str = Field(default="", description="data the cloud may measure against; empty: no measures")
-    eval_every: PositiveInt = Field(default=1, description="windows between two evaluations")
-    eval_samples: Int = Field(
-        default=500, ge=2, le=_LARGEST_EXACT, description="images drawn for an evaluation"
-    )
-    sample_steps: PositiveInt = Field(default=50, description="DDIM steps")
-    sample_count: PositiveInt = Field(default=64, description="images in a sample grid")
-    features: Literal["classifier", "inception"] = Field(
-        default="classifier", description="features quality is measured in"
-    )
-
-    round_deadline: Positive = Field(
-        default=600.0, description="seconds an edge waits for its clients' replies"
-    )
-    window_deadline: NonNegative = Field(
-        default=0.0, description="seconds the cloud waits for its edges; 0: rg round deadlines and a margin"
-    )
-    quorum: PositiveInt = Field(default=1, description="replies an edge needs for a round to count")
-    hello_timeout: Positive = Field(
-        default=120.0, description="seconds the cloud waits for edges and clients to join"
-    )
-    keep_checkpoints: PositiveInt = Field(
-        default=3, description="newest checkpoints kept, beside the best one"
-    )
-
-    out: str = Field(default="", description="folder of the run on the cloud's machine")
-    run_id: str = Field(
-        default="", description="Espalier's name of the run, kept by a resume; empty: a new one"
-    )
+class RunConfig(Settings):
+    """The run's configuration: every setting of :class:`Settings`, checked one against another."""
 
     @field_validator("method")
     @classmethod
