@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import pytest
@@ -10,10 +11,13 @@ import pytest
 from common.methods.planning import (
     AtRandom,
     ByHomogeneity,
+    EdgeChoice,
     Fixed,
     Member,
+    Round,
     mean_homogeneity,
     pick_clients,
+    pick_count,
     plan_window,
 )
 
@@ -28,6 +32,14 @@ def members(count: int = 20, classes: int = 10) -> list[Member]:
         labels[c // 4 % 5] = labels[c // 4 % 5 + 5] = 1250
         found.append(Member(f"client-{c:02d}", 2500, labels, EDGES))
     return found
+
+
+def uniform_plan(
+    clients: list[Member], rule: EdgeChoice, *, first_round: int, rounds: int, fraction: float, seed: int
+) -> list[Round]:
+    """Plan a window of uniform picks."""
+    picks = [pick_clients(clients, fraction, seed, first_round + r) for r in range(rounds)]
+    return plan_window(picks, clients, rule, first_round=first_round, seed=seed)
 
 
 def generator(seed: int, name: str, round_: int, purpose: str) -> np.random.Generator:
@@ -68,7 +80,7 @@ def simulate(
 def test_equals_direct_simulation(seed: int, fraction: float) -> None:
     clients = members()
     for first in (1, 6, 11):
-        plan = plan_window(
+        plan = uniform_plan(
             clients, ByHomogeneity(10000.0, 0.0), first_round=first, rounds=5, fraction=fraction, seed=seed
         )
         assert plan == simulate(clients, first, 5, round(20 * fraction), seed, 10000.0)
@@ -80,21 +92,21 @@ def test_picks_do_not_depend_on_rule_or_order() -> None:
     assert ordered == [m.name for m in pick_clients(clients[::-1], 0.2, 7, 3)]
     assert ordered == sorted(ordered)
     for rule in (AtRandom(), Fixed(), ByHomogeneity(1.0, 0.0)):
-        plan = plan_window(clients, rule, first_round=3, rounds=1, fraction=0.2, seed=7)
+        plan = uniform_plan(clients, rule, first_round=3, rounds=1, fraction=0.2, seed=7)
         assert list(plan[0]) == ordered
 
 
 def test_only_reachable_edges_are_drawn() -> None:
     clients = [Member("a", 1, np.ones(2), ("east",)), Member("b", 1, np.ones(2), ("west",))]
     for seed in range(20):
-        plan = plan_window(
+        plan = uniform_plan(
             clients, ByHomogeneity(10.0, 0.0), first_round=1, rounds=2, fraction=1.0, seed=seed
         )
         assert plan == [{"a": "east", "b": "west"}] * 2
 
 
 def test_fixed_stays() -> None:
-    plan = plan_window(members(), Fixed(), first_round=1, rounds=6, fraction=1.0, seed=3)
+    plan = uniform_plan(members(), Fixed(), first_round=1, rounds=6, fraction=1.0, seed=3)
     assert all(round_ == plan[0] for round_ in plan)
     assert set(plan[0].values()) == set(EDGES)
 
@@ -117,7 +129,7 @@ def test_rule_is_no_worse_than_random() -> None:
     def mean_mu(rule: AtRandom | ByHomogeneity) -> float:
         found = [
             mean_homogeneity(
-                plan_window(clients, rule, first_round=1, rounds=5, fraction=0.2, seed=seed), clients
+                uniform_plan(clients, rule, first_round=1, rounds=5, fraction=0.2, seed=seed), clients
             )
             for seed in range(300)
         ]
@@ -126,3 +138,41 @@ def test_rule_is_no_worse_than_random() -> None:
     random, rule = mean_mu(AtRandom()), mean_mu(ByHomogeneity(10000.0, 0.0))
     assert random == pytest.approx(1.815, abs=0.01)
     assert rule > random
+
+
+def test_pick_count() -> None:
+    assert [pick_count(f, n) for f, n in ((0.2, 20), (0.01, 20), (1.0, 7), (0.34, 10), (0.5, 1))] == [
+        4,
+        1,
+        7,
+        3,
+        1,
+    ]
+
+
+def test_loads_grow_after_a_round_and_picks_are_put_in_order() -> None:
+    seen: list[tuple[list[str], dict[str, list[float]]]] = []
+
+    class Last:
+        """Everyone to its last edge; notes what it was given."""
+
+        def assign(
+            self,
+            picked: Sequence[Member],
+            members: Sequence[Member],
+            loads: Mapping[str, np.ndarray],
+            seed: int,
+            round_: int,
+        ) -> Round:
+            seen.append(([m.name for m in picked], {e: q.tolist() for e, q in loads.items()}))
+            assert (seed, round_) == (5, 7 + len(seen) - 1)
+            return {m.name: m.edges[-1] for m in picked}
+
+    a = Member("a", 3, np.array([1.0, 2.0]), EDGES)
+    b = Member("b", 4, np.array([4.0, 0.0]), EDGES[:1])
+    plan = plan_window([[b, a], [a]], [a, b], Last(), first_round=7, seed=5)
+    assert plan == [{"a": "edge-2", "b": "edge-1"}, {"a": "edge-2"}]
+    assert seen == [
+        (["a", "b"], {"edge-1": [0.0, 0.0], "edge-2": [0.0, 0.0]}),
+        (["a"], {"edge-1": [4.0, 0.0], "edge-2": [1.0, 2.0]}),
+    ]
