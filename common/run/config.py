@@ -13,6 +13,7 @@ from pydantic import ValidationError, field_validator
 from pydantic_core import ErrorDetails, PydanticCustomError
 
 from common.errors import ConfigError
+from common.models.presets import MODELS
 from common.run.names import NAME_RULE, is_name
 from common.run.settings import Settings
 
@@ -34,6 +35,13 @@ class RunConfig(Settings):
         names = sorted(method_names())
         if value not in names:
             raise _fault(_not_among(value, names))
+        return value
+
+    @field_validator("model")
+    @classmethod
+    def _known_model(cls, value: str) -> str:
+        if value not in MODELS:
+            raise _fault(_not_among(value, MODELS))
         return value
 
     @field_validator("pruning_ratio")
