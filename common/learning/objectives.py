@@ -1,9 +1,10 @@
 """What a client minimises: objectives that compose with ``+``, each one term of a local loss.
 
 A term may also act on the gradients (control variates), keep arrays for the client's next round
-(``local.state``) and use what the server sent beside the model (``local.aux``), so that FedProx, MOON,
-SCAFFOLD or FedDyn are further terms. An objective holds what it needs between `begin` and `end` of one round,
-so one object serves one training at a time.
+(``local.state``), use what the server sent beside the model (``local.aux``), bring parameters of its own and
+send arrays of its own, so that FedProx, MOON, SCAFFOLD or FedDyn are further terms, each in its module beside
+this one. An objective holds what it needs between `begin` and `end` of one round, so one object serves one
+training at a time.
 """
 
 from __future__ import annotations
@@ -18,11 +19,18 @@ import torch
 from torch import Generator, Tensor, nn
 from torch.nn import functional
 
+from common.errors import EspalierError
 from common.learning.diffusion import noise_schedule
 from common.models.architecture import is_reduced
 
 if TYPE_CHECKING:
+    from common.data.imageset import ImageSet
     from common.run.config import RunConfig
+    from proto import espalier_pb2 as pb
+
+
+class TrainingError(EspalierError):
+    """Local training went wrong in a way that a setting can mend."""
 
 
 @dataclass
@@ -38,10 +46,26 @@ class LocalRound:
     received : mapping of str to Tensor
         The model's tensors as received, by name; never written to.
     aux : mapping of str to numpy.ndarray
-        Further arrays the server sent (e.g. SCAFFOLD's c), by name.
+        Arrays of other sections the server sent, by full name (e.g. "control/conv.weight", SCAFFOLD's c).
     state : mutable mapping of str to numpy.ndarray
         What the client keeps from round to round; written at the end of a round only, arrays are replaced
         and never changed in place, so a round that fails leaves the former state intact.
+    name : str
+        The client's name; what is random in a term beside its batches derives from it.
+    population : int
+        Clients in the run, N.
+    labels : numpy.ndarray
+        The client's label counts, shape (classes,).
+    data : ImageSet or None
+        The client's own images, for terms that look at all of them at once.
+    architecture : pb.ArchitectureSpec or None
+        The network's description as received.
+    metrics : dict of str to float
+        Scalars for the report that no term of the objective gives (e.g. the cluster that was picked).
+    place : str
+        Device to compute on, as torch names it.
+    optimizer : str
+        "adam" or "sgd" where the method demands one in spite of ``optimizer=auto``; else empty.
     """
 
     settings: RunConfig
@@ -49,6 +73,26 @@ class LocalRound:
     received: Mapping[str, Tensor] = field(default_factory=dict)
     aux: Mapping[str, np.ndarray] = field(default_factory=dict)
     state: MutableMapping[str, np.ndarray] = field(default_factory=dict)
+    name: str = ""
+    population: int = 1
+    labels: np.ndarray = field(default_factory=lambda: np.zeros(0, dtype=np.int64))
+    data: ImageSet | None = None
+    architecture: pb.ArchitectureSpec | None = None
+    metrics: dict[str, float] = field(default_factory=dict)
+    place: str = "cpu"
+    optimizer: str = ""
+
+    def require_data(self) -> ImageSet:
+        """Return the client's images.
+
+        Raises
+        ------
+        TrainingError
+            There are none.
+        """
+        if self.data is None or len(self.data) == 0:
+            raise TrainingError(f"round {self.round}: this client has no images to train on")
+        return self.data
 
 
 @dataclass
@@ -68,7 +112,7 @@ class LocalResult:
     seconds : float
         Wall time of the training.
     metrics : dict of str to float
-        Further scalars of the objective's terms.
+        Further scalars of the objective's terms; the caller fills them with what `Objective.end` returns.
     """
 
     steps: int
@@ -84,6 +128,10 @@ class Objective:
 
     def begin(self, model: nn.Module, local: LocalRound) -> None:
         """Prepare for one round; the model is on its device with the received weights."""
+
+    def parameters(self) -> Iterable[nn.Parameter]:
+        """Return parameters of the term's own, trained beside the model's; asked once, after `begin`."""
+        return ()
 
     def loss(self, model: nn.Module, images: Tensor, labels: Tensor, generator: Generator) -> Tensor:
         """Return the term's value for a batch.
@@ -109,8 +157,23 @@ class Objective:
     def after_backward(self, model: nn.Module) -> None:
         """Change the gradients before they are clipped and applied."""
 
-    def end(self, model: nn.Module, result: LocalResult) -> dict[str, float]:
-        """Finish the round: store state, return scalars for the report."""
+    def extra(self) -> dict[str, np.ndarray]:
+        """Return the reply's further sections by full name ("head/0.weight"), before `end`."""
+        return {}
+
+    def end(self, model: nn.Module, result: LocalResult, sent: Mapping[str, Tensor]) -> dict[str, float]:
+        """Finish the round: store state, return scalars for the report.
+
+        Parameters
+        ----------
+        model : nn.Module
+            The trained network.
+        result : LocalResult
+            What came of the training.
+        sent : mapping of str to Tensor
+            The model's tensors as the server will read them: a codec may have changed them. What the server
+            computes from them too (control variates) must be computed from these.
+        """
         return {}
 
     def __add__(self, other: Objective) -> Objective:
@@ -128,6 +191,10 @@ class Sum(Objective):
         for term in self.terms:
             term.begin(model, local)
 
+    def parameters(self) -> Iterable[nn.Parameter]:
+        """Return every term's own parameters."""
+        return tuple(parameter for term in self.terms for parameter in term.parameters())
+
     def loss(self, model: nn.Module, images: Tensor, labels: Tensor, generator: Generator) -> Tensor:
         """Return the sum of the terms' values."""
         first, *rest = self.terms
@@ -141,11 +208,15 @@ class Sum(Objective):
         for term in self.terms:
             term.after_backward(model)
 
-    def end(self, model: nn.Module, result: LocalResult) -> dict[str, float]:
+    def extra(self) -> dict[str, np.ndarray]:
+        """Return every term's sections."""
+        return {name: array for term in self.terms for name, array in term.extra().items()}
+
+    def end(self, model: nn.Module, result: LocalResult, sent: Mapping[str, Tensor]) -> dict[str, float]:
         """Finish every term; their scalars are joined."""
         metrics: dict[str, float] = {}
         for term in self.terms:
-            metrics |= term.end(model, result)
+            metrics |= term.end(model, result, sent)
         return metrics
 
 
@@ -203,7 +274,7 @@ class GroupNormPenalty(Objective):
             return images.new_zeros(())
         return self._factor * self._norms().sum()
 
-    def end(self, model: nn.Module, result: LocalResult) -> dict[str, float]:
+    def end(self, model: nn.Module, result: LocalResult, sent: Mapping[str, Tensor]) -> dict[str, float]:
         """Report the penalty's last value."""
         if not self._weights:
             return {}

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from collections.abc import Mapping
 from types import SimpleNamespace
 from typing import Any
 
@@ -94,7 +95,7 @@ def test_the_penalty_sums_the_norms_of_whole_weights() -> None:
     assert net.linear.weight.grad is not None
     assert torch.allclose(net.linear.weight.grad, 0.1 * net.linear.weight / 5)
     assert net.linear.bias.grad is None
-    assert penalty.end(net, result()) == {"sparse-penalty": pytest.approx(1.8)}
+    assert penalty.end(net, result(), {}) == {"sparse-penalty": pytest.approx(1.8)}
 
 
 @pytest.mark.usefixtures("whole")
@@ -121,7 +122,7 @@ def test_there_is_no_penalty_without_a_weight_or_on_a_pruned_network() -> None:
         penalty.begin(model, LocalRound(RunConfig(), 1))
         value = penalty.loss(model, IMAGES, LABELS, seeded())
         assert (value.item() > 0) == expected
-        assert bool(penalty.end(model, result())) == expected
+        assert bool(penalty.end(model, result(), {})) == expected
 
 
 class Term(Objective):
@@ -137,7 +138,7 @@ class Term(Objective):
     def after_backward(self, model: nn.Module) -> None:
         self.log.append(f"backward {self.name}")
 
-    def end(self, model: nn.Module, result: LocalResult) -> dict[str, float]:
+    def end(self, model: nn.Module, result: LocalResult, sent: Mapping[str, Tensor]) -> dict[str, float]:
         return {self.name: self.value}
 
 
@@ -150,7 +151,7 @@ def test_terms_add_up_and_act_in_order() -> None:
     assert objective.loss(net, IMAGES, LABELS, seeded()).item() == 7.0
     objective.after_backward(net)
     assert log == [f"{step} {name}" for step in ("begin", "backward") for name in "abc"]
-    assert objective.end(net, result()) == {"a": 1.0, "b": 2.0, "c": 4.0}
+    assert objective.end(net, result(), {}) == {"a": 1.0, "b": 2.0, "c": 4.0}
 
 
 def test_a_bare_objective_says_that_it_has_no_loss() -> None:

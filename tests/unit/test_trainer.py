@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -49,8 +50,8 @@ class Fit(Objective):
         self.batches.append((images, labels))
         return functional.mse_loss(model(images.flatten(1)), images.mean((1, 2, 3))[:, None] * self.scale)
 
-    def end(self, model: nn.Module, result: LocalResult) -> dict[str, float]:
-        return {"batches": float(len(self.batches))}
+    def end(self, model: nn.Module, result: LocalResult, sent: Mapping[str, Tensor]) -> dict[str, float]:
+        raise AssertionError("the caller ends the round, once the update is coded")
 
 
 def linear() -> nn.Linear:
@@ -96,7 +97,7 @@ def test_it_is_adam_with_warm_up_and_clipping() -> None:
     assert (result.steps, result.samples) == (6, 20)
     assert result.lr_sum == pytest.approx(0.01 * (1 / 4 + 2 / 4 + 3 / 4 + 3))
     assert result.loss == pytest.approx(sum(value * n for value, n in losses) / 40, rel=1e-5)
-    assert result.metrics == {"batches": 6.0}
+    assert result.metrics == {}
     assert result.seconds > 0
 
 
