@@ -53,6 +53,17 @@ class RunConfig(Settings):
             )
         return value
 
+    @field_validator("levels")
+    @classmethod
+    def _levels(cls, value: str) -> str:
+        from common.methods.levels import parse_levels
+
+        try:
+            parse_levels(value)
+        except ConfigError as error:
+            raise _fault(str(error).removeprefix("levels: ")) from None
+        return value
+
     @field_validator("run_id")
     @classmethod
     def _name(cls, value: str) -> str:
