@@ -1,7 +1,8 @@
 """Who holds which sample: seeded partitions of a labelled data set, the same in every process.
 
 A client computes the partition by itself from (data name, number of clients, scheme): nobody hands shares
-out. flwr-datasets draws iid, Dirichlet and pathological partitions; FedPhD's own layouts are here.
+out. flwr-datasets draws iid, Dirichlet and pathological partitions; FedPhD's own layouts and SCAFFOLD's
+similarity are here.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ from common.seeds import rng_for, seed_for
 
 log = logging.getLogger(__name__)
 
-SCHEMES = "iid, dirichlet=ALPHA, pathological=CLASSES, fedphd or fedphd=CLASSES"
+SCHEMES = "iid, dirichlet=ALPHA, pathological=CLASSES, fedphd or fedphd=CLASSES, similarity=PERCENT"
 _OPTIONS = "seed=S and, for dirichlet, min=SAMPLES"
 
 
@@ -37,9 +38,10 @@ class Scheme:
     Attributes
     ----------
     kind : str
-        "iid", "dirichlet", "pathological" or "fedphd".
+        "iid", "dirichlet", "pathological", "fedphd" or "similarity".
     value : float
-        Dirichlet's alpha, or the number of classes a client; 0 where the kind needs none.
+        Dirichlet's alpha, the number of classes a client, or the percentage of the data that is dealt IID; 0
+        where the kind needs none.
     seed : int
         Changes the draw.
     min_size : int
@@ -54,7 +56,7 @@ class Scheme:
     def __str__(self) -> str:
         # repr keeps every digit: the text is what a client's process and its helper agree on.
         number = str(int(self.value)) if float(self.value).is_integer() else repr(self.value)
-        text = self.kind if not self.value else f"{self.kind}={number}"
+        text = f"{self.kind}={number}" if self.value or self.kind == "similarity" else self.kind
         text += f",seed={self.seed}" if self.seed else ""
         return text + (f",min={self.min_size}" if self.min_size != 1 else "")
 
@@ -70,6 +72,10 @@ class Scheme:
             value = _number(value_text, fault)
             if not value > 0:
                 raise DataError(f"partition scheme {text!r}: dirichlet's alpha must be above 0")
+        elif kind == "similarity":
+            value = _number(value_text, fault)
+            if not 0 <= value <= 100:
+                raise DataError(f"partition scheme {text!r}: similarity is a percentage; give 0 to 100")
         elif kind in ("pathological", "fedphd"):
             value = _whole(value_text, fault) if equals or kind == "pathological" else 0
             if (equals or kind == "pathological") and value < 1:
@@ -140,6 +146,9 @@ def assign(labels: NDArray[np.int64], clients: int, scheme: Scheme, *, name: str
         rng = rng_for(scheme.seed, name, 0, purpose)
         per_client = int(scheme.value) or (1 if name == "celeba" else 2)
         owner = _fedphd(labels, clients, per_client, rng, where)
+    elif scheme.kind == "similarity":
+        rng = rng_for(scheme.seed, name, 0, purpose)
+        owner = _similarity(labels, clients, scheme.value / 100, rng)
     else:
         owner = _flower(labels, clients, scheme, seed_for(scheme.seed, name, 0, purpose), where)
     sizes = np.bincount(owner[owner >= 0], minlength=clients)
@@ -222,6 +231,26 @@ def _fedphd(
     return owner
 
 
+def _similarity(
+    labels: NDArray[np.int64], clients: int, share: float, rng: np.random.Generator
+) -> NDArray[np.int64]:
+    """Deal a share of the samples IID, the rest sorted by label (SCAFFOLD, arXiv 1910.06378, section 7).
+
+    Both parts are cut in `clients` blocks that differ by a sample at most; of the sorted rest client i gets
+    block i. The blocks that are a sample longer are other clients' in the two parts, as far as that goes.
+    """
+    order = rng.permutation(len(labels))
+    even = round(share * len(labels))
+    rest = order[even:]
+    rest = rest[np.argsort(labels[rest], kind="stable")]
+    owner = np.empty(len(labels), np.int64)
+    for client, part in enumerate(np.array_split(order[:even], clients)):
+        owner[part] = clients - 1 - client
+    for client, part in enumerate(np.array_split(rest, clients)):
+        owner[part] = client
+    return owner
+
+
 def _clients_per_class(counts: NDArray[np.int64], clients: int, where: str) -> NDArray[np.int64]:
     """Return how many clients each class gets: ceil(N * share), lowered until the sum is N.
 
@@ -242,7 +271,7 @@ def assign_apart(labels: NDArray[np.int64], clients: int, scheme: Scheme, *, nam
 
     Importing flwr-datasets costs about 120 MB that a resident client would hold for good.
     """
-    if scheme.kind == "fedphd" or "flwr_datasets" in sys.modules:
+    if scheme.kind in ("fedphd", "similarity") or "flwr_datasets" in sys.modules:
         return assign(labels, clients, scheme, name=name)
     stdin = io.BytesIO()
     np.save(stdin, np.asarray(labels, np.int64), allow_pickle=False)

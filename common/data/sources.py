@@ -151,7 +151,8 @@ def open_folder(folder: Path, *, split: Split, size: int | None, channels: int |
     """Open a folder of images per class; class names are sorted, and an empty folder still counts as a class.
 
     Images that lie in `folder` itself, without class folders, are one class. Where `folder` holds `train` and
-    `test` folders of class folders, the split chooses between them; else there is a train split only.
+    `test` folders of class folders, the split chooses between them, and the classes are those of both; else
+    there is a train split only.
 
     Parameters
     ----------
@@ -174,11 +175,16 @@ def open_folder(folder: Path, *, split: Split, size: int | None, channels: int |
         raise DataError(f"data folder {folder} {what}; give a folder with one folder of images per class")
     # The folder's own name, never its path: it is what other machines see.
     name = folder.resolve().name or "images"
-    if all((folder / part).is_dir() and _folders(folder / part) for part in ("train", "test")):
+    top, names = folder, _folders(folder)
+    if has_test(folder):
+        # Either split may lack a class: a label must mean the same in both.
+        names = sorted({one for part in ("train", "test") for one in _folders(folder / part)})
         folder = folder / split
     elif split == "test":
-        raise DataError(f"data folder {folder} has no test images: put class folders in its train/ and test/")
-    names = _folders(folder)
+        raise DataError(
+            f"data folder {folder} has no test images: put class folders in its train/ and test/, or hold a "
+            f"share of its images out with {folder}:0/1:iid+holdout=0.2"
+        )
     loose = _images(folder, deep=False)
     if loose and names:
         raise DataError(
@@ -199,9 +205,16 @@ def open_folder(folder: Path, *, split: Split, size: int | None, channels: int |
         labels,
         classes,
         name,
-        channels=channels if channels is not None else _channels(files),
+        channels=channels
+        if channels is not None
+        else _channels(files if folder == top else _images(top, deep=True)),
         size=size if size is not None else FOLDER_SIZE,
     )
+
+
+def has_test(folder: Path) -> bool:
+    """Return whether a folder of images has a test split: `train` and `test` folders of class folders."""
+    return all((folder / part).is_dir() and _folders(folder / part) for part in ("train", "test"))
 
 
 def _folders(folder: Path) -> list[str]:

@@ -5,20 +5,28 @@ from __future__ import annotations
 import os
 import re
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
+from numpy.typing import NDArray
 
 from common.data.imageset import ImageSet
 from common.data.partition import Scheme, assign_apart
-from common.data.sources import NAMED, Source, Split, default_root, open_folder
+from common.data.shares import Extras, RotatedImages, divide_test, hold_out, resize
+from common.data.sources import NAMED, Source, Split, default_root, has_test, open_folder
 from common.errors import DataError
 
-GRAMMAR = "NAME[:I/N[:SCHEME]] or FOLDER[:I/N[:SCHEME]], such as digits, mnist:2/8:dirichlet=0.3 or ./photos"
+GRAMMAR = (
+    "NAME[:I/N[:SCHEME[+OPTION…]]] or FOLDER[:I/N[:SCHEME[+OPTION…]]], such as digits, "
+    "mnist:2/8:dirichlet=0.3 or ./photos"
+)
 
 _SPEC = re.compile(r"(?P<source>.+?)(?::(?P<index>\d+)/(?P<clients>\d+)(?::(?P<scheme>[^:/\\]+))?)?")
 
 _SHARE = re.compile(r":\d+/\d+(:|$)")
+
+_PLUS = re.compile(r"\+(?=[a-z])")  # not the one of dirichlet=1e+2
 
 
 @dataclass(frozen=True)
@@ -33,12 +41,15 @@ class DataSpec:
         Share `index` of `clients`, counted from 0; (0, 1) is the whole.
     scheme : Scheme
         How the data are divided.
+    extras : Extras
+        What is asked of the share beyond that.
     """
 
     source: str
     index: int = 0
     clients: int = 1
     scheme: Scheme = field(default_factory=Scheme)
+    extras: Extras = field(default_factory=Extras)
 
     @property
     def is_folder(self) -> bool:
@@ -57,13 +68,13 @@ def parse_spec(text: str) -> DataSpec:
     Parameters
     ----------
     text : str
-        ``NAME[:I/N[:SCHEME]]`` or ``FOLDER[:I/N[:SCHEME]]``; I counts from 0. A folder is what has a path
-        separator or begins with ``.`` or ``~``.
+        ``NAME[:I/N[:SCHEME[+OPTION…]]]``, or a FOLDER in the place of NAME; I counts from 0. A folder is what
+        has a path separator or begins with ``.`` or ``~``.
 
     Raises
     ------
     DataError
-        The text does not parse, the name is unknown, or I is not below N.
+        The text does not parse, the name is unknown, I is not below N, or an option does not fit the data.
     """
     match = _SPEC.fullmatch(text.strip())
     if match is None:
@@ -83,7 +94,11 @@ def parse_spec(text: str) -> DataSpec:
         raise DataError(f"data {text!r}: the number of partitions must be at least 1")
     if index >= clients:
         raise DataError(f"data {text!r}: partitions of {clients} are numbered 0 to {clients - 1}")
-    return DataSpec(source, index, clients, Scheme.parse(match["scheme"]) if match["scheme"] else Scheme())
+    scheme, *options = _PLUS.split(match["scheme"] or "iid")
+    extras = Extras.parse(options, text)
+    if extras.holdout and not _is_path(source):
+        raise DataError(f"data {text!r}: {source} has test images of its own; leave +holdout out")
+    return DataSpec(source, index, clients, Scheme.parse(scheme), extras)
 
 
 def open_data(
@@ -102,7 +117,7 @@ def open_data(
     spec : str
         See :func:`parse_spec`.
     split : {"train", "test"}
-        Which split; a share is taken of each split in the same way.
+        Which split. A client's share of the test split has the label proportions of its training share.
     root : Path, optional
         Folder of the named data sets' files; ESPALIER_DATA or a cache folder unless given.
     size : int, optional
@@ -120,23 +135,127 @@ def open_data(
     Raises
     ------
     DataError
-        The SPEC does not parse, the data are missing or damaged, or the share would be empty.
+        The SPEC does not parse, the data are missing or damaged, there is no test split, or the share would
+        be empty.
     """
-    parsed = parse_spec(spec)
-    if size is not None and size < 1:
-        raise DataError(f"data {spec!r}: the image size must be at least 1 pixel, not {size}")
-    data: ImageSet
-    if parsed.is_folder:
-        data = open_folder(Path(parsed.source).expanduser(), split=split, size=size, channels=channels)
-    else:
-        if download is None:
-            download = os.environ.get("ESPALIER_DOWNLOAD") == "1"
-        where = root.expanduser() if root is not None else default_root()
-        data = NAMED[parsed.source](Source(split, where, download, size))
-    if parsed.clients == 1:
-        return data
-    owner = assign_apart(data.labels, parsed.clients, parsed.scheme, name=data.name)
-    return data.subset(np.flatnonzero(owner == parsed.index))
+    share = _Share(spec, root, size, channels, download)
+    if split == "train":
+        return share.train()
+    data = share.test()
+    if data is None:
+        raise DataError(
+            f"data {spec!r}: the test split has no image for this partition; use fewer partitions or more images"
+        )
+    return data
+
+
+def open_splits(
+    spec: str,
+    *,
+    root: Path | None = None,
+    size: int | None = None,
+    channels: int | None = None,
+    download: bool | None = None,
+) -> tuple[ImageSet, ImageSet | None]:
+    """Open what a client trains on and what it may test on; the parameters are :func:`open_data`'s.
+
+    Returns
+    -------
+    tuple
+        Training images, and test images; None for the latter where a folder has none and no ``+holdout`` is
+        asked for, or where the test split is too small for a share to every client.
+
+    Raises
+    ------
+    DataError
+        As by :func:`open_data`.
+    """
+    share = _Share(spec, root, size, channels, download)
+    train = share.train()
+    return train, share.test() if share.has_test() else None
+
+
+class _Share:
+    """A SPEC's share of both splits; the training split is opened and divided once for both."""
+
+    def __init__(
+        self, text: str, root: Path | None, size: int | None, channels: int | None, download: bool | None
+    ) -> None:
+        self.spec, self.text = parse_spec(text), text
+        if size is not None and size < 1:
+            raise DataError(f"data {text!r}: the image size must be at least 1 pixel, not {size}")
+        self.root, self.size, self.channels, self.download = root, size, channels, download
+
+    def has_test(self) -> bool:
+        """Whether there is anything to test on."""
+        spec = self.spec
+        return not spec.is_folder or bool(spec.extras.holdout) or has_test(Path(spec.source).expanduser())
+
+    def train(self) -> ImageSet:
+        """Return the training images of the share."""
+        data = self._division[0]
+        return self._turned(data.subset(self._held_out(data)[0]) if self.spec.extras.holdout else data)
+
+    def test(self) -> ImageSet | None:
+        """Return the test images of the share, None if there are too few for every share to have one."""
+        spec = self.spec
+        if spec.extras.holdout:
+            data = self._division[0]
+            return self._turned(data.subset(self._held_out(data)[1]))
+        whole = self._open("test")
+        if spec.clients == 1:
+            return self._turned(whole)
+        if spec.scheme.kind == "iid" and not spec.extras.lognormal:
+            # Every share has the split's own proportions, and the training images need not be opened.
+            if len(whole) < spec.clients:
+                return None
+            owner = assign_apart(whole.labels, spec.clients, spec.scheme, name=whole.name)
+        else:
+            _, labels, train_owner = self._division
+            owner = divide_test(
+                train_owner, labels, whole.labels, spec.clients, seed=spec.scheme.seed, name=whole.name
+            )
+        mine = np.flatnonzero(owner == spec.index)
+        return self._turned(whole.subset(mine)) if len(mine) else None
+
+    @cached_property
+    def _division(self) -> tuple[ImageSet, NDArray[np.int64], NDArray[np.int64]]:
+        """The share's images of the training split, and labels and owners of the whole of it."""
+        spec, whole = self.spec, self._open("train")
+        if spec.clients == 1:
+            return whole, whole.labels, np.zeros(len(whole), np.int64)
+        owner = assign_apart(whole.labels, spec.clients, spec.scheme, name=whole.name)
+        if spec.extras.lognormal:
+            owner = resize(
+                owner,
+                whole.labels,
+                spec.clients,
+                spec.extras.lognormal,
+                seed=spec.scheme.seed,
+                name=whole.name,
+                min_size=spec.scheme.min_size,
+            )
+        return whole.subset(np.flatnonzero(owner == spec.index)), whole.labels, owner
+
+    def _held_out(self, data: ImageSet) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        name = f"{data.name}/{self.spec.index}/{self.spec.clients}"
+        return hold_out(data.labels, self.spec.extras.holdout, seed=self.spec.scheme.seed, name=name)
+
+    def _turned(self, data: ImageSet) -> ImageSet:
+        steps = self.spec.extras.rotate
+        quarters = self.spec.index % steps * (4 // steps)
+        return RotatedImages(data, quarters) if quarters else data
+
+    def _open(self, split: Split) -> ImageSet:
+        spec = self.spec
+        if spec.is_folder:
+            folder = Path(spec.source).expanduser()
+            if spec.extras.holdout and has_test(folder):
+                raise DataError(f"data {self.text!r}: the folder has test images; leave +holdout out")
+            return open_folder(folder, split=split, size=self.size, channels=self.channels)
+        download = os.environ.get("ESPALIER_DOWNLOAD") == "1" if self.download is None else self.download
+        where = self.root.expanduser() if self.root is not None else default_root()
+        return NAMED[spec.source](Source(split, where, download, self.size))
 
 
 def _is_path(source: str) -> bool:
