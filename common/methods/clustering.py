@@ -57,7 +57,7 @@ def cosines(gram: np.ndarray) -> np.ndarray:
     """
     norms = np.sqrt(np.diag(gram))
     scale = np.outer(norms, norms)
-    alpha = np.divide(gram, scale, out=np.zeros_like(gram), where=scale > 0)
+    alpha: np.ndarray = np.divide(gram, scale, out=np.zeros_like(gram), where=scale > 0)
     # A matrix product may round the two halves differently; linkage wants them equal.
     alpha = (alpha + alpha.T) / 2
     np.clip(alpha, -1.0, 1.0, out=alpha)
