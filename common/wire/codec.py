@@ -131,34 +131,39 @@ class BFloat16:
         return _retyped(like, "bfloat16")
 
 
-def create_codec(settings: Settings) -> Codec:
+def create_codec(settings: Settings, name: str = "") -> Codec:
     """Return the codec of a run.
 
     Parameters
     ----------
     settings : Settings
-        `codec` (no longer "auto": the method has settled it) and the settings of that codec.
+        The run's configuration; `codec_levels`, `codec_norm` and `codec_keep` are read where they apply.
+    name : str, optional
+        What the method makes of ``codec=auto``; by default the setting itself.
 
     Raises
     ------
     ConfigError
         If `codec-levels` is more than a float32 can tell apart.
+    ValueError
+        If there is no codec of that name, "auto" included.
     """
     from common.wire.compression import MAX_LEVELS, QSGD, TopK  # they build on this module
 
-    if settings.codec == "qsgd":
+    name = name or settings.codec
+    if name == "qsgd":
         if settings.codec_levels > MAX_LEVELS:
             raise ConfigError(
                 f"codec-levels: {settings.codec_levels} is out of range; it must be at most {MAX_LEVELS}, "
                 "or set codec=none"
             )
         return QSGD(settings.codec_levels, per_tensor=settings.codec_norm == "tensor")
-    if settings.codec == "top-k":
+    if name == "top-k":
         return TopK(settings.codec_keep)
     plain: dict[str, type[Codec]] = {c.name: c for c in (Whole, Float16, BFloat16)}
-    if settings.codec not in plain:
-        raise ValueError(f"codec={settings.codec} is still to be settled by the method")
-    return plain[settings.codec]()
+    if name not in plain:
+        raise ValueError(f"there is no codec {name!r}; the method settles codec=auto")
+    return plain[name]()
 
 
 # --- for codecs ------------------------------------------------------------------------------------

@@ -452,6 +452,7 @@ def test_settings_choose_the_codec() -> None:
     single = create_codec(Settings(codec="qsgd", codec_norm="tensor"))
     assert isinstance(single, QSGD)
     assert (single.levels, single.per_tensor) == (7, True)
+    assert isinstance(create_codec(Settings(), "qsgd"), QSGD)
     sparse = create_codec(Settings(codec="top-k", codec_keep=0.25))
     assert isinstance(sparse, TopK)
     assert sparse.keep == 0.25
@@ -467,7 +468,7 @@ def test_settings_choose_the_codec() -> None:
 def test_settings_that_choose_no_codec() -> None:
     with pytest.raises(ConfigError, match=r"codec-levels: 8388608 is out of range.*8388607"):
         create_codec(Settings(codec="qsgd", codec_levels=MAX_LEVELS + 1))
-    with pytest.raises(ValueError, match="codec=auto is still to be settled"):
+    with pytest.raises(ValueError, match="no codec 'auto'"):
         create_codec(Settings())
     for levels in (0, MAX_LEVELS + 1):
         with pytest.raises(ValueError, match="levels"):
