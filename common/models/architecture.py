@@ -10,8 +10,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -21,6 +20,11 @@ from torch import Tensor, nn
 
 from common.models import unet_family
 from common.models.arrays import dtype_name
+from common.models.bases import Bases
+from common.models.classifiers import CNN, MLP
+from common.models.exits import ExitNetwork
+from common.models.family import Family, classifier_family
+from common.models.resnet import PreActResNet
 from proto import espalier_pb2 as pb
 
 #: Elements a network may have; a spec above it is refused before anything is allocated.
@@ -33,33 +37,6 @@ _DTYPES = {
 }
 
 
-@dataclass(frozen=True)
-class Family:
-    """How one kind of network is described and rebuilt.
-
-    Attributes
-    ----------
-    matches : callable
-        Whether a module is of this family.
-    config : callable
-        The constructor arguments of a module, as JSON values.
-    construct : callable
-        The unpruned module of such arguments; raises ValueError where they make no sense. Called under
-        ``meta``.
-    settle : callable
-        Bring what a family keeps beside its tensors (channel counts of blocks, heads) in line with the
-        tensors' new shapes; raises ValueError where they contradict each other.
-    heads : callable
-        Heads of every attention layer, by module path.
-    """
-
-    matches: Callable[[nn.Module], bool]
-    config: Callable[[nn.Module], dict[str, Any]]
-    construct: Callable[[dict[str, Any]], nn.Module]
-    settle: Callable[[nn.Module, Mapping[str, int]], None]
-    heads: Callable[[nn.Module], dict[str, int]]
-
-
 FAMILIES: Mapping[str, Family] = {
     "unet": Family(
         matches=unet_family.matches,
@@ -67,7 +44,13 @@ FAMILIES: Mapping[str, Family] = {
         construct=unet_family.construct,
         settle=unet_family.settle,
         heads=unet_family.heads,
+        inputs=unet_family.inputs,
     ),
+    "mlp": classifier_family("mlp", MLP),
+    "cnn": classifier_family("cnn", CNN),
+    "resnet": classifier_family("resnet", PreActResNet),
+    "exits": classifier_family("exits", ExitNetwork),
+    "bases": classifier_family("bases", Bases),
 }
 
 
@@ -96,11 +79,14 @@ def describe(model: nn.Module) -> pb.ArchitectureSpec:
     family = FAMILIES[name]
     config = Struct()
     config.update(family.config(model))
+    buffers = {key for key, _ in model.named_buffers()}
     return pb.ArchitectureSpec(
         family=name,
         config=config,
         tensors=[
-            pb.TensorSpec(name=key, dtype=dtype_name(tensor.dtype), shape=tuple(tensor.shape))
+            pb.TensorSpec(
+                name=key, dtype=dtype_name(tensor.dtype), shape=tuple(tensor.shape), buffer=key in buffers
+            )
             for key, tensor in model.state_dict().items()
         ],
         groups={path: m.num_groups for path, m in model.named_modules() if isinstance(m, nn.GroupNorm)},
@@ -133,7 +119,7 @@ def build(spec: pb.ArchitectureSpec) -> nn.Module:
         )
     shapes = _checked_shapes(spec)
     with torch.device("meta"):
-        model = family.construct(_plain(MessageToDict(spec.config)))
+        model = family.construct(arguments(spec))
         _set_shapes(model, spec, shapes)
         _set_widths(model, spec.groups)
         family.settle(model, spec.heads)
@@ -184,13 +170,19 @@ def is_reduced(model: nn.Module) -> bool:
     """Tell whether a tensor departs from what the configuration alone would build: pruned, scaled."""
     spec = describe(model)
     with torch.device("meta"):
-        whole = FAMILIES[spec.family].construct(_plain(MessageToDict(spec.config))).state_dict()
+        whole = FAMILIES[spec.family].construct(arguments(spec)).state_dict()
     return any(tuple(whole[t.name].shape) != tuple(t.shape) for t in spec.tensors)
 
 
 def to_json(spec: pb.ArchitectureSpec) -> str:
     """Return the protobuf JSON form of a description, indented."""
     return json.dumps(MessageToDict(spec, preserving_proto_field_name=True), indent=1)
+
+
+def arguments(spec: pb.ArchitectureSpec) -> dict[str, Any]:
+    """Return a description's constructor arguments, unchecked; whole numbers are int."""
+    values: dict[str, Any] = _plain(MessageToDict(spec.config))
+    return values
 
 
 def _plain(value: Any) -> Any:
@@ -243,6 +235,13 @@ def _set_shapes(model: nn.Module, spec: pb.ArchitectureSpec, shapes: Mapping[str
             raise ValueError(
                 f"tensor {tensor.name!r} has shape {list(tensor.shape)}, expected {old.dim()} dimensions"
             )
+        trained = isinstance(old, nn.Parameter)
+        if tensor.buffer == trained:
+            raise ValueError(f"tensor {tensor.name!r} is {'a parameter' if trained else 'a buffer'}")
+        if _DTYPES[tensor.dtype].is_floating_point != old.dtype.is_floating_point:
+            raise ValueError(
+                f"tensor {tensor.name!r} has the dtype {tensor.dtype!r}, expected {dtype_name(old.dtype)!r}"
+            )
         new = torch.empty(tuple(tensor.shape), dtype=_DTYPES[tensor.dtype], device="meta")
         if isinstance(old, nn.Parameter):
             setattr(module, leaf, nn.Parameter(new, requires_grad=old.requires_grad))
@@ -260,21 +259,28 @@ def _set_widths(model: nn.Module, groups: Mapping[str, int]) -> None:
         )
     for path, module in model.named_modules():
         if isinstance(module, nn.Conv2d):
-            _check_bias(path, module.weight, module.bias)
+            _check_length(path, "bias", module.bias, module.weight)
             if tuple(module.weight.shape[2:]) != tuple(module.kernel_size):
                 raise ValueError(
                     f"tensor {path + '.weight'!r} has a kernel of {list(module.weight.shape[2:])}, "
                     f"expected {list(module.kernel_size)}"
                 )
+            if module.groups > 1:
+                # Only depthwise convolutions have groups here: a channel each, however many there are now.
+                module.groups = module.weight.shape[0]
             module.out_channels, module.in_channels = (
                 module.weight.shape[0],
                 module.weight.shape[1] * module.groups,
             )
         elif isinstance(module, nn.Linear):
-            _check_bias(path, module.weight, module.bias)
+            _check_length(path, "bias", module.bias, module.weight)
             module.out_features, module.in_features = module.weight.shape
+        elif isinstance(module, nn.BatchNorm2d):
+            for leaf in ("bias", "running_mean", "running_var"):
+                _check_length(path, leaf, getattr(module, leaf), module.weight)
+            module.num_features = module.weight.shape[0]
         elif isinstance(module, nn.GroupNorm):
-            _check_bias(path, module.weight, module.bias)
+            _check_length(path, "bias", module.bias, module.weight)
             module.num_channels, module.num_groups = module.weight.shape[0], groups[path]
             if module.num_groups < 1 or module.num_channels % module.num_groups:
                 raise ValueError(
@@ -283,9 +289,9 @@ def _set_widths(model: nn.Module, groups: Mapping[str, int]) -> None:
                 )
 
 
-def _check_bias(path: str, weight: Tensor, bias: Tensor | None) -> None:
-    if bias is not None and bias.shape[0] != weight.shape[0]:
+def _check_length(path: str, leaf: str, given: Tensor | None, weight: Tensor) -> None:
+    if given is not None and given.shape[0] != weight.shape[0]:
         raise ValueError(
-            f"tensor {path + '.bias'!r} has {bias.shape[0]} elements, "
+            f"tensor {f'{path}.{leaf}'!r} has {given.shape[0]} elements, "
             f"its weight has {weight.shape[0]} outputs"
         )

@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
-from typing import Any, cast
+from typing import cast
 
 import torch
 from torch import Tensor, nn
 
-from common.models.architecture import build, describe
+from common.models.architecture import FAMILIES, build, describe
 from proto import espalier_pb2 as pb
 
 
 def macs_and_params(model: nn.Module) -> tuple[int, int]:
-    """Count a U-Net's operations and parameters.
+    """Count a network's operations and parameters.
 
     Operations are the multiply-accumulates for one image of the network's own size: each use of a weight of a
-    convolution or linear layer, and two an element of a GroupNorm (normalise, scale and shift). Biases,
+    convolution or linear layer, and two an element of a GroupNorm or batch normalisation (normalise, scale
+    and shift). Biases,
     activations and the products of queries, keys and values are left out: what FedPhD and Diff-Pruning
     report as 6.06 GMACs for the paper's net leaves them out too.
 
@@ -40,26 +41,23 @@ def spec_cost(spec: pb.ArchitectureSpec) -> tuple[int, int]:
     ValueError
         The description makes no sense or names no image size.
     """
-    model = cast(Any, build(spec)).eval()
-    size = model.config.sample_size
-    if size is None:
-        raise ValueError("the architecture names no image size, so its operations cannot be counted")
+    model = build(spec).eval()
+    inputs = FAMILIES[spec.family].inputs(model)
     macs = 0
 
     def count(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
         nonlocal macs
-        if isinstance(module, nn.GroupNorm):
+        if isinstance(module, nn.GroupNorm | nn.BatchNorm2d):
             macs += 2 * output.numel()
         else:
             weight = cast(Tensor, module.weight)
             # Every output position meets every weight once (a grouped convolution has fewer weights).
             macs += weight.numel() * (output.numel() // weight.shape[0])
 
-    counted = (nn.Conv2d, nn.Linear, nn.GroupNorm)
+    counted = (nn.Conv2d, nn.Linear, nn.GroupNorm, nn.BatchNorm2d)
     hooks = [m.register_forward_hook(count) for m in model.modules() if isinstance(m, counted)]
     with torch.no_grad():
-        image = torch.empty((1, model.config.in_channels, size, size), device="meta")
-        model(image, torch.zeros(1, dtype=torch.long, device="meta"))
+        model(*inputs)
     for hook in hooks:
         hook.remove()
     return macs, sum(p.numel() for p in model.parameters())

@@ -7,9 +7,10 @@ from collections.abc import Mapping
 from typing import Annotated, Any, Literal, cast
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
-from torch import nn
+from pydantic import BaseModel, ConfigDict, Field
+from torch import Tensor, nn
 
+from common.models.checks import prove, validated
 from common.torchvision_shim import import_torchvision
 
 _DownBlock = Literal["DownBlock2D", "AttnDownBlock2D"]
@@ -77,12 +78,7 @@ def construct(arguments: dict[str, Any]) -> nn.Module:
     ValueError
         An argument is unknown, of another type or out of range, or diffusers refuses their combination.
     """
-    try:
-        checked = UNetArguments(**arguments)
-    except ValidationError as error:
-        fault = error.errors(include_url=False)[0]
-        where = ".".join(str(part) for part in fault["loc"])
-        raise ValueError(f"the unet's argument {where!r}: {fault['msg']}") from None
+    checked = validated(UNetArguments, arguments, "unet")
     levels = {len(checked.down_block_types), len(checked.up_block_types), len(checked.block_out_channels)}
     if len(levels) > 1:
         raise ValueError("the unet's down blocks, up blocks and widths are not equally many")
@@ -156,34 +152,34 @@ def settle_widths(model: nn.Module, heads_of: Mapping[str, int]) -> None:
             module.channels, module.out_channels = conv.in_channels, conv.out_channels
 
 
-def _prove(model: nn.Module) -> None:
-    """Run the network on ``meta``: no arithmetic, only shapes."""
+def inputs(model: nn.Module) -> tuple[Tensor, ...]:
+    """Return an image of the network's own size and a time step, on ``meta``.
+
+    Raises
+    ------
+    ValueError
+        The network's configuration names no image size.
+    """
     network = cast(Any, model)
-    reached = ""
-    handles = []
+    size = network.config.sample_size
+    if size is None:
+        raise ValueError("the architecture names no image size, so its operations cannot be counted")
+    return _inputs(network, size)
 
-    def note(path: str) -> Any:
-        def hook(*_: object) -> None:
-            nonlocal reached
-            reached = path
 
-        return hook
+def _inputs(network: Any, size: int) -> tuple[Tensor, Tensor]:
+    shape = (1, network.config.in_channels, size, size)
+    image = torch.empty(shape, device="meta", dtype=network.dtype)
+    return image, torch.zeros(1, dtype=torch.long, device="meta")
 
-    for path, module in model.named_modules():
-        if not any(module.children()):
-            handles.append(module.register_forward_pre_hook(note(path)))
+
+def _prove(model: nn.Module) -> None:
+    network = cast(Any, model)
     side = 2 ** len(network.config.block_out_channels)
-    shape = (1, network.config.in_channels, side, side)
-    try:
-        with torch.no_grad():
-            image = torch.empty(shape, device="meta", dtype=network.dtype)
-            out = network(image, torch.zeros(1, dtype=torch.long, device="meta"), return_dict=False)[0]
-    except (RuntimeError, ValueError, AssertionError) as error:
-        reason = str(error).partition("\n")[0] or "its channels differ"
-        raise ValueError(f"the layers do not fit together at {reached!r}: {reason}") from None
-    finally:
-        for handle in handles:
-            handle.remove()
-    expected = (1, network.config.out_channels, side, side)
-    if tuple(out.shape) != expected:
-        raise ValueError(f"the network turns {list(shape)} into {list(out.shape)}, not {list(expected)}")
+    image, step = _inputs(network, side)
+    prove(
+        model,
+        lambda: cast(Tensor, network(image, step, return_dict=False)[0]),
+        tuple(image.shape),
+        (1, network.config.out_channels, side, side),
+    )

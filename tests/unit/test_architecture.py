@@ -104,7 +104,7 @@ def drop_groups(spec: pb.ArchitectureSpec) -> None:
 
 
 NONSENSE: dict[str, tuple[Callable[[pb.ArchitectureSpec], object], str]] = {
-    "family": (lambda s: setattr(s, "family", "gan"), "'gan' is unknown; known are unet"),
+    "family": (lambda s: setattr(s, "family", "gan"), "'gan' is unknown; known are unet, mlp"),
     "no tensors": (lambda s: s.ClearField("tensors"), "0 tensors"),
     "missing": (lambda s: s.tensors.pop(0), "'conv_in.weight' is not described"),
     "extra": (
