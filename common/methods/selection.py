@@ -131,16 +131,16 @@ class Proportional(Selection):
 
     def draws(self, round_: int, members: Sequence[Member]) -> dict[str, int]:
         """Return how often each picked client was drawn, in the order of names; they add up to m."""
-        ordered = _by_name(members)
+        ordered = by_name(members)
         rng = rng_for(self.settings.seed, "cloud", round_, "selection")
-        drawn = rng.choice(len(ordered), self._count(ordered), p=_proportions(ordered))
+        drawn = rng.choice(len(ordered), self._count(ordered), p=proportions(ordered))
         counts = np.bincount(drawn, minlength=len(ordered))
         return {m.name: int(c) for m, c in zip(ordered, counts, strict=True) if c}
 
     def candidates(self, round_: int, members: Sequence[Member]) -> list[Member]:
         """Return the distinct clients drawn."""
         drawn = self.draws(round_, members)
-        return [m for m in _by_name(members) if m.name in drawn]
+        return [m for m in by_name(members) if m.name in drawn]
 
 
 class Bernoulli(Selection):
@@ -151,127 +151,11 @@ class Bernoulli(Selection):
 
     def candidates(self, round_: int, members: Sequence[Member]) -> list[Member]:
         """Return the picks: their number is random, of mean fraction·N, at least one."""
-        ordered = _by_name(members)
+        ordered = by_name(members)
         coins = {m.name: rng_for(self.settings.seed, m.name, round_, "coin").random() for m in ordered}
         lowest = min(coins.values())
         limit = self.settings.fraction
         return [m for m in ordered if coins[m.name] < limit or coins[m.name] == lowest]
-
-
-class PowerOfChoice(Selection):
-    """pi_pow-d (Cho, Wang, Joshi, AISTATS 2022, arXiv 2010.01243, §4).
-
-    d candidates are drawn with chance ∝ n_k without replacement, answer with F_k(w), and the m of the
-    largest loss train; the server takes their plain mean. With `adaptive-candidates` (pi_adapow-d) d
-    falls over the run, see :func:`adaptive_count`.
-    """
-
-    probe = "loss"
-    weighting = "uniform"
-
-    def __init__(self, settings: RunConfig) -> None:
-        super().__init__(settings)
-        self._keep = 1
-
-    def candidates(self, round_: int, members: Sequence[Member]) -> list[Member]:
-        """Return the d candidates; fewer only if fewer have any samples."""
-        self._keep = self._count(members)
-        return self._draw(round_, members)
-
-    def choose(
-        self, round_: int, candidates: Sequence[Member], answers: Mapping[str, Answer]
-    ) -> list[Member]:
-        """Return the m candidates of the largest loss, ties by name."""
-        losses = {
-            m.name: answers[m.name].metrics["loss"]
-            for m in candidates
-            if m.name in answers and "loss" in answers[m.name].metrics
-        }
-        chosen = set(top(losses, self._keep))
-        return [m for m in _by_name(candidates) if m.name in chosen]
-
-    def later(self, round_: int, members: Sequence[Member]) -> tuple[list[Member], int]:
-        """Return d candidates of whom the edges keep m; if d = m there is nothing to ask."""
-        found, keep = self._draw(round_, members), self._count(members)
-        return found, keep if len(found) > keep else 0
-
-    def _draw(self, round_: int, members: Sequence[Member]) -> list[Member]:
-        ordered, keep = _by_name(members), self._count(members)
-        chances = _proportions(ordered)
-        wanted = self._candidate_count(round_, len(ordered), keep)
-        rng = rng_for(self.settings.seed, "cloud", round_, "selection")
-        # Without replacement nobody without samples can be drawn, so d is at most who has some.
-        size = min(wanted, int(np.count_nonzero(chances)))
-        drawn = rng.choice(len(ordered), size, replace=False, p=chances)
-        return [ordered[i] for i in sorted(drawn)]
-
-    def _candidate_count(self, round_: int, population: int, keep: int) -> int:
-        s = self.settings
-        if s.adaptive_candidates:
-            return adaptive_count(round_, s.rounds, population, keep)
-        return min(max(s.candidates or 2 * keep, keep), population)
-
-
-class BatchPowerOfChoice(PowerOfChoice):
-    """pi_cpow-d (arXiv 2010.01243, §4): candidates estimate F_k(w) on one random mini-batch."""
-
-    probe = "batch-loss"
-
-
-class RememberedPowerOfChoice(PowerOfChoice):
-    """pi_rpow-d (arXiv 2010.01243, §4): nobody is asked.
-
-    Candidates are ranked by the mean training loss of their last participation; a client never seen
-    counts as infinite, so it comes first, and such ties are settled by a seeded draw.
-    """
-
-    probe = ""
-
-    def __init__(self, settings: RunConfig) -> None:
-        super().__init__(settings)
-        self._losses: dict[str, float] = {}
-
-    def candidates(self, round_: int, members: Sequence[Member]) -> list[Member]:
-        """Return the picks."""
-
-        def rank(member: Member) -> tuple[float, float]:
-            loss = self._losses.get(member.name, math.inf)
-            return -loss, float(rng_for(self.settings.seed, member.name, round_, "selection-tie").random())
-
-        return _by_name(sorted(self._draw(round_, members), key=rank)[: self._count(members)])
-
-    def choose(
-        self, round_: int, candidates: Sequence[Member], answers: Mapping[str, Answer]
-    ) -> list[Member]:
-        """Return the picks: they were not asked."""
-        return list(candidates)
-
-    def later(self, round_: int, members: Sequence[Member]) -> tuple[list[Member], int]:
-        """Return picks by what the cloud knows at the window's start; all of them train."""
-        return self.candidates(round_, members), 0
-
-    def observe(
-        self,
-        round_: int,
-        metrics: Mapping[str, Mapping[str, float]],
-        gradients: Mapping[str, Mapping[str, np.ndarray]],
-    ) -> None:
-        """Remember the participants' mean training losses."""
-        for name, found in metrics.items():
-            if "loss" in found and not math.isnan(found["loss"]):
-                self._losses[name] = float(found["loss"])
-
-    def state(self) -> dict[str, np.ndarray]:
-        """Return "loss/NAME" for each client seen, shape (1,)."""
-        return {f"loss/{name}": np.array([loss]) for name, loss in sorted(self._losses.items())}
-
-    def restore(self, state: Mapping[str, np.ndarray]) -> None:
-        """Take back the losses."""
-        self._losses = {
-            key.removeprefix("loss/"): float(value[0])
-            for key, value in state.items()
-            if key.startswith("loss/")
-        }
 
 
 def create_selection(settings: RunConfig, name: str) -> Selection:
@@ -289,40 +173,22 @@ def create_selection(settings: RunConfig, name: str) -> Selection:
     ValueError
         If there is no selection of that name.
     """
-    if name == "divfl":
-        from common.methods.facility import DivFL  # it builds on this module
+    # These build on this module.
+    from common.methods import power_of_choice as power
+    from common.methods.facility import DivFL
 
-        return DivFL(settings)
     rules: dict[str, type[Selection]] = {
         "uniform": Uniform,
         "proportional": Proportional,
         "bernoulli": Bernoulli,
-        "pow-d": PowerOfChoice,
-        "cpow-d": BatchPowerOfChoice,
-        "rpow-d": RememberedPowerOfChoice,
+        "pow-d": power.PowerOfChoice,
+        "cpow-d": power.BatchPowerOfChoice,
+        "rpow-d": power.RememberedPowerOfChoice,
+        "divfl": DivFL,
     }
     if name not in rules:
         raise ValueError(f"no selection is called {name!r}")
     return rules[name](settings)
-
-
-def adaptive_count(round_: int, rounds: int, population: int, keep: int) -> int:
-    """Return d of pi_adapow-d: it starts at N and is halved until it is m (arXiv 2010.01243, §4).
-
-    The paper leaves open when; here every value of d, N, ⌈N/2⌉, ⌈N/4⌉, …, m, holds for an equal part of
-    the run: with S values, round r = 1 … R has the value number ⌊(r − 1)·S / R⌋.
-
-    Parameters
-    ----------
-    round_, rounds : int
-        The round r and the rounds in all, R.
-    population, keep : int
-        N and m.
-    """
-    values = [population]
-    while values[-1] > keep:
-        values.append(max(keep, -(-values[-1] // 2)))
-    return values[min((round_ - 1) * len(values) // rounds, len(values) - 1)]
 
 
 def top(losses: Mapping[str, float], m: int) -> list[str]:
@@ -358,11 +224,12 @@ def shares(counts: Mapping[str, int], m: int) -> dict[str, int]:
     return parts
 
 
-def _by_name(members: Sequence[Member]) -> list[Member]:
+def by_name(members: Sequence[Member]) -> list[Member]:
+    """Return the members in the order of their names."""
     return sorted(members, key=lambda m: m.name)
 
 
-def _proportions(ordered: Sequence[Member]) -> np.ndarray:
+def proportions(ordered: Sequence[Member]) -> np.ndarray:
     """Return p_k = n_k / Σ n_k, uniform where nobody has a sample."""
     counts = np.array([m.samples for m in ordered], dtype=np.float64)
     total = counts.sum()

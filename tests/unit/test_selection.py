@@ -13,11 +13,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from common.methods.planning import Member, pick_clients
+from common.methods.power_of_choice import adaptive_count
 from common.methods.selection import (
     Answer,
     Proportional,
     Selection,
-    adaptive_count,
     create_selection,
     shares,
     top,
