@@ -1,19 +1,23 @@
-"""What the cloud looks at after a window: samples of the global model and their distance to real images."""
+"""What the cloud looks at after a window: samples and their distance to real images, or accuracies."""
 
 from __future__ import annotations
 
 import dataclasses
 import time
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from common.data.imageset import ImageSet
 from common.data.spec import open_data
 from common.errors import ConfigError
 from common.learning.diffusion import sample
 from common.learning.grid import image_grid
 from common.learning.quality import Quality
+from common.learning.scoring import class_accuracy
+from common.models.presets import task_of
 from common.run.config import RunConfig
-from common.run.record import Evaluation, Scores
+from common.run.record import AccuracyEntry, Evaluation, ModelScore, Scores
 from common.seeds import seed_for
 
 if TYPE_CHECKING:
@@ -21,8 +25,32 @@ if TYPE_CHECKING:
     from torch import nn
 
 
+def create_evaluator(
+    settings: RunConfig,
+    image_shape: tuple[int, int, int],
+    classes: Sequence[str],
+    device: torch.device,
+    cache: Path | None = None,
+) -> Evaluator | ClassifierEvaluator:
+    """Return the evaluator of the model's task; parameters and errors as below."""
+    if task_of(settings.model) == "classification":
+        return ClassifierEvaluator(settings, image_shape, classes, device)
+    return Evaluator(settings, image_shape, device, cache)
+
+
+def _reference(settings: RunConfig, image_shape: tuple[int, int, int]) -> ImageSet:
+    """Open the test split of `eval-data`, whose images must be as large as the clients'."""
+    reference = open_data(settings.eval_data, split="test")
+    if tuple(reference.shape) != tuple(image_shape):
+        raise ConfigError(
+            f"eval-data={settings.eval_data} holds images of {reference.shape}, the clients' are {image_shape}; "
+            "name data of the clients' shape"
+        )
+    return reference
+
+
 class Evaluator:
-    """Samples and measures; without `eval-data` it only samples.
+    """Of diffusion models: samples and measures; without `eval-data` it only samples.
 
     Parameters
     ----------
@@ -51,12 +79,7 @@ class Evaluator:
         self.settings, self.device = settings, device
         self.quality: Quality | None = None
         if settings.eval_data:
-            reference = open_data(settings.eval_data, split="test")
-            if tuple(reference.shape) != image_shape:
-                raise ConfigError(
-                    f"eval-data={settings.eval_data} holds images of {reference.shape}, "
-                    f"the clients' are {image_shape}"
-                )
+            reference = _reference(settings, image_shape)
             self.quality = Quality(
                 reference,
                 train=open_data(settings.eval_data, split="train"),
@@ -79,15 +102,16 @@ class Evaluator:
         path.parent.mkdir(parents=True, exist_ok=True)
         image_grid(images).save(path)
 
-    def measure(self, model: nn.Module, window: int, round_: int) -> Evaluation | None:
-        """Measure `eval-samples` images of the model, None without `eval-data`.
+    def measure(self, models: Mapping[str, nn.Module], window: int, round_: int) -> Evaluation | None:
+        """Measure `eval-samples` images of the first model, None without `eval-data` or a model.
 
         Raises
         ------
         DataError
             If the images cannot be measured, e.g. because the model draws NaN.
         """
-        if self.quality is None:
+        model = next(iter(models.values()), None)
+        if self.quality is None or model is None:
             return None
         s = self.settings
         start = time.monotonic()
@@ -109,4 +133,77 @@ class Evaluator:
             kid=found.kid,
             **{name: Scores(**dataclasses.asdict(mark)) for name, mark in found.marks.items()},
             seconds=time.monotonic() - start,
+        )
+
+
+class ClassifierEvaluator:
+    """Of classifiers: top-1 accuracy and cross-entropy on the test split of `eval-data`.
+
+    Parameters
+    ----------
+    settings : RunConfig
+        `eval-data` is used.
+    image_shape : tuple of int
+        Channels, height and width of the clients' images.
+    classes : sequence of str
+        The clients' classes, in label order.
+    device : torch.device
+        Where to compute.
+
+    Raises
+    ------
+    ConfigError
+        If the images of `eval-data` have another shape or other classes than the clients'.
+    """
+
+    def __init__(
+        self,
+        settings: RunConfig,
+        image_shape: tuple[int, int, int],
+        classes: Sequence[str],
+        device: torch.device,
+    ) -> None:
+        self.device = device
+        self.data: ImageSet | None = None
+        if settings.eval_data:
+            self.data = _reference(settings, image_shape)
+            if tuple(self.data.classes) != tuple(classes):
+                raise ConfigError(
+                    f"eval-data={settings.eval_data} has the classes {', '.join(self.data.classes)}, the "
+                    f"clients have {', '.join(classes)}; name data of the clients' classes, in their order"
+                )
+
+    def grid(self, model: nn.Module, path: Path) -> None:
+        """Draw nothing: a classifier has no samples."""
+
+    def measure(self, models: Mapping[str, nn.Module], window: int, round_: int) -> AccuracyEntry | None:
+        """Score every model; None without `eval-data` or a model.
+
+        A model whose outputs are not finite has wrong answers and a loss of None; it does not keep the others
+        from being measured.
+
+        Raises
+        ------
+        DataError
+            If a model knows fewer classes than the data have, or an image cannot be read.
+        """
+        if self.data is None or not models:
+            return None
+        start = time.monotonic()
+        return AccuracyEntry(
+            window=window,
+            round=round_,
+            models={name: self._score(model) for name, model in models.items()},
+            samples=len(self.data),
+            seconds=time.monotonic() - start,
+        )
+
+    def _score(self, model: nn.Module) -> ModelScore:
+        assert self.data is not None
+        correct, total, loss_sum = class_accuracy(model, self.data, self.device)
+        loss = loss_sum / total.sum()
+        return ModelScore(
+            accuracy=correct.sum() / total.sum(),
+            loss=None if loss != loss else loss,
+            classes=[c / t if t else None for c, t in zip(correct.tolist(), total.tolist(), strict=True)],
         )

@@ -149,30 +149,21 @@ def open_data(
     return data
 
 
-def open_splits(
+def open_test(
     spec: str,
     *,
     root: Path | None = None,
     size: int | None = None,
     channels: int | None = None,
     download: bool | None = None,
-) -> tuple[ImageSet, ImageSet | None]:
-    """Open what a client trains on and what it may test on; the parameters are :func:`open_data`'s.
+) -> ImageSet | None:
+    """Open the test images of a share as :func:`open_data` does, or return None where it can have none.
 
-    Returns
-    -------
-    tuple
-        Training images, and test images; None for the latter where a folder has none and no ``+holdout`` is
-        asked for, or where the test split is too small for a share to every client.
-
-    Raises
-    ------
-    DataError
-        As by :func:`open_data`.
+    That is so for a folder without a test split of which no ``+holdout`` is asked for, and where the test split
+    is too small for a share to every client. Damaged or missing data are a DataError here, too.
     """
     share = _Share(spec, root, size, channels, download)
-    train = share.train()
-    return train, share.test() if share.has_test() else None
+    return share.test() if share.has_test() else None
 
 
 class _Share:

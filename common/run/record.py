@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import Any, Literal
 
@@ -27,11 +28,24 @@ class Participation(_Part):
     edge: str
 
 
+class SelectionEntry(_Part):
+    """What a round's choice of clients went by.
+
+    `rule` is its name, `candidates` are the clients that were asked, `scores` what they told or were rated (a
+    loss, a gain) and `picked` those that were to train.
+    """
+
+    rule: str = ""
+    candidates: list[str] = Field(default_factory=list)
+    scores: dict[str, float | None] = Field(default_factory=dict)
+    picked: list[str] = Field(default_factory=list)
+
+
 class RoundEntry(_Part):
     """One edge round over all edges.
 
     `loss` is the sample-weighted mean over the clients that replied, None when none did; `seconds` is the
-    slowest edge's.
+    slowest edge's. `selection` is None where no more than the plan's draw was at work.
     """
 
     round: int
@@ -39,6 +53,7 @@ class RoundEntry(_Part):
     participants: list[Participation] = Field(default_factory=list)
     samples: int = 0
     seconds: float = 0.0
+    selection: SelectionEntry | None = None
 
 
 class Traffic(_Part):
@@ -59,6 +74,7 @@ class WindowEntry(_Part):
     `rho` are the cloud's weights, `mu` the edges' homogeneity scores, `labels` the accumulated label counts,
     `samples` what the edges trained on, `timings` seconds by what they went into. `mu_planned` is the mean
     score the edge choice planned, `mu_random` what a random assignment of the same clients reaches.
+    `assignments` is by client name: its cluster or the level of its sub-model, e.g. "cluster 1", "width 0.5".
     """
 
     window: int
@@ -72,6 +88,7 @@ class WindowEntry(_Part):
     links: dict[str, Traffic] = Field(default_factory=_no_traffic)
     timings: dict[str, float] = Field(default_factory=dict)
     metrics: dict[str, float | None] = Field(default_factory=dict)
+    assignments: dict[str, str] = Field(default_factory=dict)
 
     @computed_field  # type: ignore[prop-decorator]
     @property
@@ -118,6 +135,52 @@ class Evaluation(Scores):
     seconds: float = 0.0
 
 
+class ModelScore(_Part):
+    """How a classifier does on `eval-data`'s test split.
+
+    `accuracy` is a share in [0, 1], `loss` the mean cross-entropy in nats, `classes` the accuracy within each
+    class, None for one without test images.
+    """
+
+    accuracy: float | None = None
+    loss: float | None = None
+    classes: list[float | None] = Field(default_factory=list)
+
+
+class AccuracyEntry(_Part):
+    """Accuracies after a window.
+
+    `models` are measured at the cloud on `eval-data`, by name ("global", "cluster 0", "width 0.5", "exit 2");
+    `clients` are the clients' accuracies on their own test images, each by the model it would use. Both may
+    be empty. `samples` counts the test images at the cloud.
+    """
+
+    window: int
+    round: int
+    models: dict[str, ModelScore] = Field(default_factory=dict)
+    clients: dict[str, float | None] = Field(default_factory=dict)
+    samples: int = 0
+    seconds: float = 0.0
+
+    @computed_field  # type: ignore[prop-decorator]
+    @property
+    def mean(self) -> float | None:
+        """Mean of the clients' accuracies, each client counting the same; None without any."""
+        known = self._known()
+        return sum(known) / len(known) if known else None
+
+    @computed_field  # type: ignore[prop-decorator]
+    @property
+    def worst10(self) -> float | None:
+        """Mean over the worst tenth of the clients, rounded down but at least one (q-FedAvg's measure)."""
+        known = self._known()
+        worst = known[: max(1, len(known) // 10)]
+        return sum(worst) / len(worst) if worst else None
+
+    def _known(self) -> list[float]:
+        return sorted(a for a in self.clients.values() if a is not None and not math.isnan(a))
+
+
 class FaultEntry(_Part):
     """Something that went wrong and the run went on without; `kind` as in the protobuf `Fault`."""
 
@@ -149,6 +212,7 @@ class RunRecord(_Part):
     started: str = Field(default="", description="ISO 8601, UTC")
     seconds: float = 0.0
     method: str = ""
+    task: Literal["diffusion", "classification"] = "diffusion"
     config: dict[str, bool | int | float | str] = Field(default_factory=dict)
     classes: list[str] = Field(default_factory=list)
     edges: list[str] = Field(default_factory=list)
@@ -156,6 +220,7 @@ class RunRecord(_Part):
     model: ModelSize = Field(default_factory=ModelSize)
     windows: list[WindowEntry] = Field(default_factory=list)
     quality: list[Evaluation] = Field(default_factory=list)
+    accuracy: list[AccuracyEntry] = Field(default_factory=list)
     links: dict[str, Traffic] = Field(default_factory=_no_traffic)
     faults: list[FaultEntry] = Field(default_factory=list)
 

@@ -12,9 +12,10 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from common.data.histogram import label_histogram
+from common.data.imageset import ImageSet
 from common.data.partition import Scheme, assign
 from common.data.shares import Extras, apportion, divide_test, hold_out, label_table, resize
-from common.data.spec import open_data, open_splits, parse_spec
+from common.data.spec import open_data, open_test, parse_spec
 from common.errors import DataError
 
 # Loaded once here, it draws the partitions in this process; a client's short-lived helper costs 2 s a time.
@@ -29,6 +30,10 @@ def shares(labels: np.ndarray, classes: int) -> np.ndarray:
     counts: np.ndarray = label_histogram(labels, classes)
     share: np.ndarray = counts / counts.sum()
     return share
+
+
+def open_splits(spec: str, size: int | None = None) -> tuple[ImageSet, ImageSet | None]:
+    return open_data(spec, size=size), open_test(spec, size=size)
 
 
 # --- grammar ---------------------------------------------------------------------------------------------
@@ -290,7 +295,7 @@ def test_a_folder_with_test_images(tmp_path: Path) -> None:
     assert train.classes == test.classes == ("a", "b", "c")
     assert label_histogram(test.labels, 3).tolist() == [2, 0, 4]
     with pytest.raises(DataError, match=r"leave \+holdout out"):
-        open_splits(f"{folder}:0/1:iid+holdout=0.2")
+        open_test(f"{folder}:0/1:iid+holdout=0.2")
     # Channels are those of both splits.
     Image.new("RGB", (4, 4), (9, 0, 0)).save(folder / "test" / "a" / "red.png")
     assert open_data(str(folder)).shape[0] == open_data(str(folder), split="test").shape[0] == 3
