@@ -179,7 +179,7 @@ def _rebuilt(spec: pb.ArchitectureSpec, config: dict[str, Any], *, slices: bool)
     variant = _described(spec.family, config)
     for tensor in variant.tensors:
         source = whole.get(tensor.name)
-        if source is not None and not tensor.buffer:
+        if source is not None:
             tensor.dtype = source.dtype
         if slices and (source is None or _exceeds(tensor.shape, source.shape)):
             held = "none" if source is None else str(list(source.shape))
