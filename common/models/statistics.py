@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from common.models.architecture import build_with, describe
+from common.models.layers import Scaler
 from common.models.variants import with_norm
 
 
@@ -40,7 +41,7 @@ def batch_statistics(model: nn.Module, batches: Iterable[Tensor]) -> dict[str, S
     Parameters
     ----------
     model : nn.Module
-        Run in training mode without gradients, and left in the mode it was in. Its tensors do not change.
+        Run in training mode without gradients, its Scalers off, and left in the mode it was in. Its tensors do not change.
     batches : iterable of Tensor
         float32 [B, C, H, W] images in [-1, 1]; moved to the model's device.
 
@@ -69,6 +70,9 @@ def batch_statistics(model: nn.Module, batches: Iterable[Tensor]) -> dict[str, S
     training = model.training
     try:
         model.train()
+        for module in model.modules():
+            if isinstance(module, Scaler):
+                module.eval()  # evaluation does not scale, and its statistics must be of what it sees
         with torch.no_grad():
             for images in batches:
                 model(images.to(device))

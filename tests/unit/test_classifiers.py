@@ -338,6 +338,15 @@ def test_with_statistics_equals_torchs_cumulative_average(family: str) -> None:
     assert torch.allclose(ready(images(4))[:2], ready(images(4)[:2]), atol=1e-6)
 
 
+def test_statistics_are_of_what_evaluation_sees_without_the_scaler() -> None:
+    plain = made("cnn", widths=[2, 3], norm="static")
+    scaled = made("cnn", widths=[2, 3], norm="static", scale=0.125)
+    scaled.load_state_dict(plain.state_dict())
+    of_plain, of_scaled = (batch_statistics(m.train(), [images(6)]) for m in (plain, scaled))
+    assert all(np.array_equal(of_plain[p].var, of_scaled[p].var) for p in ("norm1", "norm2"))
+    assert all(m.training for m in scaled.modules())
+
+
 def test_statistics_of_other_layers_are_refused() -> None:
     network = made("cnn", widths=[2], norm="static")
     good = batch_statistics(network, [images(3)])
