@@ -41,7 +41,8 @@ def batch_statistics(model: nn.Module, batches: Iterable[Tensor]) -> dict[str, S
     Parameters
     ----------
     model : nn.Module
-        Run in training mode without gradients, its Scalers off, and left in the mode it was in. Its tensors do not change.
+        Run in training mode without gradients, its Scalers off, and left in the mode it was in. Its
+        tensors do not change.
     batches : iterable of Tensor
         float32 [B, C, H, W] images in [-1, 1]; moved to the model's device.
 
