@@ -11,25 +11,14 @@ from torch.nn import functional
 from common.learning.objectives import LocalRound, Objective, TrainingError
 
 
-def outputs(model: nn.Module, images: Tensor) -> list[Tensor]:
-    """Return the logits of a classifier in single precision, one tensor for every one of its exits.
-
-    A network with exits answers with all of them in training and with their mean in evaluation.
-
-    Parameters
-    ----------
-    model : nn.Module
-        A classifier.
-    images : Tensor
-        float32 [B, C, H, W] in [-1, 1].
-
-    Returns
-    -------
-    list of Tensor
-        float32 [B, classes] each.
-    """
-    answer: Tensor | list[Tensor] = cast(Any, model)(images)
+def single_precision(answer: Tensor | list[Tensor]) -> list[Tensor]:
+    """Return what a classifier answers with in training: logits [B, classes] in float32, one for every exit."""
     return [logits.float() for logits in ([answer] if isinstance(answer, Tensor) else answer)]
+
+
+def cross_entropy(logits: list[Tensor], labels: Tensor) -> Tensor:
+    """Return the mean cross-entropy of a batch, summed over the exits."""
+    return torch.stack([functional.cross_entropy(z, labels) for z in logits]).sum()
 
 
 class CrossEntropy(Objective):
@@ -37,7 +26,7 @@ class CrossEntropy(Objective):
 
     def loss(self, model: nn.Module, images: Tensor, labels: Tensor, generator: Generator) -> Tensor:
         """Return the cross-entropy."""
-        return torch.stack([functional.cross_entropy(z, labels) for z in outputs(model, images)]).sum()
+        return cross_entropy(single_precision(cast(Any, model)(images)), labels)
 
 
 class MaskedCrossEntropy(Objective):
@@ -57,5 +46,5 @@ class MaskedCrossEntropy(Objective):
 
     def loss(self, model: nn.Module, images: Tensor, labels: Tensor, generator: Generator) -> Tensor:
         """Return the cross-entropy of the masked logits."""
-        masked = (z.masked_fill(self._lacking, 0.0) for z in outputs(model, images))
-        return torch.stack([functional.cross_entropy(z, labels) for z in masked]).sum()
+        logits = single_precision(cast(Any, model)(images))
+        return cross_entropy([z.masked_fill(self._lacking, 0.0) for z in logits], labels)
