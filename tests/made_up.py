@@ -10,14 +10,17 @@ from PIL import Image
 
 from common.run.config import RunConfig
 from common.run.record import (
+    AccuracyEntry,
     ClientEntry,
     Evaluation,
     FaultEntry,
+    ModelScore,
     ModelSize,
     Participation,
     RoundEntry,
     RunRecord,
     Scores,
+    SelectionEntry,
     Traffic,
     WindowEntry,
 )
@@ -80,6 +83,60 @@ def made_up_record(windows: int = 12, rg: int = 5, prune_at: int = 4) -> RunReco
             round=33,
         ),
     ]
+    return record
+
+
+def made_up_classifier(windows: int = 12, rg: int = 5, clients: int = 20, models: int = 2) -> RunRecord:
+    """Return the record of a finished run of two clusters of classifiers, chosen by their losses."""
+    rng = np.random.default_rng(11)
+    record = made_up_record(windows, rg)
+    config = RunConfig(method="fedavg", model="cnn", rounds=windows * rg, rg=rg, eval_data="digits")
+    record.config, record.method, record.quality = config.to_flat(), "ifca", []
+    record.model = ModelSize(params=41_210, macs=602_000, params_dense=41_210, macs_dense=602_000)
+    names = [f"client-{i + 1:02d}" for i in range(clients)]
+    record.clients = {
+        name: ClientEntry(
+            samples=int(rng.integers(40, 110)),
+            edges=EDGES,
+            labels=rng.multinomial(72, rng.dirichlet(np.full(10, 0.4))).astype(float).tolist(),
+            data="digits",
+            device="cpu",
+        )
+        for name in names
+    }
+    skill = rng.normal(0, 0.07, clients)
+    for entry in record.windows:
+        grown = 1 - 0.85 * math.exp(-entry.window / 3)
+        entry.assignments = {
+            name: f"cluster {int((i + (entry.window < 3 and rng.random() < 0.4)) % models)}"
+            for i, name in enumerate(names)
+        }
+        for round_ in entry.rounds:
+            asked = sorted(rng.choice(names, size=10, replace=False).tolist())
+            losses = {name: float(2.3 * math.exp(-round_.round / 14) + rng.gamma(2, 0.08)) for name in asked}
+            picked = sorted(asked, key=losses.__getitem__)[-5:]
+            round_.selection = SelectionEntry(
+                rule="pow-d", candidates=asked, scores=dict(losses), picked=picked
+            )
+            round_.participants = [Participation(client=n, edge=EDGES[i % 2]) for i, n in enumerate(picked)]
+        classes = np.clip(grown - 0.05 + rng.normal(0, 0.03, (models, 10)), 0, 1)
+        record.accuracy.append(
+            AccuracyEntry(
+                window=entry.window,
+                round=entry.rounds[-1].round,
+                models={
+                    f"cluster {m}": ModelScore(
+                        accuracy=float(classes[m].mean()),
+                        loss=2.3 * math.exp(-entry.window / 3) + 0.1 + 0.05 * m,
+                        classes=classes[m].tolist(),
+                    )
+                    for m in range(models)
+                },
+                clients=dict(zip(names, np.clip(grown - 0.08 + skill, 0, 1).tolist(), strict=True)),
+                samples=360,
+                seconds=0.2,
+            )
+        )
     return record
 
 

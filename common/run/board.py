@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import importlib.util
+from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from common.run.record import Evaluation, WindowEntry
+from common.run.record import AccuracyEntry, Evaluation, WindowEntry
 
 if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter
@@ -41,6 +42,8 @@ class Board:
         for link, traffic in entry.links.items():
             self._add(f"bytes/{link}/up", traffic.up_bytes, entry.window)
             self._add(f"bytes/{link}/down", traffic.down_bytes, entry.window)
+        for group, count in Counter(entry.assignments.values()).items():
+            self._add(f"clients/{group.replace(' ', '-')}", count, entry.window)
         for name, seconds in entry.timings.items():
             self._add(f"seconds/{name}", seconds, entry.window)
 
@@ -48,6 +51,17 @@ class Board:
         """Add the measures after a window."""
         for measure in ("frechet", "inception_score", "kid"):
             self._add(f"quality/{measure}", getattr(entry, measure), entry.window)
+        if self._writer is not None:
+            self._writer.flush()
+
+    def accuracy(self, entry: AccuracyEntry) -> None:
+        """Add accuracies and losses over rounds: of every model, the clients' mean and their worst tenth."""
+        for name, score in entry.models.items():
+            label = name.replace(" ", "-")
+            self._add(f"accuracy/{label}", score.accuracy, entry.round)
+            self._add(f"test-loss/{label}", score.loss, entry.round)
+        self._add("accuracy/clients/mean", entry.mean, entry.round)
+        self._add("accuracy/clients/worst10", entry.worst10, entry.round)
         if self._writer is not None:
             self._writer.flush()
 

@@ -33,8 +33,11 @@ class EventLog:
     - ``resumed``: window, round (of the checkpoint the run goes on from)
     - ``window-start``: window, rounds: [{round, participants: [{client, edge}]}]
     - ``progress``: edge, window, round, training, done, loss, bytes: {up_bytes, down_bytes, messages}
-    - ``window-end``: window, losses: {round: loss}, rho, mu, links: {link: {up_bytes, down_bytes, messages}}
+    - ``window-end``: window, losses: {round: loss}, rho, mu, links: {link: {up_bytes, down_bytes, messages}},
+      assignments: {client: cluster or level} where the method groups clients
     - ``evaluation``: window, round, frechet, inception_score, kid, features, floor, noise
+    - ``accuracy``: window, round, models: {name: {accuracy, loss, classes}}, clients: {client: accuracy}, mean,
+      worst10, samples
     - ``prune``: window, round, params, macs, params_dense, macs_dense
     - ``fault``: tier, node, kind, detail, window, round
     - ``checkpoint``: window

@@ -1,7 +1,41 @@
-"""The report's page, a Jinja template; Python because Flower bundles carry no HTML files."""
+"""The report's page, a Jinja template, and its parts; Python because Flower bundles carry no HTML files."""
 # ruff: noqa: RUF001 - typographic dashes and Greek letters of the page
 
 from __future__ import annotations
+
+from dataclasses import dataclass
+
+from markupsafe import Markup
+
+
+@dataclass(frozen=True)
+class Tile:
+    """One number at the top of the page."""
+
+    name: str
+    value: str
+    note: str = ""
+
+
+@dataclass(frozen=True)
+class Card:
+    """One chart of the page."""
+
+    title: str
+    body: Markup
+    note: str = ""
+
+
+@dataclass(frozen=True)
+class Table:
+    """A table of the page: column names, rows of cells as text, and which columns are numbers."""
+
+    columns: list[str]
+    rows: list[list[str]]
+    numeric: frozenset[int] = frozenset()
+    more: int = 0
+    """Rows left out."""
+
 
 TEMPLATE = r"""<!doctype html>
 <html lang="en">
@@ -112,16 +146,31 @@ footer{margin-top:26px;color:var(--soft);font-size:.84rem}
 <section class="card wide">
 <h2>Windows</h2>
 <div class="scroll"><table>
-<tr><th class="n">window</th><th>rounds</th><th class="n">last loss</th><th class="n">clients</th>
+<tr><th class="n">window</th><th>rounds</th><th class="n">last loss</th>
+{% if classified %}<th class="n">accuracy</th>{% endif %}<th class="n">clients</th>
 {% for edge in edges %}<th class="n">ρ {{ edge }}</th><th class="n">μ {{ edge }}</th>{% endfor %}
 <th class="n">client–edge</th><th class="n">edge–cloud</th><th class="n">seconds</th></tr>
 {% for row in windows %}<tr><td class="n">{{ row.window }}</td><td>{{ row.rounds }}</td>
-<td class="n">{{ row.loss }}</td><td class="n">{{ row.clients }}</td>
+<td class="n">{{ row.loss }}</td>{% if classified %}<td class="n">{{ row.accuracy }}</td>{% endif %}
+<td class="n">{{ row.clients }}</td>
 {% for cell in row.edges %}<td class="n">{{ cell }}</td>{% endfor %}
 <td class="n">{{ row.client_edge }}</td><td class="n">{{ row.edge_cloud }}</td>
 <td class="n">{{ row.seconds }}</td></tr>
 {% endfor %}</table></div>
 </section>
+
+{% if clients.rows %}
+<section class="card wide">
+<h2>Clients</h2>
+<div class="scroll"><table>
+<tr>{% for name in clients.columns %}<th{% if loop.index0 in clients.numeric %} class="n"{% endif %}>{{ name }}</th>
+{% endfor %}</tr>
+{% for row in clients.rows %}<tr>{% for cell in row %}<td{% if loop.index0 in clients.numeric %} class="n"
+{% endif %}>{{ cell }}</td>{% endfor %}</tr>
+{% endfor %}</table></div>
+{% if clients.more %}<p class="soft">and {{ clients.more }} more in report.json</p>{% endif %}
+</section>
+{% endif %}
 
 <section class="card wide">
 <h2>Faults</h2>

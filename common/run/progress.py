@@ -104,6 +104,8 @@ class RunState:
     def _on_evaluation(self, event: Mapping[str, Any]) -> None:
         self.quality = dict(event)
 
+    _on_accuracy = _on_evaluation
+
     def _on_prune(self, event: Mapping[str, Any]) -> None:
         self.model = dict(event)
 
@@ -240,7 +242,7 @@ def describe(event: Mapping[str, Any], state: RunState) -> str:
             if losses
             else f"window {window} done: no reply"
         ) + (f"; {_duration(left)} left" if left else "")
-    if kind == "evaluation":
+    if kind in ("evaluation", "accuracy"):
         return f"window {window}: {_quality(event)}"
     if kind == "prune":
         return f"pruned after round {event.get('round')}: {_model(event)}"
@@ -314,12 +316,22 @@ def _spark(values: list[float], width: int = 40) -> str:
 
 
 def _quality(event: Mapping[str, Any]) -> str:
+    if event.get("event") == "accuracy":
+        return _accuracy(event)
+
     def number(source: object) -> str:
         value = source.get("frechet") if isinstance(source, Mapping) else source
         return f"{value:.3g}" if isinstance(value, int | float) else "-"
 
     text = f"Fréchet distance ({event.get('features') or 'features'}) {number(event)}"
     return f"{text}  (real {number(event.get('floor'))}, noise {number(event.get('noise'))})"
+
+
+def _accuracy(event: Mapping[str, Any]) -> str:
+    found = {str(name): score.get("accuracy") for name, score in (event.get("models") or {}).items()}
+    found |= {"clients' mean": event.get("mean"), "worst 10 %": event.get("worst10")}
+    known = [f"{name} {100 * value:.1f} %" for name, value in found.items() if isinstance(value, int | float)]
+    return f"accuracy: {', '.join(known) or '-'}"
 
 
 def _model(event: Mapping[str, Any]) -> str:

@@ -13,6 +13,7 @@ from common.errors import StateError
 from common.run.events import EVENTS_FILE, FINAL
 from common.run.record import (
     REPORT_FILE,
+    AccuracyEntry,
     ClientEntry,
     Evaluation,
     FaultEntry,
@@ -81,6 +82,7 @@ def _take(record: RunRecord, event: Mapping[str, Any]) -> None:
         # A resumed run says its windows again, from the one after its checkpoint.
         record.windows = [window for window in record.windows if window.window < event["window"]]
         record.quality = [entry for entry in record.quality if entry.window < event["window"]]
+        record.accuracy = [found for found in record.accuracy if found.window < event["window"]]
         rounds = [
             RoundEntry(
                 round=entry["round"], participants=[Participation(**part) for part in entry["participants"]]
@@ -92,6 +94,8 @@ def _take(record: RunRecord, event: Mapping[str, Any]) -> None:
         _end_window(record, event)
     elif kind == "evaluation":
         record.quality.append(Evaluation.model_validate(event))
+    elif kind == "accuracy":
+        record.accuracy.append(AccuracyEntry.model_validate(event))
     elif kind == "prune":
         record.model = ModelSize.model_validate(event)
         record.model.pruned_at_window, record.model.pruned_at_round = event["window"], event["round"]
@@ -102,6 +106,7 @@ def _take(record: RunRecord, event: Mapping[str, Any]) -> None:
 def _end_window(record: RunRecord, event: Mapping[str, Any]) -> None:
     window = next(entry for entry in reversed(record.windows) if entry.window == event["window"])
     window.rho, window.mu = dict(event["rho"]), dict(event["mu"])
+    window.assignments = dict(event.get("assignments") or {})
     for entry in window.rounds:
         entry.loss = event["losses"].get(str(entry.round))
     # Events carry totals, a window its own share.

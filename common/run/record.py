@@ -10,6 +10,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, computed_field
 
 from common.errors import StateError
+from common.models.presets import Task, is_model, task_of
 from common.run.jsonfile import plain, write_text
 from common.run.ledger import LINKS
 
@@ -212,7 +213,6 @@ class RunRecord(_Part):
     started: str = Field(default="", description="ISO 8601, UTC")
     seconds: float = 0.0
     method: str = ""
-    task: Literal["diffusion", "classification"] = "diffusion"
     config: dict[str, bool | int | float | str] = Field(default_factory=dict)
     classes: list[str] = Field(default_factory=list)
     edges: list[str] = Field(default_factory=list)
@@ -223,6 +223,13 @@ class RunRecord(_Part):
     accuracy: list[AccuracyEntry] = Field(default_factory=list)
     links: dict[str, Traffic] = Field(default_factory=_no_traffic)
     faults: list[FaultEntry] = Field(default_factory=list)
+
+    @computed_field  # type: ignore[prop-decorator]
+    @property
+    def task(self) -> Task:
+        """What the run's model is trained for; diffusion where the record does not say."""
+        model = str(self.config.get("model", ""))
+        return task_of(model) if is_model(model) else "diffusion"
 
     def as_dict(self) -> dict[str, Any]:
         """Return the record in JSON's types; NaN becomes None."""

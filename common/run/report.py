@@ -5,42 +5,45 @@ from __future__ import annotations
 
 import base64
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 from jinja2 import Environment, StrictUndefined
-from markupsafe import Markup
 
 from common.errors import StateError
 from common.run.charts import Line, column_chart, line_chart, number, row_chart
+from common.run.classified import accuracy_cards, accuracy_tiles, client_table, window_accuracy
 from common.run.config import RunConfig
 from common.run.events import EVENTS_FILE, read_events
 from common.run.jsonfile import write_text
 from common.run.ledger import CLIENT_EDGE, EDGE_CLOUD, LINKS
-from common.run.page import TEMPLATE
+from common.run.page import TEMPLATE, Card, Tile
 from common.run.rebuild import record_of
 from common.run.record import Evaluation, RunRecord, Traffic, WindowEntry
 
 PAGE = "report.html"
+_TITLES = {
+    "fedphd": "FedPhD",
+    "fedphd-os": "FedPhD-OS",
+    "fedavg": "FedAvg",
+    "fedprox": "FedProx",
+    "moon": "MOON",
+    "scaffold": "SCAFFOLD",
+    "feddyn": "FedDyn",
+    "q-fedavg": "q-FedAvg",
+    "qfedavg": "q-FedAvg",
+    "heterofl": "HeteroFL",
+    "fjord": "FjORD",
+    "depthfl": "DepthFL",
+    "inclusivefl": "InclusiveFL",
+    "split-mix": "Split-Mix",
+    "ifca": "IFCA",
+    "cfl": "CFL",
+    "shapefl": "ShapeFL",
+    "fedpaq": "FedPAQ",
+    "feddiffuse": "FedDiffuse",
+    "phoenix": "Phoenix",
+}
 _MOST_PICTURES, _MOST_FAULTS, _MOST_EDGES = 16, 200, 6
-
-
-@dataclass(frozen=True)
-class Tile:
-    """One number at the top of the page."""
-
-    name: str
-    value: str
-    note: str = ""
-
-
-@dataclass(frozen=True)
-class Card:
-    """One chart of the page."""
-
-    title: str
-    body: Markup
-    note: str = ""
 
 
 def build_report(folder: Path) -> Path:
@@ -66,7 +69,9 @@ def render(record: RunRecord, folder: Path) -> str:
         undefined=StrictUndefined,
         trim_blocks=True,
     )
+    classified = record.task == "classification"
     cards = [
+        *(accuracy_cards(record) if classified else []),
         _losses(record),
         *_quality_cards(record),
         *_edge_cards(record),
@@ -78,10 +83,12 @@ def render(record: RunRecord, folder: Path) -> str:
         title=_title(record),
         subtitle=_subtitle(record),
         tiles=_tiles(record),
-        samples=_pictures(folder),
+        classified=classified,
+        samples=[] if classified else _pictures(folder),
         cards=[card for card in cards if card.body],
         edges=record.edges,
         windows=[_window_row(record, window) for window in record.windows],
+        clients=client_table(record),
         faults=record.faults[:_MOST_FAULTS],
         more_faults=max(0, len(record.faults) - _MOST_FAULTS),
         settings=_settings(record),
@@ -89,8 +96,7 @@ def render(record: RunRecord, folder: Path) -> str:
 
 
 def _title(record: RunRecord) -> str:
-    names = {"fedphd": "FedPhD", "fedphd-os": "FedPhD-OS", "fedavg": "FedAvg"}
-    return names.get(record.method, record.method or "Run")
+    return _TITLES.get(record.method, record.method or "Run")
 
 
 def _subtitle(record: RunRecord) -> str:
@@ -105,7 +111,7 @@ def _subtitle(record: RunRecord) -> str:
 
 
 def _tiles(record: RunRecord) -> list[Tile]:
-    tiles = []
+    tiles = accuracy_tiles(record)
     if record.quality:
         last = record.quality[-1]
         note = f"real {number(last.floor.frechet)} · noise {number(last.noise.frechet)}"
@@ -255,6 +261,7 @@ def _window_row(record: RunRecord, window: WindowEntry) -> dict[str, object]:
         "window": window.window,
         "rounds": f"{rounds[0]}–{rounds[-1]}" if rounds else "",
         "loss": f"{losses[-1]:.4f}" if losses else "–",
+        "accuracy": window_accuracy(record, window.window),
         "clients": len(window.participants),
         "edges": [number(values.get(edge)) for edge in record.edges for values in (window.rho, window.mu)],
         "client_edge": _bytes(traffic[CLIENT_EDGE].up_bytes + traffic[CLIENT_EDGE].down_bytes),

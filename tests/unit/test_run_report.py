@@ -14,10 +14,11 @@ from common.errors import StateError
 from common.run.board import Board
 from common.run.charts import Line, column_chart, line_chart, number, row_chart
 from common.run.events import EventLog, read_events
+from common.run.progress import RunState, describe
 from common.run.rebuild import from_events
-from common.run.record import ClientEntry, RunRecord
+from common.run.record import AccuracyEntry, ClientEntry, ModelScore, RunRecord
 from common.run.report import build_report
-from tests.made_up import draw_samples, made_up_record
+from tests.made_up import draw_samples, made_up_classifier, made_up_record
 
 VOID = {"meta", "img", "br", "line", "path", "rect", "circle"}
 
@@ -82,6 +83,7 @@ def test_the_page_holds_the_promised_parts(run: Path) -> None:
         "Payload bytes per link",
         "Time",
         "Windows",
+        "Clients",
         "Faults",
         "Configuration",
     }
@@ -98,6 +100,115 @@ def test_the_page_holds_the_promised_parts(run: Path) -> None:
         assert part in text
     assert re.search(r'class="changed"><span>eval-data</span>\s*<span class="mono">digits<', text)
     assert re.search(r'class=""><span>seed</span>\s*<span class="mono">2023<', text)
+
+
+@pytest.fixture(scope="module")
+def classified(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("classified")
+    draw_samples(folder, 2)  # even if there were pictures, they are no part of a classifier's page
+    made_up_classifier().write(folder)
+    build_report(folder)
+    return folder
+
+
+def test_the_page_of_a_classifier(classified: Path) -> None:
+    text = (classified / "report.html").read_text()
+    page = Page(text)
+    assert page.open == []
+    assert page.links == []
+    assert set(page.titles) == {
+        "Accuracy",
+        "Test loss",
+        "Accuracy by class",
+        "Accuracy among the clients",
+        "Groups of clients",
+        "Selection of clients",
+        "Training loss",
+        "Edges' label distributions",
+        "Clients' label distributions",
+        "Homogeneity of the edges",
+        "Weights of the edges",
+        "Payload bytes per link",
+        "Time",
+        "Windows",
+        "Clients",
+        "Faults",
+        "Configuration",
+    }
+    assert "Fréchet" not in text
+    newest = RunRecord.read(classified).accuracy[-1]
+    assert newest.mean is not None
+    assert newest.worst10 is not None
+    best = max(score.accuracy or 0 for score in newest.models.values())
+    for part in (
+        f"{100 * best:.1f}\u00a0%",
+        f"<b>{100 * newest.mean:.1f}\u00a0%</b>",
+        f"worst 10\u00a0%: {100 * newest.worst10:.1f}\u00a0%",
+        "cluster 0",
+        "cluster 1",
+        "pow-d",
+    ):
+        assert part in text
+
+
+def test_the_table_of_clients(classified: Path, run: Path) -> None:
+    record = RunRecord.read(classified)
+    rows = re.findall(r"<tr>(<td>client-\d\d.*?)</tr>", (classified / "report.html").read_text(), re.DOTALL)
+    cells = [[c.strip() for c in re.findall(r"<td[^>]*>(.*?)</td>", row, re.DOTALL)] for row in rows]
+    assert [row[0] for row in cells] == sorted(record.clients)
+    trained = {
+        name: sum(p.client == name for w in record.windows for r in w.rounds for p in r.participants)
+        for name in record.clients
+    }
+    for name, edges, samples, data, device, rounds, group, accuracy in cells:
+        assert (edges, data, device) == ("edge-1, edge-2", "digits", "cpu")
+        assert (int(samples), int(rounds)) == (record.clients[name].samples, trained[name])
+        assert group == record.windows[-1].assignments[name]
+        assert accuracy == f"{100 * (record.accuracy[-1].clients[name] or 0):.1f}\u00a0%"
+    dense = (run / "report.html").read_text()  # no groups, no accuracies: no columns of dashes
+    assert "<th>group</th>" not in dense
+    assert re.search(r"<th>client</th>\s*<th>edges</th>", dense)
+
+
+def test_a_classifier_without_measures_or_with_clients_only(tmp_path: Path) -> None:
+    record = made_up_classifier(windows=2)
+    record.accuracy = []
+    record.write(tmp_path)
+    assert "Accuracy" not in Page(build_report(tmp_path).read_text()).titles
+    record.accuracy = [AccuracyEntry(window=1, round=5, clients={"client-01": 0.5, "client-02": None})]
+    record.write(tmp_path)
+    text = build_report(tmp_path).read_text()
+    assert {"Accuracy", "Accuracy among the clients"} <= set(Page(text).titles)
+    assert "Test loss" not in Page(text).titles
+    assert "<b>50.0\u00a0%</b>" in text
+
+
+def test_a_record_of_before_classifiers_is_read(tmp_path: Path) -> None:
+    content = made_up_record(windows=2).as_dict()
+    content.pop("task")
+    content.pop("accuracy")
+    content["config"].pop("model")
+    for window in content["windows"]:
+        window.pop("assignments")
+        for round_ in window["rounds"]:
+            round_.pop("selection")
+    (tmp_path / "report.json").write_text(json.dumps(content))
+    record = RunRecord.read(tmp_path)
+    assert (record.task, record.accuracy, record.windows[0].assignments) == ("diffusion", [], {})
+    assert record.windows[0].rounds[0].selection is None
+    assert "Samples" not in Page(build_report(tmp_path).read_text()).titles
+
+
+def test_a_record_keeps_accuracies(tmp_path: Path) -> None:
+    record = made_up_classifier(windows=2)
+    record.accuracy[0].models["cluster 1"] = ModelScore(accuracy=0.1, loss=float("nan"), classes=[None])
+    record.write(tmp_path)
+    again = RunRecord.read(tmp_path)
+    assert again.task == "classification"
+    assert again.accuracy[0].models["cluster 1"] == ModelScore(accuracy=0.1, classes=[None])
+    assert again.accuracy[1] == record.accuracy[1]
+    written = json.loads((tmp_path / "report.json").read_text())["accuracy"][1]
+    assert written["worst10"] == pytest.approx(sum(sorted(written["clients"].values())[:2]) / 2)
 
 
 def test_names_are_text_never_markup(tmp_path: Path) -> None:
@@ -148,6 +259,10 @@ def test_the_record_is_rebuilt_from_events(tmp_path: Path) -> None:
             features="digits",
             floor={"frechet": 1},
         )
+    found = AccuracyEntry(
+        window=2, round=2, models={"global": ModelScore(accuracy=0.75)}, clients={"c1": 0.5}
+    )
+    log.write("accuracy", **found.model_dump())
     log.write("prune", window=2, round=2, params=5, macs=6, params_dense=7, macs_dense=8)
     log.write("fault", tier="edge", node="c1", kind="late", detail="", window=2, round=2)
     log.write("finished", reason="")
@@ -163,6 +278,7 @@ def test_the_record_is_rebuilt_from_events(tmp_path: Path) -> None:
     assert [window.links["client-edge"].up_bytes for window in record.windows] == [10, 0]
     assert record.links["client-edge"].up_bytes == 20
     assert [entry.frechet for entry in record.quality] == [8.0, 7.0]
+    assert record.accuracy == [found]
     assert (record.model.params, record.model.pruned_at_round) == (5, 2)
     assert record.faults[0].kind == "late"
     build_report(tmp_path)
@@ -226,3 +342,37 @@ def test_tensorboard_gets_the_curves(tmp_path: Path) -> None:
     assert losses[3].value == pytest.approx(record.windows[0].losses[3])
     assert events.Scalars("bytes/client-edge/up")[1].value == record.windows[1].links["client-edge"].up_bytes
     assert events.Scalars("quality/frechet")[1].value == pytest.approx(record.quality[1].frechet)
+
+
+def test_tensorboard_gets_accuracies(tmp_path: Path) -> None:
+    accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    record = made_up_classifier(windows=2)
+    board = Board(tmp_path)
+    for window, found in zip(record.windows, record.accuracy, strict=True):
+        board.window(window)
+        board.accuracy(found)
+    board.close()
+    events = accumulator.EventAccumulator(str(tmp_path))
+    events.Reload()
+    first, second = record.accuracy
+    assert [event.step for event in events.Scalars("accuracy/cluster-1")] == [5, 10]
+    for tag, value in (
+        ("accuracy/cluster-1", second.models["cluster 1"].accuracy),
+        ("test-loss/cluster-0", second.models["cluster 0"].loss),
+        ("accuracy/clients/mean", second.mean),
+        ("accuracy/clients/worst10", second.worst10),
+    ):
+        assert events.Scalars(tag)[1].value == pytest.approx(value)
+    counts = [events.Scalars(f"clients/cluster-{i}")[1].value for i in range(2)]
+    assert sum(counts) == len(first.clients)
+
+
+def test_the_terminal_tells_accuracies() -> None:
+    entry = AccuracyEntry(
+        window=3, round=9, models={"global": ModelScore(accuracy=0.912)}, clients={"a": 0.5}
+    )
+    event = {"event": "accuracy", "time": 0.0, **entry.model_dump()}
+    state = RunState()
+    state.feed(event)
+    text = describe(event, state)
+    assert text == "window 3: accuracy: global 91.2 %, clients' mean 50.0 %, worst 10 % 50.0 %"
