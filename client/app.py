@@ -6,6 +6,7 @@ from flwr.app import ArrayRecord, ConfigRecord, Context, Message, MetricRecord, 
 from flwr.clientapp import ClientApp
 
 from client.device import Device
+from client.inquiry import answer
 from client.training import evaluate_plain, train_plain, train_round
 from common.errors import WireError
 from common.wire import control
@@ -24,6 +25,14 @@ def hello(message: Message, context: Context) -> Message:
         raise WireError("edge", f"a hello with histogram-noise {noise!r}")
     answer = device.hello(str(request.get("run", "")), float(noise))
     return Message(control.control_content(answer), reply_to=message)
+
+
+@app.query("espalier_inquiry")
+def inquire(message: Message, context: Context) -> Message:
+    """Answer an edge's question about a network."""
+    device = Device.from_node_config(context.node_config)
+    plan = control.decode(pb.RoundPlan, control.plan_bytes(message), "edge")
+    return Message(answer(device, plan, message), reply_to=message)
 
 
 @app.train()

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from common.data.histogram import add_laplace_noise, label_histogram
-from common.data.spec import open_data
+from common.data.spec import open_data, open_test
 from common.errors import ConfigError
 from common.run.state import StateStore
 from common.seeds import rng_for
@@ -74,6 +74,11 @@ class Device:
     def images(self) -> ImageSet:
         """The device's training images."""
         return open_data(self.data)
+
+    @cached_property
+    def test_images(self) -> ImageSet | None:
+        """The device's own test images, None where its data has none."""
+        return open_test(self.data)
 
     @cached_property
     def labels(self) -> np.ndarray:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -12,23 +13,79 @@ from flwr.app import ArrayRecord, Message, MetricRecord, RecordDict
 from client.device import Device
 from common.errors import ConfigError, WireError
 from common.flower.arrays import array_from_numpy, numpy_view, payload_bytes
-from common.learning.objectives import LocalResult, LocalRound
+from common.learning.objectives import LocalResult, LocalRound, Objective
+from common.learning.tasks import base_objective, dataset_loss
 from common.learning.trainer import train_local
+from common.methods.base import Method
 from common.methods.registry import create_method
-from common.models.architecture import build_with
+from common.methods.views import buffers_of
+from common.models.architecture import build_with, describe
+from common.models.arrays import model_arrays, to_tensor
 from common.models.initial import initial_model
 from common.run.config import RunConfig
-from common.seeds import seed_for
+from common.seeds import rng_for, seed_for
 from common.wire import control
-from common.wire.payload import Weights
+from common.wire.codec import Codec, create_codec
+from common.wire.payload import Layout, Weights
+from common.wire.update import UpdateForm
 from proto import espalier_pb2 as pb
 
 if TYPE_CHECKING:
     from torch import nn
 
-
 #: Record of `Context.state` that holds a client's own state in a plain run.
 STATE = "espalier.state"
+
+
+@dataclass
+class Task:
+    """A plan that was found sound: what an edge wants, and with which network.
+
+    Attributes
+    ----------
+    plan : pb.RoundPlan
+        The plan.
+    method : Method
+        The run's method.
+    received : Weights
+        The payload.
+    local : LocalRound
+        What training or an answer starts from; `local.state` is the device's own.
+    model : nn.Module
+        The network, with the tensors it starts from.
+    """
+
+    plan: pb.RoundPlan
+    method: Method
+    received: Weights
+    local: LocalRound
+    model: nn.Module
+
+
+def read_task(device: Device, plan: pb.RoundPlan, message: Message) -> Task:
+    """Validate a plan and its payload, and build the network.
+
+    Raises
+    ------
+    WireError
+        If the plan is another client's, or its settings, architecture or payload do not fit.
+    """
+    if plan.client != device.name:
+        raise WireError(plan.edge, f"a plan for client {plan.client!r}, this is {device.name!r}")
+    try:
+        settings = RunConfig.from_struct(plan.settings)
+    except ConfigError as error:
+        raise WireError(plan.edge, f"settings this client does not take ({error})") from error
+    received = control.read_weights(message, control.plan_layout(plan, plan.edge), plan.edge)
+    state = device.load_state(plan.run, plan.start)
+    local = local_round(device, settings, plan.round, received.views(), state)
+    local.architecture, local.population = plan.architecture, plan.population
+    method = create_method(settings)
+    try:
+        model = start_model(method, local, plan.architecture)
+    except (ValueError, RuntimeError, KeyError) as error:
+        raise WireError(plan.edge, f"an architecture that cannot be built ({error})") from error
+    return Task(plan, method, received, local, model)
 
 
 def train_round(device: Device, plan: pb.RoundPlan, message: Message) -> RecordDict:
@@ -53,24 +110,16 @@ def train_round(device: Device, plan: pb.RoundPlan, message: Message) -> RecordD
     WireError
         If the plan is another client's, or its settings, architecture or payload do not fit.
     """
-    if plan.client != device.name:
-        raise WireError(plan.edge, f"a plan for client {plan.client!r}, this is {device.name!r}")
-    try:
-        settings = RunConfig.from_struct(plan.settings)
-    except ConfigError as error:
-        raise WireError(plan.edge, f"settings this client does not take ({error})") from error
-    layout = control.plan_layout(plan, plan.edge)
-    received = control.read_weights(message, layout, plan.edge)
-    try:
-        model = build_with(plan.architecture, _tensors(received.views()))
-    except (ValueError, RuntimeError) as error:
-        raise WireError(plan.edge, f"an architecture that cannot be built ({error})") from error
-
-    state = device.load_state(plan.run, plan.start)
-    result = _train(device, model, settings, plan.round, state)
-    device.save_state(plan, state)
-
-    arrays = Weights.fill(layout, _arrays(model)).to_record()
+    task = read_task(device, plan, message)
+    method, local, received = task.method, task.local, task.received.views()
+    objective, result = train(device, method, task.model, local)
+    arrays = method.publish(model_arrays(task.model), local) | objective.extra()
+    metrics = result.metrics | local.metrics | {"lr-sum": result.lr_sum}
+    form = update_form(method, plan, task.received.layout, metrics)
+    rng = rng_for(local.settings.seed, device.name, plan.round, "codec")
+    payload, decoded = form.encode(arrays, received, rng)
+    metrics |= objective.end(task.model, result, as_read(task.model, decoded, arrays, received))
+    device.save_state(plan, local.state)
     report = pb.ClientReport(
         schema=control.SCHEMA,
         run=plan.run,
@@ -81,10 +130,46 @@ def train_round(device: Device, plan: pb.RoundPlan, message: Message) -> RecordD
         steps=result.steps,
         loss=result.loss,
         seconds=result.seconds,
+        metrics=metrics,
     )
-    content = control.report_content(report, arrays, result.samples, result.loss)
+    record = payload.to_record()
+    content = control.report_content(report, record, result.samples, result.loss)
     report.up_bytes = payload_bytes(content)
-    return control.report_content(report, arrays, result.samples, result.loss)
+    return control.report_content(report, record, result.samples, result.loss)
+
+
+def update_form(
+    method: Method, plan: pb.RoundPlan, received: Layout, metrics: Mapping[str, float]
+) -> UpdateForm:
+    """Return how the reply to a plan lies on the link."""
+    names = tuple(plan.returns) or tuple(t.name for t in plan.architecture.tensors)
+    codec_name = method.chosen(method.settings, "codec")
+    codec: Codec | None = None if codec_name == "none" else create_codec(method.settings, codec_name)
+    returned = method.reply_layout(plan.architecture, received, names, metrics)
+    return UpdateForm(returned, received, buffers_of(plan.architecture), codec)
+
+
+def as_read(
+    model: nn.Module,
+    decoded: Mapping[str, np.ndarray],
+    published: Mapping[str, np.ndarray],
+    received: Mapping[str, np.ndarray],
+) -> dict[str, torch.Tensor]:
+    """Return the network's tensors as the servers read them.
+
+    What a codec rounded is what was decoded; a tensor that left under another name (a cluster's) or
+    not at all is the trained one.
+    """
+    tensors = {}
+    for name, tensor in model.state_dict().items():
+        sent = next((n for n in (name, *_aliases(name, decoded)) if n in decoded), None)
+        coded = sent is not None and sent in received
+        tensors[name] = to_tensor(decoded[sent]) if coded and sent else tensor.detach().cpu()
+    return tensors
+
+
+def _aliases(name: str, names: Mapping[str, np.ndarray]) -> list[str]:
+    return [n for n in names if n.endswith("/" + name)]
 
 
 def train_plain(
@@ -99,9 +184,13 @@ def train_plain(
     before = kept.get(STATE)
     arrays = before if isinstance(before, ArrayRecord) else ArrayRecord()
     state = {name: np.array(numpy_view(array)) for name, array in arrays.items()}
-    result = _train(device, model, settings, round_, state)
+    method = create_method(settings)
+    local = local_round(device, settings, round_, model_arrays(model), state)
+    local.architecture = describe(model)
+    objective, result = train(device, method, model, local)
+    objective.end(model, result, {n: t.detach().cpu() for n, t in model.state_dict().items()})
     kept[STATE] = ArrayRecord({name: array_from_numpy(np.asarray(value)) for name, value in state.items()})
-    trained = ArrayRecord({n: array_from_numpy(a) for n, a in _arrays(model).items()})
+    trained = ArrayRecord({n: array_from_numpy(a) for n, a in model_arrays(model).items()})
     return trained, MetricRecord({control.NUM_EXAMPLES: result.samples, "loss": result.loss})
 
 
@@ -110,48 +199,66 @@ def evaluate_plain(
 ) -> MetricRecord:
     """Return the mean training objective of a plain Flower model over this device's images."""
     settings, model = _plain_model(device, record, run_config)
-    model.to(device.torch_device).eval()
-    objective = create_method(settings).objective(round_)
-    objective.begin(model, LocalRound(settings, round_, {}, {}, {}))
+    objective = base_objective(settings)
+    objective.begin(model, local_round(device, settings, round_, {}, {}))
     generator = torch.Generator(device=device.torch_device)
     generator.manual_seed(seed_for(settings.seed, device.name, round_, "evaluate"))
-    total = 0.0
-    with torch.no_grad():
-        for start in range(0, len(device.images), settings.batch_size):
-            indices = np.arange(start, min(start + settings.batch_size, len(device.images)))
-            images = device.images.fetch(indices).to(device.torch_device)
-            labels = torch.from_numpy(device.images.labels[indices]).to(device.torch_device)
-            total += float(objective.loss(model, images, labels, generator)) * len(indices)
-    return MetricRecord({control.NUM_EXAMPLES: len(device.images), "loss": total / len(device.images)})
+    model.to(device.torch_device)
+    loss = dataset_loss(model, objective, device.images, device.torch_device, settings.batch_size, generator)
+    return MetricRecord({control.NUM_EXAMPLES: len(device.images), "loss": loss})
 
 
-def _train(
-    device: Device, model: nn.Module, settings: RunConfig, round_: int, state: dict[str, np.ndarray]
-) -> LocalResult:
+def train(
+    device: Device, method: Method, model: nn.Module, local: LocalRound
+) -> tuple[Objective, LocalResult]:
     """Train a model in place; every random number hangs on (run seed, client name, round, purpose)."""
-    local = LocalRound(
-        settings=settings,
-        round=round_,
-        received={n: p.detach().clone() for n, p in model.state_dict().items()},
-        aux={},
-        state=state,
-    )
-    return train_local(
+    objective = method.client_objective(local.round)
+    result = train_local(
         model,
-        create_method(settings).objective(round_),
+        objective,
         device.images,
         local,
-        seed=seed_for(settings.seed, device.name, round_, "train"),
+        seed=seed_for(local.settings.seed, device.name, local.round, "train"),
         device=device.torch_device,
     )
+    return objective, result
+
+
+def local_round(
+    device: Device,
+    settings: RunConfig,
+    round_: int,
+    received: Mapping[str, np.ndarray],
+    state: dict[str, np.ndarray],
+) -> LocalRound:
+    """Return what this device knows when it trains or answers."""
+    return LocalRound(
+        settings=settings,
+        round=round_,
+        name=device.name,
+        received={n: to_tensor(a) for n, a in received.items() if "/" not in n},
+        aux={n: a for n, a in received.items() if "/" in n},
+        state=state,
+        labels=device.labels,
+        data=device.images,
+        place=str(device.torch_device),
+        optimizer=create_method(settings).own_optimizer if settings.optimizer == "auto" else "",
+    )
+
+
+def start_model(method: Method, local: LocalRound, architecture: pb.ArchitectureSpec) -> nn.Module:
+    """Build the network that a client starts from, and remember its tensors as what was received."""
+    local.received = method.start(local)
+    # `build_with` copies, so training does not write into what was received.
+    return build_with(architecture, dict(local.received))
 
 
 def _plain_model(
     device: Device, record: ArrayRecord, run_config: Mapping[str, Any]
 ) -> tuple[RunConfig, nn.Module]:
     settings = RunConfig.from_flat(run_config)
-    model = initial_model(settings, device.images.shape)
-    tensors = _tensors({name: numpy_view(array) for name, array in record.items()})
+    model = initial_model(settings, device.images.shape, classes=len(device.images.classes))
+    tensors = {name: to_tensor(numpy_view(array)) for name, array in record.items()}
     # A strategy such as FedAdam computes in float64; the model keeps its own dtypes.
     own = model.state_dict()
     try:
@@ -159,12 +266,3 @@ def _plain_model(
     except RuntimeError as error:
         raise WireError("server", f"tensors that do not fit model={settings.model} ({error})") from error
     return settings, model
-
-
-def _tensors(arrays: Mapping[str, np.ndarray]) -> dict[str, torch.Tensor]:
-    # A received buffer is read-only and training changes tensors in place: this is the one copy.
-    return {name: torch.from_numpy(np.array(array)) for name, array in arrays.items()}
-
-
-def _arrays(model: nn.Module) -> dict[str, np.ndarray]:
-    return {name: tensor.detach().cpu().numpy() for name, tensor in model.state_dict().items()}

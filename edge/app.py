@@ -118,10 +118,12 @@ class EdgeApp:
         log.info("run %s window %d: %d rounds", plan.run, plan.window, len(plan.rounds))
         self.roster.refresh(grid, self._request, HELLO_DEADLINE)
         window = EdgeWindow(self.name, plan, weights, grid, self.roster, self.progress)
-        report = window.run()
+        if plan.inquiry:
+            return self._window_content(*window.inquire())
+        report, tally = window.run()
         self.roster.refresh(grid, self._request, HELLO_DEADLINE)
         report.roster.CopyFrom(self._edge_hello())
-        return self._window_content(report, window.weights)
+        return self._window_content(report, tally)
 
     @staticmethod
     def _window_content(report: pb.EdgeReport, weights: Weights) -> RecordDict:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -85,6 +86,7 @@ class Roster:
         self._known = {i: k for i, k in self._known.items() if since.get(i) == k.since}
         self._silent = {i: at for i, at in self._silent.items() if since.get(i) == at}
         asked = [i for i in nodes if i not in self._known and i not in self._silent]
+        start = time.monotonic()
         for reply in grid.exchange(self._hellos(asked, request), deadline=deadline):
             node_id = reply.metadata.src_node_id
             try:
@@ -101,6 +103,7 @@ class Roster:
                 continue
             # A client that reconnected with its key replaces its older self and so counts once.
             self._known = {i: k for i, k in self._known.items() if k.hello.name != hello.name}
+            hello.link_seconds = time.monotonic() - start
             self._known[node_id] = Known(node_id, hello, since[node_id])
 
     @staticmethod

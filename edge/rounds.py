@@ -4,21 +4,22 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Iterator
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
-from flwr.app import ArrayRecord, ConfigRecord, Message, RecordDict
 
 from common.errors import ConfigError, EspalierError, WireError
-from common.flower.arrays import payload_bytes
 from common.flower.inline import InlineGrid
-from common.methods.aggregation import Update
 from common.methods.registry import create_method
+from common.methods.selection import shares, top
+from common.methods.state import ServerState
+from common.methods.tally import Tally
 from common.run.config import RunConfig
 from common.wire import control
-from common.wire.payload import Layout, Weights
-from edge.roster import Known, Roster
+from common.wire.payload import Weights
+from edge.calls import Answered, Caller
+from edge.roster import Roster
 from proto import espalier_pb2 as pb
 
 log = logging.getLogger("espalier.edge")
@@ -54,6 +55,10 @@ class EdgeProgress:
 class EdgeWindow:
     """One window of one edge.
 
+    Between its rounds the edge is a server of its own: it moves its tensors on by the method's step.
+    What it reports is not the moved model but the window's tally, so that the cloud takes the step
+    over all clients; with one round a window this is flat federated learning (DESIGN §2).
+
     Parameters
     ----------
     edge : str
@@ -61,7 +66,7 @@ class EdgeWindow:
     plan : pb.WindowPlan
         The cloud's plan; the parts of other edges are passed over.
     weights : Weights
-        The global model to start from.
+        The cloud's tensors to start from.
     grid : InlineGrid
         The run's grid.
     roster : Roster
@@ -79,164 +84,125 @@ class EdgeWindow:
         roster: Roster,
         progress: EdgeProgress,
     ) -> None:
-        self.edge, self.plan, self.weights = edge, plan, weights
-        self.grid, self.roster, self.progress = grid, roster, progress
+        self.edge, self.plan, self.progress = edge, plan, progress
         try:
-            self.settings = RunConfig.from_struct(plan.settings)
-            self.method = create_method(self.settings)
+            self.method = create_method(RunConfig.from_struct(plan.settings))
         except ConfigError as error:
             raise WireError("cloud", f"settings this edge does not take ({error})") from error
-        self.layout = weights.layout
+        self.server = ServerState(plan.architecture, weights, max(plan.population, 1))
+        self.tally = Tally(weights.layout)
         self.report = pb.EdgeReport(schema=control.SCHEMA, run=plan.run, window=plan.window, edge=edge)
+        self.caller = Caller(edge, plan, self.method, grid, roster, self.report)
+        self._grid, self._roster = grid, roster
         self._labels: np.ndarray | None = None
         self._reached: dict[str, pb.Version] = {}
         self._late = grid.late
 
-    def run(self) -> pb.EdgeReport:
-        """Run the window's rounds; afterwards `weights` is this edge's model.
+    def run(self) -> tuple[pb.EdgeReport, Weights]:
+        """Run the window's rounds.
 
         Returns
         -------
         pb.EdgeReport
-            Samples, labels, who took part, losses, bytes and faults. A round in which nobody
-            replied leaves the model as it was.
+            Samples, labels, who took part, losses, bytes and faults.
+        Weights
+            The tally of the window; a round in which too few replied adds nothing to it.
         """
         start = time.monotonic()
         for schedule in self.plan.rounds:
             mine = [p for p in schedule.participants if p.edge == self.edge]
-            if self.grid.closed:
+            if self._grid.closed:
                 raise EspalierError("the run was ended in the middle of the window")
+            if mine and schedule.keep:
+                mine = self._best(schedule, mine)
             if mine:
                 self._round(schedule.round, mine)
         if self._labels is not None:
             self.report.labels.counts.extend(self._labels.tolist())
-        if late := self.grid.late - self._late:
-            self._fault("clients", "late", f"{late} replies came after their deadline and were dropped", 0)
-        self.report.seconds = time.monotonic() - start
-        return self.report
+        return self._close(start)
+
+    def inquire(self) -> tuple[pb.EdgeReport, Weights]:
+        """Ask the plan's participants what it wants to know, and pass on what they answer."""
+        start = time.monotonic()
+        schedule = self.plan.rounds[0]
+        mine = [p for p in schedule.participants if p.edge == self.edge]
+        record = self.report.rounds.add(round=schedule.round)
+        for answer in self._ask(self.plan.inquiry, schedule.round, mine):
+            record.clients.append(_brief(answer.report))
+            if answer.update.extra:
+                self.tally.forward(answer.update.name, answer.update.extra)
+        return self._close(start)
 
     def _round(self, round_: int, participants: list[pb.Participant]) -> None:
-        """Send the model, add up the replies, adopt the mean."""
+        """Send the tensors, add up the replies, take the edge's own step."""
         start = time.monotonic()
         record = self.report.rounds.add(round=round_)
-        clients = self.roster.clients()
-        called = {p.client: clients[p.client] for p in participants if p.client in clients}
-        for missing in [p.client for p in participants if p.client not in clients]:
-            self._fault(missing, "lost", "not connected when its round began", round_)
-        self.progress.round, self.progress.training = round_, sorted(called)
-        self.progress.done = []
-
-        aggregation = self.method.edge_aggregation()
-        plans = {p.client: self._round_plan(round_, p) for p in participants if p.client in called}
-        samples = 0
-        for reply in self.grid.exchange(
-            self._messages(plans, called), deadline=self.plan.round_deadline, quorum=None
-        ):
-            name = self.roster.name_of(reply.metadata.src_node_id)
+        self.progress.round, self.progress.done = round_, []
+        self.progress.training = sorted(p.client for p in participants)
+        tally, labels = Tally(self.server.weights.layout), []
+        starts = {p.client: self._reached.get(p.client, p.start) for p in participants}
+        for answer in self.caller.call(participants, starts, round_, self.server):
+            report, update = answer.report, answer.update
             try:
-                report, update = self._read(reply, plans, called, name)
-                aggregation.accept(update)
-            except WireError as error:
-                self._fault(name, "error" if reply.has_error() else "refused", error.fault, round_)
-                continue
+                self.method.add(tally, update, self.server)
             except ValueError as error:
-                self._fault(name, "refused", str(error), round_)
+                self.caller.fault(update.name, "refused", str(error), round_)
                 continue
-            self._count(record, report, update, called[name])
-            samples += report.samples
-        for name in set(called) - {c.client for c in record.clients} - self._faulty(round_):
-            self._fault(name, "straggler", f"no reply within {self.plan.round_deadline:g} s", round_)
-
-        mean = aggregation.result()
-        if mean is None or len(record.clients) < self.plan.quorum:
-            self._fault(
-                self.edge,
-                "quorum",
-                f"{len(record.clients)} usable replies, quorum {self.plan.quorum}",
-                round_,
-            )
-        else:
-            self.weights = mean
-            self.report.samples += samples
-            self.report.last_round_samples = samples
-            for client in record.clients:
-                self._reached[client.client] = pb.Version(window=self.plan.window, round=round_)
-                labels = called[client.client].labels
-                self._labels = labels.copy() if self._labels is None else self._labels + labels
-            record.loss = sum(c.loss * c.samples for c in record.clients) / samples
-            self.progress.loss = record.loss
+            record.clients.append(_brief(report))
+            labels.append(update.labels)
+            self._count(report)
         record.seconds = time.monotonic() - start
+        if len(record.clients) < max(self.plan.quorum, 1):
+            detail = f"{len(record.clients)} usable replies, quorum {self.plan.quorum}"
+            self.caller.fault(self.edge, "quorum", detail, round_)
+            return
+        samples = sum(c.samples for c in record.clients)
+        self.report.samples += samples
+        self.report.last_round_samples = samples
+        self._labels = np.sum([*labels, *([] if self._labels is None else [self._labels])], axis=0)
+        for client in record.clients:
+            self._reached[client.client] = pb.Version(window=self.plan.window, round=round_)
+        record.loss = sum(c.loss * c.samples for c in record.clients) / samples
+        self.progress.loss = record.loss
+        if round_ != self.plan.rounds[-1].round:
+            self.method.step(self.server, tally)
+        self.tally.extend(tally)
 
-    def _round_plan(self, round_: int, participant: pb.Participant) -> pb.RoundPlan:
-        """Tell one client what to do, and from which state of its own."""
-        plan = pb.RoundPlan(
-            schema=control.SCHEMA,
-            run=self.plan.run,
-            window=self.plan.window,
-            round=round_,
-            client=participant.client,
-            edge=self.edge,
-            start=self._reached.get(participant.client, participant.start),
-            checkpoint_window=self.plan.checkpoint_window,
-            settings=self.plan.settings,
-            architecture=self.plan.architecture,
-        )
-        if self.plan.HasField("layout"):
-            plan.layout.CopyFrom(self.plan.layout)
-        return plan
+    def _best(self, schedule: pb.RoundSchedule, candidates: list[pb.Participant]) -> list[pb.Participant]:
+        """Keep this edge's share of a round's clients: those of largest loss under its own tensors."""
+        counts: dict[str, int] = {}
+        for participant in schedule.participants:
+            counts[participant.edge] = counts.get(participant.edge, 0) + 1
+        keep = shares(counts, schedule.keep)[self.edge]
+        answers = self._ask("loss", schedule.round, candidates)
+        chosen = set(top({a.update.name: a.report.loss for a in answers}, keep))
+        return [p for p in candidates if p.client in chosen]
 
-    def _messages(self, plans: dict[str, pb.RoundPlan], called: dict[str, Known]) -> Iterator[Message]:
-        """Yield one message a client; all share one payload record, which is stored and hashed once."""
-        arrays: ArrayRecord = self.weights.to_record()
-        for name, plan in plans.items():
-            content = RecordDict(
-                {
-                    control.ARRAYS: arrays,
-                    control.CONFIG: ConfigRecord({control.PLAN: plan.SerializeToString()}),
-                }
-            )
-            self.report.client_edge.down_bytes += payload_bytes(content)
-            self.report.client_edge.messages += 1
-            yield Message(content, called[name].node_id, control.TRAIN, group_id=str(plan.round))
+    def _ask(self, kind: str, round_: int, participants: Sequence[pb.Participant]) -> list[Answered]:
+        starts = {p.client: self._reached.get(p.client, p.start) for p in participants}
+        return list(self.caller.call(participants, starts, round_, self.server, inquiry=kind))
 
-    def _read(
-        self, reply: Message, plans: dict[str, pb.RoundPlan], called: dict[str, Known], name: str
-    ) -> tuple[pb.ClientReport, Update]:
-        """Validate a reply."""
-        report = control.read_control(pb.ClientReport, reply, name)
-        if name not in plans or report.client != name:
-            raise WireError(name, f"an update in the name of {report.client!r}")
-        control.check_same_run(plans[name], report, name)
-        if not 0 < report.samples <= called[name].hello.samples:
-            raise WireError(name, f"{report.samples} samples, its hello had {called[name].hello.samples}")
-        if not np.isfinite(report.loss):
-            raise WireError(name, "a loss that is not a number")
-        layout: Layout = control.reply_layout(report, self.layout, name)
-        if fault := self.layout.difference(layout):
-            raise WireError(name, fault)
-        weights = control.read_weights(reply, layout, name)
-        return report, Update(
-            name, weights, report.samples, called[name].labels, report.samples, dict(report.metrics)
-        )
+    def _close(self, start: float) -> tuple[pb.EdgeReport, Weights]:
+        if late := self._grid.late - self._late:
+            detail = f"{late} replies came after their deadline and were dropped"
+            self.caller.fault("clients", "late", detail, 0)
+        weights, scalars = self.tally.report()
+        self.report.metrics.update(scalars)
+        self.report.layout.CopyFrom(weights.layout.to_proto())
+        self.report.seconds = time.monotonic() - start
+        return self.report, weights
 
-    def _count(self, record: pb.RoundRecord, report: pb.ClientReport, update: Update, known: Known) -> None:
-        """Enter an accepted reply into the report."""
-        brief = pb.ClientReport()
-        brief.CopyFrom(report)
-        brief.ClearField("layout")
-        record.clients.append(brief)
-        self.report.client_edge.up_bytes += report.up_bytes
-        self.report.client_edge.messages += 1
-        self.progress.done.append(update.name)
-        if update.name in self.progress.training:
-            self.progress.training.remove(update.name)
+    def _count(self, report: pb.ClientReport) -> None:
+        """Tell onlookers of an accepted reply."""
+        self.progress.done.append(report.client)
+        if report.client in self.progress.training:
+            self.progress.training.remove(report.client)
         self.progress.links.CopyFrom(self.report.client_edge)
 
-    def _faulty(self, round_: int) -> set[str]:
-        return {f.node for f in self.report.faults if f.round == round_}
 
-    def _fault(self, node: str, kind: str, detail: str, round_: int) -> None:
-        log.warning("window %d round %d: %s %s: %s", self.plan.window, round_, node, kind, detail)
-        self.report.faults.append(
-            pb.Fault(tier="edge", node=node, kind=kind, detail=detail, window=self.plan.window, round=round_)
-        )
+def _brief(report: pb.ClientReport) -> pb.ClientReport:
+    """Return a client's report without what only its edge needs."""
+    brief = pb.ClientReport()
+    brief.CopyFrom(report)
+    brief.ClearField("layout")
+    return brief

@@ -14,7 +14,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from common.methods.base import CloudState, architecture_layout, build_model
+from common.methods.base import CloudState, Deployed, build_model
 from common.models.cost import macs_and_params
 from common.models.pipeline import save_model
 from common.run.board import Board
@@ -23,6 +23,7 @@ from common.run.config import RunConfig
 from common.run.events import EVENTS_FILE, EventLog
 from common.run.ledger import Ledger
 from common.run.record import (
+    AccuracyEntry,
     ClientEntry,
     Evaluation,
     FaultEntry,
@@ -33,9 +34,10 @@ from common.run.record import (
     WindowEntry,
 )
 from common.run.report import build_report
-from common.wire.payload import Weights
+from common.wire.payload import Layout, Weights
 from proto import espalier_pb2 as pb
-from server.strategy import Version, WindowStrategy
+from server.plans import Version
+from server.strategy import WindowOutcome, WindowStrategy
 from server.tree import Tree
 
 log = logging.getLogger("espalier.cloud")
@@ -89,6 +91,7 @@ class Chronicle:
         self.record = RunRecord.read(self.out).model_copy(update={"status": "running", "reason": ""})
         self.record.windows = [w for w in self.record.windows if w.window <= window]
         self.record.quality = [q for q in self.record.quality if q.window <= window]
+        self.record.accuracy = [a for a in self.record.accuracy if a.window <= window]
         self.record.faults = [f for f in self.record.faults if f.window <= window]
         self.started -= self.record.seconds
         for entry in self.record.windows:
@@ -139,6 +142,7 @@ class Chronicle:
             mu_random=mu_random,
             samples={name: r.samples for name, r in outcome.reports.items()},
             labels={name: list(r.labels.counts) for name, r in outcome.reports.items()},
+            assignments={client: key for keys in strategy.drawn.keys for client, key in keys.items() if key},
             links={k: Traffic(**v) for k, v in outcome.ledger.as_dict().items()},
             timings={"train": seconds},
         )
@@ -171,11 +175,16 @@ class Chronicle:
             self.record.faults.append(entry)
             self.events.write("fault", **entry.model_dump())
 
-    def evaluation(self, found: Evaluation) -> None:
-        """Enter the measures of a window's samples."""
-        self.record.quality.append(found)
-        self.events.write("evaluation", **found.model_dump())
-        self.board.evaluation(found)
+    def evaluation(self, found: Evaluation | AccuracyEntry) -> None:
+        """Enter the measures of a window's samples, or its accuracies."""
+        if isinstance(found, Evaluation):
+            self.record.quality.append(found)
+            self.board.evaluation(found)
+            self.events.write("evaluation", **found.model_dump())
+        else:
+            self.record.accuracy.append(found)
+            self.board.accuracy(found)
+            self.events.write("accuracy", **found.model_dump())
 
     def dense(self, state: CloudState) -> None:
         """Enter the size of the network before any pruning."""
@@ -190,16 +199,25 @@ class Chronicle:
         size.pruned_at_window, size.pruned_at_round = state.window, state.round
         self.events.write("prune", window=state.window, round=state.round, **size.model_dump())
 
+    def beside(self, outcome: WindowOutcome) -> None:
+        """Enter what an evaluation at the clients cost, into the newest window."""
+        self.ledger.merge(outcome.ledger)
+        for link, counts in outcome.ledger.as_dict().items():
+            entry = self.record.windows[-1].links[link]
+            entry.up_bytes += counts["up_bytes"]
+            entry.down_bytes += counts["down_bytes"]
+            entry.messages += counts["messages"]
+        self.faults(outcome.faults)
+
     # --- what is kept ------------------------------------------------------------------------------
 
     def checkpoint(self, state: CloudState, reached: dict[str, Version]) -> None:
         """Write report.json, then the checkpoint: a record may know more than a checkpoint, never less."""
         self.write()
-        tensors = {f"model/{n}": v for n, v in state.weights.views().items()}
+        tensors = {f"model/{n}": v for n, v in state.tensors.items()}
         if state.ema:
             tensors |= {f"ema/{n}": v for n, v in state.ema.views().items()}
         tensors |= {f"extra/{n}": v for n, v in state.extra.items()}
-        quality = self.record.quality
         self.checkpoints.save(
             state.window,
             tensors,
@@ -209,22 +227,33 @@ class Chronicle:
                 "round": state.round,
                 "pruned": state.pruned,
                 "architecture": state.architecture.SerializeToString().hex(),
+                "layout": state.weights.layout.to_proto().SerializeToString().hex(),
+                "population": state.population,
                 "reached": {name: list(version) for name, version in reached.items()},
                 "config": self.settings.to_flat(),
-                "score": quality[-1].frechet if quality else None,
+                "score": self._score(),
             },
         )
         self.events.write("checkpoint", window=state.window)
 
-    def model(self, state: CloudState) -> None:
+    def _score(self) -> float | None:
+        """Return what makes a checkpoint the best one, lower being better."""
+        if self.record.accuracy:
+            newest = self.record.accuracy[-1]
+            best = max((m.accuracy or 0.0 for m in newest.models.values()), default=newest.mean)
+            return None if best is None else -best
+        return self.record.quality[-1].frechet if self.record.quality else None
+
+    def model(self, network: Deployed, state: CloudState) -> None:
         """Write the model folder, and the newest sample grid as samples.png."""
         save_model(
             self.out / "model",
-            build_model(state.architecture, state.ema or state.weights),
+            build_model(network.architecture, network.weights),
             schedule=self.settings,
             metadata={
                 "run": self.run,
                 "method": self.settings.method,
+                "network": network.label,
                 "round": state.round,
                 "params": self.record.model.params,
                 "ema": state.ema is not None,
@@ -256,13 +285,15 @@ def restore(tensors: dict[str, np.ndarray], meta: dict[str, Any]) -> tuple[Cloud
         part, _, rest = name.partition("/")
         parts[part][rest] = tensor
     architecture = pb.ArchitectureSpec.FromString(bytes.fromhex(meta["architecture"]))
-    layout = architecture_layout(architecture)
+    layout = Layout.from_proto(pb.Layout.FromString(bytes.fromhex(meta["layout"])).tensors, "the checkpoint")
+    own = layout.only(t.name for t in architecture.tensors) if parts["ema"] else Layout(())
     state = CloudState(
         architecture=architecture,
         weights=Weights.fill(layout, parts["model"]),
         window=meta["window"],
         round=meta["round"],
-        ema=Weights.fill(layout, parts["ema"]) if parts["ema"] else None,
+        population=meta["population"],
+        ema=Weights.fill(own, parts["ema"]) if parts["ema"] else None,
         pruned=meta["pruned"],
         extra=parts["extra"],
     )

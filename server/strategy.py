@@ -1,9 +1,9 @@
-"""Windows as a Flower strategy: plans and the model go to the edges, their reports become the next model."""
+"""Windows as a Flower strategy: plans and tensors go to the edges, their tallies become the next state."""
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -14,17 +14,19 @@ from flwr.serverapp.strategy import Strategy
 from common.errors import WireError
 from common.flower.arrays import payload_bytes
 from common.homogeneity import sh_score
-from common.methods.aggregation import Update
-from common.methods.base import CloudState, Method, architecture_layout
-from common.methods.planning import Round, plan_window
+from common.methods.base import CloudState, Method
+from common.methods.planning import Round
+from common.methods.selection import Answer
+from common.methods.tally import NOMINAL, Tally, stacked
+from common.methods.views import answer_layout
 from common.run.ledger import CLIENT_EDGE, EDGE_CLOUD, Ledger
 from common.wire import control
+from common.wire.payload import Layout, Weights
 from proto import espalier_pb2 as pb
+from server.plans import Version, WindowDraw, draw_window, inquiry_plan, window_plan
 from server.tree import Tree
 
 log = logging.getLogger("espalier.cloud")
-
-Version = tuple[int, int]
 
 
 @dataclass
@@ -50,6 +52,38 @@ class WindowOutcome:
     mu: dict[str, float] = field(default_factory=dict)
     ledger: Ledger = field(default_factory=Ledger)
     faults: list[pb.Fault] = field(default_factory=list)
+
+
+class CentralTally:
+    """The edges' tallies merged, each edge at its own share where the method has one.
+
+    Edges of share 0 count, as their clients weigh, only if every edge's share is 0.
+    """
+
+    def __init__(self, layout: Layout) -> None:
+        self._main, self._fallback = Tally(layout), Tally(layout)
+        self._shares: dict[str, float] = {}
+        self._natural: dict[str, float] = {}
+
+    def absorb(self, name: str, payload: Weights, scalars: Mapping[str, float], share: float | None) -> None:
+        """Merge one edge's tally; raises ValueError like `Tally.absorb`."""
+        nominal = scalars.get(NOMINAL, 0.0)
+        if share is None or nominal == 0:
+            self._main.absorb(payload, scalars)
+            self._shares[name] = nominal
+        elif share > 0:
+            self._main.absorb(payload, scalars, share / nominal)
+            self._shares[name] = share
+        elif not any(self._shares.values()):
+            self._fallback.absorb(payload, scalars)
+            self._natural[name] = nominal
+
+    def result(self) -> tuple[Tally, dict[str, float]]:
+        """Return the merged tally, and each edge's share of its means."""
+        counted = any(self._shares.values())
+        tally, shares = (self._main, self._shares) if counted else (self._fallback, self._natural)
+        total = sum(shares.values())
+        return (tally if total else self._main), {n: s / total for n, s in shares.items() if s}
 
 
 class WindowStrategy(Strategy):
@@ -81,10 +115,24 @@ class WindowStrategy(Strategy):
         self.settings = method.settings
         self.reached: dict[str, Version] = dict(reached or {})
         self.checkpoint_window = state.window
-        self.plan: list[Round] = []
-        self.first_round = 0
+        self.drawn = WindowDraw()
         self.outcome = WindowOutcome()
+        self.selection = method.selection()
+        head = "selection/"
+        self.selection.restore(
+            {k.removeprefix(head): v for k, v in state.extra.items() if k.startswith(head)}
+        )
         self._sent: pb.WindowPlan = pb.WindowPlan()
+
+    @property
+    def plan(self) -> list[Round]:
+        """Client -> edge, for each round of the window."""
+        return self.drawn.rounds
+
+    @property
+    def first_round(self) -> int:
+        """The window's first round."""
+        return self.drawn.first_round
 
     def summary(self) -> None:
         """Log what will be run."""
@@ -93,141 +141,138 @@ class WindowStrategy(Strategy):
 
     # --- down --------------------------------------------------------------------------------------
 
-    def draw(self) -> list[Round]:
-        """Plan the next window: who trains in each of its rounds, and at which edge."""
-        s = self.settings
-        self.first_round = self.state.round + 1
-        self.plan = plan_window(
-            self.tree.members(),
-            self.method.edge_choice(),
-            first_round=self.first_round,
-            rounds=min(s.rg, s.rounds - self.state.round),
-            fraction=s.fraction,
-            seed=s.seed,
-        )
-        return self.plan
+    def draw(self) -> WindowDraw:
+        """Draw the next window: who trains in each of its rounds, and at which edge."""
+        self.outcome = WindowOutcome()
+        self._grow(self.tree.population)
+        self.drawn = draw_window(self.method, self.selection, self.state, self.tree.members(), self.ask)
+        return self.drawn
+
+    def _grow(self, population: int) -> None:
+        """Take note of clients that joined: what is a mean over all N clients counts them as zeros."""
+        before, now = self.state.population, max(population, 1)
+        if now != before and self.state.window:
+            grown = {
+                n: v * v.dtype.type(before / now)
+                for n, v in self.state.tensors.items()
+                if n.partition("/")[0] in self.method.mean_sections
+            }
+            self.state.assign(grown)
+        self.state.population = now
 
     def configure_train(
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
     ) -> Iterable[Message]:
-        """Yield the plan and the global model to every edge that has a part in it.
+        """Yield the plan and the cloud's tensors to every edge that has a part in it.
 
         All edges get one and the same content, so it is stored and hashed once.
         """
-        self.outcome = WindowOutcome()
-        self._sent = self._window_plan()
-        content = control.plan_content(self._sent, arrays)
-        size = payload_bytes(content)
-        edges = self.tree.edges()
-        for edge in sorted({e for assignment in self.plan for e in assignment.values()}):
-            self.outcome.ledger.add(EDGE_CLOUD, down_bytes=size, messages=1)
-            yield Message(content, edges[edge], control.TRAIN, group_id=str(server_round))
-
-    def _window_plan(self) -> pb.WindowPlan:
-        s = self.settings
-        window = self.state.window + 1
-        start = dict(self.reached)
-        schedules = []
-        for offset, assignment in enumerate(self.plan):
-            round_ = self.first_round + offset
-            schedule = pb.RoundSchedule(round=round_)
-            for client, edge in assignment.items():
-                at = start.get(client, (0, 0))
-                schedule.participants.add(
-                    client=client, edge=edge, start=pb.Version(window=at[0], round=at[1])
-                )
-                start[client] = (window, round_)
-            schedules.append(schedule)
-        return pb.WindowPlan(
-            schema=control.SCHEMA,
-            run=self.run,
-            window=window,
-            rounds=schedules,
-            settings=s.to_struct(),
-            architecture=self.state.architecture,
-            checkpoint_window=self.checkpoint_window,
-            round_deadline=s.round_deadline,
-            quorum=s.quorum,
+        self._sent = window_plan(
+            self.method, self.state, self.run, self.drawn, self.reached, self.checkpoint_window
         )
+        yield from self._to_edges(self._sent, arrays, self.drawn.edges, control.TRAIN)
+
+    def _to_edges(
+        self, plan: pb.WindowPlan, arrays: ArrayRecord, edges: Sequence[str], kind: str
+    ) -> Iterator[Message]:
+        content = control.plan_content(plan, arrays)
+        size, nodes = payload_bytes(content), self.tree.edges()
+        for edge in edges:
+            self.outcome.ledger.add(EDGE_CLOUD, down_bytes=size, messages=1)
+            yield Message(content, nodes[edge], kind, group_id=str(plan.window))
 
     # --- up ----------------------------------------------------------------------------------------
 
     def aggregate_train(
         self, server_round: int, replies: Iterable[Message]
     ) -> tuple[ArrayRecord | None, MetricRecord | None]:
-        """Add the edges' models up as they arrive, and move the global state on by a window.
+        """Merge the edges' tallies as they arrive, and move the global state on by a window.
 
         A reply that is not sound is refused by name, and the window goes on without it. If no edge
         has a sample the model stays as it was.
         """
-        aggregation = self.method.cloud_aggregation()
-        layout = architecture_layout(self.state.architecture)
-        names = {node: name for name, node in self.tree.edges().items()}
+        merged = CentralTally(self.state.weights.layout)
         samples = 0
-        for reply in replies:
-            node = reply.metadata.src_node_id
-            name = names.get(node, f"node {node}")
+        for node, name, reply in self._named(replies):
             try:
-                report, update = self._read(reply, name)
-                if fault := layout.difference(update.weights.layout):
-                    raise WireError(name, fault)
+                report, payload = self._read(reply, name)
+                labels = self._labels(report, name)
                 if report.samples:
-                    aggregation.accept(update)
+                    share = self.method.edge_share(report.samples, report.last_round_samples, labels)
+                    merged.absorb(name, payload, report.metrics, share)
             except (WireError, ValueError) as error:
-                kind = "error" if reply.has_error() else "refused"
-                self._fault(name, kind, error.fault if isinstance(error, WireError) else str(error))
+                self._refuse(reply, name, error)
                 continue
             self._account(node, name, report)
             if report.samples:
                 samples += report.samples
-                self.outcome.mu[name] = sh_score(update.labels, self.settings.homogeneity_form)
-        planned = {e for assignment in self.plan for e in assignment.values()}
-        for silent in sorted(planned - set(self.outcome.reports) - {f.node for f in self.outcome.faults}):
-            self._fault(silent, "straggler", "no report of the window before its deadline")
-        self.outcome.rho = aggregation.shares()
-        mean = aggregation.result()
-        if mean is not None:
-            self.state.weights = mean
+                self.outcome.mu[name] = sh_score(labels, self.settings.homogeneity_form)
+        self._note_silent(set(self.drawn.edges))
+        tally, self.outcome.rho = merged.result()
+        if samples:
+            self.method.central_step(self.state, tally)
+        self._observe(tally)
         self.state.window += 1
         self.state.round += len(self.plan)
-        return (None if mean is None else mean.to_record()), MetricRecord(
+        self.state.extra |= {f"selection/{k}": v for k, v in self.selection.state().items()}
+        return (self.state.weights.to_record() if samples else None), MetricRecord(
             {"edges": len(self.outcome.reports), control.NUM_EXAMPLES: samples}
         )
 
-    def _read(self, reply: Message, name: str) -> tuple[pb.EdgeReport, Update]:
+    def _observe(self, tally: Tally) -> None:
+        """Tell the selection what the window's participants reported."""
+        head = "gradient/"
+        gradients = {
+            client: {n.removeprefix(head): a for n, a in stack.items() if n.startswith(head)}
+            for client, stack in tally.stacks.items()
+        }
+        for round_ in range(self.first_round, self.first_round + len(self.plan)):
+            metrics = {
+                c.client: {"loss": c.loss, **c.metrics}
+                for report in self.outcome.reports.values()
+                for record in report.rounds
+                if record.round == round_
+                for c in record.clients
+            }
+            self.selection.observe(
+                round_, metrics, {c: g for c, g in gradients.items() if c in metrics and g}
+            )
+
+    def _named(self, replies: Iterable[Message]) -> Iterator[tuple[int, str, Message]]:
+        names = {node: name for name, node in self.tree.edges().items()}
+        for reply in replies:
+            node = reply.metadata.src_node_id
+            yield node, names.get(node, f"node {node}"), reply
+
+    def _read(
+        self, reply: Message, name: str, given: set[str] | None = None
+    ) -> tuple[pb.EdgeReport, Weights]:
         report = control.read_control(pb.EdgeReport, reply, name)
         if report.edge != name:
             raise WireError(name, f"a report in the name of {report.edge!r}")
         control.check_same_run(self._sent, report, name)
         if report.HasField("roster") and report.roster.name != name:
             raise WireError(name, f"a list of clients in the name of {report.roster.name!r}")
-        given = {client for assignment in self.plan for client, edge in assignment.items() if edge == name}
-        if foreign := {c.client for r in report.rounds for c in r.clients} - given:
+        given = self.drawn.clients_at(name) if given is None else given
+        payload = control.read_weights(reply, Layout.from_proto(report.layout.tensors, name), name)
+        clients = {c.client for r in report.rounds for c in r.clients}
+        if foreign := (clients | {c for c, _, _ in stacked(payload)}) - given:
             raise WireError(name, f"updates of {sorted(foreign)[:3]}, which it was not given")
-        layout = control.reply_layout(report, control.plan_layout(self._sent, name), name)
-        weights = control.read_weights(reply, layout, name)
-        classes = len(self.tree.classes)
-        counts = report.labels.counts
+        return report, payload
+
+    def _labels(self, report: pb.EdgeReport, name: str) -> np.ndarray:
+        classes, counts = len(self.tree.classes), report.labels.counts
         if len(counts) not in (0, classes) or not all(np.isfinite(c) and c >= 0 for c in counts):
             raise WireError(
                 name, f"a label distribution of {len(counts)} counts for {classes} classes, or a bad count"
             )
         if report.samples and not counts:
             raise WireError(name, "samples without a label distribution")
-        labels = np.asarray(counts, dtype=np.float64) if counts else np.zeros(classes)
-        update = Update(
-            name, weights, report.samples, labels, report.last_round_samples, dict(report.metrics)
-        )
-        return report, update
+        return np.asarray(counts, dtype=np.float64) if counts else np.zeros(classes)
 
     def _account(self, node: int, name: str, report: pb.EdgeReport) -> None:
         self.outcome.reports[name] = report
-        self.outcome.faults.extend(report.faults)
-        down = report.client_edge
-        self.outcome.ledger.add(
-            CLIENT_EDGE, up_bytes=down.up_bytes, down_bytes=down.down_bytes, messages=down.messages
-        )
-        self.outcome.ledger.add(EDGE_CLOUD, up_bytes=report.up_bytes, messages=1)
+        self._count_bytes(report)
         for record in report.rounds:
             for client in record.clients:
                 version = (report.window, record.round)
@@ -235,20 +280,108 @@ class WindowStrategy(Strategy):
         if report.HasField("roster"):
             self.tree.learn(node, report.roster)
 
+    def _count_bytes(self, report: pb.EdgeReport) -> None:
+        self.outcome.faults.extend(report.faults)
+        down = report.client_edge
+        self.outcome.ledger.add(
+            CLIENT_EDGE, up_bytes=down.up_bytes, down_bytes=down.down_bytes, messages=down.messages
+        )
+        self.outcome.ledger.add(EDGE_CLOUD, up_bytes=report.up_bytes, messages=1)
+
+    def _refuse(self, reply: Message, name: str, error: WireError | ValueError) -> None:
+        kind = "error" if reply.has_error() else "refused"
+        self._fault(name, kind, error.fault if isinstance(error, WireError) else str(error))
+
+    def _note_silent(self, asked: set[str]) -> None:
+        for silent in sorted(asked - set(self.outcome.reports) - {f.node for f in self.outcome.faults}):
+            self._fault(silent, "straggler", "no report of the window before its deadline")
+
     def _fault(self, node: str, kind: str, detail: str) -> None:
         log.warning("window %d: %s %s: %s", self.state.window + 1, node, kind, detail)
         self.outcome.faults.append(
             pb.Fault(tier="cloud", node=node, kind=kind, detail=detail, window=self.state.window + 1)
         )
 
-    # --- evaluation at the clients is not used: the cloud measures samples -------------------------
+    # --- beside training ---------------------------------------------------------------------------
+
+    def ask(
+        self,
+        kind: str,
+        architecture: pb.ArchitectureSpec,
+        weights: Weights,
+        clients: Sequence[str] | None = None,
+    ) -> dict[str, Answer]:
+        """Ask clients about a network, through their edges; who does not answer is left out.
+
+        Parameters
+        ----------
+        kind : str
+            One of `common.methods.views.INQUIRIES`.
+        architecture : pb.ArchitectureSpec
+            The network.
+        weights : Weights
+            Its tensors, and sections the method wants clients to see.
+        clients : sequence of str, optional
+            Whom to ask; None: everyone.
+        """
+        reach = {m.name: m.edges for m in self.tree.members() if clients is None or m.name in clients}
+        # Clients of several edges are spread over them by their place in the order of names.
+        where = {name: edges[i % len(edges)] for i, (name, edges) in enumerate(sorted(reach.items()))}
+        self._sent = inquiry_plan(
+            self.method,
+            self.state,
+            self.run,
+            kind,
+            architecture,
+            weights.layout,
+            where,
+            self.reached,
+            self.checkpoint_window,
+        )
+        messages = self._to_edges(
+            self._sent, weights.to_record(), sorted(set(where.values())), control.INQUIRY
+        )
+        expected = answer_layout(kind, architecture)
+        found: dict[str, Answer] = {}
+        deadline = self.settings.round_deadline + INQUIRY_MARGIN
+        for _, name, reply in self._named(self.tree.grid.exchange(messages, deadline=deadline)):
+            try:
+                given = {c for c, edge in where.items() if edge == name}
+                report, payload = self._read(reply, name, given)
+                answers = _answers(report, payload, expected, name)
+            except WireError as error:
+                self._refuse(reply, name, error)
+                continue
+            self._count_bytes(report)
+            found |= answers
+        return found
 
     def configure_evaluate(
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
     ) -> Iterator[Message]:
-        """Ask nobody."""
+        """Ask nobody: the cloud measures, and clients are asked by `ask`."""
         return iter(())
 
     def aggregate_evaluate(self, server_round: int, replies: Iterable[Message]) -> MetricRecord | None:
         """Return nothing."""
         return None
+
+
+#: Seconds an inquiry may take beyond what the edges wait for their clients.
+INQUIRY_MARGIN = 30.0
+
+
+def _answers(report: pb.EdgeReport, payload: Weights, expected: Layout, name: str) -> dict[str, Answer]:
+    """Read what an edge's clients answered."""
+    arrays: dict[str, dict[str, np.ndarray]] = {}
+    for sender, tensor, array in stacked(payload):
+        arrays.setdefault(sender, {})[tensor] = array
+    found = {}
+    for record in report.rounds:
+        for client in record.clients:
+            own = arrays.get(client.client, {})
+            if fault := expected.difference(expected.in_order(Layout.of(own))):
+                raise WireError(name, f"an answer of {client.client}: {fault}")
+            tensors = {n.partition("/")[2]: a for n, a in own.items()}
+            found[client.client] = Answer({"loss": client.loss, **client.metrics}, tensors)
+    return found

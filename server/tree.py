@@ -50,6 +50,7 @@ class Tree:
     faults: list[pb.Fault] = field(default_factory=list)
     _edges: dict[int, pb.EdgeHello] = field(default_factory=dict)
     _clients: dict[str, pb.ClientHello] = field(default_factory=dict)
+    _links: dict[str, dict[str, float]] = field(default_factory=dict)
     _refused: set[tuple[str, str]] = field(default_factory=set)
 
     # --- who is there ------------------------------------------------------------------------------
@@ -73,9 +74,18 @@ class Tree:
                 samples=self._clients[name].samples,
                 labels=np.asarray(self._clients[name].histogram.counts, dtype=np.float64),
                 edges=tuple(sorted(edges)),
+                level=self._clients[name].level,
+                memory=self._clients[name].facts.memory_bytes,
+                speed=self._clients[name].facts.speed,
+                links=self._links.get(name, {}),
             )
             for name, edges in sorted(reach.items())
         ]
+
+    @property
+    def population(self) -> int:
+        """Clients that ever joined this run (N), connected now or not."""
+        return len(self._clients)
 
     def hello_of(self, client: str) -> pb.ClientHello:
         """Return what a client said of itself."""
@@ -152,6 +162,7 @@ class Tree:
                 self._refuse(error.sender, error.fault)
                 continue
             self._clients[client.name] = client
+            self._links.setdefault(client.name, {})[hello.name] = client.link_seconds
 
     def _agree(self, client: pb.ClientHello) -> None:
         others = [c for n, c in self._clients.items() if n != client.name]

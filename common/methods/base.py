@@ -2,76 +2,88 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, ClassVar
 
 import numpy as np
 
-from common.methods.aggregation import Aggregation, SampleWeighted
-from common.methods.planning import AtRandom, ByHomogeneity, EdgeChoice, Fixed
+from common.methods.planning import AtRandom, ByHomogeneity, EdgeChoice, Fixed, Member
+from common.methods.selection import Answer, Selection, create_selection
+from common.methods.state import CloudState, ServerState, architecture_layout, build_model
+from common.methods.tally import Tally
 from common.run.config import RunConfig
-from common.wire.payload import Layout, Weights
+from common.wire.payload import Layout, TensorSpec, Weights
 from proto import espalier_pb2 as pb
 
 if TYPE_CHECKING:
-    from torch import nn
+    from torch import Tensor, nn
 
-    from common.learning.objectives import Objective
+    from common.data.imageset import ImageSet
+    from common.learning.objectives import LocalRound, Objective
+
+__all__ = ["CloudState", "Deployed", "Inquiry", "Method", "ServerState", "Update", "build_model"]
 
 
-@dataclass
-class CloudState:
-    """What the cloud holds between windows: everything a checkpoint must keep.
+@dataclass(frozen=True)
+class Update:
+    """A client's reply as a server reads it: decoded, and under the server's tensor names.
 
     Attributes
     ----------
-    architecture : pb.ArchitectureSpec
-        The global model's network.
-    weights : Weights
-        Its parameters, in the architecture's order.
-    window, round : int
-        Windows and rounds finished.
-    ema : Weights or None
-        Exponential moving average of the global model, when `ema-decay` is on.
-    pruned : bool
-        Whether the network was pruned in this run.
+    name : str
+        The client.
+    arrays : dict[str, np.ndarray]
+        What it trained: whole tensors of the server, or leading slices of them.
+    received : dict[str, np.ndarray]
+        The same tensors as they were sent to it.
+    samples : int
+        Training samples behind it (n_k).
+    labels : np.ndarray
+        The client's label counts, shape (classes,).
+    metrics : Mapping[str, float]
+        Further scalars.
     extra : dict[str, np.ndarray]
-        Further state of the method.
+        Tensors that are none of the server's, e.g. "gradient/conv.weight".
     """
 
-    architecture: pb.ArchitectureSpec
-    weights: Weights
-    window: int = 0
-    round: int = 0
-    ema: Weights | None = None
-    pruned: bool = False
+    name: str
+    arrays: dict[str, np.ndarray]
+    received: dict[str, np.ndarray]
+    samples: int
+    labels: np.ndarray
+    metrics: Mapping[str, float] = field(default_factory=dict)
     extra: dict[str, np.ndarray] = field(default_factory=dict)
 
-    def model(self) -> nn.Module:
-        """Build the global model as a torch module."""
-        return build_model(self.architecture, self.weights)
 
-    def adopt(self, model: nn.Module) -> None:
-        """Make a torch module the global model; its moving average starts anew when the shapes change."""
-        from common.models.architecture import describe
+@dataclass(frozen=True)
+class Deployed:
+    """A network that users would run after a window, and so what is evaluated.
 
-        self.architecture = describe(model)
-        self.weights = Weights.pack({n: t.detach().cpu().numpy() for n, t in model.state_dict().items()})
-        self.ema = None
+    Attributes
+    ----------
+    label : str
+        "global", "cluster 1", "width 0.5", …
+    architecture : pb.ArchitectureSpec
+        The network.
+    weights : Weights
+        Its tensors (at least).
+    clients : tuple of str, optional
+        Whom it serves; None: everyone.
+    at_cloud, at_clients : bool
+        Where it can be measured: clients may be sent all clusters to choose from.
+    """
+
+    label: str
+    architecture: pb.ArchitectureSpec
+    weights: Weights
+    clients: tuple[str, ...] | None = None
+    at_cloud: bool = True
+    at_clients: bool = True
 
 
-def build_model(architecture: pb.ArchitectureSpec, weights: Weights) -> nn.Module:
-    """Build a torch module from an architecture and its weights."""
-    import torch
-
-    from common.models.architecture import build_with
-
-    return build_with(architecture, {n: torch.from_numpy(v.copy()) for n, v in weights.views().items()})
-
-
-def architecture_layout(architecture: pb.ArchitectureSpec) -> Layout:
-    """Return the layout of a payload that holds just the architecture's tensors."""
-    return Layout.from_proto(architecture.tensors, "cloud")
+#: Asks clients something about a network: kind, network, its tensors, whom (None: everyone).
+Inquiry = Callable[[str, pb.ArchitectureSpec, Weights, Sequence[str] | None], dict[str, Answer]]
 
 
 class Method:
@@ -88,52 +100,197 @@ class Method:
 
     #: Name in `-c method=…`.
     name: ClassVar[str]
-    #: Whether edges pass on every client's update instead of adding them up.
-    forward: ClassVar[bool] = False
-    #: The rule behind `edge-choice=auto`.
+    #: What it trains: "diffusion", "classification".
+    tasks: ClassVar[tuple[str, ...]] = ("diffusion", "classification")
+    #: The rules behind `edge-choice=auto`, `selection=auto`, `codec=auto`, `weighting=auto` and
+    #: `optimizer=auto` ("": as selection and task say).
     own_edge_choice: ClassVar[str] = "random"
+    own_selection: ClassVar[str] = "uniform"
+    own_codec: ClassVar[str] = "none"
+    own_weighting: ClassVar[str] = ""
+    own_optimizer: ClassVar[str] = ""
+    #: Sections that servers keep from clients, and those that shrink as 1/N when clients join.
+    server_sections: ClassVar[frozenset[str]] = frozenset()
+    mean_sections: ClassVar[frozenset[str]] = frozenset()
 
     def __init__(self, settings: RunConfig) -> None:
         self.settings = settings
+
+    # --- what the settings leave to the method -------------------------------------------------------
 
     @classmethod
     def contradictions(cls, settings: RunConfig) -> list[str]:
         """Return the faults of a configuration that only this method sees, one line each, key first."""
         return []
 
-    # --- client, every round ---------------------------------------------------------------------
+    @classmethod
+    def chosen(cls, settings: RunConfig, axis: str) -> str:
+        """Return a setting (`selection`, `codec`, `edge_choice`, `weighting`) with "auto" resolved."""
+        value: str = getattr(settings, axis)
+        own: str = getattr(cls, f"own_{axis}")
+        return own if value == "auto" else value
 
-    def objective(self, round_: int) -> Objective:
-        """Return what a client minimises in a round."""
-        from common.learning.objectives import DDPMLoss
-
-        return DDPMLoss()
-
-    # --- edge, every round -----------------------------------------------------------------------
-
-    def edge_aggregation(self) -> Aggregation:
-        """Return how an edge turns its clients' updates into its next model."""
-        return SampleWeighted()
-
-    # --- cloud, every window ---------------------------------------------------------------------
+    def selection(self) -> Selection:
+        """Return the rule by which the clients of a round are picked."""
+        return create_selection(self.settings, self.chosen(self.settings, "selection"))
 
     def edge_choice(self) -> EdgeChoice:
         """Return the rule by which a client gets its edge."""
+        from common.methods.shape import ByShape
+
         s = self.settings
-        rule = self.own_edge_choice if s.edge_choice == "auto" else s.edge_choice
-        rules: dict[str, EdgeChoice] = {
-            "homogeneity": ByHomogeneity(s.selection_a, s.selection_b, s.homogeneity_form),
-            "random": AtRandom(),
-            "fixed": Fixed(),
+        rules: dict[str, Callable[[], EdgeChoice]] = {
+            "homogeneity": lambda: ByHomogeneity(s.selection_a, s.selection_b, s.homogeneity_form),
+            "random": AtRandom,
+            "fixed": Fixed,
+            "shape": lambda: ByShape(s.shape_diversity, s.shape_edges, s.rg),
         }
-        return rules[rule]
+        return rules[self.chosen(s, "edge_choice")]()
 
-    def cloud_aggregation(self) -> Aggregation:
-        """Return how the cloud turns the edges' models into the next global model."""
-        return SampleWeighted()
+    # --- cloud, before a round ---------------------------------------------------------------------
 
-    def before_run(self, state: CloudState) -> None:
+    def initial(self, image_shape: tuple[int, int, int], classes: int) -> nn.Module:
+        """Return the network that the run starts from, by the run's seed alone.
+
+        Parameters
+        ----------
+        image_shape : tuple of int
+            Channels, height, width.
+        classes : int
+            Number of classes.
+        """
+        from common.models.initial import initial_model
+
+        return initial_model(self.settings, image_shape, classes)
+
+    def before_run(self, state: CloudState, ask: Inquiry) -> None:
         """Change the initial state; called once, before the first window."""
+
+    def assign(
+        self, state: CloudState, picked: Sequence[str], members: Mapping[str, Member], round_: int
+    ) -> dict[str, str]:
+        """Return the key of the view each client is given in a round; nothing said means the whole."""
+        return {}
+
+    def view(self, state: CloudState, key: str) -> pb.View:
+        """Return what the clients of a key are given of the server's tensors."""
+        raise KeyError(key)
+
+    # --- client, every round -----------------------------------------------------------------------
+
+    def objective(self, round_: int) -> Objective:
+        """Return what a client minimises in a round."""
+        from common.learning.tasks import base_objective
+
+        return base_objective(self.settings)
+
+    def client_objective(self, round_: int) -> Objective:
+        """Return what a client minimises and reports: the method's, and what the selection wants to know."""
+        if self.selection().reports != "gradient":
+            return self.objective(round_)
+        from common.learning.received import ReceivedGradient
+
+        return self.objective(round_) + ReceivedGradient()
+
+    def data(self, local: LocalRound) -> ImageSet:
+        """Return the images that a client trains on."""
+        assert local.data is not None
+        return local.data
+
+    def start(self, local: LocalRound) -> Mapping[str, Tensor]:
+        """Return the tensors of the network that a client trains from, by name."""
+        return local.received
+
+    def publish(self, trained: dict[str, np.ndarray], local: LocalRound) -> dict[str, np.ndarray]:
+        """Return what of a trained network leaves the client; what stays goes into `local.state`."""
+        return trained
+
+    def returned(self, sent: Layout, names: Sequence[str], metrics: Mapping[str, float]) -> Layout:
+        """Return the layout of a client's reply before the codec; client and edge both ask.
+
+        Parameters
+        ----------
+        sent : Layout
+            What the client was sent.
+        names : sequence of str
+            The tensors that the plan wants back.
+        metrics : Mapping[str, float]
+            Scalars of the client's report.
+
+        Raises
+        ------
+        ValueError
+            If the metrics make no sense, e.g. a cluster that does not exist.
+        """
+        return sent.only(names)
+
+    def reply_layout(
+        self,
+        architecture: pb.ArchitectureSpec,
+        sent: Layout,
+        names: Sequence[str],
+        metrics: Mapping[str, float],
+    ) -> Layout:
+        """Return the layout of a client's whole reply: what the method returns, and what the selection wants."""
+        layout = self.returned(sent, names, metrics)
+        if self.selection().reports == "gradient":
+            layout = Layout((*layout.tensors, *trained_layout(architecture, "gradient").tensors))
+        return layout
+
+    # --- edge and cloud ----------------------------------------------------------------------------
+
+    def weight_of(self, update: Update) -> float:
+        """Return a client's weight in a mean: n_k, or 1 where the sampling went by n_k already."""
+        rule = self.chosen(self.settings, "weighting") or self.selection().weighting
+        return float(update.samples) if rule == "samples" else 1.0
+
+    def add(self, tally: Tally, update: Update, server: ServerState) -> None:
+        """Add a client's reply to a server's sums; what is none of the server's tensors is passed on.
+
+        Raises
+        ------
+        ValueError
+            If something in it does not fit.
+        """
+        self.contribute(tally, update, server)
+        if update.extra:
+            tally.forward(update.name, update.extra)
+
+    def contribute(self, tally: Tally, update: Update, server: ServerState) -> None:
+        """Add what a client sent to a server's sums."""
+        tally.mean(update.arrays, self.weight_of(update))
+
+    def step(self, server: ServerState, tally: Tally) -> None:
+        """Move a server's tensors on: an edge's between its rounds, the cloud's after a window."""
+        server.assign(tally.means(server.tensors))
+
+    # --- cloud, after a window ---------------------------------------------------------------------
+
+    def edge_share(self, samples: float, last_samples: float, labels: np.ndarray) -> float | None:
+        """Return an edge's weight at the cloud before normalisation; None: as its clients weigh.
+
+        Edges of share 0 count only if every edge's share is 0.
+        """
+        return None
+
+    def central_step(self, state: CloudState, tally: Tally) -> None:
+        """Move the global state on."""
+        self.step(state, tally)
 
     def after_window(self, state: CloudState) -> None:
         """Change the state after a central aggregation."""
+
+    def deployed(self, state: CloudState, ask: Inquiry) -> list[Deployed]:
+        """Return the networks that are evaluated and kept, the foremost first."""
+        weights = state.weights if state.ema is None else state.ema
+        return [Deployed("global", state.architecture, weights)]
+
+
+def trained_layout(architecture: pb.ArchitectureSpec, section: str = "") -> Layout:
+    """Return the layout of the trained tensors of a network, their names behind a section's."""
+    whole = architecture_layout(architecture)
+    buffers = {t.name for t in architecture.tensors if t.buffer}
+    head = f"{section}/" if section else ""
+    return Layout(
+        tuple(TensorSpec(head + t.name, t.dtype, t.shape) for t in whole.tensors if t.name not in buffers)
+    )

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from common.methods.aggregation import Aggregation, HomogeneityWeighted
-from common.methods.base import CloudState, Method
+import numpy as np
+
+from common.homogeneity import sh_score
+from common.methods.base import CloudState, Inquiry, Method
 
 if TYPE_CHECKING:
     from common.learning.objectives import Objective
@@ -23,6 +25,7 @@ class FedPhD(Method):
     """
 
     name = "fedphd"
+    tasks = ("diffusion",)
     own_edge_choice = "homogeneity"
 
     @classmethod
@@ -42,10 +45,15 @@ class FedPhD(Method):
         sparse = self._prunes and round_ <= self.settings.prune_round
         return DDPMLoss() + GroupNormPenalty(self.settings.sparse_weight) if sparse else DDPMLoss()
 
-    def cloud_aggregation(self) -> Aggregation:
-        """Return the SH-weighted mean."""
+    def edge_share(self, samples: float, last_samples: float, labels: np.ndarray) -> float:
+        """Return rho_e, not normalised."""
         s = self.settings
-        return HomogeneityWeighted(s.aggregation_a, s.aggregation_b, s.homogeneity_form, s.rho_count)
+        n = samples if s.rho_count == "window" else last_samples
+        return (
+            max(n + s.aggregation_a * sh_score(labels, s.homogeneity_form) + s.aggregation_b, 0.0)
+            if n
+            else 0.0
+        )
 
     def after_window(self, state: CloudState) -> None:
         """Prune once, right after the central aggregation that reaches R_s."""
@@ -80,7 +88,7 @@ class FedPhDOneShot(FedPhD):
 
         return DDPMLoss()
 
-    def before_run(self, state: CloudState) -> None:
+    def before_run(self, state: CloudState, ask: Inquiry) -> None:
         """Prune the initial network."""
         if self._prunes:
             self.prune(state)

@@ -19,6 +19,7 @@ SCHEMA = 1
 #: the actions of ours are named so that no user's app has them too.
 TRAIN = "train"
 HELLO = "query.espalier_hello"
+INQUIRY = "query.espalier_inquiry"
 PROGRESS = "query.espalier_progress"
 DONE = "query.espalier_done"
 

@@ -103,6 +103,24 @@ class Layout:
         """Tensor names in order."""
         return tuple(t.name for t in self.tensors)
 
+    def only(self, names: Iterable[str]) -> Layout:
+        """Return the layout of some of the tensors, in this layout's order.
+
+        Raises
+        ------
+        ValueError
+            If a name is none of them.
+        """
+        wanted = set(names)
+        if strange := wanted.difference(self.names):
+            raise ValueError(f"tensor {min(strange)!r} is none of the payload's")
+        return Layout(tuple(t for t in self.tensors if t.name in wanted))
+
+    def in_order(self, other: Layout) -> Layout:
+        """Return another layout with its tensors in this one's order, unknown ones last."""
+        place = {name: i for i, name in enumerate(self.names)}
+        return Layout(tuple(sorted(other.tensors, key=lambda t: place.get(t.name, len(place)))))
+
     @property
     def nbytes(self) -> int:
         """Bytes of all buffers."""

@@ -1,0 +1,278 @@
+"""What servers add up: weighted means, sums and forwarded tensors that merge from edges to the cloud (DESIGN §2)."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator, Mapping
+
+import numpy as np
+
+from common.wire.payload import STORED_AS, Layout, Weights
+
+#: Sections of an edge's report. A forwarded tensor is named "@CLIENT/NAME".
+WEIGHT, SUM, STACK = "weight/", "sum/", "@"
+#: Scalars of an edge's report.
+NOMINAL, COUNT = "weight", "count/"
+
+Arrays = Mapping[str, np.ndarray]
+
+
+class Tally:
+    """Sums over updates that merge: edge tallies absorbed at the cloud are the tally over all clients.
+
+    A mean is kept per coordinate: a client may hold only a leading slice ``w[:d0, :d1]`` of a tensor, or
+    only some tensors, and what nobody held has no mean. Integer tensors (counters) take the element-wise
+    maximum, which merges in any order and never makes a fraction of a counter.
+
+    Parameters
+    ----------
+    layout : Layout
+        The server's tensors.
+
+    Attributes
+    ----------
+    weight : float
+        Total weight of the updates behind the means.
+    counts : dict[str, float]
+        Scalars that add up.
+    stacks : dict[str, dict[str, np.ndarray]]
+        Tensors passed on as they came, by client.
+    """
+
+    def __init__(self, layout: Layout) -> None:
+        self.weight = 0.0
+        self.counts: dict[str, float] = {}
+        self.stacks: dict[str, dict[str, np.ndarray]] = {}
+        self._server = {t.name: t for t in layout.tensors}
+        self._weighted: dict[str, np.ndarray] = {}
+        self._weights: dict[str, np.ndarray] = {}
+        self._sums: dict[str, np.ndarray] = {}
+
+    # --- adding ------------------------------------------------------------------------------------
+
+    def mean(self, arrays: Arrays, weight: float, rows: Mapping[str, np.ndarray] | None = None) -> None:
+        """Add tensors to the weighted means.
+
+        Parameters
+        ----------
+        arrays : mapping of str to array
+            Whole tensors of the server, or leading slices of them.
+        weight : float
+            Their weight, not negative; nothing is added at 0.
+        rows : mapping of str to array, optional
+            For a tensor of which only some leading rows count: bool [rows of the slice].
+
+        Raises
+        ------
+        ValueError
+            If a tensor is none of the server's, larger than the server's, or the weight is negative.
+        """
+        if not (weight >= 0 and math.isfinite(weight)):
+            raise ValueError(f"the aggregation weight {weight}")
+        self._check(arrays)
+        if weight == 0:
+            return
+        self.weight += weight
+        for name, array in arrays.items():
+            held = _holders(array.shape, self._server[name].shape, weight, (rows or {}).get(name))
+            self._add_mean(name, array, held)
+
+    def sum(self, arrays: Arrays, factor: float = 1.0) -> None:
+        """Add factor times tensors (whole or leading slices) to the sums."""
+        self._check(arrays)
+        for name, array in arrays.items():
+            if name not in self._sums:
+                self._sums[name] = np.zeros(self._server[name].shape, _sum_dtype(array.dtype))
+            part = self._sums[name][_region(array.shape)]
+            part += part.dtype.type(factor) * array
+
+    def count(self, name: str, value: float) -> None:
+        """Add to a scalar."""
+        self.counts[name] = self.counts.get(name, 0.0) + value
+
+    def forward(self, client: str, arrays: Arrays) -> None:
+        """Pass a client's tensors on to the cloud as they are."""
+        self.stacks.setdefault(client, {}).update(arrays)
+
+    # --- reading -----------------------------------------------------------------------------------
+
+    def means(self, former: Arrays) -> dict[str, np.ndarray]:
+        """Return the mean of every tensor that somebody held; its other coordinates are the former ones."""
+        found = {}
+        for name, total in self._weighted.items():
+            weight = self._weights[name]
+            if total.dtype.kind != "f":
+                found[name] = total
+                continue
+            if (weight > 0).all():
+                mean = total / weight.astype(total.dtype)
+            else:
+                safe = np.where(weight > 0, weight, 1).astype(total.dtype)
+                mean = np.where(weight > 0, total / safe, former[name])
+            found[name] = mean.astype(STORED_AS[self._server[name].dtype], copy=False)
+        return found
+
+    def held(self, name: str) -> np.ndarray:
+        """Return which coordinates of a tensor somebody held; bool, broadcasts to the tensor's shape."""
+        return np.asarray(self._weights[name] > 0) if name in self._weights else np.array(False)
+
+    def sums(self) -> dict[str, np.ndarray]:
+        """Return the sums by tensor name."""
+        return dict(self._sums)
+
+    # --- merging -----------------------------------------------------------------------------------
+
+    def report(self) -> tuple[Weights, dict[str, float]]:
+        """Return what an edge tells the cloud: tensors, and scalars beside them."""
+        arrays = dict(
+            self.means({n: np.zeros(self._server[n].shape, v.dtype) for n, v in self._weighted.items()})
+        )
+        arrays |= {
+            WEIGHT + name: np.array(weight)
+            for name, weight in self._weights.items()
+            if not (weight.size == 1 and float(weight.flat[0]) == self.weight)
+        }
+        arrays |= {SUM + name: total for name, total in self._sums.items()}
+        arrays |= {
+            f"{STACK}{client}/{name}": array
+            for client, stack in self.stacks.items()
+            for name, array in stack.items()
+        }
+        scalars = {NOMINAL: self.weight} | {COUNT + name: value for name, value in self.counts.items()}
+        return Weights.pack(arrays), scalars
+
+    def absorb(self, report: Weights, scalars: Mapping[str, float], scale: float = 1.0) -> None:
+        """Merge an edge's report.
+
+        Parameters
+        ----------
+        report : Weights
+            Its tensors.
+        scalars : mapping of str to float
+            Its scalars.
+        scale : float
+            Factor on the weights of its means; sums and counts are not scaled.
+
+        Raises
+        ------
+        ValueError
+            If something in it is none of the server's, of another shape or dtype, or a bad weight.
+        """
+        parts: dict[str, dict[str, np.ndarray]] = {"": {}, WEIGHT: {}, SUM: {}, STACK: {}}
+        for name, array in report.views().items():
+            section = next((s for s in (WEIGHT, SUM, STACK) if name.startswith(s)), "")
+            parts[section][name.removeprefix(section)] = array
+        nominal = scalars.get(NOMINAL, 0.0)
+        if not (nominal >= 0 and math.isfinite(nominal)):
+            raise ValueError(f"the aggregation weight {nominal}")
+        self._check(parts[""], whole=True)
+        self._check(parts[SUM], whole=True)
+        weights = {
+            n: _checked_weight(n, a, parts[WEIGHT].get(n, np.asarray(nominal))) for n, a in parts[""].items()
+        }
+        for name, array in parts[""].items():
+            self._add_mean(name, array, weights[name] * scale)
+        self.weight += nominal * scale
+        self.sum(parts[SUM])
+        for name, value in scalars.items():
+            if name.startswith(COUNT):
+                self.count(name.removeprefix(COUNT), value)
+        for name, array in parts[STACK].items():
+            client, _, tensor = name.partition("/")
+            self.forward(client, {tensor: array})
+
+    def extend(self, later: Tally) -> None:
+        """Go on with a later round of the same window.
+
+        Sums, counts and weights add up; a mean becomes the later round's where that has one, because it
+        was trained from this one's.
+        """
+        for name, total in later._weighted.items():
+            if name not in self._weighted:
+                self._weighted[name], self._weights[name] = total, later._weights[name]
+                continue
+            mine, theirs = self._weights[name], later._weights[name]
+            if total.dtype.kind == "f":
+                scale = np.where(theirs > 0, (mine + theirs) / np.where(theirs > 0, theirs, 1), 0)
+                kept = np.broadcast_to(theirs > 0, total.shape)
+                self._weighted[name] = np.where(kept, total * scale.astype(total.dtype), self._weighted[name])
+            else:
+                self._weighted[name] = np.maximum(self._weighted[name], total)
+            self._weights[name] = mine + theirs
+        self.weight += later.weight
+        self.sum(later._sums)
+        for count, value in later.counts.items():
+            self.count(count, value)
+        for client, stack in later.stacks.items():
+            self.stacks[client] = dict(stack)
+
+    # --- inside ------------------------------------------------------------------------------------
+
+    def _check(self, arrays: Arrays, whole: bool = False) -> None:
+        for name, array in arrays.items():
+            spec = self._server.get(name)
+            if spec is None:
+                raise ValueError(f"tensor {name!r} is none of the server's")
+            fits = len(array.shape) == len(spec.shape) and all(
+                a <= b for a, b in zip(array.shape, spec.shape, strict=True)
+            )
+            if not fits or (whole and array.shape != spec.shape) or array.shape[2:] != spec.shape[2:]:
+                raise ValueError(
+                    f"tensor {name!r} has shape {list(array.shape)}, the server's is {list(spec.shape)}"
+                )
+
+    def _add_mean(self, name: str, array: np.ndarray, weight: np.ndarray) -> None:
+        """Add weight·array, the weight being 0 outside the leading slice that the array is."""
+        spec = self._server[name]
+        region = _region(array.shape)
+        if name not in self._weighted:
+            if spec.dtype == "bfloat16":
+                raise ValueError(f"tensor {name!r} is bfloat16, which cannot be averaged")
+            dtype = _sum_dtype(array.dtype)
+            lowest = 0 if dtype.kind in "fub" else np.iinfo(str(dtype)).min
+            self._weighted[name] = np.full(spec.shape, lowest, dtype)
+            self._weights[name] = np.zeros((), np.float64)
+        total = self._weighted[name]
+        if total.dtype.kind == "f":
+            factor = weight[tuple(slice(0, n) for n in array.shape[: weight.ndim])] if weight.ndim else weight
+            total[region] += factor.astype(total.dtype) * array
+        else:
+            np.maximum(total[region], array, out=total[region])
+        self._weights[name] = self._weights[name] + weight
+
+
+def _region(shape: Iterable[int]) -> tuple[slice, ...]:
+    return tuple(slice(0, n) for n in shape)
+
+
+def _sum_dtype(dtype: np.dtype[np.generic]) -> np.dtype[np.generic]:
+    """Half precision is summed in single."""
+    return np.dtype(np.float32) if dtype == np.float16 else dtype
+
+
+def _holders(
+    held: tuple[int, ...], whole: tuple[int, ...], weight: float, rows: np.ndarray | None
+) -> np.ndarray:
+    """Return the weight of each coordinate: a scalar where all is held, else one a row and column."""
+    if held == whole and rows is None:
+        return np.asarray(weight)
+    found = np.zeros((*whole[:2], *(1,) * (len(whole) - 2)))
+    part = found[_region(held[:2])]
+    part[...] = weight if rows is None else (weight * rows).reshape(-1, *(1,) * (found.ndim - 1))
+    return found
+
+
+def _checked_weight(name: str, array: np.ndarray, weight: np.ndarray) -> np.ndarray:
+    if weight.ndim and weight.shape != (*array.shape[:2], *(1,) * (array.ndim - 2)):
+        raise ValueError(f"the weights of tensor {name!r} have shape {list(weight.shape)}")
+    if not (np.isfinite(weight).all() and (weight >= 0).all()):
+        raise ValueError(f"the weights of tensor {name!r} are negative or not finite")
+    return weight
+
+
+def stacked(weights: Weights) -> Iterator[tuple[str, str, np.ndarray]]:
+    """Yield client, tensor name and array of every forwarded tensor of a payload."""
+    for name, array in weights.views().items():
+        if name.startswith(STACK):
+            client, _, tensor = name.removeprefix(STACK).partition("/")
+            yield client, tensor, array

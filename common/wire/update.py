@@ -1,0 +1,81 @@
+"""A client's update on the link: its trained tensors as coded differences, all else as it is (DESIGN §3)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from common.wire.payload import Layout, TensorSpec, Weights
+
+if TYPE_CHECKING:
+    from common.wire.codec import Codec
+
+#: Section of the coded tensors in a reply's payload.
+CODE = "code/"
+
+
+class UpdateForm:
+    """How one reply lies on the link: client and edge both derive it from what was sent.
+
+    Only float32 tensors that the client had received are coded, as local − received; buffers
+    (running statistics, counters) and the method's further tensors travel as they are.
+
+    Parameters
+    ----------
+    returned : Layout
+        The reply's tensors before coding.
+    received : Layout
+        What the client was sent.
+    buffers : frozenset of str
+        Tensors of the network that are not trained.
+    codec : Codec or None
+        None sends everything as it is.
+    """
+
+    def __init__(
+        self, returned: Layout, received: Layout, buffers: frozenset[str], codec: Codec | None
+    ) -> None:
+        self._codec = codec
+        self._returned = returned
+        before = {t.name: t for t in received.tensors}
+
+        def is_coded(t: TensorSpec) -> bool:
+            trained = t.name.rpartition("/")[2] not in buffers
+            return codec is not None and t.dtype == "float32" and trained and before.get(t.name) == t
+
+        self.coded = Layout(tuple(t for t in returned.tensors if is_coded(t)))
+        self.plain = Layout(tuple(t for t in returned.tensors if not is_coded(t)))
+        code = codec.layout(self.coded).tensors if codec and self.coded.tensors else ()
+        self.wire = Layout(
+            (*self.plain.tensors, *(TensorSpec(CODE + t.name, t.dtype, t.shape) for t in code))
+        )
+
+    def encode(
+        self,
+        arrays: Mapping[str, np.ndarray],
+        received: Mapping[str, np.ndarray],
+        rng: np.random.Generator,
+    ) -> tuple[Weights, dict[str, np.ndarray]]:
+        """Return the payload, and the tensors as its receiver will read them."""
+        if not self._codec or not self.coded.tensors:
+            return Weights.fill(self.wire, arrays), dict(arrays)
+        names = self.coded.names
+        code = self._codec.encode({n: arrays[n] - received[n] for n in names}, rng)
+        plain = {n: arrays[n] for n in self.plain.names}
+        payload = Weights.fill(self.wire, plain | {CODE + n: a for n, a in code.items()})
+        return payload, self.decode(payload, received, "this client")
+
+    def decode(
+        self, payload: Weights, received: Mapping[str, np.ndarray], sender: str
+    ) -> dict[str, np.ndarray]:
+        """Return the reply's tensors by name; raises WireError where a code makes no sense."""
+        views = payload.views()
+        if not self._codec or not self.coded.tensors:
+            return views
+        code = {n.removeprefix(CODE): v for n, v in views.items() if n.startswith(CODE)}
+        differences = self._codec.decode(code, self.coded, sender)
+        arrays = {n: views[n] for n in self.plain.names}
+        arrays |= {n: received[n] + differences[n] for n in self.coded.names}
+        return {n: arrays[n] for n in self._returned.names}

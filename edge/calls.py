@@ -1,0 +1,234 @@
+"""Calling clients: a message to each, and its reply validated, decoded and turned into an update."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from flwr.app import ArrayRecord, ConfigRecord, Message, RecordDict
+
+from common.errors import WireError
+from common.flower.arrays import payload_bytes
+from common.flower.inline import InlineGrid
+from common.methods.base import Method, Update
+from common.methods.state import ServerState
+from common.methods.views import Sent, answer_layout, buffers_of, slice_view, whole_view
+from common.wire import control
+from common.wire.codec import Codec, create_codec
+from common.wire.payload import Layout
+from common.wire.update import UpdateForm
+from edge.roster import Known, Roster
+from proto import espalier_pb2 as pb
+
+log = logging.getLogger("espalier.edge")
+
+
+@dataclass(frozen=True)
+class Answered:
+    """A client's reply that was found sound."""
+
+    report: pb.ClientReport
+    update: Update
+
+
+class Caller:
+    """Sends a window's plans to clients and reads what they answer.
+
+    Parameters
+    ----------
+    edge : str
+        This edge's name.
+    plan : pb.WindowPlan
+        The window's plan.
+    method : Method
+        The run's method.
+    grid : InlineGrid
+        The run's grid.
+    roster : Roster
+        The clients below this edge.
+    report : pb.EdgeReport
+        Takes the faults and the bytes.
+    """
+
+    def __init__(
+        self,
+        edge: str,
+        plan: pb.WindowPlan,
+        method: Method,
+        grid: InlineGrid,
+        roster: Roster,
+        report: pb.EdgeReport,
+    ) -> None:
+        self.edge, self.plan, self.method = edge, plan, method
+        self.grid, self.roster, self.report = grid, roster, report
+        name = method.chosen(method.settings, "codec")
+        self.codec: Codec | None = None if name == "none" else create_codec(method.settings, name)
+
+    def call(
+        self,
+        participants: Sequence[pb.Participant],
+        starts: Mapping[str, pb.Version],
+        round_: int,
+        server: ServerState,
+        inquiry: str = "",
+    ) -> Iterator[Answered]:
+        """Send every participant its part of the server's tensors, and yield the sound replies as they come.
+
+        What is unsound, missing or late is entered into the report as a fault of its sender.
+
+        Parameters
+        ----------
+        participants : sequence of pb.Participant
+            Whom to call.
+        starts : mapping of str to pb.Version
+            State version each one starts from.
+        round_ : int
+            The round.
+        server : ServerState
+            What to send from.
+        inquiry : str
+            What to ask for instead of training.
+        """
+        clients = self.roster.clients()
+        called = {p.client: clients[p.client] for p in participants if p.client in clients}
+        for absent in (p.client for p in participants if p.client not in clients):
+            self.fault(absent, "lost", "not connected when its round began", round_)
+        views = self._views(server, participants)
+        sent = {p.client: views[p.view] for p in participants}
+        plans = {
+            p.client: self._round_plan(round_, p.client, starts[p.client], sent[p.client], inquiry)
+            for p in participants
+            if p.client in called
+        }
+        done: set[str] = set()
+        messages = self._messages(plans, sent, called)
+        for reply in self.grid.exchange(messages, deadline=self.plan.round_deadline, quorum=None):
+            name = self.roster.name_of(reply.metadata.src_node_id)
+            done.add(name)
+            try:
+                report = self._read_report(reply, plans, called, name)
+                update = self._read_update(reply, report, plans[name], sent[name], called[name])
+            except WireError as error:
+                self.fault(name, "error" if reply.has_error() else "refused", error.fault, round_)
+                continue
+            self.report.client_edge.up_bytes += report.up_bytes
+            self.report.client_edge.messages += 1
+            yield Answered(report, update)
+            del reply, update
+        for name in sorted(set(called) - done):
+            self.fault(name, "straggler", f"no reply within {self.plan.round_deadline:g} s", round_)
+
+    def fault(self, node: str, kind: str, detail: str, round_: int) -> None:
+        """Enter what went wrong into the report."""
+        log.warning("window %d round %d: %s %s: %s", self.plan.window, round_, node, kind, detail)
+        self.report.faults.append(
+            pb.Fault(tier="edge", node=node, kind=kind, detail=detail, window=self.plan.window, round=round_)
+        )
+
+    # --- down --------------------------------------------------------------------------------------
+
+    def _views(self, server: ServerState, participants: Sequence[pb.Participant]) -> dict[str, Sent]:
+        """Cut every view that is needed once."""
+        found = {}
+        for key in {p.view for p in participants}:
+            if key:
+                if key not in self.plan.views:
+                    raise WireError("cloud", f"a plan with the view {key!r}, which it does not describe")
+                found[key] = slice_view(self.plan.views[key], server, "cloud")
+            else:
+                found[key] = whole_view(self.method, server)
+        return found
+
+    def _round_plan(
+        self, round_: int, client: str, start: pb.Version, sent: Sent, inquiry: str
+    ) -> pb.RoundPlan:
+        """Tell one client what to do, and from which state of its own."""
+        return pb.RoundPlan(
+            schema=control.SCHEMA,
+            run=self.plan.run,
+            window=self.plan.window,
+            round=round_,
+            client=client,
+            edge=self.edge,
+            start=start,
+            checkpoint_window=self.plan.checkpoint_window,
+            settings=self.plan.settings,
+            architecture=sent.architecture,
+            layout=sent.weights.layout.to_proto(),
+            population=self.plan.population,
+            returns=sent.returns,
+            inquiry=inquiry,
+        )
+
+    def _messages(
+        self, plans: Mapping[str, pb.RoundPlan], sent: Mapping[str, Sent], called: Mapping[str, Known]
+    ) -> Iterator[Message]:
+        """Yield one message a client; those of one view share a payload, which is stored and hashed once."""
+        records: dict[int, ArrayRecord] = {}
+        for name, plan in plans.items():
+            part = sent[name]
+            if id(part) not in records:
+                records[id(part)] = part.weights.to_record()
+            content = RecordDict(
+                {
+                    control.ARRAYS: records[id(part)],
+                    control.CONFIG: ConfigRecord({control.PLAN: plan.SerializeToString()}),
+                }
+            )
+            self.report.client_edge.down_bytes += payload_bytes(content)
+            self.report.client_edge.messages += 1
+            kind = control.INQUIRY if plan.inquiry else control.TRAIN
+            yield Message(content, called[name].node_id, kind, group_id=str(plan.round))
+
+    # --- up ----------------------------------------------------------------------------------------
+
+    def _read_report(
+        self,
+        reply: Message,
+        plans: Mapping[str, pb.RoundPlan],
+        called: Mapping[str, Known],
+        name: str,
+    ) -> pb.ClientReport:
+        report = control.read_control(pb.ClientReport, reply, name)
+        if name not in plans or report.client != name:
+            raise WireError(name, f"an update in the name of {report.client!r}")
+        control.check_same_run(plans[name], report, name)
+        if not 0 < report.samples <= called[name].hello.samples:
+            raise WireError(name, f"{report.samples} samples, its hello had {called[name].hello.samples}")
+        if not np.isfinite([report.loss, *report.metrics.values()]).all():
+            raise WireError(name, "a loss or another metric that is not a number")
+        return report
+
+    def _read_update(
+        self, reply: Message, report: pb.ClientReport, plan: pb.RoundPlan, sent: Sent, known: Known
+    ) -> Update:
+        """Validate and decode the tensors of a reply, and give them their names at the server."""
+        name, received = report.client, sent.weights.views()
+        metrics = {**report.metrics, "loss": report.loss, "steps": report.steps}
+        try:
+            returned = (
+                answer_layout(plan.inquiry, sent.architecture)
+                if plan.inquiry
+                else self.method.reply_layout(sent.architecture, sent.weights.layout, sent.returns, metrics)
+            )
+        except ValueError as error:
+            raise WireError(name, str(error)) from error
+        form = UpdateForm(
+            returned, sent.weights.layout, buffers_of(sent.architecture), None if plan.inquiry else self.codec
+        )
+        claimed: Layout = control.reply_layout(report, form.wire, name)
+        if fault := form.wire.difference(claimed):
+            raise WireError(name, fault)
+        arrays = form.decode(control.read_weights(reply, form.wire, name), received, name)
+        own = [n for n in arrays if n in received]
+        return Update(
+            name=name,
+            arrays={sent.at_server(n): arrays[n] for n in own},
+            received={sent.at_server(n): received[n] for n in own},
+            samples=report.samples,
+            labels=known.labels,
+            metrics=metrics,
+            extra={n: a for n, a in arrays.items() if n not in received},
+        )
