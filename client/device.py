@@ -148,6 +148,6 @@ class Device:
         return path.read_bytes()
 
 
-@lru_cache(maxsize=8)
+@lru_cache(maxsize=64)
 def _device(name: str, data: str, device: str, state: Path | None) -> Device:
     return Device(name, data, device, state)

@@ -44,7 +44,7 @@ def answer(device: Device, plan: pb.RoundPlan, message: Message) -> RecordDict:
         metrics=task.local.metrics,
     )
     arrays = _ANSWERS[plan.inquiry](device, task, report)
-    layout = answer_layout(plan.inquiry, plan.architecture)
+    layout = answer_layout(plan.inquiry, plan.architecture, task.local.settings, plan.population)
     record = Weights.fill(layout, arrays).to_record()
     content = control.report_content(report, record, report.samples, report.loss)
     report.up_bytes = payload_bytes(content)
@@ -112,7 +112,24 @@ def _statistics(device: Device, task: Task, report: pb.ClientReport) -> dict[str
     return arrays
 
 
+def _samples(device: Device, task: Task, report: pb.ClientReport) -> dict[str, np.ndarray]:
+    from common.data.imageset import to_uint8
+    from common.learning.diffusion import sample
+
+    local = task.local
+    layout = answer_layout("samples", task.plan.architecture, local.settings, task.plan.population)
+    images = sample(
+        task.model.to(device.torch_device),
+        count=layout.tensors[0].shape[0],
+        steps=local.settings.sample_steps,
+        seed=seed_for(local.settings.seed, device.name, 0, "evaluation"),
+        settings=local.settings,
+    )
+    return {"samples/images": to_uint8(images).numpy()}
+
+
 _ANSWERS = {
+    "samples": _samples,
     "loss": _loss,
     "batch-loss": _batch_loss,
     "gradient": _gradient,

@@ -209,7 +209,7 @@ class Caller:
         metrics = {**report.metrics, "loss": report.loss, "steps": report.steps}
         try:
             returned = (
-                answer_layout(plan.inquiry, sent.architecture)
+                answer_layout(plan.inquiry, sent.architecture, self.method.settings, plan.population)
                 if plan.inquiry
                 else self.method.reply_layout(sent.architecture, sent.weights.layout, sent.returns, metrics)
             )

@@ -114,7 +114,6 @@ class Evaluator:
         if self.quality is None or model is None:
             return None
         s = self.settings
-        start = time.monotonic()
         images = sample(
             model.to(self.device),
             count=s.eval_samples,
@@ -122,11 +121,18 @@ class Evaluator:
             seed=seed_for(s.seed, "cloud", 0, "evaluation"),
             settings=s,
         )
+        return self.measure_images(images, window, round_)
+
+    def measure_images(self, images: torch.Tensor, window: int, round_: int) -> Evaluation | None:
+        """Measure images that somebody drew, float32 [N, C, H, W] in [-1, 1]; else as `measure`."""
+        if self.quality is None:
+            return None
+        start = time.monotonic()
         found = self.quality.measure(images)
         return Evaluation(
             window=window,
             round=round_,
-            samples=s.eval_samples,
+            samples=len(images),
             features=found.features,
             frechet=found.frechet,
             inception_score=found.inception_score,

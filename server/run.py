@@ -11,22 +11,22 @@ from typing import Literal
 
 from flwr.app import ConfigRecord
 
-from common.errors import DataError, EspalierError
+from common.errors import EspalierError
 from common.flower.cloud_grid import LINK_LOST, TreeGrid
 from common.learning.diffusion import ema_update
 from common.learning.trainer import resolve_device
-from common.methods.base import CloudState, Deployed, Method, build_model
+from common.methods.base import CloudState, Method
 from common.methods.planning import AtRandom, mean_homogeneity, plan_window
 from common.methods.registry import create_method
-from common.models.presets import task_of
 from common.names import NameRegistry
 from common.run.config import RunConfig
-from common.run.record import REPORT_FILE, AccuracyEntry, Evaluation, RunRecord
+from common.run.record import REPORT_FILE, RunRecord
 from common.wire.payload import Weights
 from proto import espalier_pb2 as pb
+from server.assessment import Assessment
 from server.chronicle import Chronicle
-from server.evaluation import ClassifierEvaluator, Evaluator, create_evaluator
-from server.strategy import WindowOutcome, WindowStrategy
+from server.evaluation import create_evaluator
+from server.strategy import WindowStrategy
 from server.tree import Tree
 from server.watch import Watch, stop_requested
 
@@ -62,8 +62,7 @@ class TreeRun:
         self.tree = Tree(grid, NameRegistry(state / "edges.json"), self.run_id, settings.histogram_noise)
         self.chronicle = Chronicle(settings, self.run_id, out)
         self.state: CloudState | None = None
-        self._networks: list[Deployed] = []
-        self._asked = -1
+        self.assessment: Assessment | None = None
 
     def run(self) -> None:
         """Run all windows; whatever ends the run, what it made so far is left in its folder.
@@ -104,9 +103,10 @@ class TreeRun:
             self.method.before_run(state, strategy.ask)
             if state.pruned:
                 self.chronicle.pruned(state)
+        self.assessment = Assessment(self.method, strategy, evaluator, self.chronicle)
         while state.round < s.rounds:
             self._window(strategy, state)
-            self._after(strategy, state, evaluator)
+            self._after(strategy, state)
             self._check_stop()
 
     def _initial_state(self) -> CloudState:
@@ -150,9 +150,7 @@ class TreeRun:
         self.chronicle.faults([*strategy.outcome.faults, *self.tree.faults])
         self.tree.faults.clear()
 
-    def _after(
-        self, strategy: WindowStrategy, state: CloudState, evaluator: Evaluator | ClassifierEvaluator
-    ) -> None:
+    def _after(self, strategy: WindowStrategy, state: CloudState) -> None:
         """After an aggregation: moving average, measures, samples, the method's own step, checkpoint."""
         s = self.settings
         if s.ema_decay > 0:
@@ -162,7 +160,8 @@ class TreeRun:
             state.ema = Weights.fill(own, averaged)
         last = state.round >= s.rounds
         if last or state.window % s.eval_every == 0:
-            self._evaluate(strategy, evaluator)
+            assert self.assessment is not None
+            self.assessment.measure()
         pruned = state.pruned
         self.method.after_window(state)
         if state.pruned and not pruned:
@@ -172,57 +171,8 @@ class TreeRun:
         # Only from now on may clients forget what came before this window.
         strategy.checkpoint_window = state.window
         if last:
-            self.chronicle.model(self._deployed(strategy)[0], state)
+            self._keep_model()
         self.chronicle.took("checkpoint", time.monotonic() - start)
-
-    def _deployed(self, strategy: WindowStrategy) -> list[Deployed]:
-        """Return the networks that users would run now; asked for once a window."""
-        assert self.state is not None
-        if self._asked != self.state.window:
-            self._asked = self.state.window
-            self._networks = self.method.deployed(self.state, strategy.ask)
-        return self._networks
-
-    def _evaluate(self, strategy: WindowStrategy, evaluator: Evaluator | ClassifierEvaluator) -> None:
-        state, start = strategy.state, time.monotonic()
-        strategy.outcome = WindowOutcome()
-        deployed = self._deployed(strategy)
-        found: Evaluation | AccuracyEntry | None
-        try:
-            found = evaluator.measure(
-                {d.label: build_model(d.architecture, d.weights) for d in deployed if d.at_cloud},
-                state.window,
-                state.round,
-            )
-        except DataError as error:
-            # A window's measure is no reason to lose the run.
-            found = None
-            fault = pb.Fault(tier="cloud", node="cloud", kind="evaluation", detail=str(error))
-            fault.window, fault.round = state.window, state.round
-            self.chronicle.faults([fault])
-        clients = self._at_clients(strategy, deployed) if self.settings.eval_clients else {}
-        if clients and task_of(self.settings.model) == "classification":
-            found = found or AccuracyEntry(window=state.window, round=state.round)
-            found = found.model_copy(update={"clients": clients})
-        if found is not None:
-            self.chronicle.evaluation(found)
-        evaluator.grid(
-            build_model(deployed[0].architecture, deployed[0].weights), self.chronicle.grid_path(state.window)
-        )
-        self.chronicle.beside(strategy.outcome)
-        self.chronicle.took("evaluate", time.monotonic() - start)
-
-    def _at_clients(self, strategy: WindowStrategy, deployed: list[Deployed]) -> dict[str, float]:
-        """Return each client's accuracy on its own test images."""
-        found: dict[str, float] = {}
-        for network in deployed:
-            if not network.at_clients:
-                continue
-            answers = strategy.ask("accuracy", network.architecture, network.weights, network.clients)
-            for name, answer in answers.items():
-                if total := answer.metrics.get("total", 0):
-                    found[name] = answer.metrics.get("correct", 0) / total
-        return found
 
     def _close(self, status: Literal["finished", "stopped", "failed"], reason: str) -> None:
         """Let the edges go and leave the report behind; a run that was stopped leaves its model too."""
@@ -232,9 +182,16 @@ class TreeRun:
         except LINK_LOST as error:
             log.warning("the edges were not told that the run is over: %s", error)
         self.chronicle.faults(self.tree.faults)
-        if status == "stopped" and self.state is not None and self._networks:
-            self.chronicle.model(self._networks[0], self.state)
+        if status == "stopped":
+            self._keep_model()
         self.chronicle.close(status, reason)
+
+    def _keep_model(self) -> None:
+        """Write the foremost network; where every client has its own, the cloud has none to write."""
+        if self.assessment is None or self.state is None or not self.state.window:
+            return
+        if network := next((n for n in self.assessment.networks() if n.at_cloud), None):
+            self.chronicle.model(network, self.state)
 
     def _stopping(self) -> bool:
         return stop_requested(self.out)

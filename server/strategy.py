@@ -341,7 +341,7 @@ class WindowStrategy(Strategy):
         messages = self._to_edges(
             self._sent, weights.to_record(), sorted(set(where.values())), control.INQUIRY
         )
-        expected = answer_layout(kind, architecture)
+        expected = answer_layout(kind, architecture, self.settings, self.state.population)
         found: dict[str, Answer] = {}
         deadline = self.settings.round_deadline + INQUIRY_MARGIN
         for _, name, reply in self._named(self.tree.grid.exchange(messages, deadline=deadline)):

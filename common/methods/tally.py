@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
 
 import numpy as np
 
@@ -241,8 +242,9 @@ class Tally:
         self._weights[name] = self._weights[name] + weight
 
 
-def _region(shape: Iterable[int]) -> tuple[slice, ...]:
-    return tuple(slice(0, n) for n in shape)
+def _region(shape: Iterable[int]) -> tuple[Any, ...]:
+    # The ellipsis makes a part of a tensor without dimensions (a counter) an array, too.
+    return (*(slice(0, n) for n in shape), ...)
 
 
 def _sum_dtype(dtype: np.dtype[np.generic]) -> np.dtype[np.generic]:

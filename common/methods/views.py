@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import numpy as np
+from google.protobuf.json_format import MessageToDict
 
 from common.errors import WireError
 from common.methods.base import Method, trained_layout
 from common.methods.state import ServerState
+from common.run.config import RunConfig
 from common.wire.payload import Layout, TensorSpec, Weights
 from proto import espalier_pb2 as pb
 
 #: What a client can be asked beside training, and the tensors that its answer holds.
-INQUIRIES = ("loss", "batch-loss", "gradient", "accuracy", "statistics")
+INQUIRIES = ("loss", "batch-loss", "gradient", "accuracy", "statistics", "samples")
 
 
 @dataclass(frozen=True)
@@ -85,8 +88,21 @@ def buffers_of(architecture: pb.ArchitectureSpec) -> frozenset[str]:
     return frozenset(t.name for t in architecture.tensors if t.buffer)
 
 
-def answer_layout(kind: str, architecture: pb.ArchitectureSpec) -> Layout:
+def answer_layout(
+    kind: str, architecture: pb.ArchitectureSpec, settings: RunConfig, population: int
+) -> Layout:
     """Return the tensors that an answer to an inquiry holds.
+
+    Parameters
+    ----------
+    kind : str
+        One of `INQUIRIES`.
+    architecture : pb.ArchitectureSpec
+        The network asked about.
+    settings : RunConfig
+        The run's configuration.
+    population : int
+        Clients in the run (N).
 
     Raises
     ------
@@ -97,6 +113,16 @@ def answer_layout(kind: str, architecture: pb.ArchitectureSpec) -> Layout:
         raise ValueError(f"the inquiry {kind!r} is unknown; known are {', '.join(INQUIRIES)}")
     if kind == "gradient":
         return trained_layout(architecture, "gradient")
+    if kind == "samples":
+        # Drawn images, as the cloud would draw them itself if it had the whole network.
+        config = MessageToDict(architecture.config)
+        if "sample_size" not in config:
+            raise ValueError(f"samples of a {architecture.family} network, which draws none")
+        size = int(config["sample_size"])
+        count = max(1, math.ceil(settings.eval_samples / max(population, 1)))
+        return Layout(
+            (TensorSpec("samples/images", "uint8", (count, int(config["in_channels"]), size, size)),)
+        )
     if kind == "statistics":
         norms = [t for t in architecture.tensors if len(t.shape) == 1 and t.name.endswith(".weight")]
         paths = [(t.name.removesuffix(".weight"), tuple(t.shape)) for t in norms]

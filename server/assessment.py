@@ -1,0 +1,114 @@
+"""After a window: what its networks are worth, measured at the cloud and by the clients that use them."""
+
+from __future__ import annotations
+
+import time
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from common.errors import DataError
+from common.methods.base import Deployed, Method, build_model
+from common.models.presets import task_of
+from common.run.record import AccuracyEntry, Evaluation
+from proto import espalier_pb2 as pb
+from server.chronicle import Chronicle
+from server.evaluation import ClassifierEvaluator, Evaluator
+from server.strategy import WindowOutcome, WindowStrategy
+
+if TYPE_CHECKING:
+    import torch
+
+
+class Assessment:
+    """Measures the networks that a method deploys.
+
+    Parameters
+    ----------
+    method : Method
+        The algorithm.
+    strategy : WindowStrategy
+        Asks the clients.
+    evaluator : Evaluator or ClassifierEvaluator
+        Measures at the cloud.
+    chronicle : Chronicle
+        Takes what is found.
+    """
+
+    def __init__(
+        self,
+        method: Method,
+        strategy: WindowStrategy,
+        evaluator: Evaluator | ClassifierEvaluator,
+        chronicle: Chronicle,
+    ) -> None:
+        self.method, self.strategy = method, strategy
+        self.evaluator, self.chronicle = evaluator, chronicle
+        self._networks: list[Deployed] = []
+        self._window = -1
+
+    def networks(self) -> list[Deployed]:
+        """Return the networks that users would run now; clients are asked for their part once a window."""
+        state = self.strategy.state
+        if self._window != state.window:
+            self._window = state.window
+            self._networks = self.method.deployed(state, self.strategy.ask)
+        return self._networks
+
+    def measure(self) -> None:
+        """Measure, and enter what was found; a measure that fails is a fault and no reason to lose the run."""
+        state, start = self.strategy.state, time.monotonic()
+        self.strategy.outcome = WindowOutcome()
+        try:
+            found = self._found()
+        except DataError as error:
+            found = None
+            fault = pb.Fault(tier="cloud", node="cloud", kind="evaluation", detail=str(error))
+            fault.window, fault.round = state.window, state.round
+            self.chronicle.faults([fault])
+        if found is not None:
+            self.chronicle.evaluation(found)
+        if foremost := next((n for n in self.networks() if n.at_cloud), None):
+            model = build_model(foremost.architecture, foremost.weights)
+            self.evaluator.grid(model, self.chronicle.grid_path(state.window))
+        self.chronicle.beside(self.strategy.outcome)
+        self.chronicle.took("evaluate", time.monotonic() - start)
+
+    def _found(self) -> Evaluation | AccuracyEntry | None:
+        state, settings = self.strategy.state, self.method.settings
+        networks = self.networks()
+        models = {n.label: build_model(n.architecture, n.weights) for n in networks if n.at_cloud}
+        asks = settings.eval_clients
+        if isinstance(self.evaluator, Evaluator):
+            if asks and not models and (images := self._client_samples(networks)) is not None:
+                return self.evaluator.measure_images(images, state.window, state.round)
+            return self.evaluator.measure(models, state.window, state.round)
+        found = self.evaluator.measure(models, state.window, state.round)
+        if asks and task_of(settings.model) == "classification" and (clients := self._at_clients(networks)):
+            found = found or AccuracyEntry(window=state.window, round=state.round)
+            found = found.model_copy(update={"clients": clients})
+        return found
+
+    def _at_clients(self, networks: list[Deployed]) -> dict[str, float]:
+        """Return each client's accuracy on its own test images."""
+        found: dict[str, float] = {}
+        for network in networks:
+            if not network.at_clients:
+                continue
+            answers = self.strategy.ask("accuracy", network.architecture, network.weights, network.clients)
+            for name, answer in answers.items():
+                if total := answer.metrics.get("total", 0):
+                    found[name] = answer.metrics.get("correct", 0) / total
+        return found
+
+    def _client_samples(self, networks: list[Deployed]) -> torch.Tensor | None:
+        """Return what clients draw with their own networks, all together; float32 [N, C, H, W] in [-1, 1]."""
+        import torch
+
+        from common.data.imageset import to_float
+
+        drawn = []
+        for network in networks:
+            answers = self.strategy.ask("samples", network.architecture, network.weights, network.clients)
+            drawn += [answers[name].arrays["images"] for name in sorted(answers)]
+        return to_float(torch.from_numpy(np.concatenate(drawn))) if drawn else None
