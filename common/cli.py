@@ -122,6 +122,10 @@ def client(
     state: StateFolder,
     data: Annotated[str, typer.Option(help="NAME[:I/N[:SCHEME]] or a folder of images per class.")] = "",
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
+    level: Annotated[
+        float | None,
+        typer.Option(help="Largest sub-model it trains, a share in (0, 1]; level-choice=device."),
+    ] = None,
     key: NodeKey = None,
     user_app: Annotated[
         str | None, typer.Option("--app", metavar="MODULE:APP", help="A ClientApp of your own.")
@@ -158,6 +162,10 @@ def client(
     except ValueError as error:
         raise ConfigError(f"--node-config: {error}; write it as 'key=value key=value'") from error
     config = parse_assignments(words)
+    if level is not None:
+        if not 0 < level <= 1:
+            raise ConfigError(f"--level {level:g} is no share in (0, 1]; give e.g. --level 0.5")
+        config["level"] = level
 
     from client.service import run_client
 

@@ -79,7 +79,10 @@ def draw_window(
     candidates = selection.candidates(first, members)
     answers: dict[str, Answer] = {}
     if selection.probe and candidates:
-        answers = ask(selection.probe, state.architecture, state.weights, [m.name for m in candidates])
+        names = [m.name for m in candidates]
+        # Each one is asked about what it would train.
+        keys = method.assign(state, names, {m.name: m for m in members}, first)
+        answers = ask(selection.probe, state.architecture, state.weights, names, keys)
     picks, keeps = [selection.choose(first, candidates, answers)], [0]
     for round_ in range(first + 1, first + count):
         later, keep = selection.later(round_, members)
@@ -141,6 +144,7 @@ def inquiry_plan(
     architecture: pb.ArchitectureSpec,
     layout: Layout,
     where: Mapping[str, str],
+    keys: Mapping[str, str],
     reached: Mapping[str, Version],
     checkpoint_window: int,
 ) -> pb.WindowPlan:
@@ -161,5 +165,8 @@ def inquiry_plan(
     schedule = plan.rounds.add(round=state.round + 1)
     for client, edge in where.items():
         at = reached.get(client, (0, 0))
-        schedule.participants.add(client=client, edge=edge, start=pb.Version(window=at[0], round=at[1]))
+        version, key = pb.Version(window=at[0], round=at[1]), keys.get(client, "")
+        schedule.participants.add(client=client, edge=edge, start=version, view=key)
+        if key:
+            plan.views[key].CopyFrom(method.view(state, key))
     return plan

@@ -310,6 +310,7 @@ class WindowStrategy(Strategy):
         architecture: pb.ArchitectureSpec,
         weights: Weights,
         clients: Sequence[str] | None = None,
+        keys: Mapping[str, str] | None = None,
     ) -> dict[str, Answer]:
         """Ask clients about a network, through their edges; who does not answer is left out.
 
@@ -323,6 +324,8 @@ class WindowStrategy(Strategy):
             Its tensors, and sections the method wants clients to see.
         clients : sequence of str, optional
             Whom to ask; None: everyone.
+        keys : mapping of str to str, optional
+            Client -> key of the view it is asked about, where that is not the whole.
         """
         reach = {m.name: m.edges for m in self.tree.members() if clients is None or m.name in clients}
         # Clients of several edges are spread over them by their place in the order of names.
@@ -335,6 +338,7 @@ class WindowStrategy(Strategy):
             architecture,
             weights.layout,
             where,
+            keys or {},
             self.reached,
             self.checkpoint_window,
         )

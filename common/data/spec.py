@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -166,6 +168,26 @@ def open_test(
     return share.test() if share.has_test() else None
 
 
+#: Whole named sets that are kept open while `sharing_sources` lasts, None outside of it.
+_shared: dict[tuple[str, Source], ImageSet] | None = None
+
+
+@contextlib.contextmanager
+def sharing_sources() -> Iterator[None]:
+    """Open each split of a named data set only once while this lasts, however many shares of it are opened.
+
+    For a process that plays many clients: reading a set takes longer than cutting a share out of it. A
+    resident client must not do so, because it would hold the whole set beside its share.
+    """
+    global _shared
+    before = _shared
+    _shared = {} if before is None else before
+    try:
+        yield
+    finally:
+        _shared = before
+
+
 class _Share:
     """A SPEC's share of both splits; the training split is opened and divided once for both."""
 
@@ -246,7 +268,13 @@ class _Share:
             return open_folder(folder, split=split, size=self.size, channels=self.channels)
         download = os.environ.get("ESPALIER_DOWNLOAD") == "1" if self.download is None else self.download
         where = self.root.expanduser() if self.root is not None else default_root()
-        return NAMED[spec.source](Source(split, where, download, self.size))
+        source = Source(split, where, download, self.size)
+        if _shared is None:
+            return NAMED[spec.source](source)
+        key = (spec.source, source)
+        if key not in _shared:
+            _shared[key] = NAMED[spec.source](source)
+        return _shared[key]
 
 
 def _is_path(source: str) -> bool:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, ClassVar, Protocol
 
 import numpy as np
 
@@ -82,8 +82,18 @@ class Deployed:
     at_clients: bool = True
 
 
-#: Asks clients something about a network: kind, network, its tensors, whom (None: everyone).
-Inquiry = Callable[[str, pb.ArchitectureSpec, Weights, Sequence[str] | None], dict[str, Answer]]
+class Inquiry(Protocol):
+    """Asks clients something about a network; see `WindowStrategy.ask`."""
+
+    def __call__(
+        self,
+        kind: str,
+        architecture: pb.ArchitectureSpec,
+        weights: Weights,
+        clients: Sequence[str] | None = None,
+        keys: Mapping[str, str] | None = None,
+    ) -> dict[str, Answer]:
+        """Return what each client answered."""
 
 
 class Method:
@@ -102,6 +112,11 @@ class Method:
     name: ClassVar[str]
     #: What it trains: "diffusion", "classification".
     tasks: ClassVar[tuple[str, ...]] = ("diffusion", "classification")
+    #: Architecture families it trains; empty: any.
+    families: ClassVar[tuple[str, ...]] = ()
+    #: Whether clients train sub-models by `levels`, and whether there is one global model.
+    has_levels: ClassVar[bool] = False
+    has_one_model: ClassVar[bool] = True
     #: The rules behind `edge-choice=auto`, `selection=auto`, `codec=auto`, `weighting=auto` and
     #: `optimizer=auto` ("": as selection and task say).
     own_edge_choice: ClassVar[str] = "random"

@@ -36,6 +36,7 @@ class CFL(Method):
     """
 
     name = "cfl"
+    has_one_model = False
     own_weighting = "uniform"
 
     @classmethod
@@ -48,8 +49,6 @@ class CFL(Method):
             )
         if cls.chosen(settings, "codec") in ("qsgd", "top-k"):
             faults.append("codec: cfl splits by cosines, which a lossy codec shrinks; set codec=none or fp16")
-        if settings.ema_decay:
-            faults.append("ema-decay: cfl has several models; set ema-decay=0")
         return faults
 
     def before_run(self, state: CloudState, ask: Inquiry) -> None:

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import math
 from typing import TYPE_CHECKING
 
 from common.methods.feddyn import FedDyn
-from common.methods.submodels import SubModels
+from common.methods.submodels import SubModels, depth_at
 
 if TYPE_CHECKING:
     from common.learning.objectives import Objective
@@ -23,12 +22,13 @@ class DepthFL(SubModels, FedDyn):
 
     name = "depthfl"
     own_selection = "uniform"
+    families = ("exits",)
 
     def variant(self, architecture: pb.ArchitectureSpec, level: float) -> pb.ArchitectureSpec:
-        """Return the first ⌈level·D⌉ of D stages and exits."""
+        """Return the first level·D of D stages and exits."""
         from common.models.variants import depth_of, shortened
 
-        return shortened(architecture, math.ceil(level * depth_of(architecture) - 1e-9))
+        return shortened(architecture, depth_at(level, depth_of(architecture)))
 
     def objective(self, round_: int) -> Objective:
         """Return the exits' cross-entropies and divergences, and the dynamic regulariser."""

@@ -33,6 +33,7 @@ class IFCA(Method):
     """
 
     name = "ifca"
+    has_one_model = False
     tasks = ("classification",)
 
     @classmethod

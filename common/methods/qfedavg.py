@@ -30,9 +30,12 @@ class QFedAvg(Method):
     @classmethod
     def contradictions(cls, settings: RunConfig) -> list[str]:
         """Refuse a weighting: the clients' losses are the weights."""
+        faults = []
         if settings.weighting == "samples":
-            return ["weighting: q-FedAvg weighs clients by their loss; leave it at auto"]
-        return []
+            faults.append("weighting: q-FedAvg weighs clients by their loss; leave it at auto")
+        if settings.optimizer == "adam":
+            faults.append("optimizer: q-FedAvg's L is 1 over SGD's step size; set optimizer=sgd")
+        return faults
 
     def objective(self, round_: int) -> Objective:
         """Return the task's loss; F_k(w) is reported beside it."""

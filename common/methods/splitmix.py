@@ -30,6 +30,8 @@ class SplitMix(Method):
 
     name = "split-mix"
     tasks = ("classification",)
+    families = ("mlp", "cnn", "resnet")
+    has_levels = True
 
     @classmethod
     def contradictions(cls, settings: RunConfig) -> list[str]:

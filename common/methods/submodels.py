@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 
 from common.methods.base import CloudState, Deployed, Inquiry, Method
@@ -19,6 +20,8 @@ class SubModels(Method):
     """
 
     tasks = ("classification",)
+    families = ("mlp", "cnn", "resnet")
+    has_levels = True
 
     def variant(self, architecture: pb.ArchitectureSpec, level: float) -> pb.ArchitectureSpec:
         """Return the network of a level."""
@@ -47,6 +50,11 @@ class SubModels(Method):
                     Deployed(f"level {level:g}", spec, sliced(state.weights, spec), at_clients=False)
                 )
         return found
+
+
+def depth_at(level: float, whole: int) -> int:
+    """Return the depth of a level of a network of `whole` stages: rounded, at least 1."""
+    return max(1, math.floor(level * whole + 0.5))
 
 
 def sliced(weights: Weights, architecture: pb.ArchitectureSpec) -> Weights:

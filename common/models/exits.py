@@ -37,6 +37,8 @@ class ExitsArguments(ClassifierArguments):
         A residual block of two convolutions (after a stem), or one convolution.
     depth : int
         Stages and exits that this network has, the first ones of the whole network's.
+    exits : {"all", "last"}
+        Whether every stage has its exit, or the last one alone (InclusiveFL).
     norm : {"none", "batch", "static"}
         Normalisation after each convolution; convolutions have biases only where there is none.
     """
@@ -47,6 +49,7 @@ class ExitsArguments(ClassifierArguments):
     blocks: Annotated[int, Field(ge=1, le=8)] = 2
     block: Literal["residual", "plain"] = "residual"
     depth: Annotated[int, Field(ge=1, le=8)]
+    exits: Literal["all", "last"] = "all"
     norm: Norm = "batch"
 
     @model_validator(mode="after")
@@ -161,7 +164,8 @@ class ExitNetwork(Classifier):
                     layers += [*arguments.convolution(width, wider, stride), nn.ReLU()]
                 width = wider
             self.add_module(f"stage{number}", nn.Sequential(*layers))
-            self.add_module(f"exit{number}", Exit(number, arguments))
+            if arguments.exits == "all" or number == self.depth:
+                self.add_module(f"exit{number}", Exit(number, arguments))
 
     def maps(self, images: Tensor) -> list[Tensor]:
         """Return the maps of every stage, [B, widths[i], H_i, W_i]."""
@@ -173,7 +177,8 @@ class ExitNetwork(Classifier):
 
     def exits(self, images: Tensor) -> list[Tensor]:
         """Return every exit's logits [B, classes], the first exit's first, in training and in evaluation."""
-        return [self.exit(number)(maps) for number, maps in enumerate(self.maps(images), 1)]
+        maps = dict(enumerate(self.maps(images), 1))
+        return [self.exit(n)(m) for n, m in maps.items() if hasattr(self, f"exit{n}")]
 
     def exit(self, number: int) -> Exit:
         """Return an exit, counted from 1."""

@@ -63,6 +63,20 @@ def shortened(spec: pb.ArchitectureSpec, depth: int) -> pb.ArchitectureSpec:
     return _rebuilt(spec, arguments(spec) | {"depth": depth}, slices=True)
 
 
+def with_last_exit(spec: pb.ArchitectureSpec, depth: int) -> pb.ArchitectureSpec:
+    """Return the network of the first `depth` stages and the exit of the last of them (InclusiveFL).
+
+    Raises
+    ------
+    ConfigError
+        The network has no exits, or not as many stages.
+    """
+    have = depth_of(spec)
+    if not 1 <= depth <= have:
+        raise ConfigError(f"levels: depth {depth} of a network of {have} stages; give 1 to {have}")
+    return _rebuilt(spec, arguments(spec) | {"depth": depth, "exits": "last"}, slices=False)
+
+
 def depth_of(spec: pb.ArchitectureSpec) -> int:
     """Return how many stages and exits a network has.
 

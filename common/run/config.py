@@ -166,9 +166,10 @@ def _toml_value(text: str) -> object:
 
 def _contradictions(config: RunConfig) -> list[str]:
     """Faults that no single setting has, the method's own included."""
-    from common.methods.registry import METHODS  # the registry's methods import this module
+    from common.methods.compatibility import contradictions  # methods import this module
+    from common.methods.registry import METHODS
 
-    faults = METHODS[config.method].contradictions(config)
+    faults = contradictions(METHODS[config.method], config)
     if config.beta_start > config.beta_end:
         faults.append(
             f"beta-start: {config.beta_start} is above beta-end ({config.beta_end}); betas rise to beta-end"

@@ -20,7 +20,8 @@ def check_client_hello(hello: pb.ClientHello, sender: str) -> None:
     ------
     WireError
         If the histogram does not fit the classes, a count is negative or not finite, the image
-        shape is no (C, H, W), or there is no sample.
+        shape is no (C, H, W), there is no sample, the level is no share, or the speed or the link's
+        time is negative or not finite.
     """
     classes = len(hello.classes)
     if not 0 < classes <= MAX_CLASSES:
@@ -37,6 +38,12 @@ def check_client_hello(hello: pb.ClientHello, sender: str) -> None:
     shape = hello.image_shape
     if len(shape) != 3 or not all(0 < n <= 4096 for n in shape):
         raise WireError(sender, f"the image shape {list(shape)}, expected channels, height and width")
+    if not 0 <= hello.level <= 1:  # NaN fails here, too
+        raise WireError(sender, f"the level {hello.level:g}, expected a share in (0, 1], or 0 for none")
+    if not 0 <= hello.facts.speed < math.inf:
+        raise WireError(sender, f"the speed {hello.facts.speed:g}, which no device has")
+    if not 0 <= hello.link_seconds < math.inf:
+        raise WireError(sender, f"a link of {hello.link_seconds:g} s")
 
 
 def device_facts(device: str) -> pb.DeviceFacts:
