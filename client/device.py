@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import secrets
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -11,6 +12,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from client.speed import measured_speed
 from common.data.histogram import add_laplace_noise, label_histogram
 from common.data.spec import open_data, open_test
 from common.errors import ConfigError
@@ -40,12 +42,15 @@ class Device:
         "auto", "cpu", "cuda" or "cuda:N".
     state : Path or None
         Folder of what outlives the process; without one the device starts every round afresh.
+    level : float
+        Size of sub-model set by hand, a share in (0, 1]; 0: not set.
     """
 
     name: str
     data: str
     device: str = "auto"
     state: Path | None = None
+    level: float = 0.0
 
     @classmethod
     def from_node_config(cls, config: Mapping[str, object]) -> Device:
@@ -54,7 +59,7 @@ class Device:
         Raises
         ------
         ConfigError
-            If name or data is missing.
+            If name or data is missing, or the level is no share in (0, 1].
         """
         missing = [key for key in ("name", "data") if not config.get(key)]
         if missing:
@@ -68,6 +73,7 @@ class Device:
             str(config["data"]),
             str(config.get("device") or "auto"),
             Path(str(state)) if state else None,
+            _level(config.get("level")),
         )
 
     @cached_property
@@ -121,6 +127,7 @@ class Device:
             counts = add_laplace_noise(counts, histogram_noise, rng)
         place = self.torch_device
         facts = device_facts(str(place))
+        facts.speed = measured_speed(place)
         return pb.ClientHello(
             schema=control.SCHEMA,
             name=self.name,
@@ -130,6 +137,7 @@ class Device:
             image_shape=self.images.shape,
             classes=self.images.classes,
             data=self.images.name,
+            level=self.level,
         )
 
     @cached_property
@@ -149,5 +157,21 @@ class Device:
 
 
 @lru_cache(maxsize=64)
-def _device(name: str, data: str, device: str, state: Path | None) -> Device:
-    return Device(name, data, device, state)
+def _device(name: str, data: str, device: str, state: Path | None, level: float) -> Device:
+    return Device(name, data, device, state, level)
+
+
+def _level(value: object) -> float:
+    """Read the level of a node config: a number, or the text of one; None where it is left open."""
+    if value is None:
+        return 0.0
+    try:
+        level = math.nan if isinstance(value, bool) else float(str(value))
+    except ValueError:
+        level = math.nan
+    if not 0 < level <= 1:  # NaN fails here, too
+        raise ConfigError(
+            f"level={value} is no share in (0, 1]; give the largest sub-model this device can train, "
+            "e.g. --level 0.5, or level=0.5 in a node config"
+        )
+    return level

@@ -100,6 +100,12 @@ BAD: list[tuple[list[str], int, list[str]]] = [
         ["--node-config"],
     ),
     (["client", "--name", "c", *STATE, *EDGE, "--data", "./nothing-here"], 3, ["nothing-here"]),
+    (
+        ["client", "--name", "c", *STATE, *EDGE, "--data", "digits:0/2", "--level", "0"],
+        2,
+        ["--level 0 is no"],
+    ),
+    (["client", "--name", "c", *STATE, *EDGE, "--data", "digits:0/2", "--level", "1.5"], 2, ["--level 1.5"]),
 ]
 
 

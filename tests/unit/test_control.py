@@ -97,3 +97,29 @@ def test_bad_hello(
     )
     with pytest.raises(WireError, match=fault):
         check_client_hello(bad, "cam-7")
+
+
+def test_a_hello_with_level_speed_and_link() -> None:
+    full = hello()
+    full.level, full.facts.speed, full.link_seconds = 1.0, 12.5, 0.02
+    check_client_hello(full, "cam-7")
+    full.level = 0.0625
+    check_client_hello(full, "cam-7")
+
+
+@pytest.mark.parametrize("value", [-0.1, float("nan"), float("inf")])
+@pytest.mark.parametrize(
+    ("field", "fault"), [("level", "the level"), ("speed", "the speed"), ("link_seconds", "a link of")]
+)
+def test_bad_device_facts_are_refused_by_name(field: str, fault: str, value: float) -> None:
+    bad = hello()
+    setattr(bad.facts if field == "speed" else bad, field, value)
+    with pytest.raises(WireError, match=f"cam-7.*{fault}"):
+        check_client_hello(bad, "cam-7")
+
+
+def test_a_level_above_the_whole_is_refused() -> None:
+    bad = hello()
+    bad.level = 1.5
+    with pytest.raises(WireError, match=r"the level 1\.5, expected a share"):
+        check_client_hello(bad, "cam-7")

@@ -126,3 +126,26 @@ def test_a_name_that_would_be_no_file_name_is_refused(tree: Tree, roster: Roster
     roster.refresh(cast(Any, tree), REQUEST, 1.0)
     assert roster.clients() == {}
     assert len(roster.faults) == 1
+
+
+def test_the_edge_measures_links_itself(tree: Tree, roster: Roster) -> None:
+    """A client that calls its link slow, to be given another edge, is not believed."""
+    boast = hello("cam-1")
+    boast.link_seconds, boast.level = 1000.0, 0.5
+    tree.join(1, b"k1", boast)
+    roster.refresh(cast(Any, tree), REQUEST, 1.0)
+    known = roster.clients()["cam-1"].hello
+    assert 0 < known.link_seconds < 100
+    assert known.level == 0.5
+
+
+def test_a_level_that_is_no_share_is_refused(tree: Tree, roster: Roster) -> None:
+    bad = hello("cam-1")
+    bad.level = 2.0
+    tree.join(1, b"k1", bad)
+    tree.join(2, b"k2", hello("cam-2"))
+    roster.refresh(cast(Any, tree), REQUEST, 1.0)
+    assert list(roster.clients()) == ["cam-2"]
+    [fault] = roster.faults
+    assert (fault.node, fault.kind) == ("cam-1", "refused")
+    assert "the level 2" in fault.detail
