@@ -8,6 +8,7 @@ arguments, sane sizes.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 from collections.abc import Mapping
@@ -32,6 +33,11 @@ MAX_PARAMETERS = 1_000_000_000
 #: Tensors a network may have.
 MAX_TENSORS = 10_000
 
+#: Digests of the newest descriptions whose layers were seen to fit together, and how many are kept. A client is
+#: sent the same description round after round, and the proof takes longer than building the network.
+_proven: dict[bytes, None] = {}
+_PROVEN_KEPT = 64
+
 _DTYPES = {
     dtype_name(d): d for d in (torch.float32, torch.float16, torch.bfloat16, torch.float64, torch.int64)
 }
@@ -43,6 +49,7 @@ FAMILIES: Mapping[str, Family] = {
         config=unet_family.config,
         construct=unet_family.construct,
         settle=unet_family.settle,
+        prove=unet_family.prove_unet,
         heads=unet_family.heads,
         inputs=unet_family.inputs,
     ),
@@ -123,6 +130,12 @@ def build(spec: pb.ArchitectureSpec) -> nn.Module:
         _set_shapes(model, spec, shapes)
         _set_widths(model, spec.groups)
         family.settle(model, spec.heads)
+        digest = hashlib.sha256(spec.SerializeToString(deterministic=True)).digest()
+        if digest not in _proven:
+            family.prove(model)
+            while len(_proven) >= _PROVEN_KEPT:
+                _proven.pop(next(iter(_proven)), None)
+            _proven[digest] = None
     return model.train()
 
 

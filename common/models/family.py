@@ -28,7 +28,9 @@ class Family:
         ``meta``.
     settle : callable
         Bring what a family keeps beside its tensors (channel counts of blocks, heads) in line with the
-        tensors' new shapes; raises ValueError where they contradict each other.
+        tensors' new shapes; raises ValueError where they make no sense.
+    prove : callable
+        Run the module once on ``meta``; raises ValueError where its layers do not fit together.
     heads : callable
         Heads of every attention layer, by module path.
     inputs : callable
@@ -40,6 +42,7 @@ class Family:
     config: Callable[[nn.Module], dict[str, Any]]
     construct: Callable[[dict[str, Any]], nn.Module]
     settle: Callable[[nn.Module, Mapping[str, int]], None]
+    prove: Callable[[nn.Module], None]
     heads: Callable[[nn.Module], dict[str, int]]
     inputs: Callable[[nn.Module], tuple[Tensor, ...]]
 
@@ -64,6 +67,7 @@ def classifier_family(name: str, kind: type[Classifier]) -> Family:
         config=lambda model: cast(Classifier, model).arguments.model_dump(),
         construct=construct,
         settle=_settle,
+        prove=_prove,
         heads=lambda model: {},
         inputs=_inputs,
     )
@@ -78,6 +82,9 @@ def _inputs(model: nn.Module) -> tuple[Tensor, ...]:
 def _settle(model: nn.Module, heads: Mapping[str, int]) -> None:
     if heads:
         raise ValueError(f"attention {min(heads)!r} is no part of the network")
+
+
+def _prove(model: nn.Module) -> None:
     network = cast(Classifier, model.eval())
     (image,) = _inputs(network)
     prove(network, lambda: cast(Tensor, network(image)), tuple(image.shape), (1, network.classes))

@@ -97,7 +97,7 @@ def heads(model: nn.Module) -> dict[str, int]:
 
 
 def settle(model: nn.Module, described: Mapping[str, int]) -> None:
-    """Set what diffusers' blocks keep beside their tensors, then prove that the layers fit together.
+    """Set what diffusers' blocks keep beside their tensors; `prove_unet` says whether the layers fit together.
 
     Parameters
     ----------
@@ -109,7 +109,7 @@ def settle(model: nn.Module, described: Mapping[str, int]) -> None:
     Raises
     ------
     ValueError
-        Heads are missing or do not divide a width, or two layers' widths contradict each other.
+        Heads are missing or do not divide a width.
     """
     own = heads(model)
     if set(described) != set(own):
@@ -118,7 +118,6 @@ def settle(model: nn.Module, described: Mapping[str, int]) -> None:
             f"attention {path!r} " + ("has no heads" if path in own else "is no part of the network")
         )
     settle_widths(model, described)
-    _prove(model)
 
 
 def settle_widths(model: nn.Module, heads_of: Mapping[str, int]) -> None:
@@ -173,7 +172,8 @@ def _inputs(network: Any, size: int) -> tuple[Tensor, Tensor]:
     return image, torch.zeros(1, dtype=torch.long, device="meta")
 
 
-def _prove(model: nn.Module) -> None:
+def prove_unet(model: nn.Module) -> None:
+    """Run the network once on ``meta``; raises ValueError where two layers' widths contradict each other."""
     network = cast(Any, model)
     side = 2 ** len(network.config.block_out_channels)
     image, step = _inputs(network, side)

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import dataclasses
 import inspect
 from collections.abc import Callable
 from typing import Any, cast
@@ -10,6 +11,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import nn
 
+from common.models import architecture
 from common.models.architecture import build, build_with, describe, is_reduced
 from common.models.pruning import prune
 from common.models.unet import unet
@@ -174,3 +176,28 @@ def test_tensors_that_are_not_the_described_ones_are_refused(dense: nn.Module) -
 def test_a_network_of_no_family_is_not_described() -> None:
     with pytest.raises(TypeError, match="no family describes a Linear"):
         describe(nn.Linear(1, 1))
+
+
+def test_a_fit_is_proven_once_and_a_misfit_found_every_time(
+    dense: nn.Module, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    proofs: list[nn.Module] = []
+    family = architecture.FAMILIES["unet"]
+
+    def counted(model: nn.Module) -> None:
+        proofs.append(model)
+        family.prove(model)
+
+    watched = {**architecture.FAMILIES, "unet": dataclasses.replace(family, prove=counted)}
+    monkeypatch.setattr(architecture, "FAMILIES", watched)
+    monkeypatch.setattr(architecture, "_proven", {})
+    fitting = describe(dense)
+    for _ in range(3):
+        build(fitting)
+    assert len(proofs) == 1
+    misfit = over_the_wire(dense)
+    NONSENSE["time"][0](misfit)
+    for _ in range(2):
+        with pytest.raises(ValueError, match="fit together"):
+            build(misfit)
+    assert len(proofs) == 3

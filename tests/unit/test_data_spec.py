@@ -16,8 +16,10 @@ from PIL import Image
 
 from common.data import partition
 from common.data.histogram import label_histogram
+from common.data.imageset import ImageSet
 from common.data.partition import Scheme, assign, assign_apart
-from common.data.spec import known_data, open_data, parse_spec
+from common.data.sources import NAMED, Source
+from common.data.spec import known_data, open_data, parse_spec, sharing_sources
 from common.errors import DataError
 
 SHARED = Path(__file__).resolve().parents[3] / "shared" / "data"
@@ -317,3 +319,24 @@ def test_torchvision_data_open_from_a_folder(name: str, first: str) -> None:
     images = data.fetch(np.arange(10))
     assert images.min() == -1.0
     assert images.max() > 0.9
+
+
+def test_a_shared_source_is_read_once_and_let_go_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    reads: list[str] = []
+    read = NAMED["digits"]
+
+    def counted(source: Source) -> ImageSet:
+        reads.append(source.split)
+        return read(source)
+
+    monkeypatch.setitem(NAMED, "digits", counted)
+    alone = open_data("digits:1/4")
+    with sharing_sources():
+        for index in range(4):
+            shared = open_data(f"digits:{index}/4")
+            assert shared.shape == alone.shape
+        np.testing.assert_array_equal(open_data("digits:1/4").labels, alone.labels)
+        open_data("digits", split="test")
+    assert reads == ["train", "train", "test"]
+    open_data("digits:1/4")
+    assert reads == ["train", "train", "test", "train"]
