@@ -69,11 +69,14 @@ class Outcome:
         What was asked for.
     plots : dict of str to callable
         File stem -> a function that draws into an empty matplotlib figure; used with ``--out``.
+    notes : list of str
+        What a reader of the table must know; printed below it.
     """
 
     rows: list[Row] = field(default_factory=list)
     targets: list[Target] = field(default_factory=list)
     plots: dict[str, Callable[[Figure], None]] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
 
 
 def machine() -> dict[str, str | int | float]:
@@ -106,12 +109,21 @@ def run(name: str, measure: Callable[[bool], Outcome], about: str, argv: Sequenc
     int
         Exit status: 0, whatever holds.
     """
-    parser = argparse.ArgumentParser(prog=f"python -m bench.{name}", description=about)
-    parser.add_argument("--json", action="store_true", help="print one JSON object instead of a table")
-    parser.add_argument("--tiny", action="store_true", help="a run of seconds, to see that it works")
-    parser.add_argument("--out", type=Path, metavar="DIR", help="write plots into this folder")
-    arguments = parser.parse_args(argv)
-    outcome = measure(arguments.tiny)
+    arguments = parser(name, about).parse_args(argv)
+    return show(name, about, measure(arguments.tiny), arguments)
+
+
+def parser(name: str, about: str) -> argparse.ArgumentParser:
+    """Return the parser of the options that all benches have; a bench may add its own."""
+    made = argparse.ArgumentParser(prog=f"python -m bench.{name}", description=about)
+    made.add_argument("--json", action="store_true", help="print one JSON object instead of a table")
+    made.add_argument("--tiny", action="store_true", help="a run of seconds, to see that it works")
+    made.add_argument("--out", type=Path, metavar="DIR", help="write plots into this folder")
+    return made
+
+
+def show(name: str, about: str, outcome: Outcome, arguments: argparse.Namespace) -> int:
+    """Print what was measured as `arguments` of :func:`parser` ask, write the plots, and return 0."""
     if arguments.json:
         print(json.dumps(as_json(name, outcome)))
     else:
@@ -128,6 +140,7 @@ def as_json(name: str, outcome: Outcome) -> dict[str, Any]:
         "machine": machine(),
         "rows": outcome.rows,
         "targets": [vars(target) for target in outcome.targets],
+        "notes": outcome.notes,
     }
 
 
@@ -151,6 +164,8 @@ def _print_table(about: str, outcome: Outcome) -> None:
             target.name, _show(target.value), shown, "holds" if target.holds else "[bold red]MISSED"
         )
     console.print(asked)
+    for note in outcome.notes:
+        console.print(f"- {note}", markup=False, highlight=False)
 
 
 def _save_plots(folder: Path, outcome: Outcome) -> None:

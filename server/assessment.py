@@ -59,8 +59,9 @@ class Assessment:
         """Measure, and enter what was found; a measure that fails is a fault and no reason to lose the run."""
         state, start = self.strategy.state, time.monotonic()
         self.strategy.outcome = WindowOutcome()
+        images = self._client_samples()
         try:
-            found = self._found()
+            found = self._found(images)
         except DataError as error:
             found = None
             fault = pb.Fault(tier="cloud", node="cloud", kind="evaluation", detail=str(error))
@@ -71,16 +72,18 @@ class Assessment:
         if foremost := next((n for n in self.networks() if n.at_cloud), None):
             model = build_model(foremost.architecture, foremost.weights)
             self.evaluator.grid(model, self.chronicle.grid_path(state.window))
+        elif images is not None and isinstance(self.evaluator, Evaluator):
+            self.evaluator.keep(images, self.chronicle.grid_path(state.window))
         self.chronicle.beside(self.strategy.outcome)
         self.chronicle.took("evaluate", time.monotonic() - start)
 
-    def _found(self) -> Evaluation | AccuracyEntry | None:
+    def _found(self, images: torch.Tensor | None) -> Evaluation | AccuracyEntry | None:
         state, settings = self.strategy.state, self.method.settings
         networks = self.networks()
         models = {n.label: build_model(n.architecture, n.weights) for n in networks if n.at_cloud}
         asks = settings.eval_clients
         if isinstance(self.evaluator, Evaluator):
-            if asks and not models and (images := self._client_samples(networks)) is not None:
+            if images is not None:
                 return self.evaluator.measure_images(images, state.window, state.round)
             return self.evaluator.measure(models, state.window, state.round)
         found = self.evaluator.measure(models, state.window, state.round)
@@ -101,8 +104,15 @@ class Assessment:
                     found[name] = answer.metrics.get("correct", 0) / total
         return found
 
-    def _client_samples(self, networks: list[Deployed]) -> torch.Tensor | None:
-        """Return what clients draw with their own networks, all together; float32 [N, C, H, W] in [-1, 1]."""
+    def _client_samples(self) -> torch.Tensor | None:
+        """Return what clients draw with their own networks, all together; float32 [N, C, H, W] in [-1, 1].
+
+        None where the cloud has a network to draw with, and where clients are not asked.
+        """
+        networks = self.networks()
+        asks = self.method.settings.eval_clients and isinstance(self.evaluator, Evaluator)
+        if not asks or any(n.at_cloud for n in networks):
+            return None
         import torch
 
         from common.data.imageset import to_float

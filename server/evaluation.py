@@ -99,8 +99,14 @@ class Evaluator:
             seed=seed_for(s.seed, "cloud", 0, "grid"),
             settings=s,
         )
+        self.keep(images, path)
+
+    def keep(self, images: torch.Tensor, path: Path) -> None:
+        """Write `sample-count` of the images that somebody drew, spread over all of them, as a grid."""
+        count = min(self.settings.sample_count, len(images))
+        chosen = [i * len(images) // count for i in range(count)]
         path.parent.mkdir(parents=True, exist_ok=True)
-        image_grid(images).save(path)
+        image_grid(images[chosen]).save(path)
 
     def measure(self, models: Mapping[str, nn.Module], window: int, round_: int) -> Evaluation | None:
         """Measure `eval-samples` images of the first model, None without `eval-data` or a model.

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 from matplotlib.figure import Figure
 
-from bench.report import Outcome, Target, run
+from bench.report import Outcome, Target, parser, run, show
 
 
 def outcome(tiny: bool) -> Outcome:
@@ -18,6 +18,7 @@ def outcome(tiny: bool) -> Outcome:
             Target.at_least("tiny", tiny, 1),
         ],
         plots={"line": draw},
+        notes=["sizes are in [made-up] units"],
     )
 
 
@@ -36,6 +37,7 @@ def test_json_is_one_object_and_the_status_is_0_whatever_holds(capsys: pytest.Ca
         {"name": "size", "value": 2, "limit": [1, 2], "holds": True},
         {"name": "tiny", "value": True, "limit": 1, "holds": True},
     ]
+    assert printed["notes"] == ["sizes are in [made-up] units"]
 
 
 def test_without_json_there_is_a_table_and_plots_where_asked(
@@ -45,7 +47,16 @@ def test_without_json_there_is_a_table_and_plots_where_asked(
     table = capsys.readouterr().out
     assert "seconds" in table
     assert "MISSED" in table
+    assert "sizes are in [made-up] units" in table
     assert (tmp_path / "plots" / "line.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_bench_can_have_options_of_its_own(capsys: pytest.CaptureFixture[str]) -> None:
+    options = parser("example", "An example")
+    options.add_argument("--clients", type=int, default=4)
+    given = options.parse_args(["--clients", "3", "--json"])
+    assert show("example", "An example", Outcome(rows=[{"clients": given.clients}]), given) == 0
+    assert json.loads(capsys.readouterr().out)["rows"] == [{"clients": 3}]
 
 
 def test_the_pruning_bench_speaks_this_way(capsys: pytest.CaptureFixture[str]) -> None:
