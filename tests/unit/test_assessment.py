@@ -24,7 +24,9 @@ SETTINGS: dict[str, bool | int | str] = {
 
 
 def test_clients_with_layers_of_their_own_draw_the_sample_grid(tmp_path: Path) -> None:
-    tree = LocalTree(tmp_path, [LocalClient(f"c{i}", f"digits:{i}/40", (0,)) for i in range(2)], edges=1)
+    tree = LocalTree(
+        tmp_path, [LocalClient(f"c{i}", f"digits:{i}/40:similarity=100", (0,)) for i in range(2)], edges=1
+    )
     record = tree.run("r", SETTINGS).chronicle.record
     assert (record.status, record.faults) == ("finished", [])
     grid = np.asarray(Image.open(tmp_path / "runs/r/samples/window-0001.png"))
