@@ -48,7 +48,10 @@ class QFedAvg(Method):
         q, loss = self.settings.fairness_q, update.metrics.get("received-loss", 0.0)
         if not loss > 0:
             raise ValueError(f"its loss at the received model is {loss}; q-FedAvg needs a positive one")
-        lipschitz = update.metrics["steps"] / update.metrics["lr-sum"]  # L = 1/η
+        local = update.metrics.get("lr-sum", 0.0)
+        if not local > 0:
+            raise ValueError(f"its sum of step sizes is {local}, so q-FedAvg's L is unknown")
+        lipschitz = update.metrics["steps"] / local  # L = 1/η
         trained = [n for n in update.arrays if n not in server.buffers]
         square = sum(
             float(np.sum(np.square(update.arrays[n] - update.received[n], dtype=np.float64))) for n in trained

@@ -51,7 +51,14 @@ class Tally:
 
     # --- adding ------------------------------------------------------------------------------------
 
-    def mean(self, arrays: Arrays, weight: float, rows: Mapping[str, np.ndarray] | None = None) -> None:
+    def mean(
+        self,
+        arrays: Arrays,
+        weight: float,
+        rows: Mapping[str, np.ndarray] | None = None,
+        *,
+        beside: bool = False,
+    ) -> None:
         """Add tensors to the weighted means.
 
         Parameters
@@ -62,21 +69,27 @@ class Tally:
             Their weight, not negative; nothing is added at 0.
         rows : mapping of str to array, optional
             For a tensor of which only some leading rows count: bool [rows of the slice].
+        beside : bool
+            Whether this belongs to an update that was added already, so that `weight` is not counted again.
 
         Raises
         ------
         ValueError
-            If a tensor is none of the server's, larger than the server's, or the weight is negative.
+            If a tensor is none of the server's, larger than the server's or of another kind of number, or
+            the weight is negative or not finite. Then nothing was added.
         """
         if not (weight >= 0 and math.isfinite(weight)):
             raise ValueError(f"the aggregation weight {weight}")
         self._check(arrays)
         if weight == 0:
             return
-        self.weight += weight
+        held = {
+            n: _holders(n, a.shape, self._server[n].shape, weight, (rows or {}).get(n))
+            for n, a in arrays.items()
+        }
+        self.weight += 0.0 if beside else weight
         for name, array in arrays.items():
-            held = _holders(array.shape, self._server[name].shape, weight, (rows or {}).get(name))
-            self._add_mean(name, array, held)
+            self._add_mean(name, array, held[name])
 
     def sum(self, arrays: Arrays, factor: float = 1.0) -> None:
         """Add factor times tensors (whole or leading slices) to the sums."""
@@ -102,14 +115,12 @@ class Tally:
         found = {}
         for name, total in self._weighted.items():
             weight = self._weights[name]
-            if total.dtype.kind != "f":
-                found[name] = total
-                continue
-            if (weight > 0).all():
-                mean = total / weight.astype(total.dtype)
-            else:
-                safe = np.where(weight > 0, weight, 1).astype(total.dtype)
-                mean = np.where(weight > 0, total / safe, former[name])
+            held = weight > 0
+            mean = total
+            if total.dtype.kind == "f":
+                mean = total / np.where(held, weight, 1).astype(total.dtype)
+            if not held.all():
+                mean = np.where(held, mean, former[name])
             found[name] = mean.astype(STORED_AS[self._server[name].dtype], copy=False)
         return found
 
@@ -125,9 +136,8 @@ class Tally:
 
     def report(self) -> tuple[Weights, dict[str, float]]:
         """Return what an edge tells the cloud: tensors, and scalars beside them."""
-        arrays = dict(
-            self.means({n: np.zeros(self._server[n].shape, v.dtype) for n, v in self._weighted.items()})
-        )
+        nothing = {n: np.full(v.shape, _lowest(v.dtype)) for n, v in self._weighted.items()}
+        arrays = dict(self.means(nothing))
         arrays |= {
             WEIGHT + name: np.array(weight)
             for name, weight in self._weights.items()
@@ -168,6 +178,8 @@ class Tally:
             raise ValueError(f"the aggregation weight {nominal}")
         self._check(parts[""], whole=True)
         self._check(parts[SUM], whole=True)
+        if bad := [n for n, v in scalars.items() if n.startswith(COUNT) and not math.isfinite(v)]:
+            raise ValueError(f"the count {bad[0].removeprefix(COUNT)!r} is not finite")
         weights = {
             n: _checked_weight(n, a, parts[WEIGHT].get(n, np.asarray(nominal))) for n, a in parts[""].items()
         }
@@ -214,6 +226,10 @@ class Tally:
             spec = self._server.get(name)
             if spec is None:
                 raise ValueError(f"tensor {name!r} is none of the server's")
+            if spec.dtype == "bfloat16":
+                raise ValueError(f"tensor {name!r} is bfloat16, which cannot be averaged")
+            if array.dtype.kind != STORED_AS[spec.dtype].kind:
+                raise ValueError(f"tensor {name!r} is {array.dtype}, the server's is {spec.dtype}")
             fits = len(array.shape) == len(spec.shape) and all(
                 a <= b for a, b in zip(array.shape, spec.shape, strict=True)
             )
@@ -227,11 +243,8 @@ class Tally:
         spec = self._server[name]
         region = _region(array.shape)
         if name not in self._weighted:
-            if spec.dtype == "bfloat16":
-                raise ValueError(f"tensor {name!r} is bfloat16, which cannot be averaged")
             dtype = _sum_dtype(array.dtype)
-            lowest = 0 if dtype.kind in "fub" else np.iinfo(str(dtype)).min
-            self._weighted[name] = np.full(spec.shape, lowest, dtype)
+            self._weighted[name] = np.full(spec.shape, _lowest(dtype))
             self._weights[name] = np.zeros((), np.float64)
         total = self._weighted[name]
         if total.dtype.kind == "f":
@@ -252,12 +265,19 @@ def _sum_dtype(dtype: np.dtype[np.generic]) -> np.dtype[np.generic]:
     return np.dtype(np.float32) if dtype == np.float16 else dtype
 
 
+def _lowest(dtype: np.dtype[np.generic]) -> np.ndarray:
+    """Return what changes neither a sum nor, of integers, a maximum."""
+    return np.array(0 if dtype.kind in "fub" else np.iinfo(str(dtype)).min, dtype)
+
+
 def _holders(
-    held: tuple[int, ...], whole: tuple[int, ...], weight: float, rows: np.ndarray | None
+    name: str, held: tuple[int, ...], whole: tuple[int, ...], weight: float, rows: np.ndarray | None
 ) -> np.ndarray:
     """Return the weight of each coordinate: a scalar where all is held, else one a row and column."""
     if held == whole and rows is None:
         return np.asarray(weight)
+    if rows is not None and rows.shape != held[:1]:
+        raise ValueError(f"tensor {name!r} has shape {list(held)}, {rows.size} of its rows are spoken of")
     found = np.zeros((*whole[:2], *(1,) * (len(whole) - 2)))
     part = found[_region(held[:2])]
     part[...] = weight if rows is None else (weight * rows).reshape(-1, *(1,) * (found.ndim - 1))
