@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -37,6 +37,7 @@ class InclusiveFL(SubModels):
 
     name = "inclusivefl"
     families = ("exits",)
+    server_sections = frozenset({"own", "next"})
 
     # --- tiers -----------------------------------------------------------------------------------------
 
@@ -74,7 +75,10 @@ class InclusiveFL(SubModels):
             for name, tensor in self._drawn.items()
             if name.startswith((f"stage{d}.", f"exit{d}."))
         }
-        state.weights = Weights.pack(state.tensors | own)
+        # Companions that hold nothing: servers add up the changes of last stages, and what they follow, there.
+        trained = [n for n in own if _STAGE.search(n) and n.rpartition("/")[2] not in state.buffers]
+        sums = {f"{section}/{n}": np.zeros_like(own[n]) for section in ("own", "next") for n in trained}
+        state.weights = Weights.pack(state.tensors | own | sums)
 
     def view(self, state: CloudState, key: str) -> pb.View:
         """Return a tier's network, its own tensors from its own section."""
@@ -94,48 +98,37 @@ class InclusiveFL(SubModels):
     # --- servers -----------------------------------------------------------------------------------------
 
     def contribute(self, tally: Tally, update: Update, server: ServerState) -> None:
-        """Add to the means of what the client holds, and to the momentum of the tier below it."""
-        weight = self.weight_of(update)
-        tally.mean(update.arrays, weight)
-        depths = self.depths(server.architecture)
+        """Add what the client holds, its Δ_last, and its Δ that the tier above it follows."""
+        depths, weight = self.depths(server.architecture), self.weight_of(update)
         held = max(int(m[1]) for n in update.arrays if (m := _STAGE.search(n)))
-        tier = depths.index(held) if held in depths else -1
-        if tier < 1:
-            if tier < 0:
-                raise ValueError(f"a network of depth {held}, which is no tier's")
-            return
-        below = depths[tier - 1]
-        for name, target, factor in self._followed(server, update, below):
-            change = update.arrays[name] - update.received[name]
-            tally.sum({target: change}, weight * factor)
-        tally.count(f"depth{below}", weight)
+        if held not in depths:
+            raise ValueError(f"a network of depth {held}, which is no tier's")
+        tally.mean(update.arrays, weight)
+        change = {n: a - update.received[n] for n, a in update.arrays.items()}
+        own = {f"own/{n}": d for n, d in change.items() if f"own/{n}" in server.tensors}
+        tally.mean(own, weight, beside=True)
+        if shallower := [d for d in depths if d < held]:
+            for name, followed in self._followed(server, change, shallower[-1]):
+                tally.mean({f"next/{followed}": change[name]}, weight, beside=True)
 
-    def _followed(self, server: ServerState, update: Update, below: int) -> Iterator[tuple[str, str, float]]:
-        """Yield a deeper tier's tensor, the shallower one's that follows it, and its part of the mean."""
-        buffers, tensors = server.buffers, server.tensors
-        matches: dict[str, list[str]] = {}
-        for name, array in update.arrays.items():
+    def _followed(
+        self, server: ServerState, change: Mapping[str, np.ndarray], below: int
+    ) -> Iterator[tuple[str, str]]:
+        """Yield tensors of a tier's stages from `below` on, and those of the tier below that follow them."""
+        for name, array in change.items():
             found = _STAGE.search(name)
-            if not found or int(found[1]) < below or name.rpartition("/")[2] in buffers:
-                continue
-            target = f"depth{below}/stage{below}.{found[2]}"
-            if target in tensors and tensors[target].shape == array.shape:
-                matches.setdefault(target, []).append(name)
-        for target, names in matches.items():
-            for name in names:
-                yield name, target, 1.0 / len(names)
+            if found and int(found[1]) >= below:
+                target = f"depth{below}/stage{below}.{found[2]}"
+                if f"next/{target}" in server.tensors and server.tensors[target].shape == array.shape:
+                    yield name, target
 
     def step(self, server: ServerState, tally: Tally) -> None:
-        """Take the means, and let last stages follow the deeper tier."""
-        before, beta = server.tensors, self.settings.inclusive_beta
-        means = tally.means(before)
-        for name, change in tally.sums().items():
-            weight = tally.counts.get(name.partition("/")[0], 0.0)
-            if name in means and weight > 0:
-                old, kind = before[name], before[name].dtype.type
-                momentum = change / kind(weight)
-                means[name] = old + kind(1 - beta) * (means[name] - old) + kind(beta) * momentum
-        server.assign(means)
+        """Take the means, and let last stages follow the deeper tier: (1 − β) Δ_last + β Δ_next."""
+        means = tally.means(server.tensors)
+        for name in [n for n in means if f"next/{n}" in means and f"own/{n}" in means]:
+            beta = means[name].dtype.type(self.settings.inclusive_beta)
+            means[name] = means[name] + beta * (means[f"next/{name}"] - means[f"own/{name}"])
+        server.assign({n: a for n, a in means.items() if not n.startswith(("own/", "next/"))})
 
     def deployed(self, state: CloudState, ask: Inquiry) -> list[Deployed]:
         """Return every tier's network, the deepest first."""

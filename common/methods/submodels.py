@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from typing import ClassVar
 
 from common.methods.base import CloudState, Deployed, Inquiry, Method
 from common.methods.levels import assign_levels
@@ -20,7 +21,7 @@ class SubModels(Method):
     """
 
     tasks = ("classification",)
-    families = ("mlp", "cnn", "resnet")
+    families: ClassVar[tuple[str, ...]] = ("mlp", "cnn", "resnet")
     has_levels = True
 
     def variant(self, architecture: pb.ArchitectureSpec, level: float) -> pb.ArchitectureSpec:

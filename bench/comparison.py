@@ -1,0 +1,210 @@
+"""One run of a comparison of diffusion methods, and what the comparison's rows share."""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import MappingProxyType
+
+import numpy as np
+from PIL import Image
+
+from bench.local_tree import LocalClient, LocalTree
+from common.run.config import FlatValue
+from common.run.events import EVENTS_FILE
+from common.run.ledger import LINKS
+from common.run.record import Evaluation, RunRecord
+
+#: Local epochs of the paper's baselines, and FedPhD's edge rounds in a window.
+EPOCHS = WINDOW = 5
+#: Clients in a round, as in the paper.
+PICKED = 4
+#: Evaluations of a run.
+POINTS = 3
+
+Settings = Mapping[str, FlatValue]
+
+#: What a model's runs share.
+REGIMES: Mapping[str, Settings] = {
+    "unet-tiny": {
+        "learning-rate": 0.002,
+        "batch-size": 16,
+        "warmup-steps": 20,
+        "eval-samples": 256,
+        "sample-steps": 20,
+        "pruning-ratio": 0.25,
+    },
+    "unet-small": {"learning-rate": 0.001, "batch-size": 32, "eval-samples": 1000, "flip": True},
+    # The authors' code; their Inception-v3 features are `--features inception`.
+    "unet-paper": {
+        "learning-rate": 0.0002,
+        "batch-size": 128,
+        "warmup-steps": 100,
+        "flip": True,
+        "eval-samples": 10000,
+        "sample-steps": 100,
+        "pruning-ratio": 0.2,
+    },
+}
+#: Data by name -> their model.
+MODELS = {"digits": "unet-tiny", "cifar10": "unet-paper", "celeba": "unet-paper"}
+TINY: Settings = {"local-steps": 1, "batch-size": 4, "eval-samples": 8, "sample-steps": 2}
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A row: a method as the paper ran it.
+
+    Attributes
+    ----------
+    name : str
+        Of the row.
+    epochs : int
+        Local epochs; with E > 1 there are rounds / E rounds.
+    paper : float or None
+        The paper's FID on CIFAR-10, 2 classes a client.
+    settings : Mapping
+        What differs from the other rows.
+    """
+
+    name: str
+    epochs: int
+    paper: float | None
+    settings: Settings = field(default_factory=dict)
+
+
+@dataclass
+class Measured:
+    """What a run gave.
+
+    Attributes
+    ----------
+    record : RunRecord
+        Its report.
+    bytes : dict[str, int]
+        Payload bytes of training, both ways, by link.
+    grid : np.ndarray
+        Its last sample grid, uint8 [H, W] or [H, W, 3].
+    """
+
+    record: RunRecord
+    bytes: dict[str, int]
+    grid: np.ndarray
+
+    @property
+    def last(self) -> Evaluation:
+        """The last evaluation."""
+        return self.record.quality[-1]
+
+    @property
+    def seconds(self) -> float:
+        """What its windows took, without evaluations."""
+        return sum(w.timings["train"] for w in self.record.windows)
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """The setting that all rows share.
+
+    Attributes
+    ----------
+    data : str
+        NAME or FOLDER of the data.
+    clients, edges : int
+        Of the tree.
+    rounds : int
+        Rounds at E=1, a multiple of 5.
+    base : Mapping
+        Settings of every run.
+    folder : Path
+        Where runs go.
+    """
+
+    data: str
+    clients: int
+    edges: int
+    rounds: int
+    base: Settings
+    folder: Path
+
+    @property
+    def passes(self) -> float:
+        """Passes over a client's data, on average."""
+        return self.rounds * min(PICKED, self.clients) / self.clients
+
+    def run(self, entry: Entry, seed: int = 0, more: Settings = MappingProxyType({})) -> Measured:
+        """Run a row.
+
+        Parameters
+        ----------
+        entry : Entry
+            The row.
+        seed : int
+            Number of the repetition, from 0: of the run's randomness and of the partition.
+        more : Mapping
+            Further settings.
+
+        Raises
+        ------
+        RuntimeError
+            If the run was not sound: something failed on the way, or nothing could be measured.
+        """
+        rounds = max(1, self.rounds // entry.epochs)
+        settings: dict[str, FlatValue] = {
+            "rg": 1,
+            "edge-choice": "random",
+            **self.base,
+            "rounds": rounds,
+            "local-epochs": entry.epochs,
+            "seed": 2023 + seed,
+            **entry.settings,
+        }
+        windows = -(-rounds // int(settings["rg"]))
+        settings = {"eval-every": max(1, windows // POINTS), **settings, **more}
+        tree = LocalTree(Path(tempfile.mkdtemp(dir=self.folder)), self._clients(seed), self.edges)
+        out = tree.folder / "runs" / "run"
+        out.mkdir(parents=True)
+        features = self.folder / "features"  # trained once for all rows of a seed
+        features.mkdir(exist_ok=True)
+        (out / "features").symlink_to(features, target_is_directory=True)
+        record = tree.run("run", settings).chronicle.record
+        if record.faults or not record.quality:
+            raise RuntimeError(f"{entry.name}: {record.faults[:1] or 'nothing was measured'}")
+        grid = np.asarray(Image.open(out / "samples" / f"window-{len(record.windows):04d}.png"))
+        return Measured(record, training_bytes(record, out / EVENTS_FILE), grid)
+
+    def _clients(self, seed: int) -> list[LocalClient]:
+        """Return clients that reach every edge, each with 2 classes (FedPhD's partition)."""
+        scheme = f"fedphd,seed={seed}" if seed else "fedphd"
+        return [
+            LocalClient(
+                f"client-{i + 1}",
+                f"{self.data}:{i}/{self.clients}:{scheme}",
+                tuple(range(self.edges)),
+                {"device": self.base["device"]},
+            )
+            for i in range(self.clients)
+        ]
+
+
+def training_bytes(record: RunRecord, events: Path) -> dict[str, int]:
+    """Return the payload bytes of training, both ways, by link.
+
+    The ledger goes on while clients answer for an evaluation; "window-end" is written before that.
+    """
+    ends = {}
+    for line in events.read_text(encoding="utf-8").splitlines():
+        event = json.loads(line)
+        if event["event"] == "window-end":
+            ends[event["window"]] = event["links"]
+    total = dict.fromkeys(LINKS, 0)
+    for link in LINKS:
+        before = 0
+        for window in record.windows:
+            end = ends[window.window][link]
+            total[link] += end["up_bytes"] + end["down_bytes"] - before
+            before += window.links[link].up_bytes + window.links[link].down_bytes
+    return total
