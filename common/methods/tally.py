@@ -174,7 +174,7 @@ class Tally:
             section = next((s for s in (WEIGHT, SUM, STACK) if name.startswith(s)), "")
             parts[section][name.removeprefix(section)] = array
         nominal = scalars.get(NOMINAL, 0.0)
-        if not (nominal >= 0 and math.isfinite(nominal)):
+        if not (nominal >= 0 and math.isfinite(nominal * scale)):
             raise ValueError(f"the aggregation weight {nominal}")
         self._check(parts[""], whole=True)
         self._check(parts[SUM], whole=True)

@@ -66,7 +66,7 @@ def test_windows(rounds: int, rg: int, windows: int) -> None:
         ("flip", 1, ["flip: 1", "true or false"]),
         ("fraction", 0, ["fraction: 0", "above 0"]),
         ("fraction", 1.5, ["fraction: 1.5", "at most 1"]),
-        ("learning-rate", 0.0, ["learning-rate: 0.0", "above 0"]),
+        ("learning-rate", -1, ["learning-rate: -1", "at least 0"]),
         ("learning-rate", float("nan"), ["learning-rate: nan", "finite"]),
         ("pruning-ratio", 1, ["pruning-ratio: 1", "(0, 1)", "0 (no pruning)"]),
         ("pruning-ratio", -0.1, ["pruning-ratio: -0.1", "(0, 1)"]),

@@ -290,6 +290,8 @@ def test_bad_weights(weight: float) -> None:
     payload = Weights.pack({"bias": np.ones(4, np.float32)})
     with pytest.raises(ValueError, match="weight"):
         tally.absorb(payload, {NOMINAL: weight})
+    with pytest.raises(ValueError, match="weight"):
+        tally.absorb(payload, {NOMINAL: 1e-320}, scale=float("inf"))
     by_row = Weights.pack({"bias": np.ones(4, np.float32), WEIGHT + "bias": np.array([1, 1, 1, weight])})
     with pytest.raises(ValueError, match="weights of tensor 'bias'"):
         tally.absorb(by_row, {NOMINAL: 1.0})
