@@ -126,7 +126,7 @@ class DeviceFacts(_message.Message):
     def __init__(self, device: _Optional[str] = ..., cores: _Optional[int] = ..., memory_bytes: _Optional[int] = ..., versions: _Optional[_Mapping[str, str]] = ..., speed: _Optional[float] = ...) -> None: ...
 
 class ClientHello(_message.Message):
-    __slots__ = ("schema", "name", "samples", "histogram", "facts", "image_shape", "classes", "data", "level", "link_seconds")
+    __slots__ = ("schema", "name", "samples", "histogram", "facts", "image_shape", "classes", "data", "level", "model", "link_seconds")
     SCHEMA_FIELD_NUMBER: _ClassVar[int]
     NAME_FIELD_NUMBER: _ClassVar[int]
     SAMPLES_FIELD_NUMBER: _ClassVar[int]
@@ -136,6 +136,7 @@ class ClientHello(_message.Message):
     CLASSES_FIELD_NUMBER: _ClassVar[int]
     DATA_FIELD_NUMBER: _ClassVar[int]
     LEVEL_FIELD_NUMBER: _ClassVar[int]
+    MODEL_FIELD_NUMBER: _ClassVar[int]
     LINK_SECONDS_FIELD_NUMBER: _ClassVar[int]
     schema: int
     name: str
@@ -146,8 +147,9 @@ class ClientHello(_message.Message):
     classes: _containers.RepeatedScalarFieldContainer[str]
     data: str
     level: float
+    model: str
     link_seconds: float
-    def __init__(self, schema: _Optional[int] = ..., name: _Optional[str] = ..., samples: _Optional[int] = ..., histogram: _Optional[_Union[LabelHistogram, _Mapping]] = ..., facts: _Optional[_Union[DeviceFacts, _Mapping]] = ..., image_shape: _Optional[_Iterable[int]] = ..., classes: _Optional[_Iterable[str]] = ..., data: _Optional[str] = ..., level: _Optional[float] = ..., link_seconds: _Optional[float] = ...) -> None: ...
+    def __init__(self, schema: _Optional[int] = ..., name: _Optional[str] = ..., samples: _Optional[int] = ..., histogram: _Optional[_Union[LabelHistogram, _Mapping]] = ..., facts: _Optional[_Union[DeviceFacts, _Mapping]] = ..., image_shape: _Optional[_Iterable[int]] = ..., classes: _Optional[_Iterable[str]] = ..., data: _Optional[str] = ..., level: _Optional[float] = ..., model: _Optional[str] = ..., link_seconds: _Optional[float] = ...) -> None: ...
 
 class EdgeHello(_message.Message):
     __slots__ = ("schema", "name", "clients", "busy_with", "facts", "faults")
@@ -188,7 +190,7 @@ class RoundSchedule(_message.Message):
     def __init__(self, round: _Optional[int] = ..., participants: _Optional[_Iterable[_Union[Participant, _Mapping]]] = ..., keep: _Optional[int] = ...) -> None: ...
 
 class WindowPlan(_message.Message):
-    __slots__ = ("schema", "run", "window", "rounds", "settings", "architecture", "layout", "checkpoint_window", "round_deadline", "quorum", "views", "population", "inquiry")
+    __slots__ = ("schema", "run", "window", "rounds", "settings", "architecture", "layout", "checkpoint_window", "round_deadline", "quorum", "views", "population", "inquiry", "peers")
     class ViewsEntry(_message.Message):
         __slots__ = ("key", "value")
         KEY_FIELD_NUMBER: _ClassVar[int]
@@ -196,6 +198,13 @@ class WindowPlan(_message.Message):
         key: str
         value: View
         def __init__(self, key: _Optional[str] = ..., value: _Optional[_Union[View, _Mapping]] = ...) -> None: ...
+    class PeersEntry(_message.Message):
+        __slots__ = ("key", "value")
+        KEY_FIELD_NUMBER: _ClassVar[int]
+        VALUE_FIELD_NUMBER: _ClassVar[int]
+        key: str
+        value: ArchitectureSpec
+        def __init__(self, key: _Optional[str] = ..., value: _Optional[_Union[ArchitectureSpec, _Mapping]] = ...) -> None: ...
     SCHEMA_FIELD_NUMBER: _ClassVar[int]
     RUN_FIELD_NUMBER: _ClassVar[int]
     WINDOW_FIELD_NUMBER: _ClassVar[int]
@@ -209,6 +218,7 @@ class WindowPlan(_message.Message):
     VIEWS_FIELD_NUMBER: _ClassVar[int]
     POPULATION_FIELD_NUMBER: _ClassVar[int]
     INQUIRY_FIELD_NUMBER: _ClassVar[int]
+    PEERS_FIELD_NUMBER: _ClassVar[int]
     schema: int
     run: str
     window: int
@@ -222,10 +232,18 @@ class WindowPlan(_message.Message):
     views: _containers.MessageMap[str, View]
     population: int
     inquiry: str
-    def __init__(self, schema: _Optional[int] = ..., run: _Optional[str] = ..., window: _Optional[int] = ..., rounds: _Optional[_Iterable[_Union[RoundSchedule, _Mapping]]] = ..., settings: _Optional[_Union[_struct_pb2.Struct, _Mapping]] = ..., architecture: _Optional[_Union[ArchitectureSpec, _Mapping]] = ..., layout: _Optional[_Union[Layout, _Mapping]] = ..., checkpoint_window: _Optional[int] = ..., round_deadline: _Optional[float] = ..., quorum: _Optional[int] = ..., views: _Optional[_Mapping[str, View]] = ..., population: _Optional[int] = ..., inquiry: _Optional[str] = ...) -> None: ...
+    peers: _containers.MessageMap[str, ArchitectureSpec]
+    def __init__(self, schema: _Optional[int] = ..., run: _Optional[str] = ..., window: _Optional[int] = ..., rounds: _Optional[_Iterable[_Union[RoundSchedule, _Mapping]]] = ..., settings: _Optional[_Union[_struct_pb2.Struct, _Mapping]] = ..., architecture: _Optional[_Union[ArchitectureSpec, _Mapping]] = ..., layout: _Optional[_Union[Layout, _Mapping]] = ..., checkpoint_window: _Optional[int] = ..., round_deadline: _Optional[float] = ..., quorum: _Optional[int] = ..., views: _Optional[_Mapping[str, View]] = ..., population: _Optional[int] = ..., inquiry: _Optional[str] = ..., peers: _Optional[_Mapping[str, ArchitectureSpec]] = ...) -> None: ...
 
 class RoundPlan(_message.Message):
-    __slots__ = ("schema", "run", "window", "round", "client", "edge", "start", "checkpoint_window", "settings", "architecture", "layout", "population", "returns", "inquiry")
+    __slots__ = ("schema", "run", "window", "round", "client", "edge", "start", "checkpoint_window", "settings", "architecture", "layout", "population", "returns", "inquiry", "peers")
+    class PeersEntry(_message.Message):
+        __slots__ = ("key", "value")
+        KEY_FIELD_NUMBER: _ClassVar[int]
+        VALUE_FIELD_NUMBER: _ClassVar[int]
+        key: str
+        value: ArchitectureSpec
+        def __init__(self, key: _Optional[str] = ..., value: _Optional[_Union[ArchitectureSpec, _Mapping]] = ...) -> None: ...
     SCHEMA_FIELD_NUMBER: _ClassVar[int]
     RUN_FIELD_NUMBER: _ClassVar[int]
     WINDOW_FIELD_NUMBER: _ClassVar[int]
@@ -240,6 +258,7 @@ class RoundPlan(_message.Message):
     POPULATION_FIELD_NUMBER: _ClassVar[int]
     RETURNS_FIELD_NUMBER: _ClassVar[int]
     INQUIRY_FIELD_NUMBER: _ClassVar[int]
+    PEERS_FIELD_NUMBER: _ClassVar[int]
     schema: int
     run: str
     window: int
@@ -254,10 +273,11 @@ class RoundPlan(_message.Message):
     population: int
     returns: _containers.RepeatedScalarFieldContainer[str]
     inquiry: str
-    def __init__(self, schema: _Optional[int] = ..., run: _Optional[str] = ..., window: _Optional[int] = ..., round: _Optional[int] = ..., client: _Optional[str] = ..., edge: _Optional[str] = ..., start: _Optional[_Union[Version, _Mapping]] = ..., checkpoint_window: _Optional[int] = ..., settings: _Optional[_Union[_struct_pb2.Struct, _Mapping]] = ..., architecture: _Optional[_Union[ArchitectureSpec, _Mapping]] = ..., layout: _Optional[_Union[Layout, _Mapping]] = ..., population: _Optional[int] = ..., returns: _Optional[_Iterable[str]] = ..., inquiry: _Optional[str] = ...) -> None: ...
+    peers: _containers.MessageMap[str, ArchitectureSpec]
+    def __init__(self, schema: _Optional[int] = ..., run: _Optional[str] = ..., window: _Optional[int] = ..., round: _Optional[int] = ..., client: _Optional[str] = ..., edge: _Optional[str] = ..., start: _Optional[_Union[Version, _Mapping]] = ..., checkpoint_window: _Optional[int] = ..., settings: _Optional[_Union[_struct_pb2.Struct, _Mapping]] = ..., architecture: _Optional[_Union[ArchitectureSpec, _Mapping]] = ..., layout: _Optional[_Union[Layout, _Mapping]] = ..., population: _Optional[int] = ..., returns: _Optional[_Iterable[str]] = ..., inquiry: _Optional[str] = ..., peers: _Optional[_Mapping[str, ArchitectureSpec]] = ...) -> None: ...
 
 class ClientReport(_message.Message):
-    __slots__ = ("schema", "run", "window", "round", "client", "samples", "steps", "loss", "seconds", "up_bytes", "layout", "metrics")
+    __slots__ = ("schema", "run", "window", "round", "client", "samples", "steps", "loss", "seconds", "up_bytes", "layout", "metrics", "table", "architecture")
     class MetricsEntry(_message.Message):
         __slots__ = ("key", "value")
         KEY_FIELD_NUMBER: _ClassVar[int]
@@ -277,6 +297,8 @@ class ClientReport(_message.Message):
     UP_BYTES_FIELD_NUMBER: _ClassVar[int]
     LAYOUT_FIELD_NUMBER: _ClassVar[int]
     METRICS_FIELD_NUMBER: _ClassVar[int]
+    TABLE_FIELD_NUMBER: _ClassVar[int]
+    ARCHITECTURE_FIELD_NUMBER: _ClassVar[int]
     schema: int
     run: str
     window: int
@@ -289,7 +311,9 @@ class ClientReport(_message.Message):
     up_bytes: int
     layout: Layout
     metrics: _containers.ScalarMap[str, float]
-    def __init__(self, schema: _Optional[int] = ..., run: _Optional[str] = ..., window: _Optional[int] = ..., round: _Optional[int] = ..., client: _Optional[str] = ..., samples: _Optional[int] = ..., steps: _Optional[int] = ..., loss: _Optional[float] = ..., seconds: _Optional[float] = ..., up_bytes: _Optional[int] = ..., layout: _Optional[_Union[Layout, _Mapping]] = ..., metrics: _Optional[_Mapping[str, float]] = ...) -> None: ...
+    table: ClassTable
+    architecture: ArchitectureSpec
+    def __init__(self, schema: _Optional[int] = ..., run: _Optional[str] = ..., window: _Optional[int] = ..., round: _Optional[int] = ..., client: _Optional[str] = ..., samples: _Optional[int] = ..., steps: _Optional[int] = ..., loss: _Optional[float] = ..., seconds: _Optional[float] = ..., up_bytes: _Optional[int] = ..., layout: _Optional[_Union[Layout, _Mapping]] = ..., metrics: _Optional[_Mapping[str, float]] = ..., table: _Optional[_Union[ClassTable, _Mapping]] = ..., architecture: _Optional[_Union[ArchitectureSpec, _Mapping]] = ...) -> None: ...
 
 class Fault(_message.Message):
     __slots__ = ("tier", "node", "kind", "detail", "window", "round")
@@ -330,7 +354,7 @@ class RoundRecord(_message.Message):
     def __init__(self, round: _Optional[int] = ..., clients: _Optional[_Iterable[_Union[ClientReport, _Mapping]]] = ..., seconds: _Optional[float] = ..., loss: _Optional[float] = ...) -> None: ...
 
 class EdgeReport(_message.Message):
-    __slots__ = ("schema", "run", "window", "edge", "samples", "last_round_samples", "labels", "rounds", "client_edge", "up_bytes", "faults", "layout", "metrics", "seconds", "roster")
+    __slots__ = ("schema", "run", "window", "edge", "samples", "last_round_samples", "labels", "rounds", "client_edge", "up_bytes", "faults", "layout", "metrics", "seconds", "roster", "peers")
     class MetricsEntry(_message.Message):
         __slots__ = ("key", "value")
         KEY_FIELD_NUMBER: _ClassVar[int]
@@ -338,6 +362,13 @@ class EdgeReport(_message.Message):
         key: str
         value: float
         def __init__(self, key: _Optional[str] = ..., value: _Optional[float] = ...) -> None: ...
+    class PeersEntry(_message.Message):
+        __slots__ = ("key", "value")
+        KEY_FIELD_NUMBER: _ClassVar[int]
+        VALUE_FIELD_NUMBER: _ClassVar[int]
+        key: str
+        value: ArchitectureSpec
+        def __init__(self, key: _Optional[str] = ..., value: _Optional[_Union[ArchitectureSpec, _Mapping]] = ...) -> None: ...
     SCHEMA_FIELD_NUMBER: _ClassVar[int]
     RUN_FIELD_NUMBER: _ClassVar[int]
     WINDOW_FIELD_NUMBER: _ClassVar[int]
@@ -353,6 +384,7 @@ class EdgeReport(_message.Message):
     METRICS_FIELD_NUMBER: _ClassVar[int]
     SECONDS_FIELD_NUMBER: _ClassVar[int]
     ROSTER_FIELD_NUMBER: _ClassVar[int]
+    PEERS_FIELD_NUMBER: _ClassVar[int]
     schema: int
     run: str
     window: int
@@ -368,7 +400,8 @@ class EdgeReport(_message.Message):
     metrics: _containers.ScalarMap[str, float]
     seconds: float
     roster: EdgeHello
-    def __init__(self, schema: _Optional[int] = ..., run: _Optional[str] = ..., window: _Optional[int] = ..., edge: _Optional[str] = ..., samples: _Optional[int] = ..., last_round_samples: _Optional[int] = ..., labels: _Optional[_Union[LabelHistogram, _Mapping]] = ..., rounds: _Optional[_Iterable[_Union[RoundRecord, _Mapping]]] = ..., client_edge: _Optional[_Union[LinkBytes, _Mapping]] = ..., up_bytes: _Optional[int] = ..., faults: _Optional[_Iterable[_Union[Fault, _Mapping]]] = ..., layout: _Optional[_Union[Layout, _Mapping]] = ..., metrics: _Optional[_Mapping[str, float]] = ..., seconds: _Optional[float] = ..., roster: _Optional[_Union[EdgeHello, _Mapping]] = ...) -> None: ...
+    peers: _containers.MessageMap[str, ArchitectureSpec]
+    def __init__(self, schema: _Optional[int] = ..., run: _Optional[str] = ..., window: _Optional[int] = ..., edge: _Optional[str] = ..., samples: _Optional[int] = ..., last_round_samples: _Optional[int] = ..., labels: _Optional[_Union[LabelHistogram, _Mapping]] = ..., rounds: _Optional[_Iterable[_Union[RoundRecord, _Mapping]]] = ..., client_edge: _Optional[_Union[LinkBytes, _Mapping]] = ..., up_bytes: _Optional[int] = ..., faults: _Optional[_Iterable[_Union[Fault, _Mapping]]] = ..., layout: _Optional[_Union[Layout, _Mapping]] = ..., metrics: _Optional[_Mapping[str, float]] = ..., seconds: _Optional[float] = ..., roster: _Optional[_Union[EdgeHello, _Mapping]] = ..., peers: _Optional[_Mapping[str, ArchitectureSpec]] = ...) -> None: ...
 
 class Progress(_message.Message):
     __slots__ = ("schema", "run", "edge", "window", "round", "training", "done", "loss", "client_edge")

@@ -20,7 +20,7 @@ from common.run.settings import Settings
 FlatValue = bool | int | float | str
 """What a Flower run configuration can hold."""
 
-CLOUD_ONLY = frozenset({"out", "eval-data", "shared-data"})
+CLOUD_ONLY = frozenset({"out", "eval-data", "shared-data", "generator"})
 """Settings that name places on the cloud's machine; they never leave it in a plan."""
 
 
@@ -199,7 +199,7 @@ def _explain(detail: ErrorDetails) -> str:
     bounds["less_than_equal"] = "at most"
     if kind in bounds:
         limit = next(context[short] for short in ("gt", "ge", "lt", "le") if short in context)
-        return f"{key}: {_show(value)} is out of range; it must be {bounds[kind]} {limit:g}"
+        return f"{key}: {_show(value)} is out of range; it must be {bounds[kind]} {limit:.16g}"
     if kind == "finite_number":
         return f"{key}: {value} is not a finite number; give one, e.g. {key}={_example(name)}"
     wanted = f"{_expected(name)} is expected, e.g. {key}={_example(name)}"

@@ -163,6 +163,40 @@ class Settings(BaseModel):
         default="single", description="CFL: optimal bipartition, or the one of the authors' code"
     )
 
+    families: str = Field(
+        default="", description="unlike clients: a family of models (HtFE-img-8, …) or models, commas between"
+    )
+    soft_label_weight: NonNegative = Field(default=1.0, description="FD: weight gamma of the soft labels")
+    prototype_weight: NonNegative = Field(default=1.0, description="FedProto: weight of the prototypes")
+    peer_weight: NonNegative = Field(default=1.0, description="co-distillation: weight of the peers' mean")
+    peer_every: PositiveInt = Field(default=1, description="co-distillation: rounds between two exchanges")
+    peer_burn_in: Count = Field(default=1, description="co-distillation: first rounds without peers")
+    transfer_weight: NonNegative = Field(default=50.0, description="FedKTL: weight mu of the generated pairs")
+    alignment_weight: NonNegative = Field(default=1.0, description="FedKTL: weight lambda of the centroids")
+    alignment_epochs: PositiveInt = Field(default=100, description="FedKTL: epochs of the cloud's transformer")
+    alignment_rate: Positive = Field(default=0.01, description="FedKTL: its step size (Adam)")
+    pair_pixels: Literal["uint8", "float32"] = Field(
+        default="uint8", description="FedKTL: how generated images cross the links"
+    )
+    generator: str = Field(
+        default="",
+        description="FedKTL: gan:DIR, espalier:DIR, sd:DIR, stylegan-xl:FILE or stylegan3:FILE at the cloud",
+    )
+    generator_steps: PositiveInt = Field(default=50, description="denoising steps of a diffusion generator")
+    prompt: str = Field(default="a cat", description="FedKTL with Stable Diffusion: the prompt of every class")
+    trust_pickle: bool = Field(
+        default=False, description="open StyleGAN pickles, which can run any code on the cloud's machine"
+    )
+    augment: Literal["none", "faug"] = Field(
+        default="none", description="faug: clients fill up labels they lack with images of a shared generator"
+    )
+    faug_scarce: float = Field(
+        default=0.5, gt=0, le=1, description="FAug: a label below this share of the client's mean is a target"
+    )
+    faug_seeds: PositiveInt = Field(default=5, description="FAug: most images a client uploads per label")
+    faug_redundant: Count = Field(default=0, description="FAug: labels uploaded beside the targets to hide them")
+    faug_steps: PositiveInt = Field(default=1500, description="FAug: training steps of the conditional GAN")
+
     exchange: Literal["full", "usplit", "ulatdec", "udec"] = Field(
         default="usplit", description="FedDiffuse: parts of the U-Net that cross the links"
     )
@@ -180,7 +214,9 @@ class Settings(BaseModel):
     codec: Literal["auto", "none", "fp16", "bf16", "qsgd", "top-k"] = Field(
         default="auto", description="how clients' updates are coded; auto: as the method says"
     )
-    codec_levels: PositiveInt = Field(default=7, description="QSGD: levels s; 7 takes 4 bits a number")
+    codec_levels: Int = Field(
+        default=7, ge=1, le=2**23 - 1, description="QSGD: levels s; 7 takes 4 bits a number"
+    )
     codec_norm: Literal["whole", "tensor"] = Field(
         default="whole", description="QSGD: one norm for the whole difference, or one per tensor"
     )
