@@ -173,7 +173,9 @@ class Settings(BaseModel):
     peer_burn_in: Count = Field(default=1, description="co-distillation: first rounds without peers")
     transfer_weight: NonNegative = Field(default=50.0, description="FedKTL: weight mu of the generated pairs")
     alignment_weight: NonNegative = Field(default=1.0, description="FedKTL: weight lambda of the centroids")
-    alignment_epochs: PositiveInt = Field(default=100, description="FedKTL: epochs of the cloud's transformer")
+    alignment_epochs: PositiveInt = Field(
+        default=100, description="FedKTL: epochs of the cloud's transformer"
+    )
     alignment_rate: Positive = Field(default=0.01, description="FedKTL: its step size (Adam)")
     pair_pixels: Literal["uint8", "float32"] = Field(
         default="uint8", description="FedKTL: how generated images cross the links"
@@ -183,7 +185,9 @@ class Settings(BaseModel):
         description="FedKTL: gan:DIR, espalier:DIR, sd:DIR, stylegan-xl:FILE or stylegan3:FILE at the cloud",
     )
     generator_steps: PositiveInt = Field(default=50, description="denoising steps of a diffusion generator")
-    prompt: str = Field(default="a cat", description="FedKTL with Stable Diffusion: the prompt of every class")
+    prompt: str = Field(
+        default="a cat", description="FedKTL with Stable Diffusion: the prompt of every class"
+    )
     trust_pickle: bool = Field(
         default=False, description="open StyleGAN pickles, which can run any code on the cloud's machine"
     )
@@ -194,7 +198,9 @@ class Settings(BaseModel):
         default=0.5, gt=0, le=1, description="FAug: a label below this share of the client's mean is a target"
     )
     faug_seeds: PositiveInt = Field(default=5, description="FAug: most images a client uploads per label")
-    faug_redundant: Count = Field(default=0, description="FAug: labels uploaded beside the targets to hide them")
+    faug_redundant: Count = Field(
+        default=0, description="FAug: labels uploaded beside the targets to hide them"
+    )
     faug_steps: PositiveInt = Field(default=1500, description="FAug: training steps of the conditional GAN")
 
     exchange: Literal["full", "usplit", "ulatdec", "udec"] = Field(

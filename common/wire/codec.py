@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, ClassVar, Protocol
 
 import numpy as np
 
-from common.errors import ConfigError, EspalierError, WireError
+from common.errors import EspalierError, WireError
 from common.wire.payload import STORED_AS, Layout, TensorSpec
 
 if TYPE_CHECKING:
@@ -143,20 +143,13 @@ def create_codec(settings: Settings, name: str = "") -> Codec:
 
     Raises
     ------
-    ConfigError
-        If `codec-levels` is more than a float32 can tell apart.
     ValueError
         If there is no codec of that name, "auto" included.
     """
-    from common.wire.compression import MAX_LEVELS, QSGD, TopK  # they build on this module
+    from common.wire.compression import QSGD, TopK  # they build on this module
 
     name = name or settings.codec
     if name == "qsgd":
-        if settings.codec_levels > MAX_LEVELS:
-            raise ConfigError(
-                f"codec-levels: {settings.codec_levels} is out of range; it must be at most {MAX_LEVELS}, "
-                "or set codec=none"
-            )
         return QSGD(settings.codec_levels, per_tensor=settings.codec_norm == "tensor")
     if name == "top-k":
         return TopK(settings.codec_keep)

@@ -7,6 +7,7 @@ import sys
 import tomllib
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any, cast
 
 import pytest
 from google.protobuf.struct_pb2 import Struct
@@ -86,6 +87,125 @@ def test_refusals_say_what_where_and_how(key: str, value: object, parts: list[st
     (line,) = faults(**{key: value})
     for part in parts:
         assert part in line
+
+
+#: Settings of the weight-exchange methods: a value just out of range, and how its line says to mend it.
+OUT_OF_RANGE: list[tuple[str, object, str]] = [
+    ("local-steps", -1, "it must be at least 0"),
+    ("local-steps", 1.5, "a whole number is expected, e.g. local-steps=0"),
+    ("optimizer", "sdg", 'auto, adam, sgd; did you mean "sgd"?'),
+    ("learning-rate-decay", 0, "it must be above 0"),
+    ("learning-rate-decay", 1.01, "it must be at most 1"),
+    ("momentum", -0.1, "it must be at least 0"),
+    ("momentum", 1, "it must be below 1"),
+    ("weight-decay", -1e-9, "it must be at least 0"),
+    ("selection", "pow", 'divfl; did you mean "'),
+    ("candidates", -1, "it must be at least 0"),
+    ("adaptive-candidates", "yes", "true or false is expected, e.g. adaptive-candidates=false"),
+    ("divfl-gradients", "fresh", "is none of ideal, no-overhead"),
+    ("divfl-greedy", "lasy", 'greedy, lazy, stochastic; did you mean "lazy"?'),
+    ("weighting", "sample", 'auto, samples, uniform; did you mean "samples"?'),
+    ("edge-choice", "shapes", 'did you mean "shape"?'),
+    ("shape-diversity", -1, "it must be at least 0"),
+    ("shape-edges", -1, "it must be at least 0"),
+    ("prox-mu", -0.01, "it must be at least 0"),
+    ("moon-mu", -1, "it must be at least 0"),
+    ("moon-temperature", 0, "it must be above 0"),
+    ("dyn-alpha", 0, "it must be above 0"),
+    ("server-rate", 0, "it must be above 0"),
+    ("fairness-q", -0.5, "it must be at least 0"),
+    ("levels", "", 'is no share in (0, 1]; give numbers such as "1,0.5,0.25"'),
+    ("levels", "1,half", '"half" in "1,half" is no share in (0, 1]; give numbers'),
+    ("levels", "1,0", '"0" in "1,0" is no share'),
+    ("levels", "1.5,1", '"1.5" in "1.5,1" is no share'),
+    ("levels", "nan", "is no share"),
+    ("levels", "0.5,1", 'does not descend; write "1,0.5"'),
+    ("levels", "1,1,0.5", 'does not descend; write "1,0.5"'),
+    ("level-choice", "memroy", 'did you mean "memory"?'),
+    ("dynamic-levels", 1, "true or false is expected"),
+    ("masked-loss", 0, "true or false is expected, e.g. masked-loss=true"),
+    ("width-scaler", "on", "true or false is expected"),
+    ("distillation", 1, "true or false is expected"),
+    ("inclusive-beta", -0.1, "it must be at least 0"),
+    ("inclusive-beta", 1.1, "it must be at most 1"),
+    ("base-width", 0, "it must be above 0"),
+    ("base-width", 1.5, "it must be at most 1"),
+    ("clusters", 0, "it must be at least 1"),
+    ("shared-layers", 3, "a text is expected"),
+    ("cfl-mean-norm", 0, "it must be above 0"),
+    ("cfl-max-norm", 0, "it must be above 0"),
+    ("cfl-from-round", 0, "it must be at least 1"),
+    ("cfl-linkage", "complet", 'single, complete; did you mean "complete"?'),
+    ("exchange", "split", 'full, usplit, ulatdec, udec; did you mean "usplit"?'),
+    ("shared-data", False, "a text is expected"),
+    ("shared-count", -1, "it must be at least 0"),
+    ("personal-layers", 1.5, "a text is expected"),
+    ("quality-threshold", -1, "it must be at least 0"),
+    ("codec", "topk", 'did you mean "top-k"?'),
+    ("codec-levels", 0, "it must be at least 1"),
+    ("codec-levels", 2**23, "it must be at most 8388607"),
+    ("codec-norm", "tensors", 'whole, tensor; did you mean "tensor"?'),
+    ("codec-keep", 0, "it must be above 0"),
+    ("codec-keep", 1.01, "it must be at most 1"),
+    ("eval-clients", "true", "true or false is expected, e.g. eval-clients=false"),
+]
+
+
+@pytest.mark.parametrize(("key", "value", "mend"), OUT_OF_RANGE)
+def test_every_setting_of_a_method_out_of_range_says_how_to_mend_it(
+    key: str, value: object, mend: str
+) -> None:
+    (line,) = faults(**{key: value})
+    assert line.startswith(f"{key}: ")
+    assert mend in line
+    struct = Struct()
+    struct.update(cast(Any, {key: value}))
+    with pytest.raises(ConfigError, match=f"  {key}: "):
+        RunConfig.from_struct(struct)
+
+
+def test_no_setting_is_without_a_bound() -> None:
+    """A number no setting can take, a text where a number belongs and the reverse: one line that names the key."""
+    for key, default in RunConfig().to_flat().items():
+        bad: list[object] = ["", float("nan")] if isinstance(default, int | float) else [7]
+        if isinstance(default, int | float) and key not in UNBOUNDED:
+            bad += [-1e9] if not isinstance(default, bool) else [-1]
+        for value in bad:
+            (line,) = faults(**{key: value})
+            assert line.startswith(f"{key}: "), line
+            assert any(word in line for word in ("expected, e.g.", "must be", "give", "none of")), line
+
+
+#: Settings that may be any number.
+UNBOUNDED = {"selection-a", "selection-b", "aggregation-a", "aggregation-b"}
+
+#: Combinations that make no sense: settings, the key that is blamed, and how to mend it.
+CONTRADICTIONS: list[tuple[dict[str, object], str, str]] = [
+    ({"method": "ifca"}, "model", "unet-tiny does not go with method=ifca; use "),
+    ({"method": "heterofl", "model": "unet-tiny"}, "model", "does not go with method=heterofl"),
+    ({"method": "fedphd", "model": "cnn"}, "model", "use unet"),
+    ({"method": "heterofl", "model": "cnn", "levels": "0.5,0.25"}, "levels", "add it, e.g. 1,0.5"),
+    ({"method": "fjord", "model": "cnn", "selection": "divfl"}, "selection", "use pow-d or uniform"),
+    ({"method": "heterofl", "model": "cnn", "histogram-noise": 1}, "histogram-noise", "masked-loss=false"),
+    ({"method": "scaffold", "model": "cnn", "optimizer": "adam"}, "optimizer", "optimizer=sgd"),
+    ({"method": "scaffold", "model": "cnn", "momentum": 0.9}, "momentum", "set both to 0"),
+    ({"method": "qfedavg", "model": "cnn", "weighting": "samples"}, "weighting", "leave it at auto"),
+    ({"method": "cfl", "model": "cnn", "fraction": 0.5}, "fraction", "set fraction=1"),
+    ({"method": "cfl", "model": "cnn", "codec": "qsgd"}, "codec", "set codec=none or fp16"),
+    ({"method": "split-mix", "model": "cnn", "base-width": 0.3}, "base-width", "0.5, 0.25, 0.125"),
+    ({"method": "ifca", "model": "cnn", "ema-decay": 0.9}, "ema-decay", "set ema-decay=0"),
+    ({"method": "phoenix", "shared-data": "digits"}, "shared-count", "set e.g. shared-count=100"),
+    ({"method": "feddiffuse", "exchange": "udec", "ema-decay": 0.9}, "ema-decay", "set it to 0"),
+]
+
+
+@pytest.mark.parametrize(("settings", "key", "mend"), CONTRADICTIONS)
+def test_what_does_not_go_together_says_how_to_mend_it(
+    settings: dict[str, object], key: str, mend: str
+) -> None:
+    (line,) = faults(**settings)
+    assert line.startswith(f"{key}: ")
+    assert mend in line
 
 
 def test_all_faults_are_told_at_once() -> None:

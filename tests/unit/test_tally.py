@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from common.homogeneity import edge_weights
@@ -95,7 +95,6 @@ def expected_mean(members: list[Client], name: str) -> np.ndarray:
     return found
 
 
-@settings(deadline=None)
 @given(clients(), st.lists(st.integers(0, 3), min_size=6, max_size=6))
 def test_any_split_over_edges_is_the_flat_tally(members: list[Client], edge_of: list[int]) -> None:
     flat, cloud = added(members), Tally(LAYOUT)
@@ -263,7 +262,6 @@ def test_what_numpy_would_broadcast_is_refused(name: str, array: np.ndarray, fau
     np.testing.assert_array_equal(tally.means(WIDE)["kernel"], 1)
 
 
-@settings(deadline=None)
 @given(st.lists(st.tuples(st.integers(1, 4), st.integers(1, 4)), min_size=2, max_size=5))
 def test_mixed_widths_are_averaged_over_their_holders_never_broadcast(sizes: list[tuple[int, int]]) -> None:
     """A narrow client's single column must not reach the columns it does not hold."""
@@ -419,7 +417,6 @@ def test_homogeneity_weighted_by_hand() -> None:
     assert mean == pytest.approx(second / (first + second))
 
 
-@settings(deadline=None)
 @given(
     st.lists(st.tuples(st.integers(0, 50), st.integers(0, 50)), min_size=1, max_size=4),
     st.floats(-100, 100),
