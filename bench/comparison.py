@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -13,6 +14,7 @@ import numpy as np
 from PIL import Image
 
 from bench.local_tree import LocalClient, LocalTree
+from common.errors import EspalierError
 from common.run.config import FlatValue
 from common.run.events import EVENTS_FILE
 from common.run.ledger import LINKS
@@ -37,7 +39,13 @@ REGIMES: Mapping[str, Settings] = {
         "sample-steps": 20,
         "pruning-ratio": 0.25,
     },
-    "unet-small": {"learning-rate": 0.001, "batch-size": 32, "eval-samples": 1000, "flip": True},
+    "unet-small": {
+        "learning-rate": 0.001,
+        "batch-size": 32,
+        "flip": True,
+        "eval-samples": 1000,
+        "pruning-ratio": 0.2,
+    },
     # The authors' code; their Inception-v3 features are `--features inception`.
     "unet-paper": {
         "learning-rate": 0.0002,
@@ -52,6 +60,10 @@ REGIMES: Mapping[str, Settings] = {
 #: Data by name -> their model.
 MODELS = {"digits": "unet-tiny", "cifar10": "unet-paper", "celeba": "unet-paper"}
 TINY: Settings = {"local-steps": 1, "batch-size": 4, "eval-samples": 8, "sample-steps": 2}
+
+
+class RunFailedError(EspalierError):
+    """A run of the comparison that gave no figures."""
 
 
 @dataclass(frozen=True)
@@ -98,6 +110,11 @@ class Measured:
     def last(self) -> Evaluation:
         """The last evaluation."""
         return self.record.quality[-1]
+
+    @property
+    def frechet(self) -> float:
+        """The last Fréchet distance."""
+        return math.nan if self.last.frechet is None else self.last.frechet
 
     @property
     def seconds(self) -> float:
@@ -149,8 +166,8 @@ class Comparison:
 
         Raises
         ------
-        RuntimeError
-            If the run was not sound: something failed on the way, or nothing could be measured.
+        RunFailedError
+            If something failed on the way, or nothing could be measured.
         """
         rounds = max(1, self.rounds // entry.epochs)
         settings: dict[str, FlatValue] = {
@@ -163,7 +180,7 @@ class Comparison:
             **entry.settings,
         }
         windows = -(-rounds // int(settings["rg"]))
-        settings = {"eval-every": max(1, windows // POINTS), **settings, **more}
+        settings = {"eval-every": -(-windows // POINTS), **settings, **more}
         tree = LocalTree(Path(tempfile.mkdtemp(dir=self.folder)), self._clients(seed), self.edges)
         out = tree.folder / "runs" / "run"
         out.mkdir(parents=True)
@@ -172,7 +189,8 @@ class Comparison:
         (out / "features").symlink_to(features, target_is_directory=True)
         record = tree.run("run", settings).chronicle.record
         if record.faults or not record.quality:
-            raise RuntimeError(f"{entry.name}: {record.faults[:1] or 'nothing was measured'}")
+            fault = record.faults[0].detail if record.faults else "nothing was measured"
+            raise RunFailedError(f"{entry.name}: {fault}")
         grid = np.asarray(Image.open(out / "samples" / f"window-{len(record.windows):04d}.png"))
         return Measured(record, training_bytes(record, out / EVENTS_FILE), grid)
 

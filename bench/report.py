@@ -16,6 +16,9 @@ import psutil
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
+#: Columns of a table that does not go to a terminal.
+WIDTH = 180
+
 Row = dict[str, str | int | float | bool | None]
 """One measurement; the keys are the columns of the table, units in their names."""
 
@@ -149,6 +152,8 @@ def _print_table(about: str, outcome: Outcome) -> None:
     from rich.table import Table
 
     console = Console()
+    if not console.is_terminal:
+        console = Console(width=WIDTH)  # a file or a pipe has no width that columns must be cut to
     measured = Table(title=about)
     columns = list(dict.fromkeys(key for row in outcome.rows for key in row))
     for column in columns:
