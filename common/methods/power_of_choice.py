@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from common.methods.planning import Member
-from common.methods.selection import Answer, Selection, by_name, proportions, top
+from common.methods.selection import Answer, Selection, by_name, proportions, rating, top
 from common.seeds import rng_for
 
 if TYPE_CHECKING:
@@ -21,7 +21,8 @@ class PowerOfChoice(Selection):
 
     d candidates are drawn with chance ∝ n_k without replacement, answer with F_k(w), and the m of the
     largest loss train; the server takes their plain mean. With `adaptive-candidates` (pi_adapow-d) d
-    falls over the run, see :func:`adaptive_count`.
+    falls over the run, see :func:`adaptive_count`. `loss-weight=samples`, which is not the paper's, ranks
+    by a client's part p_k F_k of the global loss instead.
     """
 
     probe = "loss"
@@ -41,7 +42,7 @@ class PowerOfChoice(Selection):
     ) -> list[Member]:
         """Return the m candidates of the largest loss, ties by name."""
         losses = {
-            m.name: answers[m.name].metrics["loss"]
+            m.name: rating(self.settings, answers[m.name].metrics["loss"], m.samples)
             for m in candidates
             if m.name in answers and "loss" in answers[m.name].metrics
         }
@@ -94,7 +95,9 @@ class RememberedPowerOfChoice(PowerOfChoice):
 
         def rank(member: Member) -> tuple[float, float]:
             loss = self._losses.get(member.name, math.inf)
-            return -loss, float(rng_for(self.settings.seed, member.name, round_, "selection-tie").random())
+            return -rating(self.settings, loss, member.samples), float(
+                rng_for(self.settings.seed, member.name, round_, "selection-tie").random()
+            )
 
         return by_name(sorted(self._draw(round_, members), key=rank)[: self._count(members)])
 

@@ -191,6 +191,11 @@ def create_selection(settings: RunConfig, name: str) -> Selection:
     return rules[name](settings)
 
 
+def rating(settings: RunConfig, loss: float, samples: int) -> float:
+    """Return what a candidate is ranked by: F_k, or with `loss-weight=samples` n_k F_k, which ranks as p_k F_k."""
+    return loss * samples if settings.loss_weight == "samples" else loss
+
+
 def top(losses: Mapping[str, float], m: int) -> list[str]:
     """Return the names of the m largest losses, largest first, ties by name; NaN comes last.
 

@@ -80,6 +80,9 @@ class Settings(BaseModel):
     adaptive_candidates: bool = Field(
         default=False, description="d falls by half steps from everyone to those picked (adapow-d)"
     )
+    loss_weight: Literal["none", "samples"] = Field(
+        default="none", description="Power-of-Choice ranks candidates by F_k, or by n_k F_k"
+    )
     divfl_gradients: Literal["ideal", "no-overhead"] = Field(
         default="no-overhead",
         description="whose gradients DivFL renews in a round: everyone's, the picked ones'",

@@ -134,6 +134,18 @@ def test_everyone_a_candidate_gives_the_largest_losses() -> None:
     assert selection.weighting == "uniform"
 
 
+def test_a_large_clients_loss_can_be_given_more_say() -> None:
+    """n_k F_k of c00 … c04: 1·1 = 1, 9·0.25 = 2.25, 5·0.5 = 2.5, 2·2 = 4, 7·0 = 0."""
+    members = crowd([1, 9, 5, 2, 7])
+    told = losses(c00=1.0, c01=0.25, c02=0.5, c03=2.0, c04=0.0)
+    for weight, expected in (("none", ["c00", "c03"]), ("samples", ["c02", "c03"])):
+        selection = rule("pow-d", fraction=0.4, candidates=5, loss_weight=weight)
+        assert names(selection.choose(1, selection.candidates(1, members), told)) == expected
+        remembered = rule("rpow-d", fraction=0.4, candidates=5, loss_weight=weight)
+        remembered.observe(1, {name: answer.metrics for name, answer in told.items()}, {})
+        assert names(remembered.candidates(2, members)) == expected
+
+
 def test_only_who_answered_is_chosen() -> None:
     members = crowd([1] * 5)
     selection = rule("pow-d", fraction=0.4, candidates=5)
