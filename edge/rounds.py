@@ -12,7 +12,7 @@ import numpy as np
 from common.errors import ConfigError, EspalierError, WireError
 from common.flower.inline import InlineGrid
 from common.methods.registry import create_method
-from common.methods.selection import shares, top
+from common.methods.selection import rating, shares, top
 from common.methods.state import ServerState
 from common.methods.tally import Tally
 from common.run.config import RunConfig
@@ -175,7 +175,9 @@ class EdgeWindow:
             counts[participant.edge] = counts.get(participant.edge, 0) + 1
         keep = shares(counts, schedule.keep)[self.edge]
         answers = self._ask("loss", schedule.round, candidates)
-        chosen = set(top({a.update.name: a.report.loss for a in answers}, keep))
+        settings = self.method.settings
+        rated = {a.update.name: rating(settings, a.report.loss, a.report.samples) for a in answers}
+        chosen = set(top(rated, keep))
         return [p for p in candidates if p.client in chosen]
 
     def _ask(self, kind: str, round_: int, participants: Sequence[pb.Participant]) -> list[Answered]:

@@ -466,6 +466,23 @@ def test_an_edge_keeps_its_share_of_the_largest_losses() -> None:
     assert not report.faults
 
 
+def test_an_edge_can_rank_by_samples_and_loss() -> None:
+    """c1 and c2 have 10 and 30 samples: c1's loss is larger, c2's samples times its loss are."""
+
+    def answer(plan: pb.RoundPlan, weights: Weights, message: Message) -> Message:
+        if plan.inquiry:
+            return reply_to(plan, message, {}, loss={"c1": 2.0, "c2": 1.0}[plan.client])
+        return add_one(plan, weights, message)
+
+    for weight, kept in (("none", "c1"), ("samples", "c2")):
+        plan, weights = window_plan(2, 1, {})
+        plan.settings.update({"loss-weight": weight})
+        plan.rounds[1].keep = 2
+        edge, grid = edge_window(plan, weights, answer)
+        edge.run()
+        assert [p.client for p in grid.plans if p.round == 12 and not p.inquiry] == [kept]
+
+
 def test_an_edge_keeps_whom_it_can_judge() -> None:
     """c2, whose answer is not sound, does not train; a round for nobody is none."""
 
