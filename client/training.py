@@ -19,7 +19,7 @@ from common.learning.trainer import train_local
 from common.methods.base import Method
 from common.methods.registry import create_method
 from common.methods.views import buffers_of
-from common.models.architecture import build_with, describe
+from common.models.architecture import describe
 from common.models.arrays import model_arrays, to_tensor
 from common.models.initial import initial_model
 from common.run.config import RunConfig
@@ -80,9 +80,10 @@ def read_task(device: Device, plan: pb.RoundPlan, message: Message) -> Task:
     state = device.load_state(plan.run, plan.start)
     local = local_round(device, settings, plan.round, received.views(), state)
     local.architecture, local.population = plan.architecture, plan.population
+    local.peers = dict(plan.peers)
     method = create_method(settings)
     try:
-        model = start_model(method, local, plan.architecture)
+        model = method.network(local, plan.architecture)
     except (ValueError, RuntimeError, KeyError) as error:
         raise WireError(plan.edge, f"an architecture that cannot be built ({error})") from error
     return Task(plan, method, received, local, model)
@@ -114,38 +115,37 @@ def train_round(device: Device, plan: pb.RoundPlan, message: Message) -> RecordD
     method, local, received = task.method, task.local, task.received.views()
     objective, result = train(device, method, task.model, local)
     arrays = method.publish(model_arrays(task.model), local) | objective.extra()
-    metrics = result.metrics | local.metrics | {"lr-sum": result.lr_sum}
-    form = update_form(method, plan, task.received.layout, metrics)
-    rng = rng_for(local.settings.seed, device.name, plan.round, "codec")
-    payload, decoded = form.encode(arrays, received, rng)
-    metrics |= objective.end(task.model, result, as_read(task.model, decoded, arrays, received))
-    device.save_state(plan, local.state)
     report = pb.ClientReport(
         schema=control.SCHEMA,
         run=plan.run,
         window=plan.window,
         round=plan.round,
         client=device.name,
-        samples=result.samples,
+        samples=len(device.images),
         steps=result.steps,
         loss=result.loss,
         seconds=result.seconds,
-        metrics=metrics,
+        metrics=result.metrics | local.metrics | {"lr-sum": result.lr_sum},
     )
+    method.describe_reply(objective, task.model, report)
+    form = update_form(method, plan, task.received.layout, report)
+    rng = rng_for(local.settings.seed, device.name, plan.round, "codec")
+    payload, decoded = form.encode(arrays, received, rng)
+    further = objective.end(task.model, result, as_read(task.model, decoded, arrays, received))
+    report.metrics.update(further)
+    device.save_state(plan, local.state)
     record = payload.to_record()
-    content = control.report_content(report, record, result.samples, result.loss)
+    content = control.report_content(report, record, report.samples, report.loss)
     report.up_bytes = payload_bytes(content)
-    return control.report_content(report, record, result.samples, result.loss)
+    return control.report_content(report, record, report.samples, report.loss)
 
 
-def update_form(
-    method: Method, plan: pb.RoundPlan, received: Layout, metrics: Mapping[str, float]
-) -> UpdateForm:
+def update_form(method: Method, plan: pb.RoundPlan, received: Layout, report: pb.ClientReport) -> UpdateForm:
     """Return how the reply to a plan lies on the link."""
     names = tuple(plan.returns) or tuple(t.name for t in plan.architecture.tensors)
     codec_name = method.chosen(method.settings, "codec")
     codec: Codec | None = None if codec_name == "none" else create_codec(method.settings, codec_name)
-    returned = method.reply_layout(plan.architecture, received, names, metrics)
+    returned = method.reply_layout(plan.architecture, received, names, report)
     return UpdateForm(returned, received, buffers_of(plan.architecture), codec)
 
 
@@ -216,7 +216,7 @@ def train(
     result = train_local(
         model,
         objective,
-        device.images,
+        method.data(local),
         local,
         seed=seed_for(local.settings.seed, device.name, local.round, "train"),
         device=device.torch_device,
@@ -244,13 +244,6 @@ def local_round(
         place=str(device.torch_device),
         optimizer=create_method(settings).own_optimizer if settings.optimizer == "auto" else "",
     )
-
-
-def start_model(method: Method, local: LocalRound, architecture: pb.ArchitectureSpec) -> nn.Module:
-    """Build the network that a client starts from, and remember its tensors as what was received."""
-    local.received = method.start(local)
-    # `build_with` copies, so training does not write into what was received.
-    return build_with(architecture, dict(local.received))
 
 
 def _plain_model(

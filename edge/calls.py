@@ -211,7 +211,7 @@ class Caller:
             returned = (
                 answer_layout(plan.inquiry, sent.architecture, self.method.settings, plan.population)
                 if plan.inquiry
-                else self.method.reply_layout(sent.architecture, sent.weights.layout, sent.returns, metrics)
+                else self.method.reply_layout(sent.architecture, sent.weights.layout, sent.returns, report)
             )
         except ValueError as error:
             raise WireError(name, str(error)) from error
@@ -231,4 +231,5 @@ class Caller:
             labels=known.labels,
             metrics=metrics,
             extra={n: a for n, a in arrays.items() if n not in received},
+            report=report,
         )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -89,13 +89,15 @@ class EdgeWindow:
             self.method = create_method(RunConfig.from_struct(plan.settings))
         except ConfigError as error:
             raise WireError("cloud", f"settings this edge does not take ({error})") from error
-        self.server = ServerState(plan.architecture, weights, max(plan.population, 1))
+        self.server = ServerState(plan.architecture, weights, max(plan.population, 1), peers=dict(plan.peers))
         self.tally = Tally(weights.layout)
         self.report = pb.EdgeReport(schema=control.SCHEMA, run=plan.run, window=plan.window, edge=edge)
         self.caller = Caller(edge, plan, self.method, grid, roster, self.report)
         self._grid, self._roster = grid, roster
         self._labels: np.ndarray | None = None
         self._reached: dict[str, pb.Version] = {}
+        # What a client had started a round from that came to nothing, by client, window and round.
+        self._vain: dict[tuple[str, int, int], pb.Version] = {}
         self._late = grid.late
 
     def run(self) -> tuple[pb.EdgeReport, Weights]:
@@ -140,7 +142,7 @@ class EdgeWindow:
         self.progress.round, self.progress.done = round_, []
         self.progress.training = sorted(p.client for p in participants)
         tally, labels = Tally(self.server.weights.layout), []
-        starts = {p.client: self._reached.get(p.client, p.start) for p in participants}
+        starts = {p.client: self._start(p) for p in participants}
         for answer in self.caller.call(participants, starts, round_, self.server):
             report, update = answer.report, answer.update
             try:
@@ -155,7 +157,12 @@ class EdgeWindow:
         if len(record.clients) < max(self.plan.quorum, 1):
             detail = f"{len(record.clients)} usable replies, quorum {self.plan.quorum}"
             self.caller.fault(self.edge, "quorum", detail, round_)
+            # Who trained in vain goes on from what it kept before; so the cloud must not read it took part.
+            record.ClearField("clients")
+            self._note_vain(starts, round_)
             return
+        counted = {c.client for c in record.clients}
+        self._note_vain({c: start for c, start in starts.items() if c not in counted}, round_)
         samples = sum(c.samples for c in record.clients)
         self.report.samples += samples
         self.report.last_round_samples = samples
@@ -164,9 +171,22 @@ class EdgeWindow:
             self._reached[client.client] = pb.Version(window=self.plan.window, round=round_)
         record.loss = sum(c.loss * c.samples for c in record.clients) / samples
         self.progress.loss = record.loss
+        self.server.round = round_
         if round_ != self.plan.rounds[-1].round:
             self.method.step(self.server, tally)
         self.tally.extend(tally)
+
+    def _start(self, participant: pb.Participant) -> pb.Version:
+        """Return the state a client goes on from: the plan supposes that every round before counted."""
+        known = (participant.start, self._reached.get(participant.client, participant.start))
+        start = max(known, key=lambda v: (v.window, v.round))
+        while (key := (participant.client, start.window, start.round)) in self._vain:
+            start = self._vain[key]
+        return start
+
+    def _note_vain(self, starts: Mapping[str, pb.Version], round_: int) -> None:
+        for client, start in starts.items():
+            self._vain[client, self.plan.window, round_] = start
 
     def _best(self, schedule: pb.RoundSchedule, candidates: list[pb.Participant]) -> list[pb.Participant]:
         """Keep this edge's share of a round's clients: those of largest loss under its own tensors."""
@@ -181,7 +201,7 @@ class EdgeWindow:
         return [p for p in candidates if p.client in chosen]
 
     def _ask(self, kind: str, round_: int, participants: Sequence[pb.Participant]) -> list[Answered]:
-        starts = {p.client: self._reached.get(p.client, p.start) for p in participants}
+        starts = {p.client: self._start(p) for p in participants}
         return list(self.caller.call(participants, starts, round_, self.server, inquiry=kind))
 
     def _close(self, start: float) -> tuple[pb.EdgeReport, Weights]:

@@ -16,13 +16,13 @@ from common.flower.cloud_grid import LINK_LOST, TreeGrid
 from common.learning.diffusion import ema_update
 from common.learning.trainer import resolve_device
 from common.methods.base import CloudState, Method
+from common.methods.levels import parse_levels
 from common.methods.planning import AtRandom, mean_homogeneity, plan_window
 from common.methods.registry import create_method
 from common.names import NameRegistry
 from common.run.config import RunConfig
 from common.run.record import REPORT_FILE, RunRecord
 from common.wire.payload import Weights
-from proto import espalier_pb2 as pb
 from server.assessment import Assessment
 from server.chronicle import Chronicle
 from server.evaluation import create_evaluator
@@ -59,7 +59,10 @@ class TreeRun:
         self.settings, self.grid, self.out = settings, grid, out
         self.run_id = settings.run_id or uuid.uuid4().hex[:12]
         self.method: Method = create_method(settings)
-        self.tree = Tree(grid, NameRegistry(state / "edges.json"), self.run_id, settings.histogram_noise)
+        by_hand = self.method.has_levels and settings.level_choice == "device"
+        smallest = min(parse_levels(settings.levels)) if by_hand else 0.0
+        names = NameRegistry(state / "edges.json")
+        self.tree = Tree(grid, names, self.run_id, settings.histogram_noise, smallest)
         self.chronicle = Chronicle(settings, self.run_id, out)
         self.state: CloudState | None = None
         self.assessment: Assessment | None = None
@@ -91,6 +94,7 @@ class TreeRun:
         s = self.settings
         self.tree.gather(s, self._stopping)
         self._check_stop()
+        self.method.meet(self.tree.image_shape, len(self.tree.classes))
         state, reached = self.chronicle.resume() or (self._initial_state(), {})
         self.state = state
         self.chronicle.joined(self.tree)
@@ -110,10 +114,9 @@ class TreeRun:
             self._check_stop()
 
     def _initial_state(self) -> CloudState:
-        model = self.method.initial(self.tree.image_shape, len(self.tree.classes))
-        state = CloudState(architecture=pb.ArchitectureSpec(), weights=Weights.pack({}))
-        state.adopt(model)
-        self.chronicle.dense(state)
+        state = self.method.initial_state()
+        if state.architecture.tensors:
+            self.chronicle.dense(state)
         state.population = self.tree.population
         return state
 

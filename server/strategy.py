@@ -209,11 +209,11 @@ class WindowStrategy(Strategy):
                 self.outcome.mu[name] = sh_score(labels, self.settings.homogeneity_form)
         self._note_silent(set(self.drawn.edges))
         tally, self.outcome.rho = merged.result()
+        self.state.window += 1
+        self.state.round += len(self.plan)
         if samples:
             self.method.central_step(self.state, tally)
         self._observe(tally)
-        self.state.window += 1
-        self.state.round += len(self.plan)
         self.state.extra |= {f"selection/{k}": v for k, v in self.selection.state().items()}
         return (self.state.weights.to_record() if samples else None), MetricRecord(
             {"edges": len(self.outcome.reports), control.NUM_EXAMPLES: samples}

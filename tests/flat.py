@@ -52,8 +52,10 @@ class FlatRun:
             Member(n, h.samples, np.asarray(h.histogram.counts), ("flat",)) for n, h in self.hellos.items()
         ]
         first = next(iter(self.hellos.values()))
-        self.state = CloudState(pb.ArchitectureSpec(), Weights.pack({}), population=len(self.members))
-        self.state.adopt(self.method.initial(tuple(first.image_shape), len(first.classes)))  # type: ignore[arg-type]
+        channels, height, width = first.image_shape
+        self.method.meet((channels, height, width), len(first.classes))
+        self.state = self.method.initial_state()
+        self.state.population = len(self.members)
         self.reached: dict[str, tuple[int, int]] = {}
         self.faults: list[pb.Fault] = []
         self.selection = self.method.selection()
@@ -90,14 +92,14 @@ class FlatRun:
                 continue
             metrics[answer.update.name] = {"loss": answer.report.loss, **answer.report.metrics}
             self.reached[answer.update.name] = (plan.window, schedule.round)
+        self.state.window += 1
+        self.state.round += 1
         self.method.central_step(self.state, tally)
         gradients = {
             c: {n.partition("/")[2]: a for n, a in stack.items() if n.startswith("gradient/")}
             for c, stack in tally.stacks.items()
         }
         self.selection.observe(schedule.round, metrics, {c: g for c, g in gradients.items() if g})
-        self.state.window += 1
-        self.state.round += 1
 
     def ask(
         self,

@@ -62,6 +62,8 @@ class LocalRound:
         The network's description as received.
     metrics : dict of str to float
         Scalars for the report that no term of the objective gives (e.g. the cluster that was picked).
+    peers : mapping of str to pb.ArchitectureSpec
+        Other clients' networks whose tensors are in `aux`, by client.
     place : str
         Device to compute on, as torch names it.
     optimizer : str
@@ -79,6 +81,7 @@ class LocalRound:
     data: ImageSet | None = None
     architecture: pb.ArchitectureSpec | None = None
     metrics: dict[str, float] = field(default_factory=dict)
+    peers: Mapping[str, pb.ArchitectureSpec] = field(default_factory=dict)
     place: str = "cpu"
     optimizer: str = ""
 

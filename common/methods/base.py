@@ -45,6 +45,8 @@ class Update:
         Further scalars.
     extra : dict[str, np.ndarray]
         Tensors that are none of the server's, e.g. "gradient/conv.weight".
+    report : pb.ClientReport
+        The report beside the tensors.
     """
 
     name: str
@@ -54,6 +56,7 @@ class Update:
     labels: np.ndarray
     metrics: Mapping[str, float] = field(default_factory=dict)
     extra: dict[str, np.ndarray] = field(default_factory=dict)
+    report: pb.ClientReport = field(default_factory=pb.ClientReport)
 
 
 @dataclass(frozen=True)
@@ -116,6 +119,8 @@ class Method:
     families: ClassVar[tuple[str, ...]] = ()
     #: Whether clients train sub-models by `levels`, and whether there is one global model.
     has_levels: ClassVar[bool] = False
+    #: Whether every client keeps a network of its own kind, which no server holds.
+    own_models: ClassVar[bool] = False
     has_one_model: ClassVar[bool] = True
     #: The rules behind `edge-choice=auto`, `selection=auto`, `codec=auto`, `weighting=auto` and
     #: `optimizer=auto` ("": as selection and task say).
@@ -127,6 +132,9 @@ class Method:
     #: Sections that servers keep from clients, and those that shrink as 1/N when clients join.
     server_sections: ClassVar[frozenset[str]] = frozenset()
     mean_sections: ClassVar[frozenset[str]] = frozenset()
+    #: Whether a client stays at one edge for a window, because a round builds on what its last one kept:
+    #: between edges the order of a client's rounds is not sure.
+    settled: ClassVar[bool] = False
 
     def __init__(self, settings: RunConfig) -> None:
         self.settings = settings
@@ -163,6 +171,16 @@ class Method:
         return rules[self.chosen(s, "edge_choice")]()
 
     # --- cloud, before a round ---------------------------------------------------------------------
+
+    def meet(self, image_shape: tuple[int, int, int], classes: int) -> None:
+        """Take note, at the cloud, of the clients' images (channels, height, width) and number of classes."""
+        self.image_shape, self.classes = image_shape, classes
+
+    def initial_state(self) -> CloudState:
+        """Return the cloud's state at the start, before `before_run`."""
+        state = CloudState(pb.ArchitectureSpec(), Weights.pack({}))
+        state.adopt(self.initial(self.image_shape, self.classes))
+        return state
 
     def initial(self, image_shape: tuple[int, int, int], classes: int) -> nn.Module:
         """Return the network that the run starts from, by the run's seed alone.
@@ -212,6 +230,20 @@ class Method:
         assert local.data is not None
         return local.data
 
+    def network(self, local: LocalRound, architecture: pb.ArchitectureSpec) -> nn.Module:
+        """Return the network that a client trains or answers about; `local.received` becomes its tensors.
+
+        Raises
+        ------
+        ValueError
+            If it cannot be built.
+        """
+        from common.models.architecture import build_with
+
+        local.received = self.start(local)
+        # `build_with` copies, so training does not write into what was received.
+        return build_with(architecture, dict(local.received))
+
     def start(self, local: LocalRound) -> Mapping[str, Tensor]:
         """Return the tensors of the network that a client trains from, by name."""
         return local.received
@@ -240,17 +272,22 @@ class Method:
         return sent.only(names)
 
     def reply_layout(
-        self,
-        architecture: pb.ArchitectureSpec,
-        sent: Layout,
-        names: Sequence[str],
-        metrics: Mapping[str, float],
+        self, architecture: pb.ArchitectureSpec, sent: Layout, names: Sequence[str], report: pb.ClientReport
     ) -> Layout:
-        """Return the layout of a client's whole reply: what the method returns, and what the selection wants."""
-        layout = self.returned(sent, names, metrics)
+        """Return the layout of a client's whole reply: what the method returns, and what the selection wants.
+
+        Raises
+        ------
+        ValueError
+            If the report makes no sense.
+        """
+        layout = self.returned(sent, names, dict(report.metrics))
         if self.selection().reports == "gradient":
             layout = Layout((*layout.tensors, *trained_layout(architecture, "gradient").tensors))
         return layout
+
+    def describe_reply(self, objective: Objective, model: nn.Module, report: pb.ClientReport) -> None:
+        """Say in a client's report what the tensors of its reply stand for, where their names do not."""
 
     # --- edge and cloud ----------------------------------------------------------------------------
 

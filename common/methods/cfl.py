@@ -99,7 +99,7 @@ class CFL(Method):
         updates = [{n: tally.stacks[c][n] for n in trained} for c in clients]
         weights = np.array([float(tally.stacks[c][WEIGHT]) for c in clients])
         mean, longest = update_norms(gram_matrix(updates), weights)
-        if not should_split(mean, longest, len(clients), state.round + 1, self.settings):
+        if not should_split(mean, longest, len(clients), state.round, self.settings):
             return []
         _, leaving = bipartition(cosine_matrix(updates), self.settings.cfl_linkage)
         return [clients[i] for i in leaving]

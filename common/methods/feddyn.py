@@ -30,6 +30,7 @@ class FedDyn(Method):
     own_weighting = "uniform"
     server_sections = frozenset({SECTION})
     mean_sections = frozenset({SECTION})
+    settled = True
 
     def before_run(self, state: CloudState, ask: Inquiry) -> None:
         """Start from h = 0."""

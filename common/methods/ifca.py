@@ -14,7 +14,7 @@ from common.seeds import seed_for
 from common.wire.payload import Layout, Weights
 
 if TYPE_CHECKING:
-    from torch import Tensor, nn
+    from torch import Tensor
 
     from common.learning.objectives import LocalRound
     from common.run.config import RunConfig
@@ -43,11 +43,6 @@ class IFCA(Method):
             return ["clusters: ifca needs at least 2 models; set clusters=2 or method=fedavg"]
         return []
 
-    def initial(self, image_shape: tuple[int, int, int], classes: int) -> nn.Module:
-        """Return one network; the clusters' come from it in `before_run`."""
-        self._shape = (image_shape, classes)
-        return super().initial(image_shape, classes)
-
     def before_run(self, state: CloudState, ask: Inquiry) -> None:
         """Draw k models until the clients spread over them."""
         k = self.settings.clusters
@@ -66,7 +61,7 @@ class IFCA(Method):
         models = []
         for j in range(s.clusters):
             seed = seed_for(s.seed, "cloud", attempt, f"cluster {j}")
-            drawn = initial_model(s.model_copy(update={"seed": seed}), *self._shape)
+            drawn = initial_model(s.model_copy(update={"seed": seed}), self.image_shape, self.classes)
             models.append(model_arrays(drawn))
         tensors = {n: a for n, a in models[0].items() if matches(n, shared)}
         for j, arrays in enumerate(models):

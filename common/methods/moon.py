@@ -28,6 +28,7 @@ class MOON(Method):
     """
 
     name = "moon"
+    settled = True
 
     def initial(self, image_shape: tuple[int, int, int], classes: int) -> nn.Module:
         """Return the network; a classifier's with a projection head."""

@@ -29,6 +29,8 @@ class PersonalLayers(Method):
     is measured by samples they draw (`eval-clients`).
     """
 
+    settled = True
+
     def stays_home(self, name: str) -> bool:
         """Tell whether a tensor is personal."""
         raise NotImplementedError

@@ -171,6 +171,7 @@ def plan_window(
     *,
     first_round: int,
     seed: int,
+    settled: bool = False,
 ) -> list[Round]:
     """Give the clients of a whole window their edges.
 
@@ -189,6 +190,9 @@ def plan_window(
         Round that `picks` starts with.
     seed : int
         The run's seed.
+    settled : bool
+        Whether a client stays at the first edge it is given. Edges do not wait for one another between the
+        rounds of a window, so only at one edge its rounds are sure to follow each other.
 
     Returns
     -------
@@ -196,10 +200,13 @@ def plan_window(
         One assignment a round.
     """
     loads = {e: np.zeros_like(m.labels, dtype=np.float64) for m in members for e in m.edges}
-    plan = []
+    plan: list[Round] = []
+    homes: Round = {}
     for round_, chosen in enumerate(picks, first_round):
         picked = sorted(chosen, key=lambda m: m.name)
         assignment = choice.assign(picked, members, loads, seed, round_)
+        if settled:
+            assignment = {name: homes.setdefault(name, edge) for name, edge in assignment.items()}
         for member in picked:
             loads[assignment[member.name]] = loads[assignment[member.name]] + member.labels
         plan.append(assignment)

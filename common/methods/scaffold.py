@@ -27,6 +27,7 @@ class SCAFFOLD(Method):
     own_optimizer = "sgd"
     own_weighting = "uniform"
     mean_sections = frozenset({SECTION})
+    settled = True
 
     @classmethod
     def contradictions(cls, settings: RunConfig) -> list[str]:

@@ -28,11 +28,17 @@ class ServerState:
         Never written to; a step puts new ones in their place.
     population : int
         Clients in the run (N), whether they take part in a round or not.
+    round : int
+        Rounds finished; in a method's step, the round that is being finished.
+    peers : dict[str, pb.ArchitectureSpec]
+        Clients' own networks whose tensors are held, by client.
     """
 
     architecture: pb.ArchitectureSpec
     weights: Weights
     population: int = 1
+    round: int = 0
+    peers: dict[str, pb.ArchitectureSpec] = field(default_factory=dict)
 
     @property
     def tensors(self) -> dict[str, np.ndarray]:
@@ -74,8 +80,8 @@ class CloudState(ServerState):
 
     Attributes
     ----------
-    window, round : int
-        Windows and rounds finished.
+    window : int
+        Windows finished.
     ema : Weights or None
         Exponential moving average of the network, when `ema-decay` is on.
     pruned : bool
@@ -85,7 +91,6 @@ class CloudState(ServerState):
     """
 
     window: int = 0
-    round: int = 0
     ema: Weights | None = None
     pruned: bool = False
     extra: dict[str, np.ndarray] = field(default_factory=dict)
