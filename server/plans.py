@@ -91,7 +91,9 @@ def draw_window(
     by_name = {m.name: m for m in members}
     draw = WindowDraw(
         first,
-        plan_window(picks, members, method.edge_choice(), first_round=first, seed=s.seed),
+        plan_window(
+            picks, members, method.edge_choice(), first_round=first, seed=s.seed, settled=method.settled
+        ),
         keeps,
         [method.assign(state, [m.name for m in p], by_name, first + i) for i, p in enumerate(picks)],
     )

@@ -176,3 +176,18 @@ def test_loads_grow_after_a_round_and_picks_are_put_in_order() -> None:
         (["a", "b"], {"edge-1": [0.0, 0.0], "edge-2": [0.0, 0.0]}),
         (["a"], {"edge-1": [4.0, 0.0], "edge-2": [1.0, 2.0]}),
     ]
+
+
+def test_a_settled_client_stays_at_its_first_edge_for_a_window() -> None:
+    clients = members()
+    picks = [pick_clients(clients, 0.5, 3, r) for r in range(1, 9)]
+    free, settled = (
+        plan_window(picks, clients, AtRandom(), first_round=1, seed=3, settled=stays)
+        for stays in (False, True)
+    )
+    first: dict[str, str] = {}
+    for drawn in free:
+        for client, edge in drawn.items():
+            first.setdefault(client, edge)
+    assert any(first[c] != e for drawn in free for c, e in drawn.items())
+    assert settled == [{c: first[c] for c in drawn} for drawn in free]
