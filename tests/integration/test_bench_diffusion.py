@@ -30,7 +30,7 @@ METHODS = [
 
 def bench(*arguments: str) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "bench.diffusion", "--clients", "4", *arguments]
-    return subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=500)
+    return subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=600)
 
 
 def table(done: subprocess.CompletedProcess[str]) -> dict[str, dict[str, Any]]:
