@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from common.models import unet_family
 from common.models.arrays import dtype_name
+from common.models.backbone import Backbone
 from common.models.bases import Bases
 from common.models.classifiers import CNN, MLP
 from common.models.exits import ExitNetwork
@@ -58,6 +59,7 @@ FAMILIES: Mapping[str, Family] = {
     "resnet": classifier_family("resnet", PreActResNet),
     "exits": classifier_family("exits", ExitNetwork),
     "bases": classifier_family("bases", Bases),
+    "backbone": classifier_family("backbone", Backbone),
 }
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -15,8 +15,7 @@ def macs_and_params(model: nn.Module) -> tuple[int, int]:
     """Count a network's operations and parameters.
 
     Operations are the multiply-accumulates for one image of the network's own size: each use of a weight of a
-    convolution or linear layer, and two an element of a GroupNorm or batch normalisation (normalise, scale
-    and shift). Biases,
+    convolution or linear layer, and two an element of a normalisation (normalise, scale and shift). Biases,
     activations and the products of queries, keys and values are left out: what FedPhD and Diff-Pruning
     report as 6.06 GMACs for the paper's net leaves them out too.
 
@@ -45,16 +44,20 @@ def spec_cost(spec: pb.ArchitectureSpec) -> tuple[int, int]:
     inputs = FAMILIES[spec.family].inputs(model)
     macs = 0
 
-    def count(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+    def count(module: nn.Module, inputs: tuple[Tensor, ...], output: Any) -> None:
         nonlocal macs
-        if isinstance(module, nn.GroupNorm | nn.BatchNorm2d):
+        if isinstance(module, nn.MultiheadAttention):
+            # It uses the weights of its output layer without calling that layer.
+            weights = module.in_proj_weight.numel() + module.out_proj.weight.numel()
+            macs += weights * (output[0].numel() // module.embed_dim)
+        elif isinstance(module, nn.GroupNorm | nn.BatchNorm2d | nn.LayerNorm):
             macs += 2 * output.numel()
         else:
             weight = cast(Tensor, module.weight)
             # Every output position meets every weight once (a grouped convolution has fewer weights).
             macs += weight.numel() * (output.numel() // weight.shape[0])
 
-    counted = (nn.Conv2d, nn.Linear, nn.GroupNorm, nn.BatchNorm2d)
+    counted = (nn.Conv2d, nn.Linear, nn.GroupNorm, nn.BatchNorm2d, nn.LayerNorm, nn.MultiheadAttention)
     hooks = [m.register_forward_hook(count) for m in model.modules() if isinstance(m, counted)]
     with torch.no_grad():
         model(*inputs)

@@ -40,6 +40,10 @@ def _classifier(family: str, description: str, **arguments: Any) -> Preset:
     return Preset("classification", family, description, arguments)
 
 
+def _backbone(network: str, description: str, **arguments: Any) -> Preset:
+    return _classifier("backbone", description, network=network, **arguments)
+
+
 PRESETS: Mapping[str, Preset] = {
     "unet-tiny": Preset("diffusion", "unet", "U-Net of 1.1 M parameters for 8-pixel images on one CPU core"),
     "unet-small": Preset("diffusion", "unet", "U-Net of 5.3 M parameters for 28 and 32 pixels"),
@@ -82,6 +86,23 @@ PRESETS: Mapping[str, Preset] = {
         depth=3,
         norm="batch",
     ),
+    # Unlike classifiers whose features all have 512 values; common.models.families has HtFLlib's mixes of them.
+    "cnn4": _backbone(
+        "cnn4", "HtFLlib's CNN, two 5x5 convolutions and two layers, 0.9 M parameters at 32 pixels"
+    ),
+    "resnet4": _backbone("resnet4", "ResNet of one basic block, 0.1 M parameters"),
+    "resnet6": _backbone("resnet6", "ResNet of two basic blocks, 0.3 M parameters"),
+    "resnet8": _backbone("resnet8", "ResNet of three basic blocks, 1.2 M parameters"),
+    "resnet10": _backbone("resnet10", "ResNet of four basic blocks, 4.9 M parameters"),
+    "resnet18": _backbone("resnet18", "ResNet-18, 11.2 M parameters"),
+    "resnet34": _backbone("resnet34", "ResNet-34, 21.3 M parameters"),
+    "resnet50": _backbone("resnet50", "ResNet-50, 23.5 M parameters"),
+    "resnet101": _backbone("resnet101", "ResNet-101, 42.5 M parameters"),
+    "resnet152": _backbone("resnet152", "ResNet-152, 58.1 M parameters"),
+    "googlenet": _backbone("googlenet", "GoogLeNet without auxiliary outputs, 5.6 M parameters"),
+    "mobilenet-v2": _backbone("mobilenet-v2", "MobileNetV2, 2.2 M parameters"),
+    "vit-b-16": _backbone("vit-b-16", "vision transformer ViT-B with patches of about 16 pixels", head=768),
+    "vit-b-32": _backbone("vit-b-32", "vision transformer ViT-B with patches of about 32 pixels", head=768),
 }
 
 MODELS: Mapping[str, str] = {name: preset.description for name, preset in PRESETS.items()}
@@ -105,7 +126,7 @@ def task_of(model: str) -> Task:
 
 
 def family_of(model: str) -> str:
-    """Return a model's architecture family: "unet", "mlp", "cnn", "resnet" or "exits".
+    """Return a model's architecture family: "unet", "mlp", "cnn", "resnet", "exits" or "backbone".
 
     Raises
     ------

@@ -25,7 +25,8 @@ from common.run.config import RunConfig
 from proto import espalier_pb2 as pb
 
 ROOT = Path(__file__).resolve().parents[2]
-CLASSIFIERS = [name for name in MODELS if task_of(name) == "classification"]
+#: The networks of the family "backbone", some of them large, have their own tests in test_families.py.
+CLASSIFIERS = [n for n in MODELS if task_of(n) == "classification" and PRESETS[n].family != "backbone"]
 SMALL = [name for name in CLASSIFIERS if "resnet" not in name]
 
 
