@@ -41,12 +41,15 @@ class Tree:
         Espalier's run id.
     histogram_noise : float
         Scale of the Laplace noise that clients are asked to put on their label counts.
+    smallest_level : float
+        Smallest sub-model of the run, where levels are set at the devices.
     """
 
     grid: TreeGrid
     names: NameRegistry
     run: str
     histogram_noise: float
+    smallest_level: float = 0.0
     faults: list[pb.Fault] = field(default_factory=list)
     _edges: dict[int, pb.EdgeHello] = field(default_factory=dict)
     _clients: dict[str, pb.ClientHello] = field(default_factory=dict)
@@ -75,6 +78,7 @@ class Tree:
                 labels=np.asarray(self._clients[name].histogram.counts, dtype=np.float64),
                 edges=tuple(sorted(edges)),
                 level=self._clients[name].level,
+                model=self._clients[name].model,
                 memory=self._clients[name].facts.memory_bytes,
                 speed=self._clients[name].facts.speed,
                 links=self._links.get(name, {}),
@@ -146,8 +150,8 @@ class Tree:
     def learn(self, node_id: int, hello: pb.EdgeHello) -> None:
         """Take over an edge's list of clients.
 
-        A client whose hello is not sound, or whose classes or image shape are not those of the
-        clients before it, is left out and reported.
+        A client whose hello is not sound, that can train none of the run's sub-models, or whose classes or
+        image shape are not those of the clients before it, is left out and reported.
         """
         # An edge that came back under a new node id replaces its older self.
         self._edges = {i: e for i, e in self._edges.items() if e.name != hello.name}
@@ -165,6 +169,12 @@ class Tree:
             self._links.setdefault(client.name, {})[hello.name] = client.link_seconds
 
     def _agree(self, client: pb.ClientHello) -> None:
+        if 0 < client.level < self.smallest_level:
+            raise WireError(
+                client.name,
+                f"its level {client.level:g} is below the smallest of levels ({self.smallest_level:g}); "
+                "add a smaller one there or raise the client's --level",
+            )
         others = [c for n, c in self._clients.items() if n != client.name]
         if not others:
             return

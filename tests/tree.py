@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,6 +20,7 @@ from bench.stock import (
     wait_until,
 )
 from common.flower.cloud_grid import TreeGrid
+from common.methods.base import CloudState
 from common.run.config import RunConfig
 from server.run import TreeRun
 
@@ -62,14 +63,35 @@ class LiveTree:
 
     def run(self, name: str, **settings: bool | int | float | str) -> TreeRun:
         """Run the cloud's part in this process, start to end; keyword underscores are dashes."""
-        flat = {key.replace("_", "-"): value for key, value in settings.items()}
+        return self.run_flat(name, {key.replace("_", "-"): value for key, value in settings.items()})
+
+    def run_flat(
+        self,
+        name: str,
+        flat: Mapping[str, bool | int | float | str],
+        between: Callable[[TreeRun], None] | None = None,
+    ) -> TreeRun:
+        """Run as above by flat keys; `between` is called after each window, its checkpoint written."""
         config = RunConfig.from_flat({"run-id": name, **flat})
         out = self.folder / "runs" / name
         out.mkdir(parents=True, exist_ok=True)
         with serverapp_grid(self.link, app_bundle("")) as grid:
             run = TreeRun(config, TreeGrid(grid), out, self.folder / "cloud")
+            if between is not None:
+                call_between(run, between)
             run.run()
         return run
+
+
+def call_between(run: TreeRun, action: Callable[[TreeRun], None]) -> None:
+    """Have something done after each window of a run."""
+    write = run.chronicle.checkpoint
+
+    def checkpoint(state: CloudState, reached: dict[str, tuple[int, int]]) -> None:
+        write(state, reached)
+        action(run)
+
+    run.chronicle.checkpoint = checkpoint  # type: ignore[method-assign]
 
 
 @contextmanager
@@ -112,15 +134,24 @@ def start_client(
 
 @contextmanager
 def live_tree(
-    folder: Path, *, edges: int = 2, clients: int = 4, data: str = "digits:{i}/16"
+    folder: Path,
+    *,
+    edges: int = 2,
+    clients: int = 4,
+    data: str = "digits:{i}/16",
+    levels: Sequence[float] = (),
 ) -> Iterator[LiveTree]:
-    """Run a cloud, edges `edge-1`… and clients `c0`… that reach all edges, each with its part of the data."""
+    """Run a cloud, edges `edge-1`… and clients `c0`… that reach all edges, each with its part of the data.
+
+    Where `levels` are given, the first clients have them set by hand.
+    """
     with ExitStack() as stack:
         tree = LiveTree(stack.enter_context(superlink(folder / "link")), folder)
         for number in range(1, edges + 1):
             stack.enter_context(start_edge(tree, f"edge-{number}"))
         names = [f"c{i}" for i in range(clients)]
         for i, name in enumerate(names):
-            stack.enter_context(start_client(tree, name, data.format(i=i), list(tree.edges)))
+            level = ["--level", str(levels[i])] if i < len(levels) else []
+            stack.enter_context(start_client(tree, name, data.format(i=i), list(tree.edges), *level))
         wait_until(lambda: all(tree.log(n).count("connected to") >= edges for n in names), 90, "the clients")
         yield tree
