@@ -88,8 +88,8 @@ def _accuracy(device: Device, task: Task, report: pb.ClientReport) -> dict[str, 
     if images is None or not len(images):
         report.metrics.update({"correct": 0, "total": 0})
         return {}
-    task.model.to(device.torch_device)
-    correct, total, loss = accuracy(task.model, images, device.torch_device, task.local.settings.batch_size)
+    model = task.method.predictor(task.model, len(device.images.classes)).to(device.torch_device)
+    correct, total, loss = accuracy(model, images, device.torch_device, task.local.settings.batch_size)
     report.metrics.update({"correct": correct, "total": total})
     report.loss = loss / max(total, 1)
     return {}

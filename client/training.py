@@ -212,7 +212,7 @@ def train(
     device: Device, method: Method, model: nn.Module, local: LocalRound
 ) -> tuple[Objective, LocalResult]:
     """Train a model in place; every random number hangs on (run seed, client name, round, purpose)."""
-    objective = method.client_objective(local.round)
+    objective = method.objective_for(local)
     result = train_local(
         model,
         objective,

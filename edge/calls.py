@@ -14,7 +14,7 @@ from common.flower.arrays import payload_bytes
 from common.flower.inline import InlineGrid
 from common.methods.base import Method, Update
 from common.methods.state import ServerState
-from common.methods.views import Sent, answer_layout, buffers_of, slice_view, whole_view
+from common.methods.views import Sent, answer_layout, buffers_of, whole_view
 from common.wire import control
 from common.wire.codec import Codec, create_codec
 from common.wire.payload import Layout
@@ -63,6 +63,7 @@ class Caller:
     ) -> None:
         self.edge, self.plan, self.method = edge, plan, method
         self.grid, self.roster, self.report = grid, roster, report
+        self._server_peers: dict[str, pb.ArchitectureSpec] = {}
         name = method.chosen(method.settings, "codec")
         self.codec: Codec | None = None if name == "none" else create_codec(method.settings, name)
 
@@ -96,6 +97,7 @@ class Caller:
         for absent in (p.client for p in participants if p.client not in clients):
             self.fault(absent, "lost", "not connected when its round began", round_)
         views = self._views(server, participants)
+        self._server_peers = server.peers
         sent = {p.client: views[p.view] for p in participants}
         plans = {
             p.client: self._round_plan(round_, p.client, starts[p.client], sent[p.client], inquiry)
@@ -136,7 +138,7 @@ class Caller:
             if key:
                 if key not in self.plan.views:
                     raise WireError("cloud", f"a plan with the view {key!r}, which it does not describe")
-                found[key] = slice_view(self.plan.views[key], server, "cloud")
+                found[key] = self.method.cut(key, self.plan.views[key], server)
             else:
                 found[key] = whole_view(self.method, server)
         return found
@@ -160,7 +162,13 @@ class Caller:
             population=self.plan.population,
             returns=sent.returns,
             inquiry=inquiry,
+            peers=self._peers(sent),
         )
+
+    def _peers(self, sent: Sent) -> dict[str, pb.ArchitectureSpec]:
+        """Return the clients' own networks of which a copy is sent."""
+        owners = {n.split("/")[1] for n in sent.weights.layout.names if n.startswith("peer/")}
+        return {client: spec for client, spec in self._server_peers.items() if client in owners}
 
     def _messages(
         self, plans: Mapping[str, pb.RoundPlan], sent: Mapping[str, Sent], called: Mapping[str, Known]

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from common.errors import DataError
+from common.learning.grid import image_grid
 from common.methods.base import Deployed, Method, build_model
 from common.models.presets import task_of
 from common.run.record import AccuracyEntry, Evaluation
@@ -74,6 +75,12 @@ class Assessment:
             self.evaluator.grid(model, self.chronicle.grid_path(state.window))
         elif images is not None and isinstance(self.evaluator, Evaluator):
             self.evaluator.keep(images, self.chronicle.grid_path(state.window))
+        if (drawn := self.method.pictures(state)) is not None:
+            import torch
+
+            path = self.chronicle.grid_path(state.window)
+            path.parent.mkdir(parents=True, exist_ok=True)
+            image_grid(torch.from_numpy(drawn)).save(path)
         self.chronicle.beside(self.strategy.outcome)
         self.chronicle.took("evaluate", time.monotonic() - start)
 
@@ -98,11 +105,20 @@ class Assessment:
         for network in networks:
             if not network.at_clients:
                 continue
-            answers = self.strategy.ask("accuracy", network.architecture, network.weights, network.clients)
+            answers = self.strategy.ask(
+                "accuracy", network.architecture, network.weights, network.clients, self._keys()
+            )
             for name, answer in answers.items():
                 if total := answer.metrics.get("total", 0):
                     found[name] = answer.metrics.get("correct", 0) / total
         return found
+
+    def _keys(self) -> dict[str, str]:
+        """Return each client's view where it is asked about a network of its own."""
+        if not self.method.own_models:
+            return {}
+        state, members = self.strategy.state, {m.name: m for m in self.strategy.tree.members()}
+        return self.method.assign(state, sorted(members), members, max(state.round, 1))
 
     def _client_samples(self) -> torch.Tensor | None:
         """Return what clients draw with their own networks, all together; float32 [N, C, H, W] in [-1, 1].

@@ -144,6 +144,7 @@ class Chronicle:
             labels={name: list(r.labels.counts) for name, r in outcome.reports.items()},
             assignments={client: key for keys in strategy.drawn.keys for client, key in keys.items() if key},
             links={k: Traffic(**v) for k, v in outcome.ledger.as_dict().items()},
+            metrics=dict(strategy.state.notes),
             timings={"train": seconds},
         )
         self.record.windows.append(entry)
@@ -229,6 +230,7 @@ class Chronicle:
                 "architecture": state.architecture.SerializeToString().hex(),
                 "layout": state.weights.layout.to_proto().SerializeToString().hex(),
                 "population": state.population,
+                "peers": {n: spec.SerializeToString().hex() for n, spec in state.peers.items()},
                 "reached": {name: list(version) for name, version in reached.items()},
                 "config": self.settings.to_flat(),
                 "score": self._score(),
@@ -293,6 +295,7 @@ def restore(tensors: dict[str, np.ndarray], meta: dict[str, Any]) -> tuple[Cloud
         window=meta["window"],
         round=meta["round"],
         population=meta["population"],
+        peers={n: pb.ArchitectureSpec.FromString(bytes.fromhex(s)) for n, s in meta["peers"].items()},
         ema=Weights.fill(own, parts["ema"]) if parts["ema"] else None,
         pruned=meta["pruned"],
         extra=parts["extra"],

@@ -122,6 +122,7 @@ def window_plan(
         round_deadline=s.round_deadline,
         quorum=s.quorum,
         population=state.population,
+        peers=state.peers,
     )
     for key, view in draw.views.items():
         plan.views[key].CopyFrom(view)

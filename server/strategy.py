@@ -211,6 +211,7 @@ class WindowStrategy(Strategy):
         tally, self.outcome.rho = merged.result()
         self.state.window += 1
         self.state.round += len(self.plan)
+        self.state.notes = self._client_means()
         if samples:
             self.method.central_step(self.state, tally)
         self._observe(tally)
@@ -218,6 +219,16 @@ class WindowStrategy(Strategy):
         return (self.state.weights.to_record() if samples else None), MetricRecord(
             {"edges": len(self.outcome.reports), control.NUM_EXAMPLES: samples}
         )
+
+    def _client_means(self) -> dict[str, float]:
+        """Return the mean over clients of what they measured in the window's last round."""
+        last = self.first_round + len(self.plan) - 1
+        found: dict[str, list[float]] = {}
+        for report in self.outcome.reports.values():
+            for client in (c for r in report.rounds if r.round == last for c in r.clients):
+                for name, value in client.metrics.items():
+                    found.setdefault(name, []).append(value)
+        return {name: float(np.mean(values)) for name, values in found.items() if name.endswith("-loss")}
 
     def _observe(self, tally: Tally) -> None:
         """Tell the selection what the window's participants reported."""

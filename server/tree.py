@@ -78,6 +78,7 @@ class Tree:
                 labels=np.asarray(self._clients[name].histogram.counts, dtype=np.float64),
                 edges=tuple(sorted(edges)),
                 level=self._clients[name].level,
+                model=self._clients[name].model,
                 memory=self._clients[name].facts.memory_bytes,
                 speed=self._clients[name].facts.speed,
                 links=self._links.get(name, {}),

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
     from common.data.imageset import ImageSet
     from common.learning.objectives import LocalRound, Objective
+    from common.methods.views import Sent
 
 __all__ = ["CloudState", "Deployed", "Inquiry", "Method", "ServerState", "Update", "build_model"]
 
@@ -244,6 +245,18 @@ class Method:
         # `build_with` copies, so training does not write into what was received.
         return build_with(architecture, dict(local.received))
 
+    def objective_for(self, local: LocalRound) -> Objective:
+        """Return the objective of a round in which the client was sent something that belongs to it."""
+        return self.client_objective(local.round)
+
+    def predictor(self, model: nn.Module, classes: int) -> nn.Module:
+        """Return what answers with a score per class, for a network of this method."""
+        return model
+
+    def pictures(self, state: CloudState) -> np.ndarray | None:
+        """Return images worth looking at after a window, float32 [n, C, H, W] in [-1, 1]; None for none."""
+        return None
+
     def start(self, local: LocalRound) -> Mapping[str, Tensor]:
         """Return the tensors of the network that a client trains from, by name."""
         return local.received
@@ -295,6 +308,12 @@ class Method:
         """Return a client's weight in a mean: n_k, or 1 where the sampling went by n_k already."""
         rule = self.chosen(self.settings, "weighting") or self.selection().weighting
         return float(update.samples) if rule == "samples" else 1.0
+
+    def cut(self, key: str, view: pb.View, server: ServerState) -> Sent:
+        """Cut a view out of a server's tensors; raises WireError where it does not fit."""
+        from common.methods.views import slice_view
+
+        return slice_view(view, server, "cloud")
 
     def add(self, tally: Tally, update: Update, server: ServerState) -> None:
         """Add a client's reply to a server's sums; what is none of the server's tensors is passed on.

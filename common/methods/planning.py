@@ -44,6 +44,7 @@ class Member:
     level: float = 0.0
     memory: int = 0
     speed: float = 0.0
+    model: str = ""
     links: Mapping[str, float] = field(default_factory=dict)
 
 

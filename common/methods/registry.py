@@ -5,12 +5,16 @@ from __future__ import annotations
 from common.errors import ConfigError
 from common.methods.base import Method
 from common.methods.cfl import CFL
+from common.methods.codistillation import CoDistillation
 from common.methods.compositions import DivFL, FedPAQ, PowerOfChoice
 from common.methods.depthfl import DepthFL
+from common.methods.fd import FD
 from common.methods.fedavg import FedAvg
 from common.methods.feddiffuse import FedDiffuse
 from common.methods.feddyn import FedDyn
+from common.methods.fedktl import FedKTL
 from common.methods.fedphd import FedPhD, FedPhDOneShot
+from common.methods.fedproto import FedProto
 from common.methods.fedprox import FedProx
 from common.methods.fjord import FjORD
 from common.methods.heterofl import HeteroFL
@@ -50,6 +54,11 @@ METHODS: dict[str, type[Method]] = {
         # clusters
         IFCA,
         CFL,
+        # knowledge between unlike models
+        FD,
+        FedProto,
+        CoDistillation,
+        FedKTL,
     )
 }
 

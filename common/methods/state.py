@@ -88,12 +88,15 @@ class CloudState(ServerState):
         Whether the network was pruned in this run.
     extra : dict[str, np.ndarray]
         What the method or the selection keeps at the cloud alone.
+    notes : dict[str, float]
+        Scalars of the newest window for the report; not kept.
     """
 
     window: int = 0
     ema: Weights | None = None
     pruned: bool = False
     extra: dict[str, np.ndarray] = field(default_factory=dict)
+    notes: dict[str, float] = field(default_factory=dict)
 
     def model(self) -> nn.Module:
         """Build the global model as a torch module."""

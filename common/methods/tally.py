@@ -11,7 +11,7 @@ import numpy as np
 from common.wire.payload import STORED_AS, Layout, Weights
 
 #: Sections of an edge's report. A forwarded tensor is named "@CLIENT/NAME".
-WEIGHT, SUM, STACK = "weight/", "sum/", "@"
+WEIGHT, SUM, ROWS, STACK = "weight/", "sum/", "rows/", "@"
 #: Scalars of an edge's report.
 NOMINAL, COUNT = "weight", "count/"
 
@@ -48,6 +48,7 @@ class Tally:
         self._weighted: dict[str, np.ndarray] = {}
         self._weights: dict[str, np.ndarray] = {}
         self._sums: dict[str, np.ndarray] = {}
+        self._rows: dict[str, list[np.ndarray]] = {}
 
     # --- adding ------------------------------------------------------------------------------------
 
@@ -104,6 +105,16 @@ class Tally:
         """Add to a scalar."""
         self.counts[name] = self.counts.get(name, 0.0) + value
 
+    def rows(self, arrays: Arrays) -> None:
+        """Stack rows of a client under those of others, without its name; all arrays have as many."""
+        if len({len(a) for a in arrays.values()}) > 1 or (self._rows and set(arrays) != set(self._rows)):
+            raise ValueError(f"rows {sorted(arrays)} that do not go together")
+        for name, array in arrays.items():
+            former = self._rows.setdefault(name, [])
+            if former and (former[0].dtype != array.dtype or former[0].shape[1:] != array.shape[1:]):
+                raise ValueError(f"rows {name!r} of {array.dtype}{list(array.shape[1:])}, unlike the others")
+            former.append(array)
+
     def forward(self, client: str, arrays: Arrays) -> None:
         """Pass a client's tensors on to the cloud as they are."""
         self.stacks.setdefault(client, {}).update(arrays)
@@ -128,6 +139,17 @@ class Tally:
         """Return which coordinates of a tensor somebody held; bool, broadcasts to the tensor's shape."""
         return np.asarray(self._weights[name] > 0) if name in self._weights else np.array(False)
 
+    def weights(self, name: str) -> np.ndarray:
+        """Return the weight of each coordinate of a mean; it broadcasts to the tensor's shape."""
+        return self._weights.get(name, np.zeros(()))
+
+    def stacked_rows(self) -> dict[str, np.ndarray]:
+        """Return the stacked rows by name, ordered by their values alone, so that the order names nobody."""
+        joined = {name: np.concatenate(parts) for name, parts in sorted(self._rows.items())}
+        columns = [c for a in joined.values() for c in a.reshape(len(a), -1).T]
+        order = np.lexsort(columns[::-1]) if columns else np.zeros(0, np.int64)
+        return {name: a[order] for name, a in joined.items()}
+
     def sums(self) -> dict[str, np.ndarray]:
         """Return the sums by tensor name."""
         return dict(self._sums)
@@ -149,6 +171,7 @@ class Tally:
             for client, stack in self.stacks.items()
             for name, array in stack.items()
         }
+        arrays |= {ROWS + name: array for name, array in self.stacked_rows().items()}
         scalars = {NOMINAL: self.weight} | {COUNT + name: value for name, value in self.counts.items()}
         return Weights.pack(arrays), scalars
 
@@ -169,9 +192,9 @@ class Tally:
         ValueError
             If something in it is none of the server's, of another shape or dtype, or a bad weight.
         """
-        parts: dict[str, dict[str, np.ndarray]] = {"": {}, WEIGHT: {}, SUM: {}, STACK: {}}
+        parts: dict[str, dict[str, np.ndarray]] = {"": {}, WEIGHT: {}, SUM: {}, ROWS: {}, STACK: {}}
         for name, array in report.views().items():
-            section = next((s for s in (WEIGHT, SUM, STACK) if name.startswith(s)), "")
+            section = next((s for s in (WEIGHT, SUM, ROWS, STACK) if name.startswith(s)), "")
             parts[section][name.removeprefix(section)] = array
         nominal = scalars.get(NOMINAL, 0.0)
         if not (nominal >= 0 and math.isfinite(nominal * scale)):
@@ -190,6 +213,8 @@ class Tally:
         for name, value in scalars.items():
             if name.startswith(COUNT):
                 self.count(name.removeprefix(COUNT), value)
+        if parts[ROWS]:
+            self.rows(parts[ROWS])
         for name, array in parts[STACK].items():
             client, _, tensor = name.partition("/")
             self.forward(client, {tensor: array})
@@ -216,6 +241,8 @@ class Tally:
         self.sum(later._sums)
         for count, value in later.counts.items():
             self.count(count, value)
+        if later._rows:
+            self._rows = dict(later._rows)
         for client, stack in later.stacks.items():
             self.stacks[client] = dict(stack)
 
@@ -278,14 +305,20 @@ def _holders(
         return np.asarray(weight)
     if rows is not None and rows.shape != held[:1]:
         raise ValueError(f"tensor {name!r} has shape {list(held)}, {rows.size} of its rows are spoken of")
-    found = np.zeros((*whole[:2], *(1,) * (len(whole) - 2)))
+    # One number a row or column only where they differ: an edge's report carries these.
+    differ = [held[i] != whole[i] or (i == 0 and rows is not None) for i in range(min(2, len(whole)))]
+    shape = [whole[i] if d else 1 for i, d in enumerate(differ)] + [1] * (len(whole) - 2)
+    found = np.zeros(shape)
     part = found[_region(held[:2])]
     part[...] = weight if rows is None else (weight * rows).reshape(-1, *(1,) * (found.ndim - 1))
     return found
 
 
 def _checked_weight(name: str, array: np.ndarray, weight: np.ndarray) -> np.ndarray:
-    if weight.ndim and weight.shape != (*array.shape[:2], *(1,) * (array.ndim - 2)):
+    fits = weight.ndim in (0, array.ndim) and all(
+        w == 1 or (w == a and i < 2) for i, (w, a) in enumerate(zip(weight.shape, array.shape, strict=False))
+    )
+    if not fits:
         raise ValueError(f"the weights of tensor {name!r} have shape {list(weight.shape)}")
     if not (np.isfinite(weight).all() and (weight >= 0).all()):
         raise ValueError(f"the weights of tensor {name!r} are negative or not finite")

@@ -56,6 +56,19 @@ def initial_model(
         return model
 
 
+def feature_width(settings: RunConfig, image_shape: tuple[int, int, int], classes: int) -> int:
+    """Return the length of the features of the run's classifier; nothing is allocated to find out."""
+    import torch
+
+    from common.models.layers import Classifier
+
+    with torch.device("meta"), torch.no_grad():
+        model = initial_model(settings, image_shape, classes).eval()
+        if not isinstance(model, Classifier):
+            raise ConfigError(f"model: {settings.model} has no features; choose a classifier")
+        return int(model.features(torch.empty(1, *image_shape)).shape[1])
+
+
 def initial_bases(
     settings: RunConfig,
     image_shape: tuple[int, int, int],
