@@ -63,7 +63,7 @@ def dataset_loss(
         Every image counts the same.
     """
     total, count = torch.zeros((), dtype=torch.float64, device=device), 0
-    with _measuring(model), torch.no_grad():
+    with measuring(model), torch.no_grad():
         for images, labels in _batches(data, device, batch, generator, batches):
             total += objective.loss(model, images, labels, generator).double() * len(labels)
             count += len(labels)
@@ -89,7 +89,7 @@ def dataset_gradient(
     """
     parameters = trained(model)
     sums = {name: torch.zeros_like(p, requires_grad=False) for name, p in parameters.items()}
-    with _measuring(model), torch.enable_grad():
+    with measuring(model), torch.enable_grad():
         for images, labels in _batches(data, device, batch, generator):
             loss = objective.loss(model, images, labels, generator) * (len(labels) / len(data))
             gradients = torch.autograd.grad(loss, list(parameters.values()), allow_unused=True)
@@ -116,7 +116,7 @@ def _batches(
 
 
 @contextlib.contextmanager
-def _measuring(model: nn.Module) -> Iterator[None]:
+def measuring(model: nn.Module) -> Iterator[None]:
     """Put a network into eval mode and give every part of it its own mode back."""
     modes = [(module, module.training) for module in model.modules()]
     model.eval()
