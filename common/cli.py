@@ -227,6 +227,35 @@ def sample(
     typer.echo(str(out))
 
 
+@app.command(name="pretrain-generator")
+def pretrain_generator(
+    data: Annotated[str, typer.Option(help="Data SPEC to learn from, e.g. digits or mnist.")],
+    out: Annotated[Path, typer.Option(help="Folder to write.")],
+    minutes: Annotated[float, typer.Option(help="How long to train, by the clock.")] = 3.0,
+    steps: Annotated[
+        int | None, typer.Option(help="How many steps instead: the same seed gives the same generator.")
+    ] = None,
+    seed: Annotated[int, typer.Option(min=0, help="Seed of weights, order and noise.")] = 0,
+    latent: Annotated[int, typer.Option(help="Length of a latent.")] = 128,
+    size: Annotated[int | None, typer.Option(help="Pixels of a side; the data's own unless given.")] = None,
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
+) -> None:
+    """Train a small generator of images for FedKTL; a few minutes on a CPU."""
+    from common.commands.pretrain import pretrain_generator as make
+
+    make(
+        data,
+        out,
+        minutes=minutes,
+        steps=steps,
+        seed=seed,
+        latent_dim=latent,
+        size=size,
+        device=device,
+        say=typer.echo,
+    )
+
+
 @app.command()
 def report(folder: Annotated[Path, typer.Argument(metavar="RUN_DIR", help="Folder of a run.")]) -> None:
     """Build report.html (and report.json) anew from what a run left."""

@@ -95,15 +95,46 @@ def sample(
         if settings is None:
             raise TypeError("sample needs settings or a scheduler")
         scheduler = ddim_schedule(settings)
+    rng = torch.Generator().manual_seed(seed % 2**63)
+    noise = torch.randn((count, *image_shape(model)), generator=rng)
+    return denoise(model, noise, steps=steps, scheduler=scheduler, batch=batch)
+
+
+def image_shape(model: nn.Module) -> tuple[int, int, int]:
+    """Return channels, height and width of the images of a UNet2DModel."""
     network = cast(Any, model)
     size = network.config.sample_size
     height, width = (size, size) if isinstance(size, int) else size
-    parameter = next(model.parameters())
-    shape = (count, network.config.in_channels, height, width)
-    noise = torch.randn(shape, generator=torch.Generator().manual_seed(seed % 2**63))
-    if count == 0:
+    return network.config.in_channels, height, width
+
+
+def denoise(
+    model: nn.Module, noise: Tensor, *, steps: int, scheduler: DDIMScheduler, batch: int = 256
+) -> Tensor:
+    """Turn given noise into images with DDIM, eta 0; the same noise always gives the same image.
+
+    Parameters
+    ----------
+    model : nn.Module
+        A UNet2DModel; left in the mode it was in.
+    noise : Tensor
+        Standard normal, float32 [count, C, H, W].
+    steps : int
+        Network evaluations per image.
+    scheduler : DDIMScheduler
+        The schedule.
+    batch : int
+        Images at a time.
+
+    Returns
+    -------
+    Tensor
+        float32 [count, C, H, W] in [-1, 1] on the CPU.
+    """
+    if len(noise) == 0:
         return noise
-    training = model.training
+    network, training = cast(Any, model), model.training
+    parameter = next(model.parameters())
     model.eval()
     drawn = []
     try:
