@@ -46,6 +46,7 @@ class FakeTree:
 
     classes = ("cat", "dog")
     population = 2
+    image_shape = (1, 8, 8)
 
     def __init__(self) -> None:
         self.learnt: list[str] = []
