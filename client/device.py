@@ -14,9 +14,12 @@ import numpy as np
 
 from client.speed import measured_speed
 from common.data.histogram import add_laplace_noise, label_histogram
+from common.data.joined import with_pixels
 from common.data.spec import open_data, open_test
 from common.errors import ConfigError
+from common.run.names import check_name, is_name
 from common.run.state import StateStore
+from common.run.tensors import read_tensors, write_tensors
 from common.seeds import rng_for
 from common.wire import control
 from common.wire.hello import device_facts
@@ -97,6 +100,28 @@ class Device:
         from common.learning.trainer import resolve_device
 
         return resolve_device(self.device)
+
+    def keep_filled(self, run: str, pixels: np.ndarray, labels: np.ndarray) -> None:
+        """Keep images that were made for a run (FAug), beside the device's own."""
+        self._filled[run] = (pixels, labels)
+        if self.state:
+            write_tensors(self._filled_path(run), {"pixels": pixels, "labels": labels})
+
+    def images_for(self, run: str) -> ImageSet:
+        """Return what the device trains on in a run: its own images, and those made for the run."""
+        if run not in self._filled and self.state and is_name(run) and self._filled_path(run).exists():
+            kept = read_tensors(self._filled_path(run))
+            self._filled[run] = (kept["pixels"], kept["labels"])
+        return with_pixels(self.images, *self._filled[run]) if run in self._filled else self.images
+
+    def _filled_path(self, run: str) -> Path:
+        assert self.state is not None
+        check_name(run, "run id")
+        return self.state / "faug" / f"{run}.safetensors"
+
+    @cached_property
+    def _filled(self) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+        return {}
 
     def load_state(self, run: str, start: pb.Version) -> dict[str, np.ndarray]:
         """Return the device's own state of a run at a version, {} where it has none."""

@@ -6,6 +6,7 @@ import numpy as np
 import torch
 from flwr.app import Message, RecordDict
 
+from client.augmentation import answer_augmentation
 from client.device import Device
 from client.training import Task, read_task
 from common.errors import WireError
@@ -33,6 +34,8 @@ def answer(device: Device, plan: pb.RoundPlan, message: Message) -> RecordDict:
     """
     if plan.inquiry not in INQUIRIES:
         raise WireError(plan.edge, f"the unknown inquiry {plan.inquiry!r}")
+    if plan.inquiry in ("seeds", "fill"):
+        return packed(*answer_augmentation(device, plan, message))
     task = read_task(device, plan, message)
     report = pb.ClientReport(
         schema=control.SCHEMA,
@@ -45,7 +48,12 @@ def answer(device: Device, plan: pb.RoundPlan, message: Message) -> RecordDict:
     )
     arrays = _ANSWERS[plan.inquiry](device, task, report)
     layout = answer_layout(plan.inquiry, plan.architecture, task.local.settings, plan.population)
-    record = Weights.fill(layout, arrays).to_record()
+    return packed(report, Weights.fill(layout, arrays))
+
+
+def packed(report: pb.ClientReport, weights: Weights) -> RecordDict:
+    """Pack an answer, its own size in it."""
+    record = weights.to_record()
     content = control.report_content(report, record, report.samples, report.loss)
     report.up_bytes = payload_bytes(content)
     return control.report_content(report, record, report.samples, report.loss)

@@ -79,6 +79,7 @@ def read_task(device: Device, plan: pb.RoundPlan, message: Message) -> Task:
     received = control.read_weights(message, control.plan_layout(plan, plan.edge), plan.edge)
     state = device.load_state(plan.run, plan.start)
     local = local_round(device, settings, plan.round, received.views(), state)
+    local.data = device.images_for(plan.run)
     local.architecture, local.population = plan.architecture, plan.population
     local.peers = dict(plan.peers)
     method = create_method(settings)

@@ -217,7 +217,14 @@ class Caller:
         metrics = {**report.metrics, "loss": report.loss, "steps": report.steps}
         try:
             returned = (
-                answer_layout(plan.inquiry, sent.architecture, self.method.settings, plan.population)
+                answer_layout(
+                    plan.inquiry,
+                    sent.architecture,
+                    self.method.settings,
+                    plan.population,
+                    metrics,
+                    tuple(known.hello.image_shape),
+                )
                 if plan.inquiry
                 else self.method.reply_layout(sent.architecture, sent.weights.layout, sent.returns, report)
             )

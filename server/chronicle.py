@@ -24,6 +24,7 @@ from common.run.events import EVENTS_FILE, EventLog
 from common.run.ledger import Ledger
 from common.run.record import (
     AccuracyEntry,
+    AugmentationEntry,
     ClientEntry,
     Evaluation,
     FaultEntry,
@@ -209,6 +210,14 @@ class Chronicle:
             entry.down_bytes += counts["down_bytes"]
             entry.messages += counts["messages"]
         self.faults(outcome.faults)
+
+    def augmented(self, entry: AugmentationEntry, outcome: WindowOutcome) -> None:
+        """Enter what FAug did before the first round."""
+        self.ledger.merge(outcome.ledger)
+        entry.links = {k: Traffic(**v) for k, v in outcome.ledger.as_dict().items()}
+        self.record.augmentation = entry
+        self.faults(outcome.faults)
+        self.events.write("augmented", **entry.model_dump())
 
     # --- what is kept ------------------------------------------------------------------------------
 

@@ -104,6 +104,8 @@ class TreeRun:
         strategy = WindowStrategy(self.method, state, self.tree, self.run_id, reached)
         strategy.summary()
         if state.window == 0:
+            if s.augment == "faug":
+                self._augment(strategy)
             self.method.before_run(state, strategy.ask)
             if state.pruned:
                 self.chronicle.pruned(state)
@@ -112,6 +114,14 @@ class TreeRun:
             self._window(strategy, state)
             self._after(strategy, state)
             self._check_stop()
+
+    def _augment(self, strategy: WindowStrategy) -> None:
+        """Let clients fill up the labels they lack, and enter what that cost and told."""
+        from server.augmentation import augment
+
+        samples, place = self.out / "samples" / "augmentation.png", resolve_device(self.settings.device)
+        entry = augment(self.settings, strategy, len(self.tree.classes), place, samples)
+        self.chronicle.augmented(entry, strategy.outcome)
 
     def _initial_state(self) -> CloudState:
         state = self.method.initial_state()

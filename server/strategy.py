@@ -356,19 +356,40 @@ class WindowStrategy(Strategy):
         messages = self._to_edges(
             self._sent, weights.to_record(), sorted(set(where.values())), control.INQUIRY
         )
-        expected = answer_layout(kind, architecture, self.settings, self.state.population)
         found: dict[str, Answer] = {}
         deadline = self.settings.round_deadline + INQUIRY_MARGIN
         for _, name, reply in self._named(self.tree.grid.exchange(messages, deadline=deadline)):
             try:
                 given = {c for c, edge in where.items() if edge == name}
                 report, payload = self._read(reply, name, given)
-                answers = _answers(report, payload, expected, name)
+                answers = self._answers(kind, architecture, report, payload)
             except WireError as error:
                 self._refuse(reply, name, error)
                 continue
             self._count_bytes(report)
             found |= answers
+        return found
+
+    def _answers(
+        self, kind: str, architecture: pb.ArchitectureSpec, report: pb.EdgeReport, payload: Weights
+    ) -> dict[str, Answer]:
+        """Read what an edge's clients answered; raises WireError naming the edge."""
+        arrays: dict[str, dict[str, np.ndarray]] = {}
+        for sender, tensor, array in stacked(payload):
+            arrays.setdefault(sender, {})[tensor] = array
+        found = {}
+        for client in (c for record in report.rounds for c in record.clients):
+            own, metrics = arrays.get(client.client, {}), dict(client.metrics)
+            try:
+                expected = answer_layout(
+                    kind, architecture, self.settings, self.state.population, metrics, self.tree.image_shape
+                )
+            except ValueError as error:
+                raise WireError(report.edge, f"an answer of {client.client}: {error}") from error
+            if fault := expected.difference(expected.in_order(Layout.of(own))):
+                raise WireError(report.edge, f"an answer of {client.client}: {fault}")
+            tensors = {n.partition("/")[2]: a for n, a in own.items()}
+            found[client.client] = Answer({"loss": client.loss, **metrics}, tensors)
         return found
 
     def configure_evaluate(
@@ -384,19 +405,3 @@ class WindowStrategy(Strategy):
 
 #: Seconds an inquiry may take beyond what the edges wait for their clients.
 INQUIRY_MARGIN = 30.0
-
-
-def _answers(report: pb.EdgeReport, payload: Weights, expected: Layout, name: str) -> dict[str, Answer]:
-    """Read what an edge's clients answered."""
-    arrays: dict[str, dict[str, np.ndarray]] = {}
-    for sender, tensor, array in stacked(payload):
-        arrays.setdefault(sender, {})[tensor] = array
-    found = {}
-    for record in report.rounds:
-        for client in record.clients:
-            own = arrays.get(client.client, {})
-            if fault := expected.difference(expected.in_order(Layout.of(own))):
-                raise WireError(name, f"an answer of {client.client}: {fault}")
-            tensors = {n.partition("/")[2]: a for n, a in own.items()}
-            found[client.client] = Answer({"loss": client.loss, **client.metrics}, tensors)
-    return found

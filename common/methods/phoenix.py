@@ -22,11 +22,12 @@ if TYPE_CHECKING:
     from common.run.config import RunConfig
 
 #: Sections: what is handed out, and the loss above which a client is left out; kept once given.
-IMAGES, LABELS, LIMIT, LOSS, GIVEN = (
+IMAGES, LABELS, LIMIT, LOSS, LEFT_OUT, GIVEN = (
     "handout/images",
     "handout/labels",
     "limit/loss",
     "about/loss",
+    "about/left-out",
     "given/",
 )
 WITH_DATA = "shared+data"
@@ -111,8 +112,9 @@ class Phoenix(PersonalLayers):
     def contribute(self, tally: Tally, update: Update, server: ServerState) -> None:
         """Add a client's tensors, unless its loss is too far above the others'."""
         loss, limit = update.metrics["loss"], float(server.tensors[LIMIT][0])
-        tally.forward(update.name, {LOSS: np.array([loss])})
-        if 0 < limit < loss:
+        left_out = 0 < limit < loss
+        tally.forward(update.name, {LOSS: np.array([loss]), LEFT_OUT: np.array([left_out])})
+        if left_out:
             raise ValueError(f"its loss {loss:.4g} is above {limit:.4g}, so it is left out of this round")
         super().contribute(tally, update, server)
 
@@ -121,4 +123,6 @@ class Phoenix(PersonalLayers):
         super().central_step(state, tally)
         losses = [float(stack[LOSS][0]) for stack in tally.stacks.values()]
         state.assign({LIMIT: np.array([self.settings.quality_threshold * np.median(losses)])})
-        state.extra |= {GIVEN + client: np.ones(1) for client in tally.stacks}
+        # The state of a client that was left out goes back to before the round, the images with it.
+        counted = (client for client, stack in tally.stacks.items() if not stack[LEFT_OUT][0])
+        state.extra |= {GIVEN + client: np.ones(1) for client in counted}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -10,13 +11,14 @@ from google.protobuf.json_format import MessageToDict
 
 from common.errors import WireError
 from common.methods.base import Method, trained_layout
+from common.methods.faug import seeds_layout
 from common.methods.state import ServerState
 from common.run.config import RunConfig
 from common.wire.payload import Layout, TensorSpec, Weights
 from proto import espalier_pb2 as pb
 
 #: What a client can be asked beside training, and the tensors that its answer holds.
-INQUIRIES = ("loss", "batch-loss", "gradient", "accuracy", "statistics", "samples")
+INQUIRIES = ("loss", "batch-loss", "gradient", "accuracy", "statistics", "samples", "seeds", "fill")
 
 
 @dataclass(frozen=True)
@@ -89,7 +91,12 @@ def buffers_of(architecture: pb.ArchitectureSpec) -> frozenset[str]:
 
 
 def answer_layout(
-    kind: str, architecture: pb.ArchitectureSpec, settings: RunConfig, population: int
+    kind: str,
+    architecture: pb.ArchitectureSpec,
+    settings: RunConfig,
+    population: int,
+    metrics: Mapping[str, float] | None = None,
+    image_shape: Sequence[int] = (),
 ) -> Layout:
     """Return the tensors that an answer to an inquiry holds.
 
@@ -103,6 +110,10 @@ def answer_layout(
         The run's configuration.
     population : int
         Clients in the run (N).
+    metrics : mapping of str to float, optional
+        Scalars of the answer, where its size hangs on them.
+    image_shape : sequence of int
+        Channels, height and width of the clients' images.
 
     Raises
     ------
@@ -113,6 +124,8 @@ def answer_layout(
         raise ValueError(f"the inquiry {kind!r} is unknown; known are {', '.join(INQUIRIES)}")
     if kind == "gradient":
         return trained_layout(architecture, "gradient")
+    if kind == "seeds":
+        return seeds_layout(metrics or {}, image_shape, settings)
     if kind == "samples":
         # Drawn images, as the cloud would draw them itself if it had the whole network.
         config = MessageToDict(architecture.config)

@@ -203,6 +203,17 @@ class ClientEntry(_Part):
     device: str = ""
 
 
+class AugmentationEntry(_Part):
+    """FAug before the first round, by client: images uploaded and filled up, and both privacy leakages."""
+
+    seeds: dict[str, int] = Field(default_factory=dict)
+    filled: dict[str, int] = Field(default_factory=dict)
+    leakage_to_server: dict[str, float] = Field(default_factory=dict)
+    leakage_between: dict[str, float] = Field(default_factory=dict)
+    parameters: int = Field(default=0, description="parameters of the generator that everybody gets")
+    links: dict[str, Traffic] = Field(default_factory=dict)
+
+
 class RunRecord(_Part):
     """Everything report.json holds and report.html is drawn from."""
 
@@ -223,6 +234,7 @@ class RunRecord(_Part):
     accuracy: list[AccuracyEntry] = Field(default_factory=list)
     links: dict[str, Traffic] = Field(default_factory=_no_traffic)
     faults: list[FaultEntry] = Field(default_factory=list)
+    augmentation: AugmentationEntry | None = None
 
     @computed_field  # type: ignore[prop-decorator]
     @property
