@@ -151,11 +151,11 @@ def train_conditional(
                 functional.softplus(-critic(real, marks)) + functional.softplus(critic(drawn.detach(), marks))
             ).mean()
             optimizers[1].zero_grad()
-            loss.backward()  # type: ignore[no-untyped-call]
+            loss.backward()
             optimizers[1].step()
             fooled = functional.softplus(-critic(drawn, marks)).mean()
             optimizers[0].zero_grad()
-            fooled.backward()
+            fooled.backward()  # type: ignore[no-untyped-call]
             optimizers[0].step()
     return generator.cpu().eval()
 
