@@ -174,7 +174,7 @@ class EdgeWindow:
         self.server.round = round_
         if round_ != self.plan.rounds[-1].round:
             self.method.step(self.server, tally)
-        self.tally.extend(tally)
+        self.tally = self.method.gather(self.tally, tally)
 
     def _start(self, participant: pb.Participant) -> pb.Version:
         """Return the state a client goes on from: the plan supposes that every round before counted."""

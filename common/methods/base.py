@@ -335,6 +335,11 @@ class Method:
         """Move a server's tensors on: an edge's between its rounds, the cloud's after a window."""
         server.assign(tally.means(server.tensors))
 
+    def gather(self, window: Tally, later: Tally) -> Tally:
+        """Return an edge's sums of a window after one more round of it; they are what it reports."""
+        window.extend(later)
+        return window
+
     # --- cloud, after a window ---------------------------------------------------------------------
 
     def edge_share(self, samples: float, last_samples: float, labels: np.ndarray) -> float | None:

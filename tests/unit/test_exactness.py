@@ -11,8 +11,13 @@ import torch
 
 from bench.local_tree import LocalClient, LocalTree
 from common.methods.base import CloudState
+from common.methods.fedktl import FedKTL
 from common.methods.registry import METHODS
+from common.methods.tally import Tally
+from common.run.tensors import read_tensors
+from common.wire.class_table import COUNT, MEAN
 from tests.flat import FlatRun
+from tests.generators import random_gan
 
 Flat = dict[str, bool | int | float | str]
 
@@ -52,11 +57,18 @@ OWN: dict[str, Flat] = {
     "split-mix": {"base-width": 0.25},
     "ifca": {"shared-layers": "conv1"},
     "cfl": {"cfl-from-round": 2, "cfl-mean-norm": 100.0, "cfl-max-norm": 1e-6},
+    "fd": {"families": "cnn,mlp", "soft-label-weight": 1.0},
+    "fedproto": {"families": "cnn4,resnet4"},
+    "codistillation": {"families": "cnn,mlp"},
+    "fedktl": {"families": "cnn4,resnet4", "alignment-epochs": 5},
 }
+#: Methods whose clients keep networks of their own.
+OWN_MODELS = ("codistillation", "fd", "fedktl", "fedproto")
 #: With several rounds a window an edge is a flat server of its own, except where only the cloud can choose.
 CLOUD_CHOOSES = {
     "divfl": "the clients picked at a window's start train in all its rounds",
     "cfl": "clusters are split by the cloud, after a window",
+    "fedktl": "an edge has no generator",
 }
 
 
@@ -66,6 +78,11 @@ def _one_thread() -> Iterator[None]:
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _generator(tmp_path_factory: pytest.TempPathFactory) -> None:
+    OWN["fedktl"]["generator"] = random_gan(tmp_path_factory.mktemp("generators") / "gan")
 
 
 def settings_of(method: str) -> Flat:
@@ -126,3 +143,52 @@ def test_an_edge_is_a_flat_server_between_its_reports(method: str, tmp_path: Pat
     assert run.state is not None
     assert len(run.chronicle.record.windows) == 1
     assert_same(run.state, flat.state)
+
+
+def own_networks(folder: Path) -> dict[str, dict[str, np.ndarray]]:
+    """Return each client's own network as its newest state on disk has it."""
+    found = {}
+    for client in sorted(p.name for p in folder.iterdir()):
+        newest = max((folder / client / "rounds").rglob("*.safetensors"))
+        state = read_tensors(newest)
+        found[client] = {n: a for n, a in state.items() if n.startswith("own/")}
+    return found
+
+
+@pytest.mark.parametrize("method", OWN_MODELS)
+def test_clients_own_networks_are_those_of_the_flat_run(method: str, tmp_path: Path) -> None:
+    """What clients keep at home after the run, and what the servers made of their knowledge, to 1e-6."""
+    flat = run_flat(method, tmp_path)
+    run = LocalTree(tmp_path, clients((0, 1)), 2).run("flat", settings_of(method) | {"rg": 1, "min-edges": 2})
+    assert run.state is not None
+    assert run.state.round == flat.state.round == 3
+    inside, beside = own_networks(tmp_path / "clients"), own_networks(tmp_path / "flat-clients")
+    assert list(inside) == list(beside) == [f"c{i}" for i in range(5)]
+    assert len({tuple(network) for network in inside.values()}) == 2  # unlike architectures
+    for client, network in inside.items():
+        assert network
+        assert set(network) == set(beside[client])
+        for name, array in network.items():
+            np.testing.assert_allclose(array, beside[client][name], rtol=1e-4, atol=1e-6, err_msg=name)
+    if method in ("fd", "fedproto"):
+        np.testing.assert_array_equal(run.state.tensors[COUNT], flat.state.tensors[COUNT])
+        np.testing.assert_allclose(run.state.tensors[MEAN], flat.state.tensors[MEAN], rtol=0, atol=1e-6)
+
+
+def test_fedktls_cloud_is_given_the_same_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The server's input, of every round: rows of all clients, sorted by value, whatever edge they came by."""
+    seen: list[dict[str, np.ndarray]] = []
+    align = FedKTL.central_step
+
+    def central_step(self: FedKTL, state: CloudState, tally: Tally) -> None:
+        seen.append(tally.stacked_rows())
+        align(self, state, tally)
+
+    monkeypatch.setattr(FedKTL, "central_step", central_step)
+    run_flat("fedktl", tmp_path)
+    LocalTree(tmp_path, clients((0, 1)), 2).run("flat", settings_of("fedktl") | {"rg": 1, "min-edges": 2})
+    assert len(seen) == 6
+    for flat, tree in zip(seen[:3], seen[3:], strict=True):
+        assert len(flat["labels"]) >= 10  # five clients with two classes or more
+        np.testing.assert_array_equal(tree["labels"], flat["labels"])
+        np.testing.assert_allclose(tree["vectors"], flat["vectors"], rtol=0, atol=1e-6)
