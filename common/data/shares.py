@@ -17,7 +17,9 @@ if TYPE_CHECKING:
 
     from common.data.imageset import ImageSet
 
-OPTIONS = "+rotate=2 or +rotate=4, +lognormal=SIGMA, +holdout=SHARE"
+OPTIONS = "+rotate=2 or +rotate=4, +lognormal=SIGMA, +holdout=SHARE, +shots=IMAGES, +scarce=LABELS"
+#: Images that a client keeps of a scarce label (FAug's experiments, Jeong et al. 2018).
+SCARCE_KEPT = 5
 
 _NUMBER = re.compile(r"\d+(\.\d*)?|\.\d+")
 
@@ -34,11 +36,17 @@ class Extras:
         Sigma of the log-normal law of the clients' sizes; 0 leaves the partition's sizes.
     holdout : float
         Share of each client's images that become its test images, for folders without ones of their own.
+    shots : int
+        Most training images that a client keeps of each class; 0: all.
+    scarce : int
+        Labels of which a client keeps `SCARCE_KEPT` training images only, drawn for each client.
     """
 
     rotate: int = 1
     lognormal: float = 0.0
     holdout: float = 0.0
+    shots: int = 0
+    scarce: int = 0
 
     @classmethod
     def parse(cls, texts: list[str], whole: str) -> Extras:
@@ -46,7 +54,9 @@ class Extras:
         given: dict[str, float] = {}
         for text in texts:
             key, _, number = text.partition("=")
-            if key not in ("rotate", "lognormal", "holdout") or not _NUMBER.fullmatch(number):
+            if key not in ("rotate", "lognormal", "holdout", "shots", "scarce") or not _NUMBER.fullmatch(
+                number
+            ):
                 raise DataError(f"data {whole!r}: option '+{text}' is not understood; give {OPTIONS}")
             if key in given:
                 raise DataError(f"data {whole!r}: +{key} is given twice; leave one of them out")
@@ -59,7 +69,49 @@ class Extras:
             raise DataError(f"data {whole!r}: +lognormal needs a sigma above 0 and at most 5, e.g. 1.0")
         if not 0 < given.get("holdout", 0.5) < 1:
             raise DataError(f"data {whole!r}: +holdout needs a share between 0 and 1, e.g. 0.2")
-        return cls(int(given.get("rotate", 1)), given.get("lognormal", 0.0), given.get("holdout", 0.0))
+        for key, what in (("shots", "images of each class"), ("scarce", "labels")):
+            if given.get(key, 1) < 1 or given.get(key, 1) % 1:
+                raise DataError(f"data {whole!r}: +{key} needs a whole number of {what}, e.g. +{key}=3")
+        return cls(
+            int(given.get("rotate", 1)),
+            given.get("lognormal", 0.0),
+            given.get("holdout", 0.0),
+            int(given.get("shots", 0)),
+            int(given.get("scarce", 0)),
+        )
+
+    def thin(self, labels: NDArray[np.int64], classes: int, *, seed: int, name: str) -> NDArray[np.int64]:
+        """Return which of a client's training images it keeps, as `shots` and `scarce` say.
+
+        Parameters
+        ----------
+        labels : ndarray
+            Classes of the client's images, shape [N].
+        classes : int
+            Number of classes.
+        seed : int
+            Changes the draw.
+        name : str
+            Data set and client, part of the seed.
+
+        Returns
+        -------
+        ndarray
+            Ascending indices, int64.
+
+        Raises
+        ------
+        DataError
+            More labels are to be scarce than there are.
+        """
+        if self.scarce > classes:
+            raise DataError(f"data {name!r}: +scarce={self.scarce}, there are {classes} classes; give fewer")
+        most = np.full(classes, self.shots or len(labels))
+        chosen = rng_for(seed, name, 0, "scarce labels").permutation(classes)[: self.scarce]
+        most[chosen] = np.minimum(most[chosen], SCARCE_KEPT)
+        rng = rng_for(seed, name, 0, "thinned images")
+        kept = [rng.permutation(np.flatnonzero(labels == label))[: most[label]] for label in range(classes)]
+        return np.sort(np.concatenate(kept))
 
 
 def resize(

@@ -207,7 +207,16 @@ class _Share:
     def train(self) -> ImageSet:
         """Return the training images of the share."""
         data = self._division[0]
-        return self._turned(data.subset(self._held_out(data)[0]) if self.spec.extras.holdout else data)
+        extras = self.spec.extras
+        if extras.holdout:
+            data = data.subset(self._held_out(data)[0])
+        if extras.shots or extras.scarce:
+            data = data.subset(
+                extras.thin(
+                    data.labels, len(data.classes), seed=self.spec.scheme.seed, name=self._client(data.name)
+                )
+            )
+        return self._turned(data)
 
     def test(self) -> ImageSet | None:
         """Return the test images of the share, None if there are too few for every share to have one."""
@@ -251,8 +260,11 @@ class _Share:
         return whole.subset(np.flatnonzero(owner == spec.index)), whole.labels, owner
 
     def _held_out(self, data: ImageSet) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-        name = f"{data.name}/{self.spec.index}/{self.spec.clients}"
+        name = self._client(data.name)
         return hold_out(data.labels, self.spec.extras.holdout, seed=self.spec.scheme.seed, name=name)
+
+    def _client(self, data: str) -> str:
+        return f"{data}/{self.spec.index}/{self.spec.clients}"
 
     def _turned(self, data: ImageSet) -> ImageSet:
         steps = self.spec.extras.rotate

@@ -45,6 +45,7 @@ def test_options_follow_the_scheme() -> None:
     spec = parse_spec("digits:3/20:dirichlet=1e+2,seed=7+lognormal=0.5+rotate=2")
     assert (spec.scheme, spec.extras) == (Scheme("dirichlet", 100.0, seed=7), Extras(2, 0.5))
     assert parse_spec("./photos:0/1:iid+holdout=.2").extras == Extras(holdout=0.2)
+    assert parse_spec("digits:3/20:iid+shots=5+scarce=3").extras == Extras(shots=5, scarce=3)
     assert parse_spec("digits:3/20").extras == Extras()
 
 
@@ -60,6 +61,9 @@ def test_options_follow_the_scheme() -> None:
         ("digits:0/2:iid+lognormal=inf", "not understood"),
         ("./photos:0/2:iid+holdout=1", "between 0 and 1"),
         ("digits:0/2:iid+holdout=0.2", "leave .holdout out"),
+        ("digits:0/2:iid+shots=0", "whole number of images"),
+        ("digits:0/2:iid+shots=2.5", "whole number of images"),
+        ("digits:0/2:iid+scarce=0", "whole number of labels"),
         ("digits:0/2:similarity", "not understood"),
         ("digits:0/2:similarity=101", "give 0 to 100"),
     ],
@@ -67,6 +71,42 @@ def test_options_follow_the_scheme() -> None:
 def test_bad_options_say_what_is_wrong(text: str, fault: str) -> None:
     with pytest.raises(DataError, match=fault):
         parse_spec(text)
+
+
+# --- few images, scarce labels ---------------------------------------------------------------------------
+
+
+def test_few_shots_and_scarce_labels_leave_the_test_images_alone() -> None:
+    whole, test = open_splits("digits:1/4:iid,seed=2")
+    counts = label_histogram(whole.labels, 10)
+    few, few_test = open_splits("digits:1/4:iid,seed=2+shots=7")
+    assert label_histogram(few.labels, 10).tolist() == np.minimum(counts, 7).tolist() == [7] * 10
+    scarce, scarce_test = open_splits("digits:1/4:iid,seed=2+scarce=3")
+    left = label_histogram(scarce.labels, 10)
+    cut = left != counts
+    assert (cut.sum(), set(left[cut])) == (3, {5})
+    assert [len(images) for images in (test, few_test, scarce_test) if images] == [90, 90, 90]
+    # The kept images are the share's own, each once, the same at every start.
+    for kept in (few, scarce):
+        images = {image.numpy().tobytes() for image in whole.fetch(np.arange(len(whole)))}
+        mine = [image.numpy().tobytes() for image in kept.fetch(np.arange(len(kept)))]
+        assert set(mine) <= images
+    again = open_data("digits:1/4:iid,seed=2+scarce=3")
+    assert torch.equal(again.fetch(np.arange(len(again))), scarce.fetch(np.arange(len(scarce))))
+
+
+def test_other_clients_and_seeds_lack_other_labels() -> None:
+    def lacking(spec: str) -> tuple[int, ...]:
+        counts = label_histogram(open_data(spec).labels, 10)
+        return tuple(np.flatnonzero(counts <= 5))
+
+    found = {lacking(f"digits:{i}/4:iid,seed={s}+scarce=3") for i in range(4) for s in range(2)}
+    assert len(found) > 5
+
+
+def test_more_scarce_labels_than_classes_are_refused() -> None:
+    with pytest.raises(DataError, match="there are 10 classes"):
+        open_data("digits:0/4:iid+scarce=11")
 
 
 # --- SCAFFOLD's similarity -------------------------------------------------------------------------------
