@@ -130,7 +130,7 @@ def train_conditional(
     ConditionalGenerator
         On the CPU, in evaluation mode.
     """
-    shape: tuple[int, int, int] = pixels.shape[1:]  # type: ignore[assignment]
+    shape: tuple[int, int, int] = pixels.shape[1:]
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         generator = ConditionalGenerator(classes, shape).to(device)
@@ -151,7 +151,7 @@ def train_conditional(
                 functional.softplus(-critic(real, marks)) + functional.softplus(critic(drawn.detach(), marks))
             ).mean()
             optimizers[1].zero_grad()
-            loss.backward()
+            loss.backward()  # type: ignore[no-untyped-call]
             optimizers[1].step()
             fooled = functional.softplus(-critic(drawn, marks)).mean()
             optimizers[0].zero_grad()
