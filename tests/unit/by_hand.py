@@ -13,14 +13,14 @@ from flwr.app import Message
 
 from bench.local_tree import LocalClient, LocalTree
 from client.training import update_form
-from common.flower.arrays import payload_bytes
 from common.methods.base import CloudState, Method, Update
 from common.methods.registry import create_method
 from common.methods.tally import Tally
+from common.methods.views import answer_layout
 from common.run.config import RunConfig
 from common.run.state import StateStore
 from common.wire import control
-from common.wire.payload import Layout, Weights
+from common.wire.payload import Weights
 from proto import espalier_pb2 as pb
 from server.run import TreeRun
 
@@ -68,8 +68,8 @@ def aggregate(rule: Method, state: CloudState, replies: Sequence[Update], edges:
         for update in replies[edge::edges]:
             rule.add(part, update, state)
         merged.absorb(*part.report())
-    rule.central_step(state, merged)
     state.round += 1
+    rule.central_step(state, merged)
     state.window += 1
 
 
@@ -104,15 +104,15 @@ class Call:
     sent: Arrays
     report: pb.ClientReport
     payload: Arrays
-    bytes: int
+    raw: bytes
 
     @property
     def trains(self) -> bool:
         return not self.plan.inquiry
 
 
-#: Changes a client's tensors before they leave it: name of the client, tensors.
-Change = Callable[[str, Arrays], Arrays]
+#: Changes a client's reply before it leaves: what it was sent, its tensors, its report (in place).
+Change = Callable[[Arrays, Arrays, pb.ClientReport], Arrays]
 
 
 def tapped(tree: LocalTree, change: Change | None = None) -> list[Call]:
@@ -133,12 +133,14 @@ def _tap(app: Callable[[Message, Any], Message], calls: list[Call], change: Chan
         sent = control.read_weights(message, control.plan_layout(plan, "edge"), "edge").views()
         report = control.read_control(pb.ClientReport, reply, plan.client)
         method_ = create_method(RunConfig.from_struct(plan.settings))
-        layout = Layout(())
-        if not plan.inquiry:
-            layout = update_form(method_, plan, control.plan_layout(plan, "edge"), report).wire
+        received = control.plan_layout(plan, "edge")
+        if plan.inquiry:
+            layout = answer_layout(plan.inquiry, plan.architecture, method_.settings, plan.population)
+        else:
+            layout = update_form(method_, plan, received, report).wire
         payload = control.read_weights(reply, layout, plan.client).views()
         if change is not None and not plan.inquiry:
-            payload = change(plan.client, payload)
+            payload = change(sent, payload, report)
             weights = Weights.pack(payload)
             report.layout.CopyFrom(weights.layout.to_proto())
             content = control.report_content(report, weights.to_record(), report.samples, report.loss)
@@ -149,12 +151,19 @@ def _tap(app: Callable[[Message, Any], Message], calls: list[Call], change: Chan
                 {n: a.copy() for n, a in sent.items()},
                 report,
                 {n: a.copy() for n, a in payload.items()},
-                payload_bytes(reply.content),
+                raw_bytes(reply),
             )
         )
         return reply
 
     return answer
+
+
+def raw_bytes(message: Message) -> bytes:
+    """Return everything a message carries, one after another."""
+    parts = [array.data for record in message.content.array_records.values() for array in record.values()]
+    configs = [repr(dict(record)).encode() for record in message.content.config_records.values()]
+    return b"".join([*parts, *configs])
 
 
 def small_tree(folder: Path, clients: int = 4, of: int = 30, edges: int = 2, **more: Any) -> LocalTree:
