@@ -17,6 +17,7 @@ from common.data.histogram import add_laplace_noise, label_histogram
 from common.data.joined import with_pixels
 from common.data.spec import open_data, open_test
 from common.errors import ConfigError
+from common.models.presets import classifiers
 from common.run.names import check_name, is_name
 from common.run.state import StateStore
 from common.run.tensors import read_tensors, write_tensors
@@ -47,6 +48,8 @@ class Device:
         Folder of what outlives the process; without one the device starts every round afresh.
     level : float
         Size of sub-model set by hand, a share in (0, 1]; 0: not set.
+    model: str
+        The network that the owner chose for it in runs of unlike models; "": the run's choice.
     """
 
     name: str
@@ -54,6 +57,7 @@ class Device:
     device: str = "auto"
     state: Path | None = None
     level: float = 0.0
+    model: str = ""
 
     @classmethod
     def from_node_config(cls, config: Mapping[str, object]) -> Device:
@@ -62,7 +66,7 @@ class Device:
         Raises
         ------
         ConfigError
-            If name or data is missing, or the level is no share in (0, 1].
+            If name or data is missing, the level is no share in (0, 1], or the model no classifier's name.
         """
         missing = [key for key in ("name", "data") if not config.get(key)]
         if missing:
@@ -77,6 +81,7 @@ class Device:
             str(config.get("device") or "auto"),
             Path(str(state)) if state else None,
             _level(config.get("level")),
+            _model(config.get("model")),
         )
 
     @cached_property
@@ -163,6 +168,7 @@ class Device:
             classes=self.images.classes,
             data=self.images.name,
             level=self.level,
+            model=self.model,
         )
 
     @cached_property
@@ -182,8 +188,8 @@ class Device:
 
 
 @lru_cache(maxsize=64)
-def _device(name: str, data: str, device: str, state: Path | None, level: float) -> Device:
-    return Device(name, data, device, state, level)
+def _device(name: str, data: str, device: str, state: Path | None, level: float, model: str) -> Device:
+    return Device(name, data, device, state, level, model)
 
 
 def _level(value: object) -> float:
@@ -200,3 +206,15 @@ def _level(value: object) -> float:
             "e.g. --level 0.5, or level=0.5 in a node config"
         )
     return level
+
+
+def _model(value: object) -> str:
+    """Read the model of a node config; None where it is left open."""
+    if value is None:
+        return ""
+    if value not in classifiers():
+        raise ConfigError(
+            f"model={value} is no classifier; give one of {', '.join(classifiers())}, "
+            "e.g. --model resnet10, or model=resnet10 in a node config"
+        )
+    return str(value)

@@ -126,6 +126,12 @@ def client(
         float | None,
         typer.Option(help="Largest sub-model it trains, a share in (0, 1]; level-choice=device."),
     ] = None,
+    model: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAME", help="The classifier it keeps, in runs of unlike models; e.g. resnet10."
+        ),
+    ] = None,
     key: NodeKey = None,
     user_app: Annotated[
         str | None, typer.Option("--app", metavar="MODULE:APP", help="A ClientApp of your own.")
@@ -166,6 +172,12 @@ def client(
         if not 0 < level <= 1:
             raise ConfigError(f"--level {level:g} is no share in (0, 1]; give e.g. --level 0.5")
         config["level"] = level
+    if model is not None:
+        from common.models.presets import classifiers
+
+        if model not in classifiers():
+            raise ConfigError(f"--model {model} is no classifier; give one of {', '.join(classifiers())}")
+        config["model"] = model
 
     from client.service import run_client
 

@@ -114,6 +114,11 @@ def is_model(name: str) -> bool:
     return name in PRESETS
 
 
+def classifiers() -> tuple[str, ...]:
+    """Return the names of the classifiers."""
+    return tuple(name for name, preset in PRESETS.items() if preset.task == "classification")
+
+
 def task_of(model: str) -> Task:
     """Return what a model is trained for.
 

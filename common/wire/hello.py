@@ -7,6 +7,7 @@ import math
 import os
 
 from common.errors import WireError
+from common.models.presets import classifiers
 from proto import espalier_pb2 as pb
 
 #: A histogram or class list longer than this is no label set.
@@ -20,8 +21,8 @@ def check_client_hello(hello: pb.ClientHello, sender: str) -> None:
     ------
     WireError
         If the histogram does not fit the classes, a count is negative or not finite, the image
-        shape is no (C, H, W), there is no sample, the level is no share, or the speed or the link's
-        time is negative or not finite.
+        shape is no (C, H, W), there is no sample, the level is no share, the model is no classifier,
+        or the speed or the link's time is negative or not finite.
     """
     classes = len(hello.classes)
     if not 0 < classes <= MAX_CLASSES:
@@ -40,6 +41,8 @@ def check_client_hello(hello: pb.ClientHello, sender: str) -> None:
         raise WireError(sender, f"the image shape {list(shape)}, expected channels, height and width")
     if not 0 <= hello.level <= 1:  # NaN fails here, too
         raise WireError(sender, f"the level {hello.level:g}, expected a share in (0, 1], or 0 for none")
+    if hello.model and hello.model not in classifiers():
+        raise WireError(sender, f"the model {hello.model!r}, which is none of this version's classifiers")
     if not 0 <= hello.facts.speed < math.inf:
         raise WireError(sender, f"the speed {hello.facts.speed:g}, which no device has")
     if not 0 <= hello.link_seconds < math.inf:

@@ -37,7 +37,17 @@ def test_help_names_every_command_and_comes_at_once(tmp_path: Path) -> None:
     done = espalier("--help", cwd=tmp_path)
     seconds = time.monotonic() - start
     assert done.returncode == 0
-    for command in ("demo", "cloud", "edge", "client", "run", "stop", "sample", "report", "pretrain-generator"):
+    for command in (
+        "demo",
+        "cloud",
+        "edge",
+        "client",
+        "run",
+        "stop",
+        "sample",
+        "report",
+        "pretrain-generator",
+    ):
         assert f"  {command} " in done.stdout
     assert seconds < 2.0  # 0.2 s alone; the bound leaves room for a busy machine, not for importing torch
 
@@ -106,6 +116,11 @@ BAD: list[tuple[list[str], int, list[str]]] = [
         ["--level 0 is no"],
     ),
     (["client", "--name", "c", *STATE, *EDGE, "--data", "digits:0/2", "--level", "1.5"], 2, ["--level 1.5"]),
+    (
+        ["client", "--name", "c", *STATE, *EDGE, "--data", "digits:0/2", "--model", "unet-tiny"],
+        2,
+        ["--model unet-tiny is no classifier", "resnet10"],
+    ),
 ]
 
 

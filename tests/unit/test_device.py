@@ -1,4 +1,4 @@
-"""What a device says of itself: its own level, and how fast it computes."""
+"""What a device says of itself: its own level and model, and how fast it computes."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch
 
 from client.device import Device
 from client.speed import measured_speed
-from common.errors import ConfigError
+from common.errors import ConfigError, WireError
 from common.wire.hello import check_client_hello
 
 CONFIG = {"name": "cam-7", "data": "digits:0/16", "device": "cpu"}
@@ -32,6 +32,24 @@ def test_level_of_a_stock_node_config_may_be_text() -> None:
 def test_a_level_that_is_no_share(level: object) -> None:
     with pytest.raises(ConfigError, match=r"level=.* is no share in \(0, 1\]"):
         Device.from_node_config(CONFIG | {"level": level})
+
+
+def test_hello_carries_the_owners_model() -> None:
+    assert Device.from_node_config(CONFIG).hello("r", 0.0).model == ""
+    hello = Device.from_node_config(CONFIG | {"model": "resnet4"}).hello("r", 0.0)
+    assert hello.model == "resnet4"
+    check_client_hello(hello, "edge-1")
+    hello.model = "resnet5"
+    with pytest.raises(
+        WireError, match="'cam-7' refused: the model 'resnet5', which is none of this version's"
+    ):
+        check_client_hello(hello, "cam-7")
+
+
+@pytest.mark.parametrize("model", ["", "unet-tiny", "HtFE-img-2", "cnn,mlp", 4, True])
+def test_a_model_that_is_no_classifier(model: object) -> None:
+    with pytest.raises(ConfigError, match=r"model=.* is no classifier; give one of .*resnet10"):
+        Device.from_node_config(CONFIG | {"model": model})
 
 
 def test_speed_is_measured_once_and_quickly() -> None:
