@@ -1,0 +1,334 @@
+"""Cells of a comparison: one method on one division of the data with one seed, run in worker processes."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import hashlib
+import json
+import logging
+import multiprocessing
+import os
+import tempfile
+import time
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from statistics import mean, stdev
+from typing import Any
+
+from common.run.record import RunRecord
+
+#: Images that MNIST and digits have to train on.
+TRAIN_IMAGES = {"mnist": 60_000, "fashion-mnist": 60_000, "digits": 1_437}
+#: A part of the test split is enough to tell methods apart, and the same part for all of them.
+EVAL_PARTS = {"mnist": "mnist:0/5", "fashion-mnist": "fashion-mnist:0/5", "digits": "digits"}
+
+
+@dataclass(frozen=True)
+class Setup:
+    """What all cells of a command share.
+
+    Attributes
+    ----------
+    data : str
+        Name of the data set.
+    clients, edges : int
+        Size of the tree; every client reaches every edge.
+    images : int
+        Training images of a client, about.
+    seeds : int
+        Runs of each cell, with seeds 1, 2, ….
+    """
+
+    data: str = "mnist"
+    clients: int = 20
+    edges: int = 2
+    images: int = 500
+    seeds: int = 3
+
+    @property
+    def shares(self) -> int:
+        """Shares that the data are divided into; clients hold some of them."""
+        return max(self.clients, TRAIN_IMAGES[self.data] // self.images)
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One run.
+
+    Attributes
+    ----------
+    setup : Setup
+        Data and tree.
+    scheme : str
+        How the data are divided, as in a data SPEC, without its seed.
+    settings : Mapping
+        The run's settings beyond those of :func:`run_cell`.
+    seed : int
+        Of the run and of the division.
+    present : int
+        Clients that take part, the first ones; 0: all.
+    devices : {"", "with-data", "against-data"}
+        Levels that are set at the devices: the third of the clients with most data gets the first of
+        `levels`, or the last one.
+    """
+
+    setup: Setup
+    scheme: str
+    settings: Mapping[str, bool | int | float | str]
+    seed: int = 1
+    present: int = 0
+    devices: str = ""
+
+    def key(self) -> str:
+        """Return a digest of everything that settles the cell."""
+        content = dataclasses.asdict(self)
+        content["setup"].pop("seeds")
+        return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:24]
+
+    def specs(self) -> list[str]:
+        """Return the data SPEC of every client."""
+        shares, clients = self.setup.shares, self.setup.clients
+        head, plus, options = self.scheme.partition("+")
+        scheme = f"{head},seed={self.seed}{plus}{options}"
+        # Shares by similarity lie sorted by class, so that the first ones would lack most classes.
+        step = shares // clients if head.startswith("similarity") else 1
+        return [f"{self.setup.data}:{i * step}/{shares}:{scheme}" for i in range(self.present or clients)]
+
+
+@dataclass(frozen=True)
+class Point:
+    """What was measured after a round: accuracies in [0, 1]; None where there is none."""
+
+    round: int
+    accuracy: float | None
+    mean: float | None
+    worst: float | None
+
+    @property
+    def main(self) -> float:
+        """Accuracy of the global network, or the clients' mean where there is no such network."""
+        return self.accuracy if self.accuracy is not None else (self.mean or 0.0)
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What came of a cell.
+
+    Attributes
+    ----------
+    points : list of Point
+        In the order of the rounds.
+    links : dict of str to float
+        Payload bytes of a round without measuring, by "client-edge up", ….
+    seconds : float
+        Wall time of the run.
+    trained : float
+        Seconds of it in windows.
+    status : str
+        "finished", or what went wrong.
+    faults : int
+        Faults of the record.
+    """
+
+    points: list[Point]
+    links: dict[str, float] = field(default_factory=dict)
+    seconds: float = 0.0
+    trained: float = 0.0
+    status: str = "finished"
+    faults: int = 0
+
+    @property
+    def last(self) -> Point:
+        """Mean of the last three measurements: a single round jumps on non-IID data."""
+        tail = self.points[-3:] or [Point(0, None, None, None)]
+
+        def of(values: list[float | None]) -> float | None:
+            known = [v for v in values if v is not None]
+            return mean(known) if known else None
+
+        return Point(
+            tail[-1].round,
+            of([p.accuracy for p in tail]),
+            of([p.mean for p in tail]),
+            of([p.worst for p in tail]),
+        )
+
+    def rounds_to(self, target: float) -> int | None:
+        """Return the first measured round of at least this accuracy, None if there was none."""
+        return next((p.round for p in self.points if p.main >= target), None)
+
+
+def run_cell(cell: Cell) -> Measured:
+    """Run a cell in this process."""
+    import torch
+
+    from bench.local_tree import LocalClient, LocalTree
+    from common.errors import EspalierError
+
+    torch.set_num_threads(1)
+    reach = tuple(range(cell.setup.edges))
+    clients = [
+        LocalClient(f"client-{i:03d}", spec, reach, more)
+        for i, (spec, more) in enumerate(zip(cell.specs(), _node_configs(cell), strict=True))
+    ]
+    settings = {
+        "model": "mlp",
+        "rg": 1,
+        "batch-size": 50,
+        "eval-data": EVAL_PARTS[cell.setup.data],
+        "eval-clients": True,
+        "eval-every": 2,
+        "keep-checkpoints": 1,
+        "min-edges": cell.setup.edges,
+        "min-clients": len(clients),
+        "seed": cell.seed,
+        **cell.settings,
+    }
+    start = time.perf_counter()
+    # States and checkpoints are synchronised to disk; in memory that costs nothing.
+    memory = Path("/dev/shm")
+    with tempfile.TemporaryDirectory(dir=memory if os.access(memory, os.W_OK) else None) as folder:
+        tree = LocalTree(Path(folder), clients, cell.setup.edges)
+        try:
+            record = tree.run("bench", settings).chronicle.record
+        except EspalierError as error:
+            return Measured([], status=str(error))
+    return read(record, time.perf_counter() - start)
+
+
+def _node_configs(cell: Cell) -> list[dict[str, Any]]:
+    """Return the further node config of every client: its level, where devices have one of their own."""
+    specs = cell.specs()
+    if not cell.devices:
+        return [{} for _ in specs]
+    from common.data.spec import open_data
+    from common.methods.levels import parse_levels
+
+    levels = parse_levels(str(cell.settings["levels"]))
+    sizes = [len(open_data(spec)) for spec in specs]
+    order = sorted(
+        range(len(specs)), key=lambda i: (-sizes[i] if cell.devices == "with-data" else sizes[i], i)
+    )
+    return [{"level": levels[order.index(i) * len(levels) // len(specs)]} for i in range(len(specs))]
+
+
+def read(record: RunRecord, seconds: float) -> Measured:
+    """Return what a comparison needs of a run's record."""
+    points = [
+        Point(
+            a.round,
+            a.models["global"].accuracy if "global" in a.models else None,
+            a.mean,
+            a.worst10,
+        )
+        for a in record.accuracy
+    ]
+    measured = {a.window for a in record.accuracy}
+    # Measuring costs bytes, too; the method's own are those of the other windows.
+    plain = [w for w in record.windows if w.window not in measured] or record.windows
+    links = {
+        f"{link} {way}": mean(getattr(w.links[link], f"{way}_bytes") for w in plain)
+        for link in record.links
+        for way in ("up", "down")
+    }
+    trained = sum(w.timings.get("train", 0.0) for w in record.windows)
+    return Measured(points, links, seconds, trained, record.status, len(record.faults))
+
+
+def run_cells(cells: Iterable[Cell], jobs: int, root: Path, kept: Path | None = None) -> dict[str, Measured]:
+    """Run cells in worker processes and return what came of them, by key.
+
+    Parameters
+    ----------
+    cells : iterable of Cell
+        Each is run once, however often it occurs.
+    jobs : int
+        Worker processes; each computes on one core.
+    root : Path
+        Folder of the data files.
+    kept : Path, optional
+        A file that results are added to; what it holds already is not run again.
+    """
+    wanted = {cell.key(): cell for cell in cells}
+    found = {key: value for key, value in _kept(kept) if key in wanted}
+    # Cells on the same division lie together: a worker draws and opens it once.
+    left = sorted(
+        (c for k, c in wanted.items() if k not in found), key=lambda c: (c.seed, c.scheme, c.setup.shares)
+    )
+    environment = {"ESPALIER_DATA": str(root), "OMP_NUM_THREADS": "1", "FLWR_TELEMETRY_ENABLED": "0"}
+    with _environment(environment):
+        if jobs <= 1 and len(left) <= 8:
+            _begin()
+            results: Iterator[tuple[str, Measured]] = map(_run, left)
+            for key, measured in results:
+                found[key] = measured
+                _keep(kept, key, measured)
+            return found
+        with multiprocessing.get_context("spawn").Pool(jobs, _begin) as pool:
+            for key, measured in pool.imap_unordered(_run, left):
+                found[key] = measured
+                _keep(kept, key, measured)
+    return found
+
+
+def _begin() -> None:
+    """Prepare a worker: it plays many clients, so whole data sets stay open."""
+    from common.data.spec import sharing_sources
+
+    # Once it is there, divisions are drawn in this process instead of one of their own each.
+    with contextlib.suppress(ImportError):
+        import flwr_datasets  # noqa: F401
+
+    logging.getLogger("espalier").setLevel(logging.ERROR)
+    _OPEN.enter_context(sharing_sources())
+
+
+_OPEN = contextlib.ExitStack()
+
+
+def _run(cell: Cell) -> tuple[str, Measured]:
+    return cell.key(), run_cell(cell)
+
+
+@contextlib.contextmanager
+def _environment(values: Mapping[str, str]) -> Iterator[None]:
+    before = {name: os.environ.get(name) for name in values}
+    os.environ.update(values)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = value
+
+
+def _kept(file: Path | None) -> Iterator[tuple[str, Measured]]:
+    if file is None or not file.exists():
+        return
+    for line in file.read_text(encoding="utf-8").splitlines():
+        entry = json.loads(line)
+        points = [Point(**p) for p in entry["measured"].pop("points")]
+        yield entry["key"], Measured(points, **entry["measured"])
+
+
+def _keep(file: Path | None, key: str, measured: Measured) -> None:
+    if file is not None:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        with file.open("a", encoding="utf-8") as lines:
+            lines.write(json.dumps({"key": key, "measured": dataclasses.asdict(measured)}) + "\n")
+
+
+def average(values: Iterable[float | None]) -> float | None:
+    """Return the mean of what is known, None if nothing is."""
+    known = [v for v in values if v is not None]
+    return mean(known) if known else None
+
+
+def spread(values: Iterable[float | None]) -> float | None:
+    """Return the sample standard deviation of what is known, None for fewer than two values."""
+    known = [v for v in values if v is not None]
+    return stdev(known) if len(known) > 1 else None

@@ -1,0 +1,109 @@
+"""An experiment on an open question: whether a large-data client's loss deserves more say when resources differ.
+
+Power-of-Choice takes the clients of largest loss F_k. The global loss is Σ p_k F_k, so a client's part in it
+is p_k F_k; and where devices differ, a client of much data may train a small sub-model only. Clients here hold
+log-normally many images and train HeteroFL's widths 1, 1/2 and 1/4, dealt out with their data or against it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
+
+from bench.cells import Cell, Measured, Setup, average
+from bench.claims import Values, row
+from bench.report import Row
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+SCHEME = "dirichlet=0.3+lognormal=1.0"
+SETTINGS: Values = {
+    "method": "heterofl",
+    "masked-loss": False,
+    "levels": "1,0.5,0.25",
+    "level-choice": "device",
+    "fraction": 0.2,
+    "candidates": 10,
+    "rounds": 24,
+    "learning-rate": 0.2,
+    "local-steps": 10,
+    "eval-every": 2,
+}
+#: Rank or draw, and weight in the mean.
+STRATEGIES: Mapping[str, Values] = {
+    "uniform draw, mean by n_k": {"selection": "uniform", "weighting": "samples"},
+    "draw by n_k, plain mean": {"selection": "proportional", "weighting": "uniform"},
+    "rank by F_k, plain mean": {"selection": "pow-d", "weighting": "uniform"},
+    "rank by n_k F_k, plain mean": {"selection": "pow-d", "weighting": "uniform", "loss-weight": "samples"},
+    "rank by F_k, mean by n_k": {"selection": "pow-d", "weighting": "samples"},
+    "rank by n_k F_k, mean by n_k": {"selection": "pow-d", "weighting": "samples", "loss-weight": "samples"},
+}
+#: How widths are dealt out.
+DEVICES = {"with-data": "large data on strong devices", "against-data": "large data on weak devices"}
+TARGET = 0.6
+
+
+def cells(setup: Setup) -> dict[tuple[str, str], list[Cell]]:
+    """Return the cells by device order and strategy."""
+    return {
+        (devices, label): [
+            Cell(setup, SCHEME, {**SETTINGS, **settings}, seed, devices=devices)
+            for seed in range(1, setup.seeds + 1)
+        ]
+        for devices in DEVICES
+        for label, settings in STRATEGIES.items()
+    }
+
+
+def rows(results: Mapping[tuple[str, str], Sequence[Measured]]) -> list[Row]:
+    """Return a row for each strategy and order of devices."""
+    return [
+        row(f"question: {DEVICES[devices]}", label, found, TARGET)
+        for (devices, label), found in results.items()
+    ]
+
+
+def notes(results: Mapping[tuple[str, str], Sequence[Measured]]) -> list[str]:
+    """Return the answer in figures: what ranking by n_k F_k changes, seed by seed."""
+    found = []
+    for devices, words in DEVICES.items():
+        for mean in ("plain mean", "mean by n_k"):
+            weighted, plain = (results[devices, f"rank by {rank}, {mean}"] for rank in ("n_k F_k", "F_k"))
+            parts = []
+            for of, what in (("accuracy", "accuracy"), ("worst", "worst tenth")):
+                changes = [
+                    100 * (a - b)
+                    for a, b in (
+                        (getattr(x.last, of), getattr(y.last, of))
+                        for x, y in zip(weighted, plain, strict=True)
+                    )
+                    if a is not None and b is not None
+                ]
+                if changes:
+                    by_seed = ", ".join(f"{c:+.1f}" for c in changes)
+                    parts.append(f"{what} {sum(changes) / len(changes):+.1f} points ({by_seed})")
+            found.append(f"question, {words}, {mean}: n_k F_k instead of F_k changes {'; '.join(parts)}")
+    return found
+
+
+def draw(figure: Figure, results: Mapping[tuple[str, str], Sequence[Measured]]) -> None:
+    """Draw the accuracy over the rounds, mean over the seeds, for both orders of devices."""
+    figure.set_size_inches(11, 4.6)
+    axes = figure.subplots(1, len(DEVICES), sharey=True)
+    for place, (devices, words) in zip(axes, DEVICES.items(), strict=True):
+        for label in STRATEGIES:
+            draw_curve(place, results[devices, label], label)
+        place.set_title(words)
+        place.set_xlabel("round")
+        place.grid(alpha=0.3)
+    axes[0].set_ylabel("accuracy of the whole network, %")
+    axes[0].legend(fontsize="small")
+
+
+def draw_curve(axes: object, found: Sequence[Measured], label: str) -> None:
+    """Draw the mean over the seeds of the main accuracy after every measured round."""
+    rounds = [p.round for p in found[0].points]
+    curves = [[100 * p.main for p in m.points] for m in found if len(m.points) == len(rounds)]
+    means = [average(values) or 0.0 for values in zip(*curves, strict=True)]
+    axes.plot(rounds, means, label=label, linewidth=1.4)  # type: ignore[attr-defined]

@@ -1,0 +1,81 @@
+"""The bench of the methods in small: it runs, what it says is complete, and what it ran is kept."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from bench import question
+from bench.cells import Cell, Measured, Point, Setup, run_cells
+from bench.claims import Variant, fewer_rounds, mean_rounds
+from bench.methods import main, methods, table_cells
+from bench.regimes import CLAIMS
+from common.run.config import RunConfig
+
+LINKS = [f"{link}_{way}_kb" for link in ("client_edge", "edge_cloud") for way in ("up", "down")]
+
+
+def test_it_runs_and_goes_on_from_what_it_kept(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    words = ["--json", "--tiny", "--jobs", "1", "--out", str(tmp_path)]
+    assert main(words) == 0
+    said = json.loads(capsys.readouterr().out)
+    assert [row["method"] for row in said["rows"]] == ["fedavg", "scaffold", "ifca"]
+    for row in said["rows"]:
+        assert row["status"] == "finished"
+        assert 0 <= row["worst10"] <= row["clients"] <= 100
+        assert all(row[link] > 0 for link in LINKS)
+    averaged, controlled, clustered = said["rows"]
+    # Four clients answer two edges, whose two partial sums go up to the cloud.
+    assert 1.8 < averaged["client_edge_up_kb"] / averaged["edge_cloud_up_kb"] < 2
+    assert clustered["accuracy"] is None
+    assert controlled["client_edge_down_kb"] > 1.8 * averaged["client_edge_down_kb"]
+    assert controlled["client_edge_up_kb"] < 1.1 * averaged["client_edge_up_kb"]
+    assert (tmp_path / "methods.png").stat().st_size > 10_000
+
+    monkeypatch.setattr("bench.cells.run_cell", lambda cell: pytest.fail("it ran again"))
+    assert main([*words, "--resume"]) == 0
+    assert json.loads(capsys.readouterr().out)["rows"] == said["rows"]
+
+
+def test_every_cell_is_a_run_that_can_start() -> None:
+    """Settings that contradict each other would only show after minutes."""
+    setup = Setup(seeds=1)
+    groups = [
+        *table_cells(setup, methods(), tiny=False).values(),
+        *question.cells(setup).values(),
+        *(cells for claim in CLAIMS for cells in claim.cells(setup).values()),
+    ]
+    keys = {RunConfig.from_flat({"model": "mlp", **cells[0].settings}).method for cells in groups}
+    assert keys == set(methods())
+    assert len({cells[0].key() for cells in groups}) == len(groups)
+
+
+def test_devices_are_dealt_by_their_data(tmp_path: Path) -> None:
+    setup = Setup("digits", clients=3, edges=1, images=100)
+    settings = {**question.SETTINGS, "rounds": 1, "local-steps": 1, "eval-every": 1, "fraction": 1.0}
+    cells = {
+        devices: Cell(setup, "iid+lognormal=1.0", settings, devices=devices) for devices in question.DEVICES
+    }
+    found = run_cells(cells.values(), 1, tmp_path)
+    with_data, against = (found[cell.key()] for cell in cells.values())
+    assert (with_data.status, against.status) == ("finished", "finished")
+    # One client of each width either way.
+    assert with_data.links == against.links
+
+
+def test_rounds_to_a_target() -> None:
+    def run(*accuracies: float) -> Measured:
+        return Measured([Point(2 * i + 2, a, None, None) for i, a in enumerate(accuracies)])
+
+    assert mean_rounds([run(0.1, 0.5, 0.4), run(0.5)], 0.5) == (4 + 2) / 2
+    assert mean_rounds([run(0.1, 0.2)], 0.5) == 5
+    claim = CLAIMS[0]
+    judge = fewer_rounds("a", "b")
+    assert not judge(claim, {"a": [run(0.1)], "b": [run(0.1)]})[0].holds
+    assert judge(claim, {"a": [run(0.1, 0.9)], "b": [run(0.9)]})[0].holds
+    assert not judge(claim, {"a": [run(0.9)], "b": [run(0.9)]})[0].holds
+    assert Variant({}).present == 0
