@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 SMALLEST, LARGEST = 8, 64
-_GROUP = 4  # images whose spread the discriminator sees together
+GROUP = 4
+"""Images whose spread the discriminator sees: in a batch of N, those N / GROUP places apart."""
 
 
 @dataclass(frozen=True)
@@ -245,7 +246,7 @@ def _normalise(x: Tensor) -> Tensor:
 def _spread(x: Tensor) -> Tensor:
     """Return one map that tells how unlike the images of a group are (Karras et al. 2018, section 3)."""
     count, _, height, width = x.shape
-    group = _GROUP if count % _GROUP == 0 else count
+    group = GROUP if count % GROUP == 0 else count
     apart = x.reshape(group, count // group, -1)
     spread = (apart.var(0, unbiased=False) + 1e-8).sqrt().mean(1)
     return spread.repeat(group)[:, None, None, None].expand(-1, 1, height, width)

@@ -9,13 +9,15 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn import functional
 
 from common.data.imageset import ImageSet
 from common.errors import ConfigError
-from common.generators.networks import Discriminator, GanConfig, StyleGenerator, native_size
+from common.generators.networks import GROUP, Discriminator, GanConfig, StyleGenerator, native_size
 from common.learning.objectives import TrainingError
 from common.seeds import rng_for, seed_for
 
@@ -27,7 +29,7 @@ class Recipe:
     Attributes
     ----------
     batch : int
-        Images of a step.
+        Images of a step, in groups of four of one class.
     rate : float
         Adam's learning rate; it falls to a tenth over the last third of the training.
     r1 : float
@@ -42,7 +44,7 @@ class Recipe:
 
     batch: int = 32
     rate: float = 2e-3
-    r1: float = 1.0
+    r1: float = 0.1
     r1_every: int = 8
     average: float = 0.995
     shift: int = 0
@@ -146,7 +148,7 @@ def pretrain(
         "steps": step,
         "seconds": round(time.monotonic() - start, 1),
         "seed": seed,
-        "images_seen": step * recipe.batch,
+        "images_seen": step * max(1, recipe.batch // GROUP) * GROUP,
         "recipe": vars(recipe),
     }
     return training.average.eval(), notes
@@ -162,11 +164,12 @@ class _Training:
         self.rng = torch.Generator().manual_seed(seed_for(seed, "generator", 0, "noise"))
         self.order = rng_for(seed, "generator", 0, "order")
         self.recipe, self.data, self.device, self.config = recipe, data, device, config
+        self.members = {label: np.flatnonzero(data.labels == label) for label in np.unique(data.labels)}
         self.generator = StyleGenerator(config, weights).to(device)
         self.discriminator = Discriminator(config, weights).to(device)
         self.average = copy.deepcopy(self.generator).requires_grad_(False)
         self.optimizers = [
-            torch.optim.Adam(network.parameters(), lr=recipe.rate, betas=(0.0, 0.99), eps=1e-8)
+            torch.optim.Adam(network.parameters(), lr=recipe.rate, betas=(0.0, 0.99), fused=True)
             for network in (self.generator, self.discriminator)
         ]
 
@@ -175,7 +178,7 @@ class _Training:
         rate = self.recipe.rate * min(1.0, max(0.1, 3 * (1 - share)))
         for optimizer in self.optimizers:
             optimizer.param_groups[0]["lr"] = rate
-        indices = self.order.integers(len(self.data), size=self.recipe.batch)
+        indices = self._draw()
         real = self._native(self.data.fetch(indices)).to(self.device)
         classes = torch.from_numpy(self.data.labels[indices]).to(self.device)
         z = torch.randn(len(real), self.config.latent_dim, generator=self.rng).to(self.device)
@@ -201,6 +204,17 @@ class _Training:
             for mean, new in zip(self.average.parameters(), self.generator.parameters(), strict=True):
                 mean.lerp_(new, 1 - decay)
         return deceived.item(), found.item()
+
+    def _draw(self) -> NDArray[np.int64]:
+        """Draw images in groups of one class.
+
+        The discriminator then sees how unlike generated images of a class are, and the generator cannot make do
+        with one image for each, as it does where groups mix the classes.
+        """
+        labels = self.data.labels
+        first = self.order.integers(len(labels), size=max(1, self.recipe.batch // GROUP))
+        groups = [self.order.choice(self.members[labels[index]], GROUP - 1) for index in first]
+        return np.concatenate((first[None], np.stack(groups, 1))).ravel()
 
     def _update(self, which: int, loss: Tensor) -> None:
         self.optimizers[which].zero_grad()

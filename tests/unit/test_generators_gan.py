@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from numpy.typing import NDArray
 from PIL import Image
 from torch.nn import functional
 
@@ -88,6 +89,23 @@ def test_a_short_training_learns_which_half_is_white() -> None:
     assert said[-1].share == 1
     assert notes["steps"] == 60
     assert notes["data"] == "halves"
+
+
+def test_a_batch_comes_in_groups_of_one_class(monkeypatch: pytest.MonkeyPatch) -> None:
+    data, fetched = tiny_data(), []
+    fetch = data.fetch
+
+    def recorded(indices: NDArray[np.int64]) -> torch.Tensor:
+        fetched.append(data.labels[indices])
+        return fetch(indices)
+
+    monkeypatch.setattr(data, "fetch", recorded)
+    pretrain(data, steps=4, latent_dim=8, recipe=Recipe(batch=32))
+    for labels in fetched:
+        # The discriminator's groups: 32 / 4 = 8 places apart.
+        assert len(labels) == 32
+        assert all(len(set(labels[i::8])) == 1 for i in range(8))
+    assert 0.2 < np.mean(fetched) < 0.8  # both classes, as the data have them
 
 
 def test_the_same_seed_and_steps_give_the_same_generator() -> None:
