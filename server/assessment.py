@@ -15,7 +15,8 @@ from common.run.record import AccuracyEntry, Evaluation
 from proto import espalier_pb2 as pb
 from server.chronicle import Chronicle
 from server.evaluation import ClassifierEvaluator, Evaluator
-from server.strategy import WindowOutcome, WindowStrategy
+from server.outcome import WindowOutcome
+from server.strategy import WindowStrategy
 
 if TYPE_CHECKING:
     import torch

@@ -37,8 +37,9 @@ from common.run.record import (
 from common.run.report import build_report
 from common.wire.payload import Layout, Weights
 from proto import espalier_pb2 as pb
+from server.outcome import WindowOutcome
 from server.plans import Version
-from server.strategy import WindowOutcome, WindowStrategy
+from server.strategy import WindowStrategy
 from server.tree import Tree
 
 log = logging.getLogger("espalier.cloud")

@@ -18,7 +18,7 @@ from common.methods.tally import COUNT, NOMINAL, STACK, SUM, WEIGHT, Tally, stac
 from common.run.config import RunConfig
 from common.wire.payload import Layout, TensorSpec, Weights
 from proto import espalier_pb2 as pb
-from server.strategy import CentralTally
+from server.outcome import CentralTally
 
 SERVER: dict[str, np.ndarray] = {
     "w": np.full((4, 3, 2), 7, np.float32),

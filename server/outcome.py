@@ -1,0 +1,68 @@
+"""What came of a window at the cloud: the edges' reports, and their tallies merged."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from common.methods.tally import NOMINAL, Tally
+from common.run.ledger import Ledger
+from common.wire.payload import Layout, Weights
+from proto import espalier_pb2 as pb
+
+
+@dataclass
+class WindowOutcome:
+    """What the reports of a window said.
+
+    Attributes
+    ----------
+    reports : dict[str, pb.EdgeReport]
+        By edge name; only reports that were accepted.
+    rho : dict[str, float]
+        Each edge's share in the central aggregation.
+    mu : dict[str, float]
+        SH score of the labels each edge trained on.
+    ledger : Ledger
+        Payload bytes of this window.
+    faults : list[pb.Fault]
+        The edges' faults and the cloud's.
+    """
+
+    reports: dict[str, pb.EdgeReport] = field(default_factory=dict)
+    rho: dict[str, float] = field(default_factory=dict)
+    mu: dict[str, float] = field(default_factory=dict)
+    ledger: Ledger = field(default_factory=Ledger)
+    faults: list[pb.Fault] = field(default_factory=list)
+
+
+class CentralTally:
+    """The edges' tallies merged, each edge at its own share where the method has one.
+
+    Edges of share 0 count, as their clients weigh, only if every edge's share is 0.
+    """
+
+    def __init__(self, layout: Layout) -> None:
+        self._main, self._fallback = Tally(layout), Tally(layout)
+        self._shares: dict[str, float] = {}
+        self._natural: dict[str, float] = {}
+
+    def absorb(self, name: str, payload: Weights, scalars: Mapping[str, float], share: float | None) -> None:
+        """Merge one edge's tally; raises ValueError like `Tally.absorb`."""
+        nominal = scalars.get(NOMINAL, 0.0)
+        if share is None or nominal == 0:
+            self._main.absorb(payload, scalars)
+            self._shares[name] = nominal
+        elif share > 0:
+            self._main.absorb(payload, scalars, share / nominal)
+            self._shares[name] = share
+        elif not any(self._shares.values()):
+            self._fallback.absorb(payload, scalars)
+            self._natural[name] = nominal
+
+    def result(self) -> tuple[Tally, dict[str, float]]:
+        """Return the merged tally, and each edge's share of its means."""
+        counted = any(self._shares.values())
+        tally, shares = (self._main, self._shares) if counted else (self._fallback, self._natural)
+        total = sum(shares.values())
+        return (tally if total else self._main), {n: s / total for n, s in shares.items() if s}
