@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import difflib
+import hashlib
+import json
 import math
 import tomllib
 from collections.abc import Iterable, Mapping
@@ -16,6 +18,9 @@ from common.errors import ConfigError
 from common.models.presets import MODELS
 from common.run.names import NAME_RULE, is_name
 from common.run.settings import Settings
+
+DEFAULTS = "defaults"
+"""Key of a plan's settings that holds the fingerprint of the sender's defaults."""
 
 FlatValue = bool | int | float | str
 """What a Flower run configuration can hold."""
@@ -113,15 +118,39 @@ class RunConfig(Settings):
         return {name.replace("_", "-"): value for name, value in self.model_dump().items()}
 
     def to_struct(self) -> Struct:
-        """Return the settings as a protobuf Struct for a plan, without those of `CLOUD_ONLY`."""
+        """Return the settings as a protobuf Struct for a plan, without those of `CLOUD_ONLY`.
+
+        Only what departs from the defaults is said, with a fingerprint of these: a plan goes to every client in
+        every round, and where a client sends a few hundred bytes its settings must not weigh thousands.
+        """
+        defaults = type(self)().to_flat()
         struct = Struct()
-        struct.update({key: value for key, value in self.to_flat().items() if key not in CLOUD_ONLY})
+        struct.update(
+            {k: v for k, v in self.to_flat().items() if k not in CLOUD_ONLY and v != defaults[k]}
+            | {DEFAULTS: _fingerprint(defaults)}
+        )
         return struct
 
     @classmethod
     def from_struct(cls, struct: Struct) -> RunConfig:
-        """Validate the settings of a received plan; raises ConfigError like `from_flat`."""
-        return cls.from_flat(dict(struct.items()))
+        """Validate the settings of a received plan; raises ConfigError like `from_flat`.
+
+        Raises
+        ------
+        ConfigError
+            Also if the sender's defaults are not this side's.
+        """
+        said = dict(struct.items())
+        fingerprint = said.pop(DEFAULTS, None)
+        if fingerprint is not None and fingerprint != _fingerprint(cls().to_flat()):
+            raise ConfigError(
+                "the sender's default settings are not this side's; install one Espalier on both"
+            )
+        return cls.from_flat(said)
+
+
+def _fingerprint(defaults: Mapping[str, FlatValue]) -> str:
+    return hashlib.sha256(json.dumps(defaults, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def _fault(text: str) -> PydanticCustomError:

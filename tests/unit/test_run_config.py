@@ -306,3 +306,18 @@ def test_common_run_needs_no_torch() -> None:
         f"import sys\nfor m in {modules!r}: __import__('common.run.' + m)\nsys.exit('torch' in sys.modules)"
     )
     assert subprocess.run([sys.executable, "-c", program], cwd=ROOT, check=False).returncode == 0
+
+
+def test_a_plan_says_only_what_departs_from_the_defaults() -> None:
+    """A client of FD sends 400 bytes a round: the settings that reach it must not weigh thousands."""
+    config = RunConfig.from_flat({"method": "fd", "model": "cnn", "rounds": 7})
+    struct = config.to_struct()
+    assert set(struct.fields) == {"method", "model", "rounds", "defaults"}
+    assert struct.ByteSize() < 200
+
+
+def test_a_plan_of_other_defaults_is_refused() -> None:
+    struct = RunConfig.from_flat({"rounds": 7}).to_struct()
+    struct.update({"defaults": "0123456789abcdef"})
+    with pytest.raises(ConfigError, match="default settings are not this side's; install one Espalier"):
+        RunConfig.from_struct(struct)
