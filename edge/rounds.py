@@ -226,5 +226,6 @@ def _brief(report: pb.ClientReport) -> pb.ClientReport:
     """Return a client's report without what only its edge needs."""
     brief = pb.ClientReport()
     brief.CopyFrom(report)
-    brief.ClearField("layout")
+    for read_here in ("layout", "table", "architecture"):
+        brief.ClearField(read_here)
     return brief
