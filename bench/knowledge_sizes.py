@@ -5,9 +5,9 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-#: Bytes of a float32, and bits of what Jeong et al. count: floats, labels of seeds, grey values.
+#: Bytes of a float32, and bits of what Jeong et al. count: floats and grey values.
 FLOAT = 4
-_FLOAT_BITS, _LABEL_BITS, _PIXEL_BITS = 32, 32, 8
+_FLOAT_BITS, _PIXEL_BITS = 32, 8
 
 
 def table_bytes(classes: int, dimension: int) -> int:
@@ -43,10 +43,10 @@ def soft_labels_bits(classes: int, rounds: int) -> int:
 
 
 def augmentation_bits(seeds: int, pixels: int, parameters: int) -> int:
-    """Return the bits of FAug for a device: seeds with their labels up, once, and the generator down, once.
+    """Return the bits of FAug for a device: seeds up, once, and the generator down, once.
 
-    Jeong et al. 2018 (arXiv 1811.11479, table 1) count 8 bits a pixel and 32 a float; their totals come out to
-    the bit with 32 for a seed's label.
+    Jeong et al. 2018 (arXiv 1811.11479, table 1) count 8 bits a pixel, 32 a float and nothing for a seed's label;
+    so their totals come out to the bit.
 
     Parameters
     ----------
@@ -57,4 +57,4 @@ def augmentation_bits(seeds: int, pixels: int, parameters: int) -> int:
     parameters : int
         Of the generator.
     """
-    return seeds * (pixels * _PIXEL_BITS + _LABEL_BITS) + parameters * _FLOAT_BITS
+    return seeds * pixels * _PIXEL_BITS + parameters * _FLOAT_BITS

@@ -10,6 +10,7 @@ import numpy as np
 
 from common.learning.grid import image_grid
 from common.methods.faug import SEED_IMAGES, SEED_LABELS, leakage
+from common.methods.selection import Answer
 from common.run.config import RunConfig
 from common.run.record import AugmentationEntry
 from common.seeds import seed_for
@@ -21,6 +22,8 @@ if TYPE_CHECKING:
     import torch
 
 log = logging.getLogger("espalier.cloud")
+
+_IMAGES, _LABELS = SEED_IMAGES.partition("/")[2], SEED_LABELS.partition("/")[2]
 
 
 def augment(
@@ -49,16 +52,14 @@ def augment(
     from common.generators.conditional import train_conditional
 
     nothing = pb.ArchitectureSpec()
-    seeds = strategy.ask("seeds", nothing, Weights.pack({}))
+    seeds = _sound(strategy.ask("seeds", nothing, Weights.pack({})), classes, strategy)
     entry = AugmentationEntry()
-    pixels = [a.arrays[SEED_IMAGES.partition("/")[2]] for a in seeds.values()]
-    labels = [a.arrays[SEED_LABELS.partition("/")[2]] for a in seeds.values()]
+    pixels = [a.arrays[_IMAGES] for a in seeds.values()]
+    labels = [a.arrays[_LABELS] for a in seeds.values()]
     marks = np.concatenate(labels) if labels else np.zeros(0, np.int64)
     if not len(marks):
         log.warning("no client lacks a label of which it has a seed; nothing is filled up")
         return entry
-    if marks.min() < 0 or marks.max() >= classes:
-        raise ValueError(f"seed images of label {marks.max()}, there are {classes} classes")
     uploaded = len(np.unique(marks))
     for name, answer in sorted(seeds.items()):
         wanted, redundant = (int(answer.metrics.get(k, 0)) for k in ("targets", "redundant"))
@@ -75,3 +76,17 @@ def augment(
     filled = strategy.ask("fill", nothing, Weights.pack(generator.arrays()))
     entry.filled = {n: int(a.metrics.get("filled", 0)) for n, a in sorted(filled.items())}
     return entry
+
+
+def _sound(seeds: dict[str, Answer], classes: int, strategy: WindowStrategy) -> dict[str, Answer]:
+    """Return the clients' seeds without those of classes that do not exist, whose senders are named."""
+    sound = {}
+    for name, answer in sorted(seeds.items()):
+        marks = answer.arrays[_LABELS]
+        if (wrong := marks[(marks < 0) | (marks >= classes)]).size:
+            detail = f"a seed image of label {wrong[0]}, there are {classes} classes"
+            strategy.outcome.faults.append(pb.Fault(tier="cloud", node=name, kind="refused", detail=detail))
+            log.warning("%s refused: %s", name, detail)
+            continue
+        sound[name] = answer
+    return sound

@@ -66,9 +66,8 @@ class FedKTL(OwnModels):
     def reply_layout(
         self, architecture: pb.ArchitectureSpec, sent: Layout, names: Sequence[str], report: pb.ClientReport
     ) -> Layout:
-        """Return a prototype for each class that the report names."""
-        classes = report.table.classes
-        return table_layout(report, (classes, classes))
+        """Return a prototype for each class that the report names; `contribute` knows how many there are."""
+        return table_layout(report, (max(1, len(report.table.labels)), report.table.dimension))
 
     def contribute(self, tally: Tally, update: Update, server: ServerState) -> None:
         """Stack the rows."""

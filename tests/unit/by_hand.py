@@ -135,7 +135,14 @@ def _tap(app: Callable[[Message, Any], Message], calls: list[Call], change: Chan
         method_ = create_method(RunConfig.from_struct(plan.settings))
         received = control.plan_layout(plan, "edge")
         if plan.inquiry:
-            layout = answer_layout(plan.inquiry, plan.architecture, method_.settings, plan.population)
+            layout = answer_layout(
+                plan.inquiry,
+                plan.architecture,
+                method_.settings,
+                plan.population,
+                dict(report.metrics),
+                (1, 8, 8),
+            )
         else:
             layout = update_form(method_, plan, received, report).wire
         payload = control.read_weights(reply, layout, plan.client).views()

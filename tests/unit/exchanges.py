@@ -18,7 +18,7 @@ from common.data.spec import open_data
 from common.flower.arrays import numpy_view, payload_bytes
 from common.models.arrays import load_arrays
 from common.models.initial import initial_model
-from common.models.layers import Headed
+from common.models.layers import Classifier
 from common.run.config import RunConfig
 from common.wire import control
 from common.wire.class_table import VECTORS
@@ -44,17 +44,17 @@ def listen_to_starts(monkeypatch: pytest.MonkeyPatch) -> Starts:
     return found
 
 
-def own_model(call: Call, state: Arrays) -> Headed:
+def own_model(call: Call, state: Arrays) -> Classifier:
     """Return a client's network as it stood when a call came."""
     return network(call.plan, {n.removeprefix("own/"): a for n, a in state.items() if n.startswith("own/")})
 
 
-def network(plan: pb.RoundPlan, arrays: Arrays) -> Headed:
+def network(plan: pb.RoundPlan, arrays: Arrays) -> Classifier:
     name = plan.architecture.config["model"]
     settings = RunConfig.from_struct(plan.settings).model_copy(update={"model": name})
     model = initial_model(settings, (1, 8, 8), 10)
     load_arrays(model, arrays)
-    assert isinstance(model, Headed)
+    assert isinstance(model, Classifier)
     return model
 
 
