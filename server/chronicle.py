@@ -144,7 +144,10 @@ class Chronicle:
             mu_random=mu_random,
             samples={name: r.samples for name, r in outcome.reports.items()},
             labels={name: list(r.labels.counts) for name, r in outcome.reports.items()},
-            assignments={client: key for keys in strategy.drawn.keys for client, key in keys.items() if key},
+            # What follows an "@" in a key tells the clients of a group apart, and is none of its name.
+            assignments={
+                c: key.partition("@")[0] for keys in strategy.drawn.keys for c, key in keys.items() if key
+            },
             links={k: Traffic(**v) for k, v in outcome.ledger.as_dict().items()},
             metrics=dict(strategy.state.notes),
             timings={"train": seconds},

@@ -11,6 +11,7 @@ from PIL import Image
 from common.run.config import RunConfig
 from common.run.record import (
     AccuracyEntry,
+    AugmentationEntry,
     ClientEntry,
     Evaluation,
     FaultEntry,
@@ -137,6 +138,42 @@ def made_up_classifier(windows: int = 12, rg: int = 5, clients: int = 20, models
                 seconds=0.2,
             )
         )
+    return record
+
+
+def made_up_exchange(windows: int = 12, clients: int = 12) -> RunRecord:
+    """Return the record of a finished FedKTL run of three models, behind FAug."""
+    rng = np.random.default_rng(13)
+    record = made_up_classifier(windows, 1, clients)
+    config = RunConfig(
+        method="fedktl",
+        model="cnn4",
+        families="cnn4,resnet4,resnet10",
+        augment="faug",
+        generator="gan:gan",
+        rounds=windows,
+    )
+    record.config, record.method, record.model = config.to_flat(), "fedktl", ModelSize()
+    names, models = sorted(record.clients), config.families.split(",")
+    for window, entry in zip(record.windows, record.accuracy, strict=True):
+        window.assignments = {name: models[i % 3] for i, name in enumerate(names)}
+        window.metrics = {
+            "alignment-mmd": 0.9 * math.exp(-window.window / 3) + 0.05,
+            "alignment-mse": 0.02 * math.exp(-window.window / 4) + 0.003,
+        }
+        if window.window > 1:
+            window.metrics["transfer-loss"] = 0.4 * math.exp(-window.window / 5) + 0.02
+        window.links["edge-cloud"] = Traffic(up_bytes=4_800, down_bytes=143_360, messages=4)
+        entry.models, entry.samples = {}, 0
+        entry.clients = {n: (a or 0) * (1 - 0.06 * (i % 3)) for i, (n, a) in enumerate(entry.clients.items())}
+    record.augmentation = AugmentationEntry(
+        seeds={name: 5 * int(rng.integers(1, 5)) for name in names},
+        filled={name: int(rng.integers(20, 160)) for name in names},
+        leakage_to_server=dict.fromkeys(names, 0.75),
+        leakage_between=dict.fromkeys(names, 0.3),
+        parameters=740_000,
+        links={"client-edge": Traffic(up_bytes=66_000, down_bytes=35_520_000, messages=48)},
+    )
     return record
 
 

@@ -6,6 +6,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable
 
+from common.models.presets import is_model
 from common.run.charts import Line, column_chart, line_chart, number
 from common.run.page import Card, Table, Tile
 from common.run.record import AccuracyEntry, RunRecord, WindowEntry
@@ -83,7 +84,8 @@ def client_table(record: RunRecord) -> Table:
     for entry in record.accuracy:
         accuracies |= entry.clients
     columns = ["client", "edges", "images", "data", "device", "rounds"]
-    columns += ["group"] * bool(groups) + ["accuracy"] * bool(accuracies)
+    kept = any(is_model(group) for group in groups.values())
+    columns += ["model" if kept else "group"] * bool(groups) + ["accuracy"] * bool(accuracies)
     rows = []
     for name, client in sorted(record.clients.items())[:_MOST_CLIENTS]:
         row = [name, ", ".join(client.edges), number(client.samples), client.data, client.device]
@@ -142,7 +144,9 @@ def _groups(windows: list[WindowEntry]) -> Card:
         x_label="window",
         show=lambda value: f"{value:.0f} clients",
     )
-    return Card("Groups of clients", body, "clients by cluster or by size of sub-model")
+    return Card(
+        "Groups of clients", body, "clients by cluster, by size of sub-model or by the model they keep"
+    )
 
 
 def _selection(windows: list[WindowEntry]) -> Card:

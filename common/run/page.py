@@ -37,7 +37,16 @@ class Table:
     """Rows left out."""
 
 
-TEMPLATE = r"""<!doctype html>
+TEMPLATE = r"""{% macro rows_of(table) %}
+<div class="scroll"><table>
+<tr>{% for name in table.columns %}<th{% if loop.index0 in table.numeric %} class="n"{% endif %}>{{ name }}</th>
+{% endfor %}</tr>
+{% for row in table.rows %}<tr>{% for cell in row %}<td{% if loop.index0 in table.numeric %} class="n"
+{% endif %}>{{ cell }}</td>{% endfor %}</tr>
+{% endfor %}</table></div>
+{% if table.more %}<p class="soft">and {{ table.more }} more in report.json</p>{% endif %}
+{% endmacro %}
+<!doctype html>
 <html lang="en">
 <head>
 <meta charset="utf-8">
@@ -94,7 +103,7 @@ figcaption{color:var(--soft);font-size:.8rem;margin-top:3px}
 table{border-collapse:collapse;width:100%;font-size:.88rem;font-variant-numeric:tabular-nums}
 th,td{text-align:left;padding:5px 14px 5px 0;border-bottom:1px solid var(--line);vertical-align:top}
 th{color:var(--soft);font-weight:500;white-space:nowrap}tr:last-child td{border-bottom:0}
-td.n,th.n{text-align:right}
+td.n,th.n{text-align:right}td:first-child{white-space:nowrap}
 details{margin-top:4px}summary{cursor:pointer;color:var(--soft);font-size:.9rem}
 .columns{columns:3 260px;column-gap:28px;margin-top:10px}
 .columns div{display:flex;justify-content:space-between;gap:12px;border-bottom:1px solid var(--line);padding:3px 0;
@@ -122,7 +131,7 @@ footer{margin-top:26px;color:var(--soft);font-size:.84rem}
 {% if samples %}
 <section class="card wide">
 <h2>Samples</h2>
-<p class="soft">The same noise, denoised by the global model after each window shown.</p>
+<p class="soft">{{ samples_note }}</p>
 <div class="samples">
 <figure><img src="{{ samples[-1].data }}" alt="samples after window {{ samples[-1].window }}">
 <figcaption>window {{ samples[-1].window }}, the newest</figcaption></figure>
@@ -159,16 +168,22 @@ footer{margin-top:26px;color:var(--soft);font-size:.84rem}
 {% endfor %}</table></div>
 </section>
 
+{% if augmentation.rows %}
+<section class="card wide">
+<h2>Augmentation (FAug)</h2>
+<p class="soft">{{ augmentation_note }}</p>
+<div{% if augmentation_picture %} class="samples"{% endif %}>
+{% if augmentation_picture %}<figure><img src="{{ augmentation_picture }}" alt="images of the shared generator">
+<figcaption>images of the shared generator, eight a class</figcaption></figure>{% endif %}
+<div>{{ rows_of(augmentation) }}</div>
+</div>
+</section>
+{% endif %}
+
 {% if clients.rows %}
 <section class="card wide">
 <h2>Clients</h2>
-<div class="scroll"><table>
-<tr>{% for name in clients.columns %}<th{% if loop.index0 in clients.numeric %} class="n"{% endif %}>{{ name }}</th>
-{% endfor %}</tr>
-{% for row in clients.rows %}<tr>{% for cell in row %}<td{% if loop.index0 in clients.numeric %} class="n"
-{% endif %}>{{ cell }}</td>{% endfor %}</tr>
-{% endfor %}</table></div>
-{% if clients.more %}<p class="soft">and {{ clients.more }} more in report.json</p>{% endif %}
+{{ rows_of(clients) }}
 </section>
 {% endif %}
 

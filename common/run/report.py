@@ -14,6 +14,7 @@ from common.run.charts import Line, column_chart, line_chart, number, row_chart
 from common.run.classified import accuracy_cards, accuracy_tiles, client_table, window_accuracy
 from common.run.config import RunConfig
 from common.run.events import EVENTS_FILE, read_events
+from common.run.exchanged import augmentation_table, exchange_cards
 from common.run.jsonfile import write_text
 from common.run.ledger import CLIENT_EDGE, EDGE_CLOUD, LINKS
 from common.run.page import TEMPLATE, Card, Tile
@@ -42,7 +43,13 @@ _TITLES = {
     "fedpaq": "FedPAQ",
     "feddiffuse": "FedDiffuse",
     "phoenix": "Phoenix",
+    "fd": "FD",
+    "fedproto": "FedProto",
+    "codistillation": "Co-distillation",
+    "fedktl": "FedKTL",
 }
+_SAMPLED = "The same noise, denoised by the global model after each window shown."
+_DRAWN = "What the generator draws where each class's prototypes lie, after each window shown: clients learn from it."
 _MOST_PICTURES, _MOST_FAULTS, _MOST_EDGES = 16, 200, 6
 
 
@@ -70,8 +77,11 @@ def render(record: RunRecord, folder: Path) -> str:
         trim_blocks=True,
     )
     classified = record.task == "classification"
+    # Where a classifier's run has pictures, they are of its method's generator.
+    drawn = classified and any("alignment-mmd" in window.metrics for window in record.windows)
     cards = [
         *(accuracy_cards(record) if classified else []),
+        *(exchange_cards(record) if classified else []),
         _losses(record),
         *_quality_cards(record),
         *_edge_cards(record),
@@ -84,7 +94,11 @@ def render(record: RunRecord, folder: Path) -> str:
         subtitle=_subtitle(record),
         tiles=_tiles(record),
         classified=classified,
-        samples=[] if classified else _pictures(folder),
+        samples=[] if classified and not drawn else _pictures(folder),
+        samples_note=_DRAWN if drawn else _SAMPLED,
+        augmentation=augmentation_table(record),
+        augmentation_note=_augmentation_note(record),
+        augmentation_picture=_picture(folder / "samples" / "augmentation.png") if record.augmentation else "",
         cards=[card for card in cards if card.body],
         edges=record.edges,
         windows=[_window_row(record, window) for window in record.windows],
@@ -232,10 +246,20 @@ def _traffic(record: RunRecord) -> Card:
     for link in LINKS:
         for way, arrow in (("up_bytes", "↑"), ("down_bytes", "↓")):
             parts[f"{link.replace('-', '–')} {arrow}"] = [
-                getattr(window.links.get(link, Traffic()), way) / 1e6 for window in record.windows
+                float(getattr(window.links.get(link, Traffic()), way)) for window in record.windows
             ]
+    # Class tables are a thousandth of a model.
+    unit, size = (
+        ("MB", 1e6)
+        if max((n for counts in parts.values() for n in counts), default=0) >= 1e5
+        else ("kB", 1e3)
+    )
     body = column_chart(
-        _numbers(record.windows), parts, y_label="MB", x_label="window", show=lambda v: f"{v:.2f} MB"
+        _numbers(record.windows),
+        {name: [count / size for count in counts] for name, counts in parts.items()},
+        y_label=unit,
+        x_label="window",
+        show=lambda v: f"{v:.2f} {unit}",
     )
     return Card("Payload bytes per link", body, "as sent, counted at the sender; ↑ is towards the cloud")
 
@@ -287,16 +311,31 @@ def _pictures(folder: Path) -> list[dict[str, object]]:
     paths = sorted((folder / "samples").glob("window-*.png"))
     count = min(len(paths), _MOST_PICTURES)
     picked = [paths[round(i * (len(paths) - 1) / max(1, count - 1))] for i in range(count)]
+    return [
+        {"window": int("".join(filter(str.isdigit, path.stem)) or 0), "data": _picture(path)}
+        for path in picked
+    ]
+
+
+def _picture(path: Path) -> str:
+    """Return a picture as a data URL, "" where there is none."""
     try:
-        return [
-            {
-                "window": int("".join(filter(str.isdigit, path.stem)) or 0),
-                "data": "data:image/png;base64," + base64.b64encode(path.read_bytes()).decode(),
-            }
-            for path in picked
-        ]
+        return (
+            "data:image/png;base64," + base64.b64encode(path.read_bytes()).decode() if path.exists() else ""
+        )
     except OSError as error:
-        raise StateError(f"cannot read the samples in {folder}: {error}") from error
+        raise StateError(f"cannot read the samples in {path.parent}: {error}") from error
+
+
+def _augmentation_note(record: RunRecord) -> str:
+    entry = record.augmentation
+    if entry is None:
+        return ""
+    traffic = entry.links.get(CLIENT_EDGE, Traffic())
+    return (
+        f"Before the first round: seed images up, a conditional GAN of {number(entry.parameters)} parameters down; "
+        f"{_bytes(traffic.up_bytes)} up and {_bytes(traffic.down_bytes)} down between clients and edges."
+    )
 
 
 def _features(entry: Evaluation) -> str:

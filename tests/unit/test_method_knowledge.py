@@ -221,7 +221,9 @@ def test_peers_are_the_others_copies_of_the_last_exchange(
 def test_an_edge_keeps_its_clients_copies_between_reports(tmp_path: Path) -> None:
     tree = knowledge_tree(tmp_path, reach=lambda i: (i % 2,))
     calls = tapped(tree)
-    run_tree(tree, "codistillation", 4, **TINY, rounds=3, rg=2)
+    run = run_tree(tree, "codistillation", 4, **TINY, rounds=3, rg=2)
+    # The record names the models alone, not whose copy each client needs not.
+    assert set(run.chronicle.record.windows[0].assignments.values()) == {"mlp", "logistic"}
     assert {n: set(peers_sent(c)) for n, c in training(calls, 2).items()} == {
         "c0": {"c2"},
         "c1": {"c3"},

@@ -14,11 +14,12 @@ from common.errors import StateError
 from common.run.board import Board
 from common.run.charts import Line, column_chart, line_chart, number, row_chart
 from common.run.events import EventLog, read_events
+from common.run.exchanged import exchange_cards, own_models
 from common.run.progress import RunState, describe
 from common.run.rebuild import from_events
 from common.run.record import AccuracyEntry, ClientEntry, ModelScore, RunRecord
 from common.run.report import build_report
-from tests.made_up import draw_samples, made_up_classifier, made_up_record
+from tests.made_up import draw_samples, made_up_classifier, made_up_exchange, made_up_record
 
 VOID = {"meta", "img", "br", "line", "path", "rect", "circle"}
 
@@ -376,3 +377,51 @@ def test_the_terminal_tells_accuracies() -> None:
     state.feed(event)
     text = describe(event, state)
     assert text == "window 3: accuracy: global 91.2 %, clients' mean 50.0 %, worst 10 % 50.0 %"
+
+
+def test_the_page_of_knowledge_exchange(tmp_path: Path) -> None:
+    draw_samples(tmp_path, 3)
+    made_up_exchange().write(tmp_path)
+    text = build_report(tmp_path).read_text()
+    page = Page(text)
+    assert page.open == []
+    assert {
+        "Samples",
+        "Accuracy by model",
+        "Alignment with the generator",
+        "Augmentation (FAug)",
+        "Accuracy among the clients",
+    } <= set(page.titles)
+    assert "Knowledge of the others" not in page.titles
+    assert len(page.links) == 3
+    assert "the generator draws" in text
+    assert re.search(r"<td>client-01</td>.{0,200}<td>cnn4</td>", text, re.S)
+    assert "resnet10, 4 clients" in text
+    for name in ("MMD to the generator", "distance to the centroids", "transfer at the clients"):
+        assert name in text
+    assert re.search(r"client-01</td>.{0,120}0\.750</td>.{0,40}0\.300</td>", text, re.S)
+
+
+def test_a_family_is_the_mean_of_its_clients(tmp_path: Path) -> None:
+    record = made_up_exchange(windows=1)
+    record.accuracy[0].clients = {"client-01": 0.5, "client-02": 0.25, "client-03": None, "client-04": 0.75}
+    names = {"client-01": "cnn4", "client-04": "cnn4", "client-02": "resnet4", "client-03": "resnet10"}
+    record.windows[0].assignments = names
+    assert own_models(record) == names
+    card = next(c for c in exchange_cards(record) if c.title == "Accuracy by model")
+    assert "62.5" in card.body  # (50 + 75) / 2
+    assert "cnn4, 2 clients" in card.body
+    record.windows[0].assignments = {"client-01": "width 0.5"}
+    assert own_models(record) == {}
+    assert not next(c for c in exchange_cards(record) if c.title == "Accuracy by model").body
+
+
+@pytest.mark.parametrize(("sent", "unit"), [(4_000, "kB"), (40_000_000, "MB")])
+def test_small_payloads_are_told_in_kilobytes(sent: int, unit: str, tmp_path: Path) -> None:
+    record = made_up_exchange(windows=2)
+    for window in record.windows:
+        for traffic in window.links.values():
+            traffic.up_bytes = traffic.down_bytes = sent
+    record.write(tmp_path)
+    text = build_report(tmp_path).read_text()
+    assert {"kB": "4.00 kB", "MB": "40.00 MB"}[unit] in text
