@@ -69,6 +69,9 @@ class Cell:
         Of the run and of the division.
     present : int
         Clients that take part, the first ones; 0: all.
+    minority : int
+        The last clients take shares of odd numbers and the others those of even ones, so that with
+        ``+rotate=2`` only the minority's images are turned; 0: the first shares, one after the other.
     devices : {"", "with-data", "against-data"}
         Levels that are set at the devices: the third of the clients with most data gets the first of
         `levels`, or the last one.
@@ -79,12 +82,15 @@ class Cell:
     settings: Mapping[str, bool | int | float | str]
     seed: int = 1
     present: int = 0
+    minority: int = 0
     devices: str = ""
 
     def key(self) -> str:
         """Return a digest of everything that settles the cell."""
         content = dataclasses.asdict(self)
         content["setup"].pop("seeds")
+        if not self.minority:
+            del content["minority"]
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:24]
 
     def specs(self) -> list[str]:
@@ -93,8 +99,9 @@ class Cell:
         head, plus, options = self.scheme.partition("+")
         scheme = f"{head},seed={self.seed}{plus}{options}"
         # Shares by similarity lie sorted by class, so that the first ones would lack most classes.
-        step = shares // clients if head.startswith("similarity") else 1
-        return [f"{self.setup.data}:{i * step}/{shares}:{scheme}" for i in range(self.present or clients)]
+        step = shares // clients if head.startswith("similarity") else 2 if self.minority else 1
+        numbers = [i * step + (self.minority > clients - 1 - i) for i in range(clients)]
+        return [f"{self.setup.data}:{i}/{shares}:{scheme}" for i in numbers[: self.present or clients]]
 
 
 @dataclass(frozen=True)

@@ -51,6 +51,8 @@ class Claim:
         Data set, where the claim has one of its own.
     images : int
         Images of a client, where the claim has a number of its own; 0: the command's.
+    minority : int
+        See `Cell`.
     note : str
         What a reader must know.
     """
@@ -63,6 +65,7 @@ class Claim:
     target: float = 0.0
     data: str = ""
     images: int = 0
+    minority: int = 0
     note: str = ""
 
     def cells(self, setup: Setup) -> dict[str, list[Cell]]:
@@ -70,7 +73,7 @@ class Claim:
         own = replace(setup, data=self.data or setup.data, images=self.images or setup.images)
         return {
             label: [
-                Cell(own, self.scheme, {**self.settings, **v.settings}, seed, v.present)
+                Cell(own, self.scheme, {**self.settings, **v.settings}, seed, v.present, self.minority)
                 for seed in range(1, setup.seeds + 1)
             ]
             for label, v in self.variants.items()

@@ -28,7 +28,7 @@ SETTINGS: Values = {
     "rounds": 24,
     "learning-rate": 0.2,
     "local-steps": 10,
-    "eval-every": 2,
+    "eval-every": 4,
 }
 #: Rank or draw, and weight in the mean.
 STRATEGIES: Mapping[str, Values] = {
