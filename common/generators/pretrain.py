@@ -44,7 +44,7 @@ class Recipe:
 
     batch: int = 32
     rate: float = 2e-3
-    r1: float = 0.1
+    r1: float = 1.0
     r1_every: int = 8
     average: float = 0.995
     shift: int = 0
