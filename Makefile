@@ -26,8 +26,9 @@ lint: setup
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
+# One worker a core and one thread a worker; integration tests start processes of their own and stay in a row.
 unit: setup
-	$(BIN)/python -m pytest tests/unit
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto tests/unit
 
 integration: setup
 	$(BIN)/python -m pytest tests/integration
