@@ -1,0 +1,186 @@
+"""FAug's own experiment (Jeong et al. 2018, Table 1): ten devices that lack three labels, and every bit they send."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import mean
+from typing import Any
+from unittest.mock import patch
+
+from bench.cells import EVAL_PARTS, TRAIN_IMAGES, average, spread
+from bench.claims import Values, percent
+from bench.report import Row, Target
+
+#: The model's name while a run of this bench lasts.
+MODEL = "jeong-cnn"
+#: Two convolutions and two layers like the paper's, in widths that make exactly its 1,199,648 parameters at
+#: 28 pixels: its own 32, 64 and 128 suppose convolutions without padding and biases, which ours have.
+WIDTHS, HIDDEN = [63, 71], 332
+PARAMETERS = 1_199_648
+DEVICES, SCARCE, IMAGES = 10, 3, 2_000
+ROUNDS = 16
+#: Bits of the whole run a device in the paper's Table 1, and the accuracy of its reference device among ten.
+PAPER: Mapping[str, tuple[int, float]] = {
+    "FD": (102_400, 0.7524),
+    "FD + FAug": (47_989_120, 0.8642),
+    "FL": (1_228_439_552, 0.9060),
+    "FL + FAug": (1_276_326_272, 0.9259),
+}
+METHODS: Mapping[str, Values] = {
+    "FD": {"method": "fd"},
+    "FD + FAug": {"method": "fd", "augment": "faug"},
+    "FL": {"method": "fedavg"},
+    "FL + FAug": {"method": "fedavg", "augment": "faug"},
+}
+
+
+@dataclass(frozen=True)
+class PaperRun:
+    """What came of a run.
+
+    Attributes
+    ----------
+    accuracy : float or None
+        Mean over the devices, each on its own test images, of all labels alike.
+    bits : float
+        Payload between a device and its edges over the run, up and down, control messages included.
+    seeds, filled : float
+        Images a device sent as seeds, and made with the generator, on average.
+    leakage : tuple of float
+        Mean privacy leakage to the server, and between devices.
+    seconds : float
+        Wall time.
+    """
+
+    accuracy: float | None
+    bits: float
+    seeds: float = 0.0
+    filled: float = 0.0
+    leakage: tuple[float, float] = (0.0, 0.0)
+    seconds: float = 0.0
+
+
+def run_paper(
+    data: str, label: str, seed: int, root: Path, *, rounds: int, steps: int, gan_steps: int
+) -> PaperRun:
+    """Run one method on the paper's set-up; `steps` are the devices' local steps a round (the paper's: 250)."""
+    import torch
+
+    from bench.local_tree import LocalClient, LocalTree
+    from common.data.spec import sharing_sources
+    from common.models import presets
+
+    torch.set_num_threads(1)
+    shares = TRAIN_IMAGES[data] // IMAGES or DEVICES
+    clients = [
+        LocalClient(f"device-{i}", f"{data}:{i}/{shares}:iid,seed={seed}+scarce={SCARCE}", (0, 1))
+        for i in range(DEVICES)
+    ]
+    settings: dict[str, Any] = {
+        "model": MODEL,
+        "rounds": rounds,
+        "rg": 1,
+        "batch-size": 64,
+        "local-steps": steps,
+        "faug-steps": gan_steps,
+        "eval-data": EVAL_PARTS[data],
+        "eval-clients": True,
+        "eval-every": rounds,
+        "keep-checkpoints": 1,
+        "min-edges": 2,
+        "min-clients": DEVICES,
+        "seed": seed,
+        **METHODS[label],
+    }
+    network = presets.Preset(
+        "classification", "cnn", "Jeong et al.'s size", {"widths": WIDTHS, "hidden": HIDDEN}
+    )
+    memory = Path("/dev/shm")
+    start = time.perf_counter()
+    with (
+        patch.dict(presets.PRESETS, {MODEL: network}),
+        patch.dict(presets.MODELS, {MODEL: network.description}),
+        patch.dict(os.environ, {"ESPALIER_DATA": str(root)}),
+        sharing_sources(),
+        tempfile.TemporaryDirectory(dir=memory if os.access(memory, os.W_OK) else None) as folder,
+    ):
+        record = LocalTree(Path(folder), clients, 2).run("faug", settings).chronicle.record
+    # The last window was measured, which costs bytes that are not the method's.
+    plain = record.windows[:-1] or record.windows
+    each = mean(w.links["client-edge"].up_bytes + w.links["client-edge"].down_bytes for w in plain)
+    total, filling = each * rounds, record.augmentation
+    if filling:
+        total += filling.links["client-edge"].up_bytes + filling.links["client-edge"].down_bytes
+    return PaperRun(
+        accuracy=record.accuracy[-1].mean if record.accuracy else None,
+        bits=8 * total / DEVICES,
+        seeds=sum(filling.seeds.values()) / DEVICES if filling else 0.0,
+        filled=sum(filling.filled.values()) / DEVICES if filling else 0.0,
+        leakage=(_mean(filling.leakage_to_server.values()), _mean(filling.leakage_between.values()))
+        if filling
+        else (0.0, 0.0),
+        seconds=time.perf_counter() - start,
+    )
+
+
+def _mean(values: Iterable[float]) -> float:
+    return average(values) or 0.0
+
+
+def rows(found: Mapping[str, Sequence[PaperRun]], rounds: int) -> list[Row]:
+    """Return a row for each method; accuracies in per cent."""
+    return [
+        {
+            "part": "FAug's set-up",
+            "method": label,
+            "seeds": len(runs),
+            "clients": percent(average(r.accuracy for r in runs)),
+            "clients_sd": percent(spread(r.accuracy for r in runs)),
+            "bits_a_device": round(_mean(r.bits for r in runs)),
+            "paper_bits": PAPER[label][0] if rounds == ROUNDS else None,
+            "seconds": round(_mean(r.seconds for r in runs), 1),
+            "status": "finished",
+        }
+        for label, runs in found.items()
+    ]
+
+
+def notes(found: Mapping[str, Sequence[PaperRun]], rounds: int, steps: int) -> list[str]:
+    """Return what a reader of the rows must know: the set-up, what was filled up, what that told of a device."""
+    paper = ", ".join(f"{label} {accuracy:.1%}" for label, (_, accuracy) in PAPER.items())
+    told = [
+        f"FAug's set-up: {DEVICES} devices, {SCARCE} labels of 5 images each, {rounds} rounds of {steps} steps "
+        "(paper: 16 of 250); bits are all that passes between a device and the edges, control messages, too",
+        f"FAug's set-up: the paper's reference device reached {paper}",
+    ]
+    for label, runs in found.items():
+        if any(r.seeds for r in runs):
+            sent, filled = (_mean(getattr(r, of) for r in runs) for of in ("seeds", "filled"))
+            server, between = (_mean(r.leakage[i] for r in runs) for i in range(2))
+            told.append(
+                f"{label}: a device sent {sent:.1f} seeds and filled up {filled:.1f} images; privacy leakage "
+                f"{server:.2f} to the server, {between:.2f} between devices"
+            )
+    return told
+
+
+def targets(found: Mapping[str, Sequence[PaperRun]], data: str, rounds: int) -> list[Target]:
+    """Return what is asked of payload and accuracy; payloads are the paper's for its images and rounds alone."""
+    asked = []
+    for label in ("FD + FAug", "FL"):
+        if label in found and rounds == ROUNDS and data != "digits":
+            value, paper = _mean(r.bits for r in found[label]), PAPER[label][0]
+            name = f"FAug's set-up: bits a device of {label}, within 2 % of the paper's"
+            asked.append(Target.within(name, value, 0.98 * paper, 1.02 * paper))
+    if "FD" in found and "FD + FAug" in found:
+        gain = 100 * (
+            _mean(r.accuracy or 0.0 for r in found["FD + FAug"])
+            - _mean(r.accuracy or 0.0 for r in found["FD"])
+        )
+        asked.append(Target.at_least("FAug's set-up: FD + FAug over FD, points (paper: 11 to 16)", gain, 5.0))
+    return asked

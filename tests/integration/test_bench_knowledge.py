@@ -1,0 +1,87 @@
+"""The bench of knowledge exchange in small: it runs, and its bytes are what the methods' formulas say."""
+
+from __future__ import annotations
+
+import json
+from itertools import pairwise, product
+from pathlib import Path
+
+import pytest
+
+from bench.cells import Measured, Point, Setup
+from bench.exchanges import FAMILY, REGIMES, SHOTS, Generators, cloud_edge_cells, of_one_length, table_cells
+from bench.faug import HIDDEN, PARAMETERS, ROUNDS, WIDTHS, PaperRun, targets
+from bench.knowledge import LABELS, edge_targets, main
+from common.models.classifiers import CNN, CNNArguments
+from common.run.config import RunConfig
+
+
+def test_it_runs_and_keeps_its_generators(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--json", "--tiny", "--out", str(tmp_path)]) == 0
+    said = json.loads(capsys.readouterr().out)
+    rows = {(row["part"], row["method"]): row for row in said["rows"]}
+    assert all(row["status"] == "finished" and 0 <= row["clients"] <= 100 for row in said["rows"])
+    local, fd, proto, transfer = (
+        rows["few-shot", name] for name in ("local only", "FD", "FedProto", "FedKTL")
+    )
+    # Four clients and two edges, a round: FD's tables are 10 x 10 up. FedProto's are 10 x 512.
+    assert local["client_edge_up_kb"] == fd["client_edge_up_kb"] > 4 * 0.4
+    more = proto["client_edge_up_kb"] - fd["client_edge_up_kb"]
+    assert more == pytest.approx(4 * 10 * (512 - 10) * 4 / 1000, rel=0.02)
+    # One table for each edge instead of one for each client.
+    more = proto["edge_cloud_up_kb"] - fd["edge_cloud_up_kb"]
+    assert more == pytest.approx(2 * 10 * (512 - 10) * 4 / 1000, rel=0.02)
+    assert transfer["client_edge_up_kb"] == pytest.approx(fd["client_edge_up_kb"], rel=0.1)
+    # FAug's generator goes to each of ten devices, at 8 pixels.
+    widths = (128, 256, 512, 1024, 64)
+    size = sum((a + 1) * b for a, b in pairwise(widths))
+    with_seeds, without = (rows["FAug's set-up", name]["bits_a_device"] for name in ("FD + FAug", "FD"))
+    assert with_seeds - without == pytest.approx(32 * size, rel=0.01)
+    for name in ("digits", "digits-untrained"):
+        assert (tmp_path / "generator" / name / "samples.png").exists()
+    assert (tmp_path / "knowledge.png").stat().st_size > 10_000
+
+
+def test_one_client_without_a_federation(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--json", "--tiny", "--clients", "1", "--out", str(tmp_path)]) == 0
+    said = json.loads(capsys.readouterr().out)
+    assert [(row["part"], row["method"]) for row in said["rows"][:3]] == [
+        ("23 shots", "local only"),
+        ("23 shots", "FedKTL, mu=0"),
+        ("23 shots", "FedKTL"),
+    ]
+    assert {row["status"] for row in said["rows"]} == {"finished"}
+    assert [target["name"][:12] for target in said["targets"]] == ["cloud-edge: "] * 2
+    assert (tmp_path / "cloud-edge.png").stat().st_size > 10_000
+
+
+def test_every_cell_is_a_run_that_can_start() -> None:
+    setup, generators = Setup(seeds=1), Generators(Path("a"), Path("b"))
+    table = table_cells(setup, FAMILY, generators, {"rounds": 2}, list(product(REGIMES, LABELS)))
+    edge = cloud_edge_cells(setup, generators, {"rounds": 2}, list(SHOTS))
+    for group in (*table.values(), *edge.values()):
+        RunConfig.from_flat({"model": "mlp", **group[0].settings})
+    assert ("few-shot", "FD + FAug") not in table  # there, no client lacks a label
+    assert {cells[0].setup.clients for cells in edge.values()} == {1}
+    assert of_one_length("cnn4,mlp,resnet4") == "cnn4,resnet4"
+    assert of_one_length("mlp,cnn") == "mlp"
+
+
+def test_the_papers_size_of_a_network() -> None:
+    network = CNN(CNNArguments(in_channels=1, sample_size=28, classes=10, widths=WIDTHS, hidden=HIDDEN))
+    assert sum(p.numel() for p in network.parameters()) == PARAMETERS
+    assert 2 * ROUNDS * PARAMETERS * 32 == 1_228_439_552
+
+
+def test_targets_do_not_hold_by_themselves() -> None:
+    def run(mean: float) -> list[Measured]:
+        return [Measured([Point(1, None, mean, None)])]
+
+    flat = {(s, label): run(0.5) for s in SHOTS for label in ("local only", "FedKTL", "FedKTL, mu=0")}
+    assert not any(t.holds for t in edge_targets(flat))
+    growing = flat | {(s, "FedKTL"): run(0.5 + 0.1 / s) for s in SHOTS}
+    assert all(t.holds for t in edge_targets(growing))
+    found = {"FD": [PaperRun(0.7, 1e5)], "FD + FAug": [PaperRun(0.74, 50e6)], "FL": [PaperRun(0.9, 1.23e9)]}
+    judged = targets(found, "mnist", ROUNDS)
+    assert [t.holds for t in judged] == [False, True, False]
+    assert len(targets(found, "digits", ROUNDS)) == len(targets(found, "mnist", 2)) == 1
