@@ -42,9 +42,9 @@ CLAIMS = (
             "method": "qfedavg",
             "selection": "uniform",
             "learning-rate": 0.05,
-            "rounds": 60,
+            "rounds": 120,
             "local-steps": 2,
-            "eval-every": 10,
+            "eval-every": 20,
         },
         {
             "q=0 (fedavg)": Variant({"fairness-q": 0.0}),
