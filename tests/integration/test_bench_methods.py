@@ -54,6 +54,21 @@ def test_every_cell_is_a_run_that_can_start() -> None:
     assert len({cells[0].key() for cells in groups}) == len(groups)
 
 
+def test_who_holds_which_share() -> None:
+    """Of fourteen shares four clients take the first, every third, or the even ones and a last odd one."""
+    setup = Setup("digits", clients=4, edges=2, images=100)
+
+    def numbers(cell: Cell) -> list[str]:
+        assert all(spec.startswith("digits:") for spec in cell.specs())
+        return [spec.split(":")[1] for spec in cell.specs()]
+
+    assert numbers(Cell(setup, "iid", {})) == ["0/14", "1/14", "2/14", "3/14"]
+    assert numbers(Cell(setup, "iid", {}, present=2)) == ["0/14", "1/14"]
+    assert numbers(Cell(setup, "similarity=0", {})) == ["0/14", "3/14", "6/14", "9/14"]
+    assert numbers(Cell(setup, "iid+rotate=2", {}, minority=1)) == ["0/14", "2/14", "4/14", "7/14"]
+    assert Cell(setup, "iid+rotate=2", {}, 5).specs()[1] == "digits:1/14:iid,seed=5+rotate=2"
+
+
 def test_devices_are_dealt_by_their_data(tmp_path: Path) -> None:
     setup = Setup("digits", clients=3, edges=1, images=100)
     settings = {**question.SETTINGS, "rounds": 1, "local-steps": 1, "eval-every": 1, "fraction": 1.0}
