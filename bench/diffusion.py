@@ -132,7 +132,7 @@ def measure(arguments: argparse.Namespace) -> Outcome:
     outcome = Outcome(rows=[row(entry, runs[entry.name]) for entry in entries])
     rows = {str(r["method"]): r for r in outcome.rows}
     outcome.targets = targets(rows, next(iter(runs.values()))[0].record.model.params_dense)
-    outcome.notes = [*NOTES, *spoken(comparison, rows, searched)]
+    outcome.notes = [*NOTES, *spoken(comparison, rows, searched), *shares(runs)]
     outcome.plots = {
         "curves": lambda figure: draw_curves(figure, runs, comparison),
         "bytes": lambda figure: draw_bytes(figure, rows),
@@ -219,6 +219,31 @@ def spoken(comparison: Comparison, rows: Mapping[str, Row], searched: Mapping[fl
     return notes
 
 
+def shares(runs: Mapping[str, list[Measured]]) -> list[str]:
+    """Return a note on how often the clients took part: few rounds of a drawn half are uneven."""
+    notes = []
+    for name in (CONTROL, FULL, "UDEC"):
+        if name in runs:
+            record = runs[name][0].record
+            took = dict.fromkeys(record.clients, 0)
+            for window in record.windows:
+                for entry in window.rounds:
+                    for part in entry.participants:
+                        took[part.client] += 1
+            notes.append(f"{name}: {' '.join(map(str, sorted(took.values())))}")
+    if not notes:
+        return []
+    return [
+        f"Rounds that each client took part in (first seed), {'; '.join(notes)}. Whoever never did has no say in "
+        "the model, and with ULATDEC and UDEC draws with its initial layers."
+    ]
+
+
+def colour(i: int) -> str:
+    """Return the colour of row i: no two rows share one."""
+    return f"C{i}" if i < len(ENTRIES) - 1 else "black"
+
+
 def draw_curves(figure: Figure, runs: Mapping[str, list[Measured]], comparison: Comparison) -> None:
     """Draw the Fréchet distances over the passes; the first seed's."""
     axes = figure.subplots()
@@ -228,7 +253,8 @@ def draw_curves(figure: Figure, runs: Mapping[str, list[Measured]], comparison: 
         quality = found[0].record.quality
         passes = [q.round * epochs[name] * share for q in quality]
         marker, line = "osvD^P"[i % 6], "-" if epochs[name] == 1 else "--"
-        axes.plot(passes, [number(q.frechet) for q in quality], marker=marker, linestyle=line, label=name)
+        found_at = [number(q.frechet) for q in quality]
+        axes.plot(passes, found_at, marker=marker, linestyle=line, color=colour(i), label=name)
     last = next(iter(runs.values()))[0].last
     for label, value in {"noise": last.noise.frechet, "real images": last.floor.frechet}.items():
         axes.axhline(number(value), linestyle=":", linewidth=1, color="grey")
@@ -249,9 +275,11 @@ def draw_bytes(figure: Figure, rows: Mapping[str, Row]) -> None:
     ):
         for i, (name, found) in enumerate(rows.items()):
             x, y = _value(found, key), _value(found, "frechet")
-            place.plot([x], [y], "osvD^P"[i % 6], label=name if place is axes[0] else None)
+            label = name if place is axes[0] else None
+            place.plot([x], [y], "osvD^P"[i % 6], color=colour(i), label=label)
         place.set_xlim(left=0)
         place.set_xlabel(f"MB of training, {title}")
+    axes[0].set_yscale("log")
     axes[0].set_ylabel("Fréchet distance")
     figure.legend(loc="outside right upper", fontsize="small")
 

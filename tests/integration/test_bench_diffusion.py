@@ -42,6 +42,8 @@ def test_every_row_is_measured_and_its_bytes_are_what_its_algorithm_exchanges(tm
     done = bench("--tiny", "--json", "--out", str(tmp_path))
     rows = table(done)
     assert list(rows) == METHODS
+    # Four clients of four: everybody took part in every round.
+    assert "FedAvg E=1: 5 5 5 5; FedAvg E=5: 1 1 1 1" in json.loads(done.stdout)["notes"][-1]
     assert all(np.isfinite(row["frechet"]) and row["is"] >= 1 for row in rows.values())
     control, full = rows["FedAvg E=1"], rows["FedAvg E=5"]
     assert [control["rounds"], full["rounds"], rows["FedPhD"]["rounds"]] == [5, 1, 5]
