@@ -53,6 +53,8 @@ class Claim:
         Images of a client, where the claim has a number of its own; 0: the command's.
     minority : int
         See `Cell`.
+    shown : str
+        The measure of `Point` that the plot shows.
     note : str
         What a reader must know.
     """
@@ -66,6 +68,7 @@ class Claim:
     data: str = ""
     images: int = 0
     minority: int = 0
+    shown: str = "main"
     note: str = ""
 
     def cells(self, setup: Setup) -> dict[str, list[Cell]]:

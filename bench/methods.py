@@ -163,18 +163,19 @@ def draw_claims(figure: Figure, judged: Mapping[str, tuple[Claim, dict[str, list
     columns = min(3, len(judged))
     rows = -(-len(judged) // columns)
     figure.set_size_inches(4.2 * columns, 3.2 * rows)
-    panels = figure.subplots(rows, columns, squeeze=False).flat
+    panels = list(figure.subplots(rows, columns, squeeze=False).flat)
+    words = {"main": "accuracy, %", "mean": "clients' mean accuracy, %", "worst": "worst tenth, %"}
     for axes, (name, (claim, by)) in zip(panels, judged.items(), strict=False):
         for label, found in by.items():
-            draw_curve(axes, found, label)
+            draw_curve(axes, found, label, claim.shown, dashed=label.endswith("whole only"))
         if claim.target:
             axes.axhline(100 * claim.target, color="grey", linestyle=":", linewidth=1)
         axes.set_title(name, fontsize="medium")
         axes.set_xlabel("round")
-        axes.set_ylabel("accuracy, %")
+        axes.set_ylabel(words[claim.shown])
         axes.grid(alpha=0.3)
         axes.legend(fontsize="x-small")
-    for axes in list(panels):
+    for axes in panels[len(judged) :]:
         axes.set_axis_off()
 
 

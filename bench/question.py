@@ -15,6 +15,7 @@ from bench.claims import Values, row
 from bench.report import Row
 
 if TYPE_CHECKING:
+    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
 SCHEME = "dirichlet=0.3+lognormal=1.0"
@@ -101,9 +102,18 @@ def draw(figure: Figure, results: Mapping[tuple[str, str], Sequence[Measured]]) 
     axes[0].legend(fontsize="small")
 
 
-def draw_curve(axes: object, found: Sequence[Measured], label: str) -> None:
-    """Draw the mean over the seeds of the main accuracy after every measured round."""
-    rounds = [p.round for p in found[0].points]
-    curves = [[100 * p.main for p in m.points] for m in found if len(m.points) == len(rounds)]
-    means = [average(values) or 0.0 for values in zip(*curves, strict=True)]
-    axes.plot(rounds, means, label=label, linewidth=1.4)  # type: ignore[attr-defined]
+def draw_curve(
+    axes: Axes, found: Sequence[Measured], label: str, of: str = "main", dashed: bool = False
+) -> None:
+    """Draw the mean over the seeds of a measure of `Point` after every measured round."""
+    from matplotlib.ticker import MaxNLocator
+
+    whole = [m for m in found if len(m.points) == len(found[0].points)]
+    means = [
+        average(getattr(p, of) for p in points) for points in zip(*(m.points for m in whole), strict=True)
+    ]
+    drawn = [
+        (p.round, 100 * value) for p, value in zip(found[0].points, means, strict=True) if value is not None
+    ]
+    axes.plot(*zip(*drawn, strict=True), label=label, linewidth=1.4, linestyle="--" if dashed else "-")
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
