@@ -181,18 +181,20 @@ class Comparison:
         }
         windows = -(-rounds // int(settings["rg"]))
         settings = {"eval-every": -(-windows // POINTS), **settings, **more}
-        tree = LocalTree(Path(tempfile.mkdtemp(dir=self.folder)), self._clients(seed), self.edges)
-        out = tree.folder / "runs" / "run"
-        out.mkdir(parents=True)
-        features = self.folder / "features"  # trained once for all rows of a seed
-        features.mkdir(exist_ok=True)
-        (out / "features").symlink_to(features, target_is_directory=True)
-        record = tree.run("run", settings).chronicle.record
-        if record.faults or not record.quality:
-            fault = record.faults[0].detail if record.faults else "nothing was measured"
-            raise RunFailedError(f"{entry.name}: {fault}")
-        grid = np.asarray(Image.open(out / "samples" / f"window-{len(record.windows):04d}.png"))
-        return Measured(record, training_bytes(record, out / EVENTS_FILE), grid)
+        # States and checkpoints of a large network fill a disk: a run's folder goes when it was read.
+        with tempfile.TemporaryDirectory(dir=self.folder) as folder:
+            tree = LocalTree(Path(folder), self._clients(seed), self.edges)
+            out = tree.folder / "runs" / "run"
+            out.mkdir(parents=True)
+            features = self.folder / "features"  # trained once for all rows of a seed
+            features.mkdir(exist_ok=True)
+            (out / "features").symlink_to(features, target_is_directory=True)
+            record = tree.run("run", settings).chronicle.record
+            if record.faults or not record.quality:
+                fault = record.faults[0].detail if record.faults else "nothing was measured"
+                raise RunFailedError(f"{entry.name}: {fault}")
+            grid = np.asarray(Image.open(out / "samples" / f"window-{len(record.windows):04d}.png"))
+            return Measured(record, training_bytes(record, out / EVENTS_FILE), grid)
 
     def _clients(self, seed: int) -> list[LocalClient]:
         """Return clients that reach every edge, each with 2 classes (FedPhD's partition)."""
