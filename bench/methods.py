@@ -37,7 +37,7 @@ SETTINGS: Values = {"rounds": 16, "learning-rate": 0.2, "local-steps": 10, "eval
 EXITS: Values = {
     "model": "depth-cnn",
     "levels": "1,0.67,0.34",
-    "local-steps": 2,
+    "local-steps": 6,
     "batch-size": 25,
     "learning-rate": 0.1,
     "eval-every": 8,
@@ -111,7 +111,7 @@ def measure(
             "A method with several networks (ifca, cfl) has no global accuracy: its rounds are by the clients' mean",
             "kb are 1000 bytes of payload of a round on all links of a kind, without what measuring costs",
             "rounds_to_target is the mean over the runs that reached it",
-            "depthfl and inclusivefl train depth-cnn by 2 steps of 25 images a round, the others mlp by 10 of 50",
+            "depthfl and inclusivefl train depth-cnn by 6 steps of 25 images a round, the others mlp by 10 of 50",
         ]
         outcome.plots["methods"] = lambda figure: draw_table(figure, measured)
     judged: dict[str, tuple[Claim, dict[str, list[Measured]]]] = {}
