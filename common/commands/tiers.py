@@ -1,0 +1,135 @@
+"""The commands that serve as a tier: cloud, edge, client."""
+
+from __future__ import annotations
+
+import shlex
+from typing import Annotated
+
+import typer
+
+from common.commands.options import (
+    Certificate,
+    Insecure,
+    NodeKey,
+    PrivateKey,
+    Roots,
+    StateFolder,
+    security_of,
+)
+from common.errors import ConfigError
+
+
+def cloud(
+    state: StateFolder,
+    listen: Annotated[str, typer.Option(help="HOST:PORT for edges.")] = "127.0.0.1:9092",
+    control: Annotated[str, typer.Option(help="HOST:PORT for commands on this machine.")] = "127.0.0.1:8000",
+    name: Annotated[str, typer.Option(help="What `espalier run --cloud` calls it.")] = "default",
+    expose_control: Annotated[
+        bool, typer.Option(help="Allow --control beyond this machine: whoever reaches it can submit code.")
+    ] = False,
+    root_certificates: Roots = None,
+    certificate: Certificate = None,
+    private_key: PrivateKey = None,
+    insecure: Insecure = False,
+) -> None:
+    """Serve as the cloud, until interrupted."""
+    from common.run.processes import signals_interrupt
+    from server.cloud import run_cloud
+
+    security = security_of(root_certificates, certificate, private_key, insecure)
+    with signals_interrupt():
+        run_cloud(listen, control, state, name, security, expose_control=expose_control)
+
+
+def edge(
+    name: Annotated[str, typer.Option(help="Name of the edge.")],
+    cloud: Annotated[str, typer.Option(help="HOST:PORT of the cloud.")],
+    state: StateFolder,
+    listen: Annotated[str, typer.Option(help="HOST:PORT for clients.")] = "127.0.0.1:9093",
+    key: NodeKey = None,
+    root_certificates: Roots = None,
+    certificate: Certificate = None,
+    private_key: PrivateKey = None,
+    insecure: Insecure = False,
+) -> None:
+    """Serve as an edge, until interrupted."""
+    from common.run.names import check_name
+    from common.security import parse_address
+
+    check_name(name, "--name")
+    parse_address(cloud)
+    security = security_of(root_certificates, certificate, private_key, insecure)
+    security.server_certificates(listen)
+    security.client_roots(cloud)
+
+    from edge.service import run_edge
+
+    run_edge(name, cloud, listen, state, key, security)
+
+
+def client(
+    name: Annotated[str, typer.Option(help="Name of the client.")],
+    edges: Annotated[list[str], typer.Option("--edge", help="HOST:PORT of an edge; repeatable.")],
+    state: StateFolder,
+    data: Annotated[str, typer.Option(help="NAME[:I/N[:SCHEME]] or a folder of images per class.")] = "",
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
+    level: Annotated[
+        float | None,
+        typer.Option(help="Largest sub-model it trains, a share in (0, 1]; level-choice=device."),
+    ] = None,
+    model: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAME", help="The classifier it keeps, in runs of unlike models; e.g. resnet10."
+        ),
+    ] = None,
+    key: NodeKey = None,
+    user_app: Annotated[
+        str | None, typer.Option("--app", metavar="MODULE:APP", help="A ClientApp of your own.")
+    ] = None,
+    node_config: Annotated[
+        list[str] | None,
+        typer.Option("--node-config", metavar="'K=V …'", help="Settings for that ClientApp."),
+    ] = None,
+    threads: Annotated[int | None, typer.Option(min=1, help="Threads of torch on a CPU.")] = None,
+    root_certificates: Roots = None,
+    insecure: Insecure = False,
+) -> None:
+    """Serve as a client, until interrupted."""
+    from common.run.config import parse_assignments
+    from common.run.names import check_name
+    from common.security import parse_address
+
+    check_name(name, "--name")
+    for address in edges:
+        parse_address(address)
+    security = security_of(root_certificates, None, None, insecure)
+    for address in edges:
+        security.client_roots(address)
+    if not data and user_app is None:
+        raise ConfigError(
+            "--data is missing; give the data to train on, e.g. --data ./photos or --data digits:0/4"
+        )
+    if data:
+        from common.data.spec import parse_spec
+
+        parse_spec(data)
+    try:
+        words = [word for text in node_config or [] for word in shlex.split(text)]
+    except ValueError as error:
+        raise ConfigError(f"--node-config: {error}; write it as 'key=value key=value'") from error
+    config = parse_assignments(words)
+    if level is not None:
+        if not 0 < level <= 1:
+            raise ConfigError(f"--level {level:g} is no share in (0, 1]; give e.g. --level 0.5")
+        config["level"] = level
+    if model is not None:
+        from common.models.presets import classifiers
+
+        if model not in classifiers():
+            raise ConfigError(f"--model {model} is no classifier; give one of {', '.join(classifiers())}")
+        config["model"] = model
+
+    from client.service import run_client
+
+    run_client(name, edges, data, device, state, key, user_app, config, security, threads)
