@@ -9,9 +9,6 @@ from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 
 import grpc
-from cryptography.exceptions import UnsupportedAlgorithm
-from cryptography.hazmat.primitives.asymmetric import ec
-from cryptography.hazmat.primitives.serialization import load_pem_public_key, load_ssh_public_key
 from flwr.common.config import get_fab_config, get_metadata_from_config
 from flwr.common.constant import NOOP_ACCOUNT_NAME, NOOP_FLWR_AID, SUPERLINK_NODE_ID
 from flwr.proto.fleet_pb2_grpc import add_FleetServicer_to_server
@@ -24,7 +21,6 @@ from flwr.supercore.interceptors import (
     RpcErrorTranslationServerInterceptor,
     create_fleet_runtime_version_server_interceptor,
 )
-from flwr.supercore.primitives.asymmetric import public_key_to_bytes
 from flwr.supercore.task_identity import TaskIdentity
 from grpc_health.v1.health import HealthServicer
 from grpc_health.v1.health_pb2 import HealthCheckResponse
@@ -34,6 +30,7 @@ from common.errors import AddressError, StateError
 from common.flower.fleet_server import InlineFleetServicer, Links
 from common.flower.inline_grid import InlineGrid
 from common.flower.memory import give_back_big_blocks
+from common.keys import canonical
 
 __all__ = ["InlineFleet", "InlineGrid"]
 
@@ -160,16 +157,9 @@ class InlineFleet:
         Raises
         ------
         StateError
-            If it is no elliptic-curve public key.
+            If it is no public key on a NIST curve.
         """
-        load = load_pem_public_key if public_key.lstrip().startswith(b"-----") else load_ssh_public_key
-        try:
-            key = load(public_key)
-        except (ValueError, UnsupportedAlgorithm) as fault:
-            raise StateError(f"the public key of {name!r} cannot be read: {fault}") from fault
-        if not isinstance(key, ec.EllipticCurvePublicKey):
-            raise StateError(f"the public key of {name!r} is no elliptic-curve key")
-        pem = public_key_to_bytes(key)
+        pem = canonical(public_key, name)
         if self.links.state.get_node_id_by_public_key(pem) is None:
             self.links.state.create_node(NOOP_FLWR_AID, NOOP_ACCOUNT_NAME, pem, 0, name=name)
 

@@ -35,8 +35,17 @@ def plain(value: Any) -> Any:
     raise TypeError(f"{type(value).__name__} cannot be written as JSON")
 
 
-def write_text(path: Path, text: str) -> None:
+def write_text(path: Path, text: str, mode: int | None = None) -> None:
     """Write a file by way of a temporary one and a rename.
+
+    Parameters
+    ----------
+    path : Path
+        The file; its folder is made.
+    text : str
+        Its content.
+    mode : int, optional
+        Its rights, e.g. 0o600; by default those of any new file.
 
     Raises
     ------
@@ -47,6 +56,8 @@ def write_text(path: Path, text: str) -> None:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with partial.open("w", encoding="utf-8") as file:
+            if mode is not None:
+                os.fchmod(file.fileno(), mode)
             file.write(text)
             file.flush()
             os.fsync(file.fileno())
