@@ -13,6 +13,7 @@ from flwr.clientapp import ClientApp
 
 from common.errors import ConfigError
 from common.flower.resident import Home, ResidentNode
+from common.monitor.node_status import NodeStatus
 from common.names import is_name
 from common.node_log import event_logger
 from common.security import Security
@@ -71,11 +72,13 @@ def run_client(
     roots = {edge: security.client_roots(edge) for edge in edges}
     homes = [Home(e, root_certificates=r, insecure=r is None) for e, r in roots.items()]
     client_app = load_app(app) if app else own_app(config, threads)
-    node = ResidentNode(client_app, homes, state, node_config=config, key=key, on_event=event_logger(log))
+    status = NodeStatus(state, edges, event_logger(log))
+    node = ResidentNode(client_app, homes, state, node_config=config, key=key, on_event=status)
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: node.stop())
     log.info("client %s for %s", name, ", ".join(edges))
-    node.run()
+    with status:
+        node.run()
 
 
 def own_app(config: Mapping[str, bool | int | float | str], threads: int | None) -> ClientApp:

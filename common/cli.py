@@ -8,7 +8,7 @@ import sys
 import click
 import typer
 
-from common.commands import models, runs, tiers
+from common.commands import look, models, runs, tiers
 from common.errors import EspalierError
 
 app = typer.Typer(
@@ -28,6 +28,7 @@ app.command()(tiers.client)
 app.command()(runs.run)
 app.command()(runs.stop)
 app.command()(runs.report)
+app.command()(look.health)
 app.command()(models.sample)
 app.command(name="pretrain-generator")(models.pretrain_generator)
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from common.errors import ConfigError
 from common.flower.inline import InlineFleet
 from common.flower.resident import Fab, Home, ResidentNode
+from common.monitor.node_status import NodeStatus
 from common.names import is_name
 from common.node_log import event_logger
 from common.security import Security
@@ -56,6 +57,7 @@ def run_edge(name: str, cloud: str, listen: str, state: Path, key: Path | None, 
             return node.run_is_over(home, run_id)
 
     app = EdgeApp(name, fleet, state, Cloud())
+    status = NodeStatus(state, [cloud], event_logger(log))
     node = ResidentNode(
         app,
         [home],
@@ -63,7 +65,7 @@ def run_edge(name: str, cloud: str, listen: str, state: Path, key: Path | None, 
         node_config={"name": name},
         key=key,
         side_types=SIDE_TYPES,
-        on_event=event_logger(log),
+        on_event=status,
     )
     fleet.start()
     host = listen.rpartition(":")[0]
@@ -72,7 +74,8 @@ def run_edge(name: str, cloud: str, listen: str, state: Path, key: Path | None, 
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: node.stop())
     try:
-        node.run()
+        with status:
+            node.run()
     finally:
         app.close()
         fleet.stop()
