@@ -51,6 +51,10 @@ class NameRegistry:
                 f"{path} is damaged ({error}); remove it to let every client claim its name again"
             ) from error
 
+    def owners(self) -> dict[bytes, str]:
+        """Return the name of each key."""
+        return {bytes.fromhex(key): name for name, key in self._keys.items()}
+
     def claim(self, name: str, public_key: bytes) -> None:
         """Bind a name to a key.
 

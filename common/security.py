@@ -23,6 +23,12 @@ class Address(NamedTuple):
         return f"[{self.host}]:{self.port}" if ":" in self.host else f"{self.host}:{self.port}"
 
     @property
+    def reachable(self) -> Address:
+        """Where a listener on this address is reached from this machine."""
+        anywhere = {"0.0.0.0": "127.0.0.1", "::": "::1"}
+        return self._replace(host=anywhere.get(self.host, self.host))
+
+    @property
     def is_loopback(self) -> bool:
         """Whether only this machine is reached by it."""
         if self.host == "localhost":

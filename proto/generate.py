@@ -1,4 +1,4 @@
-"""Generate espalier_pb2.py and its type stubs from espalier.proto: ``python -m proto.generate``."""
+"""Generate the Python modules, type stubs and gRPC stubs from the .proto files: ``python -m proto.generate``."""
 
 from __future__ import annotations
 
@@ -10,6 +10,15 @@ from grpc_tools import protoc
 
 HERE = Path(__file__).resolve().parent
 
+#: The .proto files, and those of them that have services.
+FILES = ("espalier", "monitor")
+SERVICES = ("monitor",)
+#: What is generated, in this folder.
+GENERATED = (
+    *(f"{name}_pb2.{kind}" for name in FILES for kind in ("py", "pyi")),
+    *(f"{name}_pb2_grpc.py" for name in SERVICES),
+)
+
 
 def generate(out: Path) -> None:
     """Write the generated modules below ``out``.
@@ -17,26 +26,22 @@ def generate(out: Path) -> None:
     Parameters
     ----------
     out : Path
-        Folder that receives ``proto/espalier_pb2.py`` and ``proto/espalier_pb2.pyi``.
+        Folder that receives ``proto/espalier_pb2.py`` and the others of `GENERATED`.
 
     Raises
     ------
     RuntimeError
-        If the compiler refuses the file.
+        If the compiler refuses a file.
     """
     well_known = resources.files("grpc_tools") / "_proto"
-    status = protoc.main(
-        [
-            "protoc",
-            f"-I{HERE.parent}",
-            f"-I{well_known}",
-            f"--python_out={out}",
-            f"--pyi_out={out}",
-            "proto/espalier.proto",
-        ]
-    )
-    if status:
-        raise RuntimeError(f"protoc failed with status {status}")
+    for name in FILES:
+        outputs = [f"--python_out={out}", f"--pyi_out={out}"]
+        outputs += [f"--grpc_python_out={out}"] if name in SERVICES else []
+        status = protoc.main(
+            ["protoc", f"-I{HERE.parent}", f"-I{well_known}", *outputs, f"proto/{name}.proto"]
+        )
+        if status:
+            raise RuntimeError(f"protoc failed with status {status} on {name}.proto")
 
 
 if __name__ == "__main__":

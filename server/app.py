@@ -9,6 +9,7 @@ from flwr.serverapp import Grid, ServerApp
 
 from common.flower.cloud_grid import TreeGrid
 from common.run.config import RunConfig
+from server.monitor import remember_run
 from server.run import TreeRun, cloud_state, run_folder
 
 app = ServerApp()
@@ -20,4 +21,6 @@ def main(grid: Grid, context: Context) -> None:
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s %(levelname)s %(message)s")
     settings = RunConfig.from_flat(context.run_config)
     out = run_folder(settings, context.run_id)
-    TreeRun(settings, TreeGrid(grid), out, cloud_state()).run()
+    run = TreeRun(settings, TreeGrid(grid), out, cloud_state())
+    remember_run(cloud_state(), run.run_id, out)
+    run.run()

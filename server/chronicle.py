@@ -65,6 +65,7 @@ class Chronicle:
         self.checkpoints = Checkpoints(out / "checkpoints", keep=settings.keep_checkpoints)
         self.ledger = Ledger()
         self.started = time.monotonic()
+        self._roster: dict[str, dict[str, dict[str, object]]] = {}
         self.record = RunRecord(
             espalier=importlib.metadata.version("espalier"),
             run=run,
@@ -119,6 +120,14 @@ class Chronicle:
                 device=hello.facts.device,
             )
         self.events.write("joined", edges=self.record.edges, clients=[m.name for m in members])
+        self.connected(tree)
+
+    def connected(self, tree: Tree) -> None:
+        """Tell those who look on who is connected, if that changed."""
+        roster = tree.roster()
+        if roster != self._roster:
+            self._roster = roster
+            self.events.write("roster", **roster)
 
     def planned(self, strategy: WindowStrategy, window: int) -> None:
         """Enter who will train in each round of a window, and where."""
@@ -130,6 +139,7 @@ class Chronicle:
             for i, assignment in enumerate(strategy.plan)
         ]
         self.events.write("window-start", window=window, rounds=rounds)
+        self.connected(strategy.tree)
 
     def window(self, strategy: WindowStrategy, seconds: float, mu_planned: float, mu_random: float) -> None:
         """Enter a window that was aggregated."""
@@ -161,7 +171,9 @@ class Chronicle:
             rho=outcome.rho,
             mu=outcome.mu,
             links=self.ledger.as_dict(),
+            clients=_trainings(strategy),
         )
+        self.connected(strategy.tree)
 
     def took(self, what: str, seconds: float) -> None:
         """Enter what a part of the newest window took, in seconds."""
@@ -314,6 +326,23 @@ def restore(tensors: dict[str, np.ndarray], meta: dict[str, Any]) -> tuple[Cloud
         extra=parts["extra"],
     )
     return state, {name: (at[0], at[1]) for name, at in meta["reached"].items()}
+
+
+def _trainings(strategy: WindowStrategy) -> dict[str, dict[str, float]]:
+    """Return how each client trained in a window: its last round, and how many rounds and seconds in all."""
+    found: dict[str, dict[str, float]] = {}
+    records = [record for report in strategy.outcome.reports.values() for record in report.rounds]
+    for record in sorted(records, key=lambda record: record.round):
+        for client in record.clients:
+            before = found.get(client.client, {"rounds": 0, "total_seconds": 0.0})
+            found[client.client] = {
+                "loss": client.loss,
+                "steps": client.steps,
+                "seconds": client.seconds,
+                "rounds": before["rounds"] + 1,
+                "total_seconds": before["total_seconds"] + client.seconds,
+            }
+    return found
 
 
 def _round_entries(strategy: WindowStrategy) -> list[RoundEntry]:

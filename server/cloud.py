@@ -9,6 +9,7 @@ import os
 import socket
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,9 +19,10 @@ from common.run import submission as runs
 from common.run.clouds import Cloud, running_clouds
 from common.run.events import FINAL, read_from
 from common.run.names import check_name
-from common.run.processes import Process, espalier_env, listens, signals_held, spawn, stop
+from common.run.processes import Process, espalier_env, listens, process_alive, signals_held, spawn, stop
 from common.run.submission import Submission
 from common.security import Address, Security, parse_address
+from server.monitor import CloudSource, monitored
 
 log = logging.getLogger("espalier.cloud")
 
@@ -43,6 +45,7 @@ def run_cloud(
     security: Security | None = None,
     *,
     expose_control: bool = False,
+    monitor: str = "",
 ) -> None:
     """Serve edges at `listen` and this machine's commands at `control` until interrupted.
 
@@ -58,6 +61,8 @@ def run_cloud(
         TLS files for both ports.
     expose_control : bool
         Allow a control address beyond this machine. Whoever reaches it can submit code.
+    monitor : str
+        ``HOST:PORT`` of the live view; "" for the default one, "none" for none.
 
     Raises
     ------
@@ -77,24 +82,34 @@ def run_cloud(
     if any(cloud.name == name and cloud.folder != state for cloud in running_clouds()):
         raise ConfigError(f"a cloud named {name!r} already runs on this machine; give another --name")
     lock = StateLock(state)
+    source = CloudSource(name, str(fleet_address), state)
     try:
         _check_free(fleet_address, "--listen")
         _check_free(control_address, "--control")
-        cloud = Cloud(
-            name=name,
-            listen=str(fleet_address),
-            control=str(control_address),
-            pid=os.getpid(),
-            state=str(state),
-            root_certificates=_roots(security),
-        )
-        supervisor = Supervisor(cloud, security)
-        try:
-            supervisor.run()
-        finally:
-            with signals_held():
-                supervisor.close()
-                cloud.unregister()
+        with monitored(source, monitor, security) as looked_on:
+            cloud = Cloud(
+                name=name,
+                listen=str(fleet_address),
+                control=str(control_address),
+                pid=os.getpid(),
+                state=str(state),
+                root_certificates=_roots(security),
+                monitor=looked_on.address if looked_on else "",
+            )
+
+            def tell(ready: bool) -> None:
+                source.ready = ready
+                if looked_on:
+                    looked_on.set_health(ready)
+
+            source.cloud = cloud
+            supervisor = Supervisor(cloud, security, tell)
+            try:
+                supervisor.run()
+            finally:
+                with signals_held():
+                    supervisor.close()
+                    cloud.unregister()
     finally:
         lock.release()
 
@@ -150,7 +165,7 @@ class Watched:
     @property
     def dead(self) -> bool:
         """Whether its ServerApp ended without a last word."""
-        return not self.ended and self.pid is not None and not _alive(self.pid)
+        return not self.ended and self.pid is not None and not process_alive(self.pid)
 
 
 class Supervisor:
@@ -162,9 +177,14 @@ class Supervisor:
         How this cloud is found.
     security : Security
         TLS files of the SuperLink.
+    tell_ready : callable
+        Called with whether the SuperLink serves, when that changes.
     """
 
-    def __init__(self, cloud: Cloud, security: Security) -> None:
+    def __init__(
+        self, cloud: Cloud, security: Security, tell_ready: Callable[[bool], None] = lambda ready: None
+    ) -> None:
+        self._tell_ready = tell_ready
         self.cloud = cloud
         self.security = security
         self.process: Process | None = None
@@ -179,6 +199,7 @@ class Supervisor:
             started = time.monotonic()
             try:
                 self._start()
+                self._tell_ready(True)
                 futile = 0
                 if first:
                     print(f"cloud {self.cloud.name!r} is ready: edges at {self.cloud.listen}", flush=True)
@@ -199,6 +220,7 @@ class Supervisor:
 
     def close(self) -> None:
         """End the SuperLink and what it started."""
+        self._tell_ready(False)
         if self.process is not None:
             stop([self.process])
             self.process = None
@@ -216,7 +238,7 @@ class Supervisor:
         }
         process = spawn("flower-superlink", self._command(), folder / "superlink.log", env)
         self.process = process
-        addresses = [_reachable(parse_address(text)) for text in (self.cloud.listen, self.cloud.control)]
+        addresses = [parse_address(text).reachable for text in (self.cloud.listen, self.cloud.control)]
         deadline = time.monotonic() + READY_SECONDS
         while not all(listens(*address) for address in addresses):
             if not process.running:
@@ -304,25 +326,3 @@ class Supervisor:
             watched.ended = True
             return
         self.watched[old.run] = Watched(new, new.offset, deaths=watched.deaths)
-
-
-def _reachable(address: Address) -> tuple[str, int]:
-    """Return where a listener on all interfaces is reached from this machine."""
-    anywhere = {"0.0.0.0": "127.0.0.1", "::": "::1"}
-    return anywhere.get(address.host, address.host), address.port
-
-
-def _alive(pid: int) -> bool:
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        return True
-    return not _is_zombie(pid)
-
-
-def _is_zombie(pid: int) -> bool:
-    with contextlib.suppress(OSError, IndexError):
-        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] == "Z"
-    return False

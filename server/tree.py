@@ -202,6 +202,26 @@ class Tree:
             log.warning("%s refused: %s", sender, fault)
             self.faults.append(pb.Fault(tier="cloud", node=sender, kind="refused", detail=fault))
 
+    def roster(self) -> dict[str, dict[str, dict[str, object]]]:
+        """Return who is connected now, and what each one said of itself: the ``roster`` event."""
+        edges: dict[str, dict[str, object]] = {}
+        for name, node in self.edges().items():
+            hello = self._edges[node]
+            edges[name] = {
+                "versions": dict(hello.facts.versions),
+                "clients": sorted(client.name for client in hello.clients),
+            }
+        clients: dict[str, dict[str, object]] = {}
+        for member in self.members():
+            facts = self._clients[member.name].facts
+            clients[member.name] = {
+                "samples": member.samples,
+                "edges": list(member.edges),
+                "device": facts.device,
+                "versions": dict(facts.versions),
+            }
+        return {"edges": edges, "clients": clients}
+
     # --- beside a window ---------------------------------------------------------------------------
 
     def progress(self) -> list[pb.Progress]:

@@ -2,17 +2,34 @@
 
 from __future__ import annotations
 
+import json
+from enum import StrEnum
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from common.commands.options import Insecure, Roots, security_of
 from common.errors import ConfigError, EspalierError
 
+if TYPE_CHECKING:
+    from common.security import Security
+
 ServerName = Annotated[
     str, typer.Option(help="Name the server's certificate must hold, if not the address's host.")
 ]
+
+CloudName = Annotated[str, typer.Option("--cloud", help="Name of a cloud on this machine.")]
+MonitorAddress = Annotated[
+    str | None, typer.Option(metavar="HOST:PORT", help="Its --monitor address, where it runs elsewhere.")
+]
+
+
+class Format(StrEnum):
+    """How a command answers."""
+
+    TEXT = "text"
+    JSON = "json"
 
 
 def health(
@@ -43,3 +60,50 @@ def health(
     except EspalierError as error:
         typer.echo(f"unhealthy: {error}", err=True)
         raise typer.Exit(1) from error
+
+
+def status(
+    cloud: CloudName = "default",
+    address: MonitorAddress = None,
+    output: Annotated[Format, typer.Option("--format", help="text or json.")] = Format.TEXT,
+    server_name: ServerName = "",
+    root_certificates: Roots = None,
+    insecure: Insecure = False,
+) -> None:
+    """Show the tree once. Exit status: 0 a run goes on, 3 none does, 1 something is wrong, 4 nobody answers."""
+    from rich.console import Console
+
+    from common.monitor.ask import as_dict, ask_status
+    from common.monitor.text import exit_status, render, troubles
+
+    where, security = _place(cloud, address, root_certificates, insecure)
+    found = ask_status(where, security, server_name=server_name)
+    if output is Format.JSON:
+        typer.echo(json.dumps({**as_dict(found), "troubles": troubles(found)}, indent=1))
+    else:
+        Console().print(render(found))
+    raise typer.Exit(exit_status(found))
+
+
+def top(
+    cloud: CloudName = "default",
+    address: MonitorAddress = None,
+    interval: Annotated[float, typer.Option(min=0.2, max=60.0, help="Seconds between two looks.")] = 1.0,
+    server_name: ServerName = "",
+    root_certificates: Roots = None,
+    insecure: Insecure = False,
+) -> None:
+    """Watch the tree live, until q or Ctrl-C."""
+    from common.monitor.top import run_top
+
+    where, security = _place(cloud, address, root_certificates, insecure)
+    run_top(where, security, interval, server_name=server_name)
+
+
+def _place(cloud: str, address: str | None, roots: Path | None, insecure: bool) -> tuple[str, Security]:
+    """Return where to look, and how to connect."""
+    from common.monitor.ask import monitor_of
+
+    if address is None:
+        return monitor_of(cloud)
+    return address, security_of(roots, None, None, insecure)

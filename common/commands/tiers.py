@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shlex
 from typing import Annotated
 
@@ -27,18 +28,26 @@ def cloud(
     expose_control: Annotated[
         bool, typer.Option(help="Allow --control beyond this machine: whoever reaches it can submit code.")
     ] = False,
+    monitor: Annotated[
+        str,
+        typer.Option(
+            metavar="HOST:PORT|none", help="Live view, for `espalier status` and `top`.  [127.0.0.1:9094]"
+        ),
+    ] = "",
     root_certificates: Roots = None,
     certificate: Certificate = None,
     private_key: PrivateKey = None,
     insecure: Insecure = False,
 ) -> None:
     """Serve as the cloud, until interrupted."""
+    # What it starts is another program, so gRPC's threads need no looking after in a fork. Read at its import.
+    os.environ.setdefault("GRPC_ENABLE_FORK_SUPPORT", "0")
     from common.run.processes import signals_interrupt
     from server.cloud import run_cloud
 
     security = security_of(root_certificates, certificate, private_key, insecure)
     with signals_interrupt():
-        run_cloud(listen, control, state, name, security, expose_control=expose_control)
+        run_cloud(listen, control, state, name, security, expose_control=expose_control, monitor=monitor)
 
 
 def edge(

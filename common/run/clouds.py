@@ -32,7 +32,9 @@ class Cloud:
     state : str
         Its state folder.
     root_certificates : str
-        PEM file its control port is checked against; empty when that port is plain.
+        PEM file its ports are checked against; empty when they are plain.
+    monitor : str
+        Address of its live view; empty when it serves none.
     """
 
     name: str
@@ -41,6 +43,7 @@ class Cloud:
     pid: int
     state: str
     root_certificates: str = ""
+    monitor: str = ""
 
     @property
     def folder(self) -> Path:

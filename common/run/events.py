@@ -30,11 +30,14 @@ class EventLog:
 
     - ``run``: run, config, pid (of the writer, added here)
     - ``joined``: edges, clients
+    - ``roster``: edges: {name: {versions, clients}}, clients: {name: {samples, edges, device, versions}}; who is
+      connected, written when it changes
     - ``resumed``: window, round (of the checkpoint the run goes on from)
     - ``window-start``: window, rounds: [{round, participants: [{client, edge}]}]
     - ``progress``: edge, window, round, training, done, loss, bytes: {up_bytes, down_bytes, messages}
     - ``window-end``: window, losses: {round: loss}, rho, mu, links: {link: {up_bytes, down_bytes, messages}},
-      assignments: {client: cluster or level} where the method groups clients
+      assignments: {client: cluster or level} where the method groups clients,
+      clients: {name: {loss, steps, seconds, rounds, total_seconds}}, of each one's last round and in all
     - ``evaluation``: window, round, frechet, inception_score, kid, features, floor, noise
     - ``accuracy``: window, round, models: {name: {accuracy, loss, classes}}, clients: {client: accuracy}, mean,
       worst10, samples

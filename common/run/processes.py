@@ -172,6 +172,21 @@ class Group:
             stop(processes, self.grace)
 
 
+def process_alive(pid: int | None) -> bool:
+    """Whether a process of this id runs; None is nobody, and a zombie is dead."""
+    if pid is None:
+        return False
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    with contextlib.suppress(OSError, IndexError):
+        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
+    return True
+
+
 @contextlib.contextmanager
 def signals_interrupt() -> Iterator[None]:
     """Make SIGTERM and SIGHUP raise KeyboardInterrupt in the main thread, as Ctrl-C does."""

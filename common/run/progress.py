@@ -16,8 +16,7 @@ from rich.table import Table
 from rich.text import Text
 
 from common.run.ledger import CLIENT_EDGE, EDGE_CLOUD, LINKS
-
-_BARS = "▁▂▃▄▅▆▇█"
+from common.run.words import duration, names, size, spark
 
 
 @dataclass
@@ -235,13 +234,13 @@ def describe(event: Mapping[str, Any], state: RunState) -> str:
         return f"window {window}/{state.windows}: rounds {state.first_round}-{last}, {len(clients)} clients"
     if kind == "window-end":
         losses = [loss for loss in (event.get("losses") or {}).values() if loss is not None]
-        traffic = ", ".join(f"{link} {_size(sum(state.bytes_on(link)))}" for link in LINKS)
+        traffic = ", ".join(f"{link} {size(sum(state.bytes_on(link)))}" for link in LINKS)
         left = state.seconds_left(float(event["time"]))
         return (
             f"window {window} done: loss {losses[-1]:.4f}; {traffic}"
             if losses
             else f"window {window} done: no reply"
-        ) + (f"; {_duration(left)} left" if left else "")
+        ) + (f"; {duration(left)} left" if left else "")
     if kind in ("evaluation", "accuracy"):
         return f"window {window}: {_quality(event)}"
     if kind == "prune":
@@ -264,7 +263,7 @@ def _bar(state: RunState) -> RenderableType:
     left = state.seconds_left(time.time())
     where = f"window {state.window}/{state.windows}  round {min(int(done) + 1, state.rounds)}/{state.rounds}"
     label = where if state.window else state.phase
-    note = f"{_duration(left)} left" if left is not None else (state.phase if state.window else "")
+    note = f"{duration(left)} left" if left is not None else (state.phase if state.window else "")
     bar = ProgressBar(total=max(1, state.rounds), completed=done, pulse=not state.window and not state.status)
     table.add_row(label, bar, note)
     return table
@@ -282,7 +281,7 @@ def _edges(state: RunState) -> RenderableType:
                 {p["client"] for p in (state.plan or [{}])[0].get("participants", []) if p["edge"] == edge}
             )
         loss = f"{view.loss:.4f}" if view.loss else "-"
-        table.add_row(edge, str(view.round or "-"), _names(training), _names(done), loss)
+        table.add_row(edge, str(view.round or "-"), names(training), names(done), loss)
     return table
 
 
@@ -290,10 +289,10 @@ def _numbers(state: RunState) -> RenderableType:
     table = Table.grid(padding=(0, 2))
     losses = [loss for _, loss in sorted(state.losses.items()) if loss is not None]
     if losses:
-        table.add_row(Text("loss", style="dim"), f"{losses[-1]:.4f}  {_spark(losses)}")
+        table.add_row(Text("loss", style="dim"), f"{losses[-1]:.4f}  {spark(losses)}")
     for link in (CLIENT_EDGE, EDGE_CLOUD):
         up, down = state.bytes_on(link)
-        table.add_row(Text(link, style="dim"), f"↑ {_size(up)}   ↓ {_size(down)}")
+        table.add_row(Text(link, style="dim"), f"↑ {size(up)}   ↓ {size(down)}")
     if state.quality:
         table.add_row(Text("quality", style="dim"), _quality(state.quality))
     if state.model:
@@ -301,18 +300,6 @@ def _numbers(state: RunState) -> RenderableType:
     if state.window and state.phase and state.phase != "training":
         table.add_row(Text("now", style="dim"), state.phase)
     return table
-
-
-def _names(names: list[str], most: int = 6) -> str:
-    if len(names) <= most:
-        return ", ".join(names) or "-"
-    return f"{', '.join(names[:most])} … ({len(names)})"
-
-
-def _spark(values: list[float], width: int = 40) -> str:
-    values = values[-width:]
-    low, high = min(values), max(values)
-    return "".join(_BARS[round((value - low) / ((high - low) or 1.0) * (len(_BARS) - 1))] for value in values)
 
 
 def _quality(event: Mapping[str, Any]) -> str:
@@ -343,19 +330,3 @@ def _model(event: Mapping[str, Any]) -> str:
 def _fault(event: Mapping[str, Any]) -> str:
     detail = f": {event['detail']}" if event.get("detail") else ""
     return f"{event.get('kind')} {event.get('node')} (window {event.get('window')}, round {event.get('round')}){detail}"
-
-
-def _size(count: float) -> str:
-    for unit in ("B", "kB", "MB", "GB"):
-        if count < 1000:
-            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
-        count /= 1000
-    return f"{count:.1f} TB"
-
-
-def _duration(seconds: float) -> str:
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return (
-        f"{hours} h {minutes:02d} min" if hours else f"{minutes} min {rest:02d} s" if minutes else f"{rest} s"
-    )

@@ -46,6 +46,9 @@ def test_help_names_every_command_and_comes_at_once(tmp_path: Path) -> None:
         "stop",
         "sample",
         "report",
+        "status",
+        "top",
+        "health",
         "pretrain-generator",
     ):
         assert f"  {command} " in done.stdout
@@ -76,6 +79,10 @@ BAD: list[tuple[list[str], int, list[str]]] = [
     (["demo", "--method", "fedpdh", "--out", "d"], 2, ["method", '"fedpdh"']),
     (["demo", "--edges", "0", "--out", "d"], 2, ["--edges 0"]),
     (["demo", "--data", "digitz", "--out", "d"], 3, ["digitz", "digits"]),
+    (["status"], 2, ["no cloud named 'default'"]),
+    (["status", "--address", "127.0.0.1:1"], 4, ["127.0.0.1:1: nobody answers"]),
+    (["status", "--address", "192.0.2.1:1"], 2, ["without TLS", "--insecure"]),
+    (["top", "--cloud", "nowhere"], 2, ["no cloud named 'nowhere'"]),
     (["stop", "nothing"], 2, ["no run 'nothing'"]),
     (["report", "absent"], 5, ["absent", "--out folder of a run"]),
     (["sample", "absent"], 5, ["absent"]),

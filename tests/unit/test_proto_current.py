@@ -1,17 +1,17 @@
-"""The checked-in code is what the compiler makes of espalier.proto."""
+"""The checked-in code is what the compiler makes of the .proto files."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
 from proto import espalier_pb2 as pb
-from proto.generate import HERE, generate
+from proto.generate import GENERATED, HERE, generate
 
 
 def test_generated_code_is_current(tmp_path: Path) -> None:
     (tmp_path / "proto").mkdir()
     generate(tmp_path)
-    for name in ("espalier_pb2.py", "espalier_pb2.pyi"):
+    for name in GENERATED:
         made = (tmp_path / "proto" / name).read_text()
         assert made == (HERE / name).read_text(), f"{name} is stale; run `make proto`"
 

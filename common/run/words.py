@@ -1,0 +1,39 @@
+"""Figures as people read them: sizes, durations, lists of names, curves in one line."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+_BARS = "▁▂▃▄▅▆▇█"
+
+
+def names(found: Sequence[str], most: int = 6) -> str:
+    """Return names in one line, the first ones only where they are many."""
+    if len(found) <= most:
+        return ", ".join(found) or "-"
+    return f"{', '.join(found[:most])} … ({len(found)})"
+
+
+def spark(values: Sequence[float], width: int = 40) -> str:
+    """Return the last values as a row of bars."""
+    values = values[-width:]
+    low, high = min(values), max(values)
+    return "".join(_BARS[round((value - low) / ((high - low) or 1.0) * (len(_BARS) - 1))] for value in values)
+
+
+def size(count: float) -> str:
+    """Return a number of bytes, e.g. ``1.5 MB``."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if count < 1000:
+            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
+        count /= 1000
+    return f"{count:.1f} TB"
+
+
+def duration(seconds: float) -> str:
+    """Return a time span, e.g. ``2 min 05 s``."""
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return (
+        f"{hours} h {minutes:02d} min" if hours else f"{minutes} min {rest:02d} s" if minutes else f"{rest} s"
+    )
