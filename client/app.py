@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import logging
+import time
+
 from flwr.app import ArrayRecord, ConfigRecord, Context, Message, MetricRecord, RecordDict
 from flwr.clientapp import ClientApp
 
@@ -9,8 +12,11 @@ from client.device import Device
 from client.inquiry import answer
 from client.training import evaluate_plain, train_plain, train_round
 from common.errors import WireError
+from common.monitor.logs import bind
 from common.wire import control
 from proto import espalier_pb2 as pb
+
+log = logging.getLogger("espalier.client")
 
 app = ClientApp()
 
@@ -42,7 +48,11 @@ def train(message: Message, context: Context) -> Message:
     data = control.plan_bytes(message)
     if data is not None:
         plan = control.decode(pb.RoundPlan, data, "edge")
-        return Message(train_round(device, plan, message), reply_to=message)
+        with bind(run=plan.run, window=plan.window, round=plan.round, client=device.name):
+            start = time.monotonic()
+            content = train_round(device, plan, message)
+            log.info("round %d: trained %.1f s", plan.round, time.monotonic() - start)
+        return Message(content, reply_to=message)
     arrays, metrics = train_plain(device, *_plain(message), context.run_config, context.state)
     return Message(RecordDict({control.ARRAYS: arrays, control.METRICS: metrics}), reply_to=message)
 

@@ -7,6 +7,7 @@ import logging
 import signal
 import sys
 from collections.abc import Mapping
+from contextlib import ExitStack
 from pathlib import Path
 
 from flwr.clientapp import ClientApp
@@ -16,7 +17,7 @@ from common.flower.resident import Home, ResidentNode
 from common.monitor.node_status import NodeStatus
 from common.names import is_name
 from common.node_log import event_logger
-from common.security import Security
+from common.security import Address, Security
 
 log = logging.getLogger("espalier.client")
 
@@ -35,6 +36,7 @@ def run_client(
     node_config: Mapping[str, bool | int | float | str],
     security: Security,
     threads: int | None = None,
+    metrics: Address | None = None,
 ) -> None:
     """Run a client until SIGTERM or Ctrl-C.
 
@@ -60,6 +62,8 @@ def run_client(
         Certificates of the links.
     threads : int, optional
         Processor threads to train with; by default torch's own choice.
+    metrics : Address, optional
+        Where to answer Prometheus.
 
     Raises
     ------
@@ -77,7 +81,11 @@ def run_client(
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: node.stop())
     log.info("client %s for %s", name, ", ".join(edges))
-    with status:
+    with status, ExitStack() as stack:
+        if metrics is not None:
+            from common.monitor.metrics import NodeCollector, serve_metrics
+
+            stack.callback(serve_metrics(metrics, NodeCollector(status)))
         node.run()
 
 

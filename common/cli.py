@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import sys
 
 import click
@@ -10,6 +9,7 @@ import typer
 
 from common.commands import look, models, runs, tiers
 from common.errors import EspalierError
+from common.monitor.logs import configure, say_error
 
 app = typer.Typer(
     name="espalier",
@@ -39,14 +39,12 @@ INTERRUPTED = 130
 
 def main() -> None:
     """Run the command line; a person's mistake becomes one clear line and an exit status."""
-    logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(name)s %(levelname)s %(message)s")
-    logging.getLogger("espalier").setLevel(logging.INFO)
-    logging.getLogger("flwr").propagate = False  # it prints by itself
+    configure("text")
     try:
         # Not standalone: typer would turn an interruption into an exit status of 1.
         status = app(standalone_mode=False)
     except EspalierError as error:
-        print(f"error: {error}", file=sys.stderr)
+        say_error(str(error))
         status = error.exit_code
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)

@@ -26,6 +26,7 @@ def event_logger(log: logging.Logger) -> Callable[[str, Mapping[str, Any]], None
 
     def on_event(kind: str, facts: Mapping[str, Any]) -> None:
         level, line = _LINES.get(kind, (logging.INFO, kind + " at {home}"))
-        log.log(level, "%s", line.format(**facts))
+        fields = {key: facts[key] for key in ("home", "message_type", "reason", "seconds") if key in facts}
+        log.log(level, "%s", line.format(**facts), extra={"event": kind, **fields})
 
     return on_event

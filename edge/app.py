@@ -15,10 +15,12 @@ from common.errors import EspalierError, WireError
 from common.flower.arrays import payload_bytes
 from common.flower.inline import InlineFleet, InlineGrid
 from common.flower.resident import Fab
+from common.monitor.logs import bind
 from common.names import NameRegistry
 from common.wire import control
 from common.wire.hello import device_facts
 from common.wire.payload import Weights
+from edge.monitor import EdgeTotals
 from edge.relay import relay, run_record
 from edge.roster import Roster
 from edge.rounds import EdgeProgress, EdgeWindow
@@ -73,6 +75,7 @@ class EdgeApp:
         self.fleet = fleet
         self.roster = Roster(fleet, NameRegistry(state / "names.json"))
         self.progress = EdgeProgress()
+        self.totals = EdgeTotals()
         self._cloud = cloud
         self._served: ServedRun | None = None
         self._lock = threading.RLock()
@@ -92,6 +95,7 @@ class EdgeApp:
         else:
             with self._window:
                 plan = control.plan_bytes(message)
+                self.totals.came_down(payload_bytes(message.content))
                 content = (
                     self._relay(message, context)
                     if plan is None
@@ -118,19 +122,20 @@ class EdgeApp:
         log.info("run %s window %d: %d rounds", plan.run, plan.window, len(plan.rounds))
         self.roster.refresh(grid, self._request, HELLO_DEADLINE)
         window = EdgeWindow(self.name, plan, weights, grid, self.roster, self.progress)
-        if plan.inquiry:
-            return self._window_content(*window.inquire())
-        report, tally = window.run()
+        with bind(run=plan.run, window=plan.window):
+            if plan.inquiry:
+                return self._window_content(*window.inquire())
+            report, tally = window.run()
         self.roster.refresh(grid, self._request, HELLO_DEADLINE)
         report.roster.CopyFrom(self._edge_hello())
         return self._window_content(report, tally)
 
-    @staticmethod
-    def _window_content(report: pb.EdgeReport, weights: Weights) -> RecordDict:
+    def _window_content(self, report: pb.EdgeReport, weights: Weights) -> RecordDict:
         loss = report.rounds[-1].loss if report.rounds else 0.0
         arrays = weights.to_record()
         content = control.report_content(report, arrays, report.samples, loss)
         report.up_bytes = payload_bytes(content)
+        self.totals.add(report)
         content[control.REPORT] = ConfigRecord({control.PLAN: report.SerializeToString()})
         return content
 
@@ -156,6 +161,7 @@ class EdgeApp:
 
     def _edge_hello(self) -> pb.EdgeHello:
         faults, self.roster.faults = self.roster.faults, []
+        self.totals.count(faults)
         return pb.EdgeHello(
             schema=control.SCHEMA,
             name=self.name,

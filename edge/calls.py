@@ -124,7 +124,10 @@ class Caller:
 
     def fault(self, node: str, kind: str, detail: str, round_: int) -> None:
         """Enter what went wrong into the report."""
-        log.warning("window %d round %d: %s %s: %s", self.plan.window, round_, node, kind, detail)
+        fields = {"round": round_, "client": node, "fault": kind}
+        log.warning(
+            "window %d round %d: %s %s: %s", self.plan.window, round_, node, kind, detail, extra=fields
+        )
         self.report.faults.append(
             pb.Fault(tier="edge", node=node, kind=kind, detail=detail, window=self.plan.window, round=round_)
         )

@@ -14,7 +14,7 @@ from common.errors import WireError
 from common.flower.inline import InlineFleet, InlineGrid
 from common.names import NameRegistry, check_name
 from common.wire import control
-from common.wire.hello import check_client_hello
+from common.wire.hello import check_client_hello, version_mismatch
 from proto import espalier_pb2 as pb
 
 log = logging.getLogger("espalier.edge")
@@ -50,12 +50,14 @@ class Roster:
         self._names = names
         self._known: dict[int, Known] = {}
         self._silent: dict[int, str] = {}
+        self._mismatches: set[tuple[str, str]] = set()
         self.faults: list[pb.Fault] = []
 
     def reset(self) -> None:
         """Forget every hello: another run may ask for noisy histograms."""
         self._known.clear()
         self._silent.clear()
+        self._mismatches.clear()
 
     def clients(self) -> dict[str, Known]:
         """Return the clients that are connected now, by name."""
@@ -101,10 +103,19 @@ class Roster:
                     pb.Fault(tier="edge", node=error.sender, kind="refused", detail=error.fault)
                 )
                 continue
+            self._check_versions(hello)
             # A client that reconnected with its key replaces its older self and so counts once.
             self._known = {i: k for i, k in self._known.items() if k.hello.name != hello.name}
             hello.link_seconds = time.monotonic() - start
             self._known[node_id] = Known(node_id, hello, since[node_id])
+
+    def _check_versions(self, hello: pb.ClientHello) -> None:
+        """Report, once a run, a client whose versions are not ours; it takes part all the same."""
+        fault = version_mismatch(hello.facts.versions)
+        if fault and (hello.name, fault) not in self._mismatches:
+            self._mismatches.add((hello.name, fault))
+            log.warning("client %s: %s", hello.name, fault)
+            self.faults.append(pb.Fault(tier="edge", node=hello.name, kind="version", detail=fault))
 
     @staticmethod
     def _hellos(nodes: list[int], request: ConfigRecord) -> Iterator[Message]:

@@ -170,6 +170,9 @@ class EdgeWindow:
         for client in record.clients:
             self._reached[client.client] = pb.Version(window=self.plan.window, round=round_)
         record.loss = sum(c.loss * c.samples for c in record.clients) / samples
+        log.info(
+            "round %d: %d replies, loss %.4f", round_, len(counted), record.loss, extra={"round": round_}
+        )
         self.progress.loss = record.loss
         self.server.round = round_
         if round_ != self.plan.rounds[-1].round:

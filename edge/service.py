@@ -12,13 +12,24 @@ from common.flower.resident import Fab, Home, ResidentNode
 from common.monitor.node_status import NodeStatus
 from common.names import is_name
 from common.node_log import event_logger
-from common.security import Security
+from common.security import Address, Security
 from edge.app import SIDE_TYPES, EdgeApp
+from edge.monitor import EdgeSource, looked_on
 
 log = logging.getLogger("espalier.edge")
 
 
-def run_edge(name: str, cloud: str, listen: str, state: Path, key: Path | None, security: Security) -> None:
+def run_edge(
+    name: str,
+    cloud: str,
+    listen: str,
+    state: Path,
+    key: Path | None,
+    security: Security,
+    *,
+    monitor: str = "",
+    metrics: Address | None = None,
+) -> None:
     """Run an edge until SIGTERM or Ctrl-C.
 
     Parameters
@@ -35,6 +46,10 @@ def run_edge(name: str, cloud: str, listen: str, state: Path, key: Path | None, 
         Private node key; by default one below `state`.
     security : Security
         Certificates of both links.
+    monitor : str
+        HOST:PORT of a live view of this edge; "" for none.
+    metrics : Address, optional
+        Where to answer Prometheus.
 
     Raises
     ------
@@ -74,7 +89,8 @@ def run_edge(name: str, cloud: str, listen: str, state: Path, key: Path | None, 
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: node.stop())
     try:
-        with status:
+        source = EdgeSource(name, app.roster, lambda: app.progress, app.totals, status)
+        with status, looked_on(source, monitor, metrics, security):
             node.run()
     finally:
         app.close()

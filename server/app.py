@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import logging
+import os
 
 from flwr.app import Context
 from flwr.serverapp import Grid, ServerApp
 
 from common.flower.cloud_grid import TreeGrid
+from common.monitor.logs import FORMAT_ENV, configure
 from common.run.config import RunConfig
 from server.monitor import remember_run
 from server.run import TreeRun, cloud_state, run_folder
@@ -18,7 +19,7 @@ app = ServerApp()
 @app.main()
 def main(grid: Grid, context: Context) -> None:
     """Run one run of the tree, as the run config says."""
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s %(levelname)s %(message)s")
+    configure(os.environ.get(FORMAT_ENV, "text"))
     settings = RunConfig.from_flat(context.run_config)
     out = run_folder(settings, context.run_id)
     run = TreeRun(settings, TreeGrid(grid), out, cloud_state())

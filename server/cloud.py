@@ -10,11 +10,14 @@ import socket
 import sys
 import time
 from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
 from common.errors import AddressError, ConfigError, EspalierError, StateError
 from common.flower.node_state import StateLock
+from common.monitor.logs import Forwarder, announce, is_json
+from common.monitor.metrics import TreeCollector, serve_metrics
 from common.run import submission as runs
 from common.run.clouds import Cloud, running_clouds
 from common.run.events import FINAL, read_from
@@ -46,6 +49,7 @@ def run_cloud(
     *,
     expose_control: bool = False,
     monitor: str = "",
+    metrics: Address | None = None,
 ) -> None:
     """Serve edges at `listen` and this machine's commands at `control` until interrupted.
 
@@ -63,6 +67,8 @@ def run_cloud(
         Allow a control address beyond this machine. Whoever reaches it can submit code.
     monitor : str
         ``HOST:PORT`` of the live view; "" for the default one, "none" for none.
+    metrics : Address, optional
+        Where to answer Prometheus.
 
     Raises
     ------
@@ -86,7 +92,12 @@ def run_cloud(
     try:
         _check_free(fleet_address, "--listen")
         _check_free(control_address, "--control")
-        with monitored(source, monitor, security) as looked_on:
+        with ExitStack() as stack:
+            looked_on = stack.enter_context(monitored(source, monitor, security))
+            if metrics is not None:
+                stack.callback(serve_metrics(metrics, TreeCollector(source)))
+            if is_json():
+                stack.enter_context(Forwarder(state / "superlink.log", "flwr.superlink"))
             cloud = Cloud(
                 name=name,
                 listen=str(fleet_address),
@@ -202,7 +213,7 @@ class Supervisor:
                 self._tell_ready(True)
                 futile = 0
                 if first:
-                    print(f"cloud {self.cloud.name!r} is ready: edges at {self.cloud.listen}", flush=True)
+                    announce(f"cloud {self.cloud.name!r} is ready: edges at {self.cloud.listen}")
                 first = False
                 self._bring_back()
                 self._attend()

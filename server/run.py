@@ -19,6 +19,7 @@ from common.methods.base import CloudState, Method
 from common.methods.levels import parse_levels
 from common.methods.planning import AtRandom, mean_homogeneity, plan_window
 from common.methods.registry import create_method
+from common.monitor.logs import bind
 from common.names import NameRegistry
 from common.run.config import RunConfig
 from common.run.record import REPORT_FILE, RunRecord
@@ -76,7 +77,8 @@ class TreeRun:
             If the tree does not come together or the settings do not fit the data.
         """
         try:
-            self._train()
+            with bind(run=self.run_id):
+                self._train()
         except StopRequested:
             self._close("stopped", "stopped by `espalier stop`")
         except (*LINK_LOST, KeyboardInterrupt, SystemExit) as error:

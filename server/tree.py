@@ -16,7 +16,7 @@ from common.methods.planning import Member
 from common.names import NameRegistry, check_name
 from common.run.config import RunConfig
 from common.wire import control
-from common.wire.hello import check_client_hello
+from common.wire.hello import check_client_hello, version_mismatch
 from proto import espalier_pb2 as pb
 
 log = logging.getLogger("espalier.cloud")
@@ -54,7 +54,7 @@ class Tree:
     _edges: dict[int, pb.EdgeHello] = field(default_factory=dict)
     _clients: dict[str, pb.ClientHello] = field(default_factory=dict)
     _links: dict[str, dict[str, float]] = field(default_factory=dict)
-    _refused: set[tuple[str, str]] = field(default_factory=set)
+    _noted: set[tuple[str, str]] = field(default_factory=set)
 
     # --- who is there ------------------------------------------------------------------------------
 
@@ -156,6 +156,8 @@ class Tree:
         # An edge that came back under a new node id replaces its older self.
         self._edges = {i: e for i, e in self._edges.items() if e.name != hello.name}
         self._edges[node_id] = hello
+        if fault := version_mismatch(hello.facts.versions):
+            self._note(hello.name, "version", fault)
         self.faults.extend(hello.faults)
         for client in hello.clients:
             try:
@@ -197,10 +199,14 @@ class Tree:
             yield Message(RecordDict({control.CONFIG: request}), node_id, control.HELLO)
 
     def _refuse(self, sender: str, fault: str) -> None:
-        if (sender, fault) not in self._refused:
-            self._refused.add((sender, fault))
-            log.warning("%s refused: %s", sender, fault)
-            self.faults.append(pb.Fault(tier="cloud", node=sender, kind="refused", detail=fault))
+        self._note(sender, "refused", fault)
+
+    def _note(self, sender: str, kind: str, fault: str) -> None:
+        """Report a fault of an edge or client, once."""
+        if (sender, fault) not in self._noted:
+            self._noted.add((sender, fault))
+            log.warning("%s: %s: %s", sender, kind, fault)
+            self.faults.append(pb.Fault(tier="cloud", node=sender, kind=kind, detail=fault))
 
     def roster(self) -> dict[str, dict[str, dict[str, object]]]:
         """Return who is connected now, and what each one said of itself: the ``roster`` event."""

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import json
-from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from common.commands.options import Insecure, Roots, security_of
+from common.commands.options import Format, Insecure, Roots, security_of
 from common.errors import ConfigError, EspalierError
 
 if TYPE_CHECKING:
@@ -23,13 +22,6 @@ CloudName = Annotated[str, typer.Option("--cloud", help="Name of a cloud on this
 MonitorAddress = Annotated[
     str | None, typer.Option(metavar="HOST:PORT", help="Its --monitor address, where it runs elsewhere.")
 ]
-
-
-class Format(StrEnum):
-    """How a command answers."""
-
-    TEXT = "text"
-    JSON = "json"
 
 
 def health(

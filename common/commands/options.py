@@ -2,13 +2,24 @@
 
 from __future__ import annotations
 
+from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from common.errors import AddressError
+
 if TYPE_CHECKING:
-    from common.security import Security
+    from common.security import Address, Security
+
+
+class Format(StrEnum):
+    """How a command answers, or a process logs."""
+
+    TEXT = "text"
+    JSON = "json"
+
 
 Settings = Annotated[
     list[str] | None,
@@ -28,6 +39,29 @@ Insecure = Annotated[bool, typer.Option("--insecure", help="Allow links without 
 NodeKey = Annotated[
     Path | None, typer.Option("--key", help="Private node key; one is made in --state otherwise.")
 ]
+
+MetricsPort = Annotated[
+    int | None, typer.Option(min=1, max=65535, help="Answer Prometheus at this port; not at all without.")
+]
+MetricsHost = Annotated[str, typer.Option(help="Address of --metrics-port; plain HTTP.")]
+LogFormat = Annotated[Format, typer.Option(help="text, or json: one object an event, on stderr.")]
+
+
+def start_process(
+    log_format: Format, metrics_port: int | None = None, metrics_host: str = "127.0.0.1"
+) -> Address | None:
+    """Set up what every tier's process has: its log; return where it answers Prometheus, if it does."""
+    from common.monitor.logs import configure
+    from common.security import Address, parse_address
+
+    configure(log_format)
+    if metrics_port is None:
+        return None
+    host = f"[{metrics_host}]" if ":" in metrics_host else metrics_host
+    try:
+        return Address(*parse_address(f"{host}:{metrics_port}"))
+    except AddressError as error:
+        raise AddressError(f"--metrics-host: {error}") from error
 
 
 def security_of(roots: Path | None, certificate: Path | None, key: Path | None, insecure: bool) -> Security:

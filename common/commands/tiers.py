@@ -10,12 +10,17 @@ import typer
 
 from common.commands.options import (
     Certificate,
+    Format,
     Insecure,
+    LogFormat,
+    MetricsHost,
+    MetricsPort,
     NodeKey,
     PrivateKey,
     Roots,
     StateFolder,
     security_of,
+    start_process,
 )
 from common.errors import ConfigError
 
@@ -38,8 +43,12 @@ def cloud(
     certificate: Certificate = None,
     private_key: PrivateKey = None,
     insecure: Insecure = False,
+    metrics_port: MetricsPort = None,
+    metrics_host: MetricsHost = "127.0.0.1",
+    log_format: LogFormat = Format.TEXT,
 ) -> None:
     """Serve as the cloud, until interrupted."""
+    metrics = start_process(log_format, metrics_port, metrics_host)
     # What it starts is another program, so gRPC's threads need no looking after in a fork. Read at its import.
     os.environ.setdefault("GRPC_ENABLE_FORK_SUPPORT", "0")
     from common.run.processes import signals_interrupt
@@ -47,7 +56,16 @@ def cloud(
 
     security = security_of(root_certificates, certificate, private_key, insecure)
     with signals_interrupt():
-        run_cloud(listen, control, state, name, security, expose_control=expose_control, monitor=monitor)
+        run_cloud(
+            listen,
+            control,
+            state,
+            name,
+            security,
+            expose_control=expose_control,
+            monitor=monitor,
+            metrics=metrics,
+        )
 
 
 def edge(
@@ -60,8 +78,15 @@ def edge(
     certificate: Certificate = None,
     private_key: PrivateKey = None,
     insecure: Insecure = False,
+    monitor: Annotated[
+        str, typer.Option(metavar="HOST:PORT", help="Live view of this edge and its clients.")
+    ] = "",
+    metrics_port: MetricsPort = None,
+    metrics_host: MetricsHost = "127.0.0.1",
+    log_format: LogFormat = Format.TEXT,
 ) -> None:
     """Serve as an edge, until interrupted."""
+    metrics = start_process(log_format, metrics_port, metrics_host)
     from common.run.names import check_name
     from common.security import parse_address
 
@@ -73,7 +98,7 @@ def edge(
 
     from edge.service import run_edge
 
-    run_edge(name, cloud, listen, state, key, security)
+    run_edge(name, cloud, listen, state, key, security, monitor=monitor, metrics=metrics)
 
 
 def client(
@@ -103,8 +128,12 @@ def client(
     threads: Annotated[int | None, typer.Option(min=1, help="Threads of torch on a CPU.")] = None,
     root_certificates: Roots = None,
     insecure: Insecure = False,
+    metrics_port: MetricsPort = None,
+    metrics_host: MetricsHost = "127.0.0.1",
+    log_format: LogFormat = Format.TEXT,
 ) -> None:
     """Serve as a client, until interrupted."""
+    metrics = start_process(log_format, metrics_port, metrics_host)
     from common.run.config import parse_assignments
     from common.run.names import check_name
     from common.security import parse_address
@@ -141,4 +170,4 @@ def client(
 
     from client.service import run_client
 
-    run_client(name, edges, data, device, state, key, user_app, config, security, threads)
+    run_client(name, edges, data, device, state, key, user_app, config, security, threads, metrics)

@@ -188,7 +188,13 @@ class HomeLoop:
         except (MessageGone, PayloadError) as fault:
             self._tell("dropped", message_type=kind, reason=str(fault))
             return
-        self._tell("message", message_type=kind, run_id=metadata.run_id, group_id=metadata.group_id)
+        self._tell(
+            "message",
+            message_type=kind,
+            run_id=metadata.run_id,
+            group_id=metadata.group_id,
+            bytes=array_bytes(message),
+        )
         if kind in self.desk.side_types:
             self._answer(message, self._session, side=True)
             return
@@ -266,7 +272,13 @@ class HomeLoop:
         except HomeFault as fault:
             self._tell("dropped", message_type=metadata.message_type, reason=str(fault))
             return
-        self._tell("reply", message_type=metadata.message_type, seconds=runtime, wanted=wanted)
+        self._tell(
+            "reply",
+            message_type=metadata.message_type,
+            seconds=runtime,
+            wanted=wanted,
+            bytes=array_bytes(reply),
+        )
 
     def _patiently(self, call: Callable[[], T], moot: Callable[[], bool]) -> T:
         """Repeat a call while the home is unavailable, until it is moot."""

@@ -53,6 +53,8 @@ class NodeStatus:
         Messages answered, by message type; a failed one counts in `failed`.
     seconds : dict
         Seconds spent in the app, by message type.
+    up_bytes, down_bytes : int
+        Payload sent to and got from the servers.
     """
 
     def __init__(self, state: Path, homes: list[str], then: Listener | None = None) -> None:
@@ -61,6 +63,7 @@ class NodeStatus:
         self.answered: Counter[str] = Counter()
         self.failed: Counter[str] = Counter()
         self.seconds: defaultdict[str, float] = defaultdict(float)
+        self.up_bytes, self.down_bytes = 0, 0
         self.busy_with = ""
         self._then = then
         self._lock = threading.Lock()
@@ -100,9 +103,11 @@ class NodeStatus:
             return True
         if kind == "message":
             self.busy_with = message_type
+            self.down_bytes += int(facts.get("bytes", 0))
         elif kind == "reply":
             self.answered[message_type] += 1
             self.seconds[message_type] += float(facts.get("seconds", 0.0))
+            self.up_bytes += int(facts.get("bytes", 0))
             self.busy_with = ""
         elif kind == "error":
             self.failed[message_type] += 1

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 from typing import TypeVar
 
 from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
@@ -61,9 +62,17 @@ def decode(kind: type[P], data: object, sender: str) -> P:
     if schema != SCHEMA:
         raise WireError(
             sender,
-            f"a {kind.__name__} of schema {schema}, this side speaks {SCHEMA}; install one Espalier on both",
+            f"a {kind.__name__} of schema {schema}{_version_of(message)}, this side speaks {SCHEMA} (espalier "
+            f"{importlib.metadata.version('espalier')}); install one Espalier on both",
         )
     return message
+
+
+def _version_of(message: Proto) -> str:
+    """Return which Espalier a hello of another schema says it is from, as far as that can be read."""
+    facts = getattr(message, "facts", None)
+    version = facts.versions.get("espalier", "") if facts is not None else ""
+    return f" (espalier {version[:32]})" if version else ""
 
 
 def plan_bytes(message: Message) -> bytes | None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.metadata
 import math
 import os
+from collections.abc import Mapping
 
 from common.errors import WireError
 from common.models.presets import classifiers
@@ -52,7 +53,33 @@ def check_client_hello(hello: pb.ClientHello, sender: str) -> None:
 def device_facts(device: str) -> pb.DeviceFacts:
     """Describe this machine: device, cores, memory in bytes, versions of what must match."""
     pages, page = os.sysconf("SC_PHYS_PAGES"), os.sysconf("SC_PAGE_SIZE")
-    versions = {name: importlib.metadata.version(name) for name in ("espalier", "flwr", "torch")}
     return pb.DeviceFacts(
-        device=device, cores=os.cpu_count() or 1, memory_bytes=pages * page, versions=versions
+        device=device, cores=os.cpu_count() or 1, memory_bytes=pages * page, versions=own_versions()
     )
+
+
+def own_versions() -> dict[str, str]:
+    """Return the versions of what must match between tiers, and of torch."""
+    return {name: importlib.metadata.version(name) for name in ("espalier", "flwr", "torch")}
+
+
+def version_mismatch(theirs: Mapping[str, str], ours: Mapping[str, str] | None = None) -> str:
+    """Return what differs between a sender's versions and ours, and what to do; "" where they fit.
+
+    Espalier and Flower must agree in major and minor version. This is for a warning: whether messages are
+    understood is the schema's matter (`control.decode`), and a run of unlike patches goes on.
+
+    Parameters
+    ----------
+    theirs : mapping of str to str
+        What the sender told; a package that it does not tell is passed over.
+    ours : mapping of str to str, optional
+        By default `own_versions`.
+    """
+    ours = own_versions() if ours is None else ours
+    differing = [
+        f"{name} {theirs[name][:32]} there, {ours[name]} here"
+        for name in ("espalier", "flwr")
+        if name in theirs and theirs[name].split(".")[:2] != ours[name].split(".")[:2]
+    ]
+    return f"{' and '.join(differing)}; install one version on both" if differing else ""

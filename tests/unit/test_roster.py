@@ -114,6 +114,21 @@ def test_a_client_that_comes_back_as_another_node_counts_once(tree: Tree, roster
     assert {n: k.node_id for n, k in roster.clients().items()} == {"cam-1": 7}
 
 
+def test_a_client_of_another_version_is_named_once_and_takes_part(tree: Tree, roster: Roster) -> None:
+    old = hello("cam-1")
+    old.facts.versions.update({"espalier": "0.0.1", "flwr": "1.39.9"})
+    tree.join(1, b"k1", old)
+    roster.refresh(cast(Any, tree), REQUEST, 1.0)
+    tree.join(1, b"k1", old, since="2")  # it connects again within the run
+    roster.refresh(cast(Any, tree), REQUEST, 1.0)
+    assert tree.asked == [1, 1]
+    assert list(roster.clients()) == ["cam-1"]
+    [fault] = roster.faults
+    assert (fault.tier, fault.node, fault.kind) == ("edge", "cam-1", "version")
+    assert fault.detail.startswith("espalier 0.0.1 there, ")
+    assert fault.detail.endswith(" here; install one version on both")
+
+
 def test_a_damaged_registry_says_so(tmp_path: Path) -> None:
     (tmp_path / "names.json").write_text("{")
     with pytest.raises(StateError, match=r"names\.json is damaged"):
