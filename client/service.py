@@ -76,7 +76,9 @@ def run_client(
     roots = {edge: security.client_roots(edge) for edge in edges}
     homes = [Home(e, root_certificates=r, insecure=r is None) for e, r in roots.items()]
     client_app = load_app(app) if app else own_app(config, threads)
-    status = NodeStatus(state, edges, event_logger(log))
+    public = (key or state / "node.key").with_suffix(".pub")
+    admit = f"espalier clients add {name} {public} --state DIR"
+    status = NodeStatus(state, edges, event_logger(log, admit))
     node = ResidentNode(client_app, homes, state, node_config=config, key=key, on_event=status)
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: node.stop())

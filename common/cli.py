@@ -7,7 +7,7 @@ import sys
 import click
 import typer
 
-from common.commands import look, models, runs, tiers
+from common.commands import certs, look, members, models, runs, tiers
 from common.errors import EspalierError
 from common.monitor.logs import configure, say_error
 
@@ -33,6 +33,9 @@ app.command()(look.top)
 app.command()(look.health)
 app.command()(models.sample)
 app.command(name="pretrain-generator")(models.pretrain_generator)
+app.add_typer(certs.app, name="certs")
+app.add_typer(members.clients, name="clients")
+app.add_typer(members.edges, name="edges")
 
 INTERRUPTED = 130
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import base64
 import contextlib
 import datetime
 import fcntl
+import hashlib
 import json
 import threading
 from collections.abc import Iterator
@@ -28,6 +30,8 @@ from common.run.jsonfile import write_text
 CLIENT_KEYS = "clients.json"
 #: In a cloud's state folder: edges that the SuperLink admits.
 EDGE_KEYS = "edge-keys.json"
+#: Set in the environment of a cloud's ServerApp where the SuperLink admits registered edges only.
+KEYS_ONLY = "ESPALIER_KEYS_ONLY"
 #: The curves that Flower's own registration takes.
 CURVES = (ec.SECP256R1, ec.SECP384R1, ec.SECP521R1)
 
@@ -65,6 +69,12 @@ def canonical(public_key: bytes, owner: str) -> bytes:
 def openssh(public_key: bytes) -> bytes:
     """Return a canonical public key as a line of OpenSSH's form, as `flwr supernode register` takes it."""
     return load_pem_public_key(public_key).public_bytes(Encoding.OpenSSH, PublicFormat.OpenSSH) + b"\n"
+
+
+def fingerprint(public_key: bytes) -> str:
+    """Return a canonical public key's fingerprint as ``ssh-keygen -l`` prints it."""
+    blob = base64.b64decode(openssh(public_key).split()[1])
+    return "SHA256:" + base64.b64encode(hashlib.sha256(blob).digest()).decode().rstrip("=")
 
 
 @dataclass(frozen=True)
@@ -128,6 +138,10 @@ class KeyRegistry:
         """Return the name of a canonical key; None if the key is unknown or revoked."""
         entry = self._of(public_key)
         return None if entry is None or entry.revoked else entry.name
+
+    def owners(self) -> dict[bytes, str]:
+        """Return the name of each key in force."""
+        return {e.public_key: e.name for e in self.entries() if not e.revoked}
 
     def claim(self, name: str, public_key: bytes) -> None:
         """Check that a node that calls itself `name` holds the key registered under it.

@@ -5,11 +5,14 @@ from __future__ import annotations
 import json
 import re
 from pathlib import Path
+from typing import Protocol
 
 from common.errors import StateError, WireError
 from common.run.jsonfile import write_text
 
 NAME_RULE = "1 to 64 letters, digits, '.', '-' or '_', no sign at either end"
+#: Registries of this kind in state folders: an edge's, of its clients, and a cloud's, of its edges.
+CLIENT_NAMES, EDGE_NAMES = "names.json", "edges.json"
 _NAME = re.compile(r"[A-Za-z0-9](?:[A-Za-z0-9._-]{0,62}[A-Za-z0-9])?")
 
 
@@ -30,6 +33,13 @@ def check_name(name: str) -> None:
         raise WireError(name[:64], f"a name is {NAME_RULE}")
 
 
+class Claims(Protocol):
+    """What decides whether a node may use the name it says: see also `common.keys.KeyRegistry`."""
+
+    def claim(self, name: str, public_key: bytes) -> None:
+        """Return if a name is the key's own, else raise WireError."""
+
+
 class NameRegistry:
     """Which public key owns which name, kept on disk: the first key to use a name keeps it.
 
@@ -44,16 +54,20 @@ class NameRegistry:
 
     def __init__(self, path: Path) -> None:
         self.path = path
+        self._read()
+
+    def _read(self) -> dict[str, str]:
         try:
-            self._keys: dict[str, str] = json.loads(path.read_text()) if path.exists() else {}
+            held: dict[str, str] = json.loads(self.path.read_text()) if self.path.exists() else {}
         except (OSError, ValueError) as error:
             raise StateError(
-                f"{path} is damaged ({error}); remove it to let every client claim its name again"
+                f"{self.path} is damaged ({error}); remove it to let every client claim its name again"
             ) from error
+        return held
 
     def owners(self) -> dict[bytes, str]:
         """Return the name of each key."""
-        return {bytes.fromhex(key): name for name, key in self._keys.items()}
+        return {bytes.fromhex(key): name for name, key in self._read().items()}
 
     def claim(self, name: str, public_key: bytes) -> None:
         """Bind a name to a key.
@@ -63,15 +77,26 @@ class NameRegistry:
         WireError
             If another key owns the name, or the key owns another name.
         """
+        keys = self._read()  # `espalier clients forget` may have changed it
         key = public_key.hex()
-        owner = self._keys.get(name)
+        owner = keys.get(name)
         if owner == key:
             return
         if owner is not None:
             raise WireError(
                 name, "another node key owns this name; give the client its own --name or its old --state"
             )
-        if names := [n for n, k in self._keys.items() if k == key]:
+        if names := [n for n, k in keys.items() if k == key]:
             raise WireError(name, f"its node key already goes by the name {names[0]!r}")
-        self._keys[name] = key
-        write_text(self.path, json.dumps(self._keys, indent=1) + "\n")
+        self._write(keys | {name: key})
+
+    def forget(self, name: str) -> bool:
+        """Let another key claim a name; tell whether one had."""
+        keys = self._read()
+        known = keys.pop(name, None) is not None
+        if known:
+            self._write(keys)
+        return known
+
+    def _write(self, keys: dict[str, str]) -> None:
+        write_text(self.path, json.dumps(keys, indent=1) + "\n")

@@ -13,7 +13,12 @@ _LINES: dict[str, tuple[int, str]] = {
         logging.WARNING,
         "{home} does not answer ({reason}); trying again; is it running, and is the address right?",
     ),
+    "untrusted": (logging.WARNING, "no secure connection to {home}: {reason}; trying again"),
     "refused": (logging.WARNING, "{home} refuses this node ({reason}); trying again"),
+    "key refused": (
+        logging.WARNING,
+        "{home} refuses this node: {reason}; trying again; to admit it, there: {admit}",
+    ),
     "dropped": (logging.INFO, "dropped a {message_type!r} message of {home}: {reason}"),
     "error": (logging.WARNING, "a {message_type!r} message of {home} failed: {reason}"),
     "message": (logging.DEBUG, "a {message_type!r} message of {home}"),
@@ -21,12 +26,26 @@ _LINES: dict[str, tuple[int, str]] = {
 }
 
 
-def event_logger(log: logging.Logger) -> Callable[[str, Mapping[str, Any]], None]:
-    """Return an `on_event` for a ResidentNode that writes to `log`."""
+def event_logger(
+    log: logging.Logger, admit: str = "register its public key"
+) -> Callable[[str, Mapping[str, Any]], None]:
+    """Return an `on_event` for a ResidentNode that writes to `log`.
+
+    Parameters
+    ----------
+    log : logging.Logger
+        Where to.
+    admit : str
+        The command that admits this node at a server that admits registered keys only.
+    """
 
     def on_event(kind: str, facts: Mapping[str, Any]) -> None:
+        if facts.get("untrusted"):
+            kind = "untrusted"
+        elif facts.get("by_key"):
+            kind = "key refused"
         level, line = _LINES.get(kind, (logging.INFO, kind + " at {home}"))
         fields = {key: facts[key] for key in ("home", "message_type", "reason", "seconds") if key in facts}
-        log.log(level, "%s", line.format(**facts), extra={"event": kind, **fields})
+        log.log(level, "%s", line.format(admit=admit, **facts), extra={"event": kind, **fields})
 
     return on_event

@@ -61,13 +61,14 @@ def parse_address(text: str, *, listen: bool = False) -> Address:
         raise AddressError(f"address {text!r}: {port!r} is no port; use a number from 1 to 65535")
     bracketed = host.startswith("[") and host.endswith("]")
     name = host[1:-1] if bracketed else host
-    if not _is_host(name, bracketed):
+    if not is_host(name, bracketed=bracketed):
         hint = "put an IPv6 address in brackets, e.g. [::1]:9092" if ":" in host else "write it as HOST:PORT"
         raise AddressError(f"address {text!r}: {host!r} is no host name or IP address; {hint}")
     return Address(name, int(port))
 
 
-def _is_host(name: str, bracketed: bool) -> bool:
+def is_host(name: str, *, bracketed: bool = False) -> bool:
+    """Whether `name` is a host name or an IPv4 address; in brackets, whether it is an IPv6 address."""
     if bracketed or re.fullmatch(r"[0-9.]+", name):
         try:
             return ipaddress.ip_address(name).version == (6 if bracketed else 4)
@@ -88,12 +89,20 @@ class Security:
         PEM files a server shows to those that connect; needed together.
     insecure : bool
         Allow a link without TLS beyond this machine.
+    trust_on_first_use : bool
+        Let whoever connects over TLS have the name it says first, and not only registered node keys.
     """
 
     root_certificates: Path | None = None
     certificate: Path | None = None
     private_key: Path | None = None
     insecure: bool = False
+    trust_on_first_use: bool = False
+
+    @property
+    def keys_only(self) -> bool:
+        """Whether a server admits registered node keys only. Flower needs TLS for it."""
+        return self.certificate is not None and not self.trust_on_first_use
 
     def client_roots(self, server: str) -> bytes | None:
         """Return the root certificates for a connection to `server`, None for a plain one.
@@ -153,6 +162,7 @@ class Security:
             "--private-key": self.private_key,
         }
         flags = [word for flag, path in files.items() if path is not None for word in (flag, str(path))]
+        flags += ["--trust-on-first-use"] if self.trust_on_first_use else []
         return [*flags, "--insecure"] if self.insecure else flags
 
 

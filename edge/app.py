@@ -16,7 +16,7 @@ from common.flower.arrays import payload_bytes
 from common.flower.inline import InlineFleet, InlineGrid
 from common.flower.resident import Fab
 from common.monitor.logs import bind
-from common.names import NameRegistry
+from common.names import CLIENT_NAMES, Claims, NameRegistry
 from common.wire import control
 from common.wire.hello import device_facts
 from common.wire.payload import Weights
@@ -65,15 +65,19 @@ class EdgeApp:
     fleet : InlineFleet
         Its Fleet server.
     state : Path
-        Folder for the name registry.
+        Folder of the edge's own.
     cloud : Cloud
         Answers what an edge wants to know of the cloud's runs.
+    names : Claims, optional
+        Which client may use which name; by default the first key that says it.
     """
 
-    def __init__(self, name: str, fleet: InlineFleet, state: Path, cloud: Cloud) -> None:
+    def __init__(
+        self, name: str, fleet: InlineFleet, state: Path, cloud: Cloud, names: Claims | None = None
+    ) -> None:
         self.name = name
         self.fleet = fleet
-        self.roster = Roster(fleet, NameRegistry(state / "names.json"))
+        self.roster = Roster(fleet, names or NameRegistry(state / CLIENT_NAMES))
         self.progress = EdgeProgress()
         self.totals = EdgeTotals()
         self._cloud = cloud

@@ -12,7 +12,7 @@ from flwr.app import ConfigRecord, Message, RecordDict
 
 from common.errors import WireError
 from common.flower.inline import InlineFleet, InlineGrid
-from common.names import NameRegistry, check_name
+from common.names import Claims, check_name
 from common.wire import control
 from common.wire.hello import check_client_hello, version_mismatch
 from proto import espalier_pb2 as pb
@@ -41,11 +41,11 @@ class Roster:
     ----------
     fleet : InlineFleet
         The edge's Fleet server.
-    names : NameRegistry
+    names : Claims
         Who may use which name.
     """
 
-    def __init__(self, fleet: InlineFleet, names: NameRegistry) -> None:
+    def __init__(self, fleet: InlineFleet, names: Claims) -> None:
         self._fleet = fleet
         self._names = names
         self._known: dict[int, Known] = {}

@@ -9,10 +9,13 @@ from pathlib import Path
 from common.errors import ConfigError
 from common.flower.inline import InlineFleet
 from common.flower.resident import Fab, Home, ResidentNode
+from common.keys import CLIENT_KEYS, KeyRegistry
 from common.monitor.node_status import NodeStatus
 from common.names import is_name
 from common.node_log import event_logger
+from common.refusals import Refusals
 from common.security import Address, Security
+from edge.admission import Admission
 from edge.app import SIDE_TYPES, EdgeApp
 from edge.monitor import EdgeSource, looked_on
 
@@ -45,7 +48,7 @@ def run_edge(
     key : Path or None
         Private node key; by default one below `state`.
     security : Security
-        Certificates of both links.
+        Certificates of both links. With one for its clients, the edge admits those of `state`/clients.json only.
     monitor : str
         HOST:PORT of a live view of this edge; "" for none.
     metrics : Address, optional
@@ -60,7 +63,14 @@ def run_edge(
         raise ConfigError(f"--name {name!r} is no name for an edge; use letters, digits, '.', '-', '_'")
     roots = security.client_roots(cloud)
     home = Home(cloud, root_certificates=roots, insecure=roots is None)
-    fleet = InlineFleet(listen, certificates=security.server_certificates(listen))
+    registry = KeyRegistry(state / CLIENT_KEYS) if security.keys_only else None
+    fleet = InlineFleet(
+        listen,
+        certificates=security.server_certificates(listen),
+        require_keys=registry is not None,
+        on_refused=Refusals(registry, "espalier clients add", log) if registry else None,
+    )
+    admission = Admission(fleet, registry) if registry else None
 
     class Cloud:
         """The cloud as the uplink sees it."""
@@ -71,8 +81,10 @@ def run_edge(
         def run_is_over(self, run_id: int) -> bool:
             return node.run_is_over(home, run_id)
 
-    app = EdgeApp(name, fleet, state, Cloud())
-    status = NodeStatus(state, [cloud], event_logger(log))
+    app = EdgeApp(name, fleet, state, Cloud(), registry)
+    public = (key or state / "node.key").with_suffix(".pub")
+    admit = f"espalier edges add {name} {public} --state DIR"
+    status = NodeStatus(state, [cloud], event_logger(log, admit))
     node = ResidentNode(
         app,
         [home],
@@ -82,6 +94,8 @@ def run_edge(
         side_types=SIDE_TYPES,
         on_event=status,
     )
+    if admission is not None:
+        admission.start()
     fleet.start()
     host = listen.rpartition(":")[0]
     (state / "address").write_text(f"{host}:{fleet.port}\n")
@@ -93,5 +107,7 @@ def run_edge(
         with status, looked_on(source, monitor, metrics, security):
             node.run()
     finally:
+        if admission is not None:
+            admission.stop()
         app.close()
         fleet.stop()

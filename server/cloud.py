@@ -14,8 +14,10 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
+from common.certificates import check_served
 from common.errors import AddressError, ConfigError, EspalierError, StateError
 from common.flower.node_state import StateLock
+from common.keys import EDGE_KEYS, KEYS_ONLY, KeyRegistry
 from common.monitor.logs import Forwarder, announce, is_json
 from common.monitor.metrics import TreeCollector, serve_metrics
 from common.run import submission as runs
@@ -25,6 +27,7 @@ from common.run.names import check_name
 from common.run.processes import Process, espalier_env, listens, process_alive, signals_held, spawn, stop
 from common.run.submission import Submission
 from common.security import Address, Security, parse_address
+from server.admission import EdgeAdmission
 from server.monitor import CloudSource, monitored
 
 log = logging.getLogger("espalier.cloud")
@@ -62,7 +65,7 @@ def run_cloud(
     name : str
         What ``espalier run --cloud`` calls it; one running cloud of a name per user.
     security : Security
-        TLS files for both ports.
+        TLS files for both ports. With a certificate, only the edges of `state`/edge-keys.json are admitted.
     expose_control : bool
         Allow a control address beyond this machine. Whoever reaches it can submit code.
     monitor : str
@@ -84,7 +87,8 @@ def run_cloud(
             f"--control {control_address} is open to other machines, and whoever reaches it can submit code; "
             "use 127.0.0.1:PORT, or --expose-control to allow it"
         )
-    security.server_certificates(listen)
+    check_served(security, listen, own_roots=True, host=control_address.host)
+    security.server_certificates(control)
     if any(cloud.name == name and cloud.folder != state for cloud in running_clouds()):
         raise ConfigError(f"a cloud named {name!r} already runs on this machine; give another --name")
     lock = StateLock(state)
@@ -114,7 +118,8 @@ def run_cloud(
                     looked_on.set_health(ready)
 
             source.cloud = cloud
-            supervisor = Supervisor(cloud, security, tell)
+            registry = KeyRegistry(state / EDGE_KEYS) if security.keys_only else None
+            supervisor = Supervisor(cloud, security, tell, registry)
             try:
                 supervisor.run()
             finally:
@@ -190,14 +195,21 @@ class Supervisor:
         TLS files of the SuperLink.
     tell_ready : callable
         Called with whether the SuperLink serves, when that changes.
+    registry : KeyRegistry, optional
+        Edges that the SuperLink admits; None admits every one.
     """
 
     def __init__(
-        self, cloud: Cloud, security: Security, tell_ready: Callable[[bool], None] = lambda ready: None
+        self,
+        cloud: Cloud,
+        security: Security,
+        tell_ready: Callable[[bool], None] = lambda ready: None,
+        registry: KeyRegistry | None = None,
     ) -> None:
         self._tell_ready = tell_ready
         self.cloud = cloud
         self.security = security
+        self.admission = None if registry is None else EdgeAdmission(cloud, registry)
         self.process: Process | None = None
         self.watched: dict[str, Watched] = {}
         self._suspects: set[str] = set()
@@ -210,8 +222,10 @@ class Supervisor:
             started = time.monotonic()
             try:
                 self._start()
-                self._tell_ready(True)
                 futile = 0
+                if self.admission is not None:
+                    self.admission.start_over()
+                self._tell_ready(True)
                 if first:
                     announce(f"cloud {self.cloud.name!r} is ready: edges at {self.cloud.listen}")
                 first = False
@@ -246,6 +260,7 @@ class Supervisor:
             **espalier_env(),
             "FLWR_HOME": str(self.cloud.flwr_home),
             "ESPALIER_STATE": self.cloud.state,
+            KEYS_ONLY: "1" if self.admission is not None else "",
         }
         process = spawn("flower-superlink", self._command(), folder / "superlink.log", env)
         self.process = process
@@ -278,12 +293,15 @@ class Supervisor:
             f"--ssl-certfile={self.security.certificate.expanduser().resolve()}",
             f"--ssl-keyfile={Path(str(self.security.private_key)).expanduser().resolve()}",
             f"--ssl-ca-certfile={self.cloud.root_certificates}",
+            *(["--enable-supernode-auth"] if self.admission is not None else []),
         ]
 
     def _attend(self) -> None:
         """Watch the SuperLink and the runs until the SuperLink ends."""
         while self.process is not None and self.process.running:
             time.sleep(POLL_SECONDS)
+            if self.admission is not None:
+                self.admission.follow()
             self._look_after_runs()
 
     # --- the runs ----------------------------------------------------------------------------------

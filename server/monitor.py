@@ -13,9 +13,10 @@ from pathlib import Path
 
 from common.errors import AddressError, EspalierError
 from common.flower.control_api import Node, list_nodes
+from common.keys import EDGE_KEYS, KeyRegistry
 from common.monitor.service import MonitorServer
 from common.monitor.view import TreeView
-from common.names import NameRegistry
+from common.names import EDGE_NAMES, NameRegistry
 from common.run import submission as runs
 from common.run.clouds import Cloud
 from common.run.events import EVENTS_FILE, read_from
@@ -143,7 +144,9 @@ class CloudSource:
     def _add_nodes(self, status: mpb.TreeStatus, nodes: list[Node]) -> None:
         """Enter which edges are connected, which the SuperLink knows best and also between runs."""
         try:
-            owners = NameRegistry(self.state / "edges.json").owners()
+            owners = (
+                NameRegistry(self.state / EDGE_NAMES).owners() | KeyRegistry(self.state / EDGE_KEYS).owners()
+            )
         except EspalierError as error:
             log.warning("%s", error)
             return

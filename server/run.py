@@ -13,6 +13,7 @@ from flwr.app import ConfigRecord
 
 from common.errors import EspalierError
 from common.flower.cloud_grid import LINK_LOST, TreeGrid
+from common.keys import EDGE_KEYS, KEYS_ONLY, KeyRegistry
 from common.learning.diffusion import ema_update
 from common.learning.trainer import resolve_device
 from common.methods.base import CloudState, Method
@@ -20,7 +21,7 @@ from common.methods.levels import parse_levels
 from common.methods.planning import AtRandom, mean_homogeneity, plan_window
 from common.methods.registry import create_method
 from common.monitor.logs import bind
-from common.names import NameRegistry
+from common.names import EDGE_NAMES, Claims, NameRegistry
 from common.run.config import RunConfig
 from common.run.record import REPORT_FILE, RunRecord
 from common.wire.payload import Weights
@@ -62,7 +63,7 @@ class TreeRun:
         self.method: Method = create_method(settings)
         by_hand = self.method.has_levels and settings.level_choice == "device"
         smallest = min(parse_levels(settings.levels)) if by_hand else 0.0
-        names = NameRegistry(state / "edges.json")
+        names = edge_names(state)
         self.tree = Tree(grid, names, self.run_id, settings.histogram_noise, smallest)
         self.chronicle = Chronicle(settings, self.run_id, out)
         self.state: CloudState | None = None
@@ -231,6 +232,13 @@ def run_folder(settings: RunConfig, flower_run: int) -> Path:
         raise EspalierError(f"{out} already holds another run; give another --out")
     out.mkdir(parents=True, exist_ok=True)
     return out
+
+
+def edge_names(state: Path) -> Claims:
+    """Return what decides which edge may use which name: the registered keys, where the cloud admits only those."""
+    if os.environ.get(KEYS_ONLY):
+        return KeyRegistry(state / EDGE_KEYS)
+    return NameRegistry(state / EDGE_NAMES)
 
 
 def cloud_state() -> Path:

@@ -13,7 +13,7 @@ from flwr.app import ConfigRecord, Message, RecordDict
 from common.errors import EspalierError, WireError
 from common.flower.cloud_grid import TreeGrid
 from common.methods.planning import Member
-from common.names import NameRegistry, check_name
+from common.names import Claims, check_name
 from common.run.config import RunConfig
 from common.wire import control
 from common.wire.hello import check_client_hello, version_mismatch
@@ -35,7 +35,7 @@ class Tree:
     ----------
     grid : TreeGrid
         The run's grid.
-    names : NameRegistry
+    names : Claims
         Which node key owns which edge name.
     run : str
         Espalier's run id.
@@ -46,7 +46,7 @@ class Tree:
     """
 
     grid: TreeGrid
-    names: NameRegistry
+    names: Claims
     run: str
     histogram_noise: float
     smallest_level: float = 0.0

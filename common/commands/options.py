@@ -39,6 +39,13 @@ Insecure = Annotated[bool, typer.Option("--insecure", help="Allow links without 
 NodeKey = Annotated[
     Path | None, typer.Option("--key", help="Private node key; one is made in --state otherwise.")
 ]
+TrustOnFirstUse = Annotated[
+    bool,
+    typer.Option(
+        "--trust-on-first-use",
+        help="With TLS, too, let the first key that says a name have it; by default only registered keys connect.",
+    ),
+]
 
 MetricsPort = Annotated[
     int | None, typer.Option(min=1, max=65535, help="Answer Prometheus at this port; not at all without.")
@@ -64,8 +71,14 @@ def start_process(
         raise AddressError(f"--metrics-host: {error}") from error
 
 
-def security_of(roots: Path | None, certificate: Path | None, key: Path | None, insecure: bool) -> Security:
+def security_of(
+    roots: Path | None,
+    certificate: Path | None,
+    key: Path | None,
+    insecure: bool,
+    trust_on_first_use: bool = False,
+) -> Security:
     """Return what the TLS options say."""
     from common.security import Security
 
-    return Security(roots, certificate, key, insecure)
+    return Security(roots, certificate, key, insecure, trust_on_first_use)

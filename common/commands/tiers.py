@@ -19,6 +19,7 @@ from common.commands.options import (
     PrivateKey,
     Roots,
     StateFolder,
+    TrustOnFirstUse,
     security_of,
     start_process,
 )
@@ -46,6 +47,7 @@ def cloud(
     metrics_port: MetricsPort = None,
     metrics_host: MetricsHost = "127.0.0.1",
     log_format: LogFormat = Format.TEXT,
+    trust_on_first_use: TrustOnFirstUse = False,
 ) -> None:
     """Serve as the cloud, until interrupted."""
     metrics = start_process(log_format, metrics_port, metrics_host)
@@ -54,7 +56,7 @@ def cloud(
     from common.run.processes import signals_interrupt
     from server.cloud import run_cloud
 
-    security = security_of(root_certificates, certificate, private_key, insecure)
+    security = security_of(root_certificates, certificate, private_key, insecure, trust_on_first_use)
     with signals_interrupt():
         run_cloud(
             listen,
@@ -84,16 +86,18 @@ def edge(
     metrics_port: MetricsPort = None,
     metrics_host: MetricsHost = "127.0.0.1",
     log_format: LogFormat = Format.TEXT,
+    trust_on_first_use: TrustOnFirstUse = False,
 ) -> None:
     """Serve as an edge, until interrupted."""
     metrics = start_process(log_format, metrics_port, metrics_host)
+    from common.certificates import check_served
     from common.run.names import check_name
     from common.security import parse_address
 
     check_name(name, "--name")
     parse_address(cloud)
-    security = security_of(root_certificates, certificate, private_key, insecure)
-    security.server_certificates(listen)
+    security = security_of(root_certificates, certificate, private_key, insecure, trust_on_first_use)
+    check_served(security, listen)
     security.client_roots(cloud)
 
     from edge.service import run_edge

@@ -1,4 +1,4 @@
-"""What a SuperLink's Control API tells of its nodes: which are online, whether a run goes on or not."""
+"""A SuperLink's Control API, as far as its nodes go: which there are, and which are admitted."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
 
-from flwr.proto.control_pb2 import ListNodesRequest
+from flwr.proto.control_pb2 import ListNodesRequest, RegisterNodeRequest, UnregisterNodeRequest
 from flwr.supercore.constant import NodeStatus
 from flwr.supercore.control import ControlHttpClient
 from flwr.supercore.interceptors import RuntimeVersionHttpInterceptor
@@ -42,16 +42,48 @@ def list_nodes(control: str, root_certificates: str = "") -> list[Node]:
         It does not answer.
     """
     try:
-        client = ControlHttpClient.from_server_address(
-            control,
-            not root_certificates,
-            Path(root_certificates).read_bytes() if root_certificates else None,
-            [RuntimeVersionHttpInterceptor(component_name="flwr-cli")],
-        )
-        answer = client.ListNodes(ListNodesRequest())
+        answer = _client(control, root_certificates).ListNodes(ListNodesRequest())
     except Exception as error:
         raise AddressError(f"the Control API at {control} does not answer: {error}") from error
     return [_node(info) for info in answer.nodes_info if info.status != NodeStatus.UNREGISTERED]
+
+
+def register_node(control: str, root_certificates: str, public_key: bytes, name: str) -> int:
+    """Admit a node by its public key, as `flwr supernode register KEY.pub --name NAME` does; return its id.
+
+    Raises
+    ------
+    AddressError
+        The SuperLink does not answer or refuses, as it does for a key that it had before.
+    """
+    request = RegisterNodeRequest(public_key=public_key, name=name)
+    try:
+        return int(_client(control, root_certificates).RegisterNode(request).node_id)
+    except Exception as error:
+        raise AddressError(f"the Control API at {control} does not register it: {error}") from error
+
+
+def unregister_node(control: str, root_certificates: str, node_id: int) -> None:
+    """End a node's admission, as `flwr supernode unregister` does.
+
+    Raises
+    ------
+    AddressError
+        The SuperLink does not answer or does not know the node.
+    """
+    try:
+        _client(control, root_certificates).UnregisterNode(UnregisterNodeRequest(node_id=node_id))
+    except Exception as error:
+        raise AddressError(f"the Control API at {control} does not unregister it: {error}") from error
+
+
+def _client(control: str, root_certificates: str) -> ControlHttpClient:
+    return ControlHttpClient.from_server_address(
+        control,
+        not root_certificates,
+        Path(root_certificates).read_bytes() if root_certificates else None,
+        [RuntimeVersionHttpInterceptor(component_name="flwr-cli")],
+    )
 
 
 def _node(info: object) -> Node:

@@ -38,6 +38,7 @@ from common.flower.homes import (
     HomeFault,
     HomeRefused,
     HomeUnavailable,
+    KeyRefused,
     Line,
     MessageGone,
     NodeForgotten,
@@ -102,17 +103,26 @@ class FleetClient:
         Raises
         ------
         HomeFault
-            If the server does not answer or refuses.
+            If the server does not answer or refuses; KeyRefused if it admits registered keys only.
         """
-        known = (
-            ApiErrorCode.FLEET_SUPERNODE_REGISTRATION_DISABLED,
-            ApiErrorCode.PUBLIC_KEY_ALREADY_IN_USE,
-        )
+        keys_only = False
         try:
             self._call("RegisterNode", RegisterNodeFleetRequest(public_key=self._public_key))
         except HomeRefused as refused:
-            if flower_code(refused) not in known:
+            keys_only = flower_code(refused) == ApiErrorCode.FLEET_SUPERNODE_REGISTRATION_DISABLED
+            if not keys_only and flower_code(refused) != ApiErrorCode.PUBLIC_KEY_ALREADY_IN_USE:
                 raise
+        try:
+            self.node_id = self._activate(remembered)
+        except HomeRefused as refused:
+            if keys_only and flower_code(refused) == ApiErrorCode.FLEET_NODE_ACTIVATION_FAILED:
+                raise KeyRefused(
+                    "this node's key is not registered there, was revoked, or is in use by another process"
+                ) from refused.__cause__
+            raise
+        return self.node_id
+
+    def _activate(self, remembered: int | None) -> int:
         activate = ActivateNodeRequest(public_key=self._public_key, heartbeat_interval=HEARTBEAT_MIN_INTERVAL)
         try:
             answer = self._call("ActivateNode", activate)
@@ -123,8 +133,7 @@ class FleetClient:
             with contextlib.suppress(NodeForgotten, HomeRefused):
                 self._call("DeactivateNode", DeactivateNodeRequest(node_id=remembered))
             answer = self._call("ActivateNode", activate)
-        self.node_id = answer.node_id
-        return self.node_id
+        return int(answer.node_id)
 
     def _leave(self) -> None:
         if self.node_id:

@@ -11,6 +11,7 @@ from collections import defaultdict
 from collections.abc import Callable
 
 import grpc
+from flwr.common.constant import PUBLIC_KEY_HEADER
 from flwr.common.serde import message_from_proto
 from flwr.proto.fleet_pb2 import (
     ActivateNodeRequest,
@@ -21,6 +22,8 @@ from flwr.proto.fleet_pb2 import (
     PullMessagesResponse,
     PushMessagesRequest,
     PushMessagesResponse,
+    RegisterNodeFleetRequest,
+    RegisterNodeFleetResponse,
 )
 from flwr.proto.message_pb2 import (
     ConfirmMessageReceivedRequest,
@@ -33,6 +36,7 @@ from flwr.server.superlink.linkstate import InMemoryLinkState, LinkStateFactory
 from flwr.supercore.constant import FLWR_IN_MEMORY_DB_NAME
 from flwr.supercore.object_store import ObjectStoreFactory
 from flwr.supercore.object_store.in_memory_object_store import InMemoryObjectStore
+from flwr.supercore.utils import get_metadata_bytes
 from flwr.superlink.federation.noop_federation_manager import NoOpFederationManager
 
 from common.flower.payloads import PayloadError, count_chunks, tree_ids
@@ -140,18 +144,39 @@ class Links:
 class InlineFleetServicer(FleetServicer):
     """Flower's Fleet servicer over :class:`Links`."""
 
-    def __init__(self, links: Links, require_keys: bool) -> None:
+    def __init__(self, links: Links, require_keys: bool, on_refused: Callable[[bytes, str], None]) -> None:
         super().__init__(links.state_factory, links.store_factory, require_keys)
         self._links = links
+        self._on_refused = on_refused
 
     def ActivateNode(
         self, request: ActivateNodeRequest, context: grpc.ServicerContext
     ) -> ActivateNodeResponse:
         """Activate a node, and offer it again what its dead process had pulled."""
+        self._check_signer(request.public_key, context)
+        if self._links.state.get_node_id_by_public_key(request.public_key) is None:
+            self._on_refused(request.public_key, context.peer())
         answer: ActivateNodeResponse = super().ActivateNode(request, context)
         self._links.redeliver(answer.node_id)
         self._links.node_change()
         return answer
+
+    def RegisterNode(
+        self, request: RegisterNodeFleetRequest, context: grpc.ServicerContext
+    ) -> RegisterNodeFleetResponse:
+        """Register a node, where keys are not required."""
+        self._check_signer(request.public_key, context)
+        answer: RegisterNodeFleetResponse = super().RegisterNode(request, context)
+        return answer
+
+    @staticmethod
+    def _check_signer(public_key: bytes, context: grpc.ServicerContext) -> None:
+        """Refuse a request for another node's key: Flower only checks that a call is signed by some key.
+
+        Anybody could keep a node away else, by activating it in its stead.
+        """
+        if get_metadata_bytes(context.invocation_metadata(), PUBLIC_KEY_HEADER) != public_key:
+            context.abort(grpc.StatusCode.PERMISSION_DENIED, "the call is not signed with the key it names")
 
     def DeactivateNode(
         self, request: DeactivateNodeRequest, context: grpc.ServicerContext

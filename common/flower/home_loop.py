@@ -18,7 +18,15 @@ from flwr.common.constant import ErrorCode
 from common.errors import StateError
 from common.flower.backoff import Backoff, PollPace
 from common.flower.fleet_client import FleetClient, Pulled
-from common.flower.homes import Home, HomeFault, HomeUnavailable, MessageGone, NodeForgotten
+from common.flower.homes import (
+    Home,
+    HomeFault,
+    HomeUnavailable,
+    HomeUntrusted,
+    KeyRefused,
+    MessageGone,
+    NodeForgotten,
+)
 from common.flower.memory import Sweeper
 from common.flower.node_state import ContextStates, HomeIds
 from common.flower.payloads import Packed, PayloadError, array_bytes, pack
@@ -73,6 +81,7 @@ class HomeLoop:
         self.runs = RunInfo(self.client)
         self.connected = False
         self._told = False
+        self._refusal = ""
         self._forgotten = threading.Event()
         self._queue: deque[tuple[int, Message]] = deque()
         self._busy = False
@@ -118,7 +127,7 @@ class HomeLoop:
             self.connected = connected
             self.desk.connection_changed.notify_all()
         if connected:
-            self._told = False
+            self._told, self._refusal = False, ""
             self._tell("connected", node_id=self.client.node_id)
         elif not self.desk.stopped.is_set():
             self._tell("disconnected", reason=reason)
@@ -155,11 +164,16 @@ class HomeLoop:
             except HomeUnavailable as fault:
                 if not self.connected and not self._told:  # once an outage, however long
                     self._told = True
-                    self._tell("unreachable", reason=str(fault))
+                    untrusted = isinstance(fault, HomeUntrusted)
+                    self._tell("unreachable", reason=str(fault), untrusted=untrusted)
                 self._set_connected(False, str(fault))
                 stopped.wait(backoff.next())
             except (HomeFault, StateError) as fault:
-                self._tell("refused", reason=str(fault))
+                if not joined:
+                    self._set_connected(False, str(fault))
+                if str(fault) != self._refusal:  # once, however often it is tried again
+                    self._refusal = str(fault)
+                    self._tell("refused", reason=self._refusal, by_key=isinstance(fault, KeyRefused))
                 stopped.wait(backoff.next())
 
     def _join(self) -> None:

@@ -24,6 +24,10 @@ class HomeUnavailable(HomeFault):
     """Nobody answers, for now: try again."""
 
 
+class HomeUntrusted(HomeUnavailable):
+    """Somebody answers, but not with a certificate (or a plain connection) that this node accepts: try again."""
+
+
 class NodeForgotten(HomeFault):
     """The server does not know this node (it was restarted): register and activate again."""
 
@@ -34,6 +38,24 @@ class MessageGone(HomeFault):
 
 class HomeRefused(HomeFault):
     """The server answers, and refuses."""
+
+
+class KeyRefused(HomeRefused):
+    """The server admits registered keys only, and this node's is none of them."""
+
+
+#: What gRPC says when two ends cannot agree on a secure connection, and what that means.
+TLS_FAULTS = {
+    "certificate has expired": "its certificate has expired; renew it there: espalier certs … --renew",
+    "certificate is not yet valid": "its certificate is not valid yet; set the clocks, e.g. by NTP",
+    "CERTIFICATE_VERIFY_FAILED": "no authority in --root-certificates signed its certificate; "
+    "give this machine the ca.pem that it was made with",
+    "Hostname Verification Check failed": "its certificate does not stand for this address; "
+    "use a name that it has, or make it anew there: espalier certs … --host HOST --renew",
+    "WRONG_VERSION_NUMBER": "it does not speak TLS; start it with a certificate",
+    "create security handshaker": "--root-certificates holds no certificate that can be read",
+    "Socket closed": "it hung up at once; if it speaks TLS, give --root-certificates",
+}
 
 
 @dataclass(frozen=True)
@@ -153,6 +175,10 @@ def fault_of(error: grpc.RpcError) -> HomeFault:
         extra = f" ({said.public_details})" if said.public_details else ""
         return HomeRefused(f"[{int(said.code)}] {said.message}{extra}")
     if code in (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.DEADLINE_EXCEEDED, grpc.StatusCode.CANCELLED):
+        if "failed to connect" in details:
+            for sign, meaning in TLS_FAULTS.items():
+                if sign in details:
+                    return HomeUntrusted(meaning)
         return HomeUnavailable(details or str(code.name))
     if code is grpc.StatusCode.UNAUTHENTICATED:
         if "timestamp" in details:

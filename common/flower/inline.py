@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 
 import grpc
@@ -41,8 +41,11 @@ AFTER_PAUSE = 15.0  # by then every living node has sent a heartbeat
 
 
 def _not_every_call(record: logging.LogRecord) -> bool:
-    """Drop the line that Flower's servicer writes for every reply."""
-    return record.levelno >= logging.WARNING or not str(record.msg).startswith("[Fleet.")
+    """Drop what Flower's servicer writes for every reply and every join; `on_refused` tells who is not admitted."""
+    text = record.getMessage()
+    if "/RegisterNode][ApiError:2001]" in text or "No SuperNode found with the given public key" in text:
+        return False
+    return record.levelno >= logging.WARNING or not text.startswith("[Fleet.")
 
 
 class InlineFleet:
@@ -56,6 +59,8 @@ class InlineFleet:
         CA certificate, server certificate and private key, PEM; None serves without TLS.
     require_keys : bool
         Admit only nodes whose key was given to :meth:`register_key`.
+    on_refused : callable, optional
+        Called, from several threads, with the public key and the address of a node that was not admitted.
     upload_slots : int
         How many big replies may be in memory at a time; the others wait their turn.
     """
@@ -66,6 +71,7 @@ class InlineFleet:
         *,
         certificates: tuple[bytes, bytes, bytes] | None = None,
         require_keys: bool = False,
+        on_refused: Callable[[bytes, str], None] | None = None,
         upload_slots: int = 2,
     ) -> None:
         logging.getLogger("flwr").addFilter(_not_every_call)
@@ -74,7 +80,7 @@ class InlineFleet:
         self._certificates = certificates
         self.links = Links(upload_slots)
         self.links.refused_late = self._count_late
-        self._servicer = InlineFleetServicer(self.links, require_keys)
+        self._servicer = InlineFleetServicer(self.links, require_keys, on_refused or (lambda key, peer: None))
         self._server: grpc.Server | None = None
         self._health = HealthServicer()
         self._grids: dict[int, InlineGrid] = {}
@@ -121,8 +127,9 @@ class InlineFleet:
                 )
                 self.port = self._server.add_secure_port(self._address, credentials)
         except RuntimeError as fault:
+            or_that = ", or its certificate is none for a server" if self._certificates else ""
             raise AddressError(
-                f"cannot listen on {self._address}: the port is in use or the host is not this machine's"
+                f"cannot listen on {self._address}: the port is in use or the host is not this machine's{or_that}"
             ) from fault
         if not self.port:
             raise AddressError(f"cannot listen on {self._address}: no HOST:PORT of this machine")
@@ -162,6 +169,24 @@ class InlineFleet:
         pem = canonical(public_key, name)
         if self.links.state.get_node_id_by_public_key(pem) is None:
             self.links.state.create_node(NOOP_FLWR_AID, NOOP_ACCOUNT_NAME, pem, 0, name=name)
+
+    def drop_key(self, public_key: bytes) -> None:
+        """End the admission of a node, at once: its next call is refused, and what it was asked counts as lost.
+
+        Parameters
+        ----------
+        public_key : bytes
+            PEM or OpenSSH; nothing happens if it is not registered.
+        """
+        pem = canonical(public_key, "a node")
+        state = self.links.state
+        with state.lock:
+            node_id = state.get_node_id_by_public_key(pem)
+            if node_id is None:
+                return
+            state.delete_node(NOOP_FLWR_AID, node_id)
+            del state.node_public_key_to_node_id[pem]  # Flower would refuse the key for ever
+        self.links.node_change()
 
     def nodes(self) -> list[NodeInfo]:
         """List the nodes that are online, with their public keys."""

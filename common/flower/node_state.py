@@ -13,7 +13,12 @@ from typing import IO
 
 from cryptography.exceptions import UnsupportedAlgorithm
 from cryptography.hazmat.primitives.asymmetric import ec
-from cryptography.hazmat.primitives.serialization import load_pem_private_key, load_ssh_private_key
+from cryptography.hazmat.primitives.serialization import (
+    Encoding,
+    PublicFormat,
+    load_pem_private_key,
+    load_ssh_private_key,
+)
 from flwr.app import RecordDict
 from flwr.common.serde import recorddict_from_proto, recorddict_to_proto
 from flwr.proto.recorddict_pb2 import RecordDict as ProtoRecordDict
@@ -103,17 +108,24 @@ def load_key(path: Path) -> ec.EllipticCurvePrivateKey:
 
 
 def load_or_make_key(path: Path) -> ec.EllipticCurvePrivateKey:
-    """Read the node key, or make one (readable by its owner only) on the first start."""
+    """Read the node key, or make one (readable by its owner only) on the first start.
+
+    Its public half, which servers register, is written beside it: NAME.pub for NAME.key.
+    """
     if path.exists():
-        return load_key(path)
-    # P-256: signed and verified with every call, and ten times faster than P-384 in OpenSSL.
-    key = ec.generate_private_key(ec.SECP256R1())
-    try:
-        descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
-        with os.fdopen(descriptor, "wb") as file:
-            file.write(private_key_to_bytes(key))
-    except OSError as fault:
-        raise StateError(f"cannot write the key {path}: {fault.strerror}") from fault
+        key = load_key(path)
+    else:
+        # P-256: signed and verified with every call, and ten times faster than P-384 in OpenSSL.
+        key = ec.generate_private_key(ec.SECP256R1())
+        try:
+            descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+            with os.fdopen(descriptor, "wb") as file:
+                file.write(private_key_to_bytes(key))
+        except OSError as fault:
+            raise StateError(f"cannot write the key {path}: {fault.strerror}") from fault
+    if not path.with_suffix(".pub").exists():
+        line = key.public_key().public_bytes(Encoding.OpenSSH, PublicFormat.OpenSSH)
+        write_atomic(path.with_suffix(".pub"), line + b"\n")
     return key
 
 

@@ -40,8 +40,8 @@ class ResidentNode:
         Message types that are served while a long call runs, e.g. ``{"query.progress"}``.
     on_event : callable, optional
         Called, from several threads, with a kind and its facts (all with "home"): connected (node_id), disconnected
-        (reason), refused (reason), message (message_type, run_id, group_id, bytes of Arrays),
-        reply (message_type, seconds, wanted, bytes of Arrays),
+        (reason), unreachable (reason, untrusted), refused (reason, by_key), message (message_type, run_id, group_id,
+        bytes of Arrays), reply (message_type, seconds, wanted, bytes of Arrays),
         dropped (message_type, reason), error (message_type, reason).
 
     Raises

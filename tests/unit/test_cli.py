@@ -50,6 +50,9 @@ def test_help_names_every_command_and_comes_at_once(tmp_path: Path) -> None:
         "top",
         "health",
         "pretrain-generator",
+        "certs",
+        "clients",
+        "edges",
     ):
         assert f"  {command} " in done.stdout
     assert seconds < 2.0  # 0.2 s alone; the bound leaves room for a busy machine, not for importing torch
@@ -97,7 +100,16 @@ BAD: list[tuple[list[str], int, list[str]]] = [
     (["cloud", *STATE, "--monitor", "0.0.0.0:9094"], 2, ["--certificate", "--insecure"]),
     (["edge", "--name", "e", "--cloud", "127.0.0.1:1", *STATE, "--log-format", "xml"], 2, ["--log-format"]),
     (["cloud", "--state", "/proc/x"], 5, ["/proc/x"]),
-    (["cloud", *STATE, "--control", "192.0.2.1:8000", "--expose-control"], 4, ["--control 192.0.2.1:8000"]),
+    (
+        ["cloud", *STATE, "--control", "192.0.2.1:8000", "--expose-control"],
+        2,
+        ["--certificate", "--insecure"],
+    ),
+    (
+        ["cloud", *STATE, "--control", "192.0.2.1:8000", "--expose-control", "--insecure"],
+        4,
+        ["--control 192.0.2.1:8000"],
+    ),
     (["edge", "--name", "a b", "--cloud", "127.0.0.1:1", *STATE], 2, ["--name 'a b'"]),
     (["edge", "--name", "e", "--cloud", "here", *STATE], 4, ["'here'", "HOST:PORT"]),
     (["edge", "--name", "e", "--cloud", "192.0.2.7:9092", *STATE], 2, ["--root-certificates", "--insecure"]),

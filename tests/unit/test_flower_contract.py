@@ -29,6 +29,7 @@ SIGNATURES: list[tuple[Callable[..., Any], str]] = [
     (InMemoryLinkState.store_message_ins, "self message"),
     (InMemoryLinkState.delete_messages, "self message_ins_ids"),
     (InMemoryLinkState.create_node, "self owner_aid owner_name public_key heartbeat_interval location name"),
+    (InMemoryLinkState.delete_node, "self owner_aid node_id"),
     (InMemoryLinkState.get_node_info, "self node_ids owner_aids statuses"),
     (InMemoryLinkState.get_node_id_by_public_key, "self public_key"),
     (InMemoryLinkState.claim_task, "self task_id"),
@@ -48,6 +49,7 @@ SIGNATURES: list[tuple[Callable[..., Any], str]] = [
     (FleetServicer.PushMessages, "self request context"),
     (FleetServicer.PushObject, "self request context"),
     (FleetServicer.ConfirmMessageReceived, "self request context"),
+    (FleetServicer.RegisterNode, "self request context"),
     (FleetServicer.ActivateNode, "self request context"),
     (FleetServicer.DeactivateNode, "self request context"),
     (NodeAuthServerInterceptor.__init__, "self state_factory"),
@@ -101,6 +103,7 @@ def test_attributes_of_state_and_store() -> None:
     for name in (
         "lock",
         "nodes",
+        "node_public_key_to_node_id",
         "message_ins_store",
         "message_res_store",
         "message_ins_id_to_message_res_id",
@@ -149,6 +152,7 @@ def test_constants() -> None:
     assert constant.HEARTBEAT_MIN_INTERVAL == 10
     assert constant.HEARTBEAT_PATIENCE == 2
     assert constant.SUPERLINK_NODE_ID == 1
+    assert constant.PUBLIC_KEY_HEADER == "flwr-public-key-bin"
     assert constant.FLWR_PRIVATE_MAX_ARRAY_CHUNK_SIZE == 5 * 1024 * 1024
     assert int(ApiErrorCode.FLEET_SUPERNODE_REGISTRATION_DISABLED) == 2001
     assert int(ApiErrorCode.FLEET_NODE_ACTIVATION_FAILED) == 2004
