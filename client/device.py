@@ -17,6 +17,7 @@ from common.data.histogram import add_laplace_noise, label_histogram
 from common.data.joined import with_pixels
 from common.data.spec import open_data, open_test
 from common.errors import ConfigError
+from common.flower.node_state import load_key
 from common.models.presets import classifiers
 from common.run.names import check_name, is_name
 from common.run.state import StateStore
@@ -28,6 +29,7 @@ from proto import espalier_pb2 as pb
 
 if TYPE_CHECKING:
     import torch
+    from cryptography.hazmat.primitives.asymmetric.ec import EllipticCurvePrivateKey
 
     from common.data.imageset import ImageSet
 
@@ -50,6 +52,8 @@ class Device:
         Size of sub-model set by hand, a share in (0, 1]; 0: not set.
     model: str
         The network that the owner chose for it in runs of unlike models; "": the run's choice.
+    key : Path or None
+        Private key of the node it runs in; without it the device cannot sign what it sends.
     """
 
     name: str
@@ -58,6 +62,7 @@ class Device:
     state: Path | None = None
     level: float = 0.0
     model: str = ""
+    key: Path | None = None
 
     @classmethod
     def from_node_config(cls, config: Mapping[str, object]) -> Device:
@@ -74,7 +79,7 @@ class Device:
                 f"node config lacks {' and '.join(missing)}; start the node with "
                 '--node-config \'name="cam-7" data="digits:0/2" state="/var/lib/espalier"\''
             )
-        state = config.get("state")
+        state, key = config.get("state"), config.get("key")
         return _device(
             str(config["name"]),
             str(config["data"]),
@@ -82,6 +87,7 @@ class Device:
             Path(str(state)) if state else None,
             _level(config.get("level")),
             _model(config.get("model")),
+            Path(str(key)) if key else None,
         )
 
     @cached_property
@@ -105,6 +111,11 @@ class Device:
         from common.learning.trainer import resolve_device
 
         return resolve_device(self.device)
+
+    @cached_property
+    def node_key(self) -> EllipticCurvePrivateKey | None:
+        """The key that signs what the device sends; None where its node config names none."""
+        return load_key(self.key) if self.key else None
 
     def keep_filled(self, run: str, pixels: np.ndarray, labels: np.ndarray) -> None:
         """Keep images that were made for a run (FAug), beside the device's own."""
@@ -188,8 +199,10 @@ class Device:
 
 
 @lru_cache(maxsize=64)
-def _device(name: str, data: str, device: str, state: Path | None, level: float, model: str) -> Device:
-    return Device(name, data, device, state, level, model)
+def _device(
+    name: str, data: str, device: str, state: Path | None, level: float, model: str, key: Path | None
+) -> Device:
+    return Device(name, data, device, state, level, model, key)
 
 
 def _level(value: object) -> float:

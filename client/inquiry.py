@@ -8,9 +8,9 @@ from flwr.app import Message, RecordDict
 
 from client.augmentation import answer_augmentation
 from client.device import Device
+from client.reply import pack_reply
 from client.training import Task, read_task
 from common.errors import WireError
-from common.flower.arrays import payload_bytes
 from common.learning.scoring import accuracy
 from common.learning.tasks import base_objective, dataset_gradient, dataset_loss
 from common.methods.views import INQUIRIES, answer_layout
@@ -35,7 +35,7 @@ def answer(device: Device, plan: pb.RoundPlan, message: Message) -> RecordDict:
     if plan.inquiry not in INQUIRIES:
         raise WireError(plan.edge, f"the unknown inquiry {plan.inquiry!r}")
     if plan.inquiry in ("seeds", "fill"):
-        return packed(*answer_augmentation(device, plan, message))
+        return pack_reply(device, plan, *answer_augmentation(device, plan, message))
     task = read_task(device, plan, message)
     report = pb.ClientReport(
         schema=control.SCHEMA,
@@ -48,15 +48,7 @@ def answer(device: Device, plan: pb.RoundPlan, message: Message) -> RecordDict:
     )
     arrays = _ANSWERS[plan.inquiry](device, task, report)
     layout = answer_layout(plan.inquiry, plan.architecture, task.local.settings, plan.population)
-    return packed(report, Weights.fill(layout, arrays))
-
-
-def packed(report: pb.ClientReport, weights: Weights) -> RecordDict:
-    """Pack an answer, its own size in it."""
-    record = weights.to_record()
-    content = control.report_content(report, record, report.samples, report.loss)
-    report.up_bytes = payload_bytes(content)
-    return control.report_content(report, record, report.samples, report.loss)
+    return pack_reply(device, plan, report, Weights.fill(layout, arrays))
 
 
 def _loss(device: Device, task: Task, report: pb.ClientReport) -> dict[str, np.ndarray]:

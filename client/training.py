@@ -11,8 +11,9 @@ import torch
 from flwr.app import ArrayRecord, Message, MetricRecord, RecordDict
 
 from client.device import Device
+from client.reply import pack_reply
 from common.errors import ConfigError, WireError
-from common.flower.arrays import array_from_numpy, numpy_view, payload_bytes
+from common.flower.arrays import array_from_numpy, numpy_view
 from common.learning.objectives import LocalResult, LocalRound, Objective
 from common.learning.tasks import base_objective, dataset_loss
 from common.learning.trainer import train_local
@@ -135,10 +136,7 @@ def train_round(device: Device, plan: pb.RoundPlan, message: Message) -> RecordD
     further = objective.end(task.model, result, as_read(task.model, decoded, arrays, received))
     report.metrics.update(further)
     device.save_state(plan, local.state)
-    record = payload.to_record()
-    content = control.report_content(report, record, report.samples, report.loss)
-    report.up_bytes = payload_bytes(content)
-    return control.report_content(report, record, report.samples, report.loss)
+    return pack_reply(device, plan, report, payload)
 
 
 def update_form(method: Method, plan: pb.RoundPlan, received: Layout, report: pb.ClientReport) -> UpdateForm:

@@ -12,12 +12,14 @@ from flwr.app import ArrayRecord, ConfigRecord, Message, RecordDict
 from common.errors import WireError
 from common.flower.arrays import payload_bytes
 from common.flower.inline import InlineGrid
+from common.flower.payloads import content_id
 from common.methods.base import Method, Update
 from common.methods.state import ServerState
 from common.methods.views import Sent, answer_layout, buffers_of, whole_view
 from common.wire import control
 from common.wire.codec import Codec, create_codec
 from common.wire.payload import Layout
+from common.wire.signature import UNSIGNED, mismatch, statement_of, verify
 from common.wire.update import UpdateForm
 from edge.roster import Known, Roster
 from proto import espalier_pb2 as pb
@@ -111,12 +113,14 @@ class Caller:
             done.add(name)
             try:
                 report = self._read_report(reply, plans, called, name)
+                self._check_signature(reply, report, plans[name], called[name])
                 update = self._read_update(reply, report, plans[name], sent[name], called[name])
             except WireError as error:
                 self.fault(name, "error" if reply.has_error() else "refused", error.fault, round_)
                 continue
             self.report.client_edge.up_bytes += report.up_bytes
             self.report.client_edge.messages += 1
+            self.report.signatures += report.HasField("signed")
             yield Answered(report, update)
             del reply, update
         for name in sorted(set(called) - done):
@@ -166,6 +170,7 @@ class Caller:
             returns=sent.returns,
             inquiry=inquiry,
             peers=self._peers(sent),
+            nonce=self.plan.nonce,
         )
 
     def _peers(self, sent: Sent) -> dict[str, pb.ArchitectureSpec]:
@@ -211,6 +216,21 @@ class Caller:
         if not np.isfinite([report.loss, *report.metrics.values()]).all():
             raise WireError(name, "a loss or another metric that is not a number")
         return report
+
+    def _check_signature(
+        self, reply: Message, report: pb.ClientReport, plan: pb.RoundPlan, known: Known
+    ) -> None:
+        """Check that the client signed this very reply to this very plan."""
+        if not report.HasField("signed"):
+            if self.method.settings.require_signatures:
+                raise WireError(report.client, UNSIGNED)
+            return
+        record = reply.content.get(control.ARRAYS)
+        if not isinstance(record, ArrayRecord):
+            raise WireError(report.client, "no payload in the message")
+        said = verify(report.signed, known.hello.public_key, report.client)
+        if fault := mismatch(said, statement_of(plan, report, content_id(record))):
+            raise WireError(report.client, fault)
 
     def _read_update(
         self, reply: Message, report: pb.ClientReport, plan: pb.RoundPlan, sent: Sent, known: Known

@@ -107,6 +107,7 @@ class Roster:
             # A client that reconnected with its key replaces its older self and so counts once.
             self._known = {i: k for i, k in self._known.items() if k.hello.name != hello.name}
             hello.link_seconds = time.monotonic() - start
+            hello.public_key = nodes[node_id].public_key
             self._known[node_id] = Known(node_id, hello, since[node_id])
 
     def _check_versions(self, hello: pb.ClientHello) -> None:

@@ -126,7 +126,7 @@ class DeviceFacts(_message.Message):
     def __init__(self, device: _Optional[str] = ..., cores: _Optional[int] = ..., memory_bytes: _Optional[int] = ..., versions: _Optional[_Mapping[str, str]] = ..., speed: _Optional[float] = ...) -> None: ...
 
 class ClientHello(_message.Message):
-    __slots__ = ("schema", "name", "samples", "histogram", "facts", "image_shape", "classes", "data", "level", "model", "link_seconds")
+    __slots__ = ("schema", "name", "samples", "histogram", "facts", "image_shape", "classes", "data", "level", "model", "link_seconds", "public_key")
     SCHEMA_FIELD_NUMBER: _ClassVar[int]
     NAME_FIELD_NUMBER: _ClassVar[int]
     SAMPLES_FIELD_NUMBER: _ClassVar[int]
@@ -138,6 +138,7 @@ class ClientHello(_message.Message):
     LEVEL_FIELD_NUMBER: _ClassVar[int]
     MODEL_FIELD_NUMBER: _ClassVar[int]
     LINK_SECONDS_FIELD_NUMBER: _ClassVar[int]
+    PUBLIC_KEY_FIELD_NUMBER: _ClassVar[int]
     schema: int
     name: str
     samples: int
@@ -149,7 +150,8 @@ class ClientHello(_message.Message):
     level: float
     model: str
     link_seconds: float
-    def __init__(self, schema: _Optional[int] = ..., name: _Optional[str] = ..., samples: _Optional[int] = ..., histogram: _Optional[_Union[LabelHistogram, _Mapping]] = ..., facts: _Optional[_Union[DeviceFacts, _Mapping]] = ..., image_shape: _Optional[_Iterable[int]] = ..., classes: _Optional[_Iterable[str]] = ..., data: _Optional[str] = ..., level: _Optional[float] = ..., model: _Optional[str] = ..., link_seconds: _Optional[float] = ...) -> None: ...
+    public_key: bytes
+    def __init__(self, schema: _Optional[int] = ..., name: _Optional[str] = ..., samples: _Optional[int] = ..., histogram: _Optional[_Union[LabelHistogram, _Mapping]] = ..., facts: _Optional[_Union[DeviceFacts, _Mapping]] = ..., image_shape: _Optional[_Iterable[int]] = ..., classes: _Optional[_Iterable[str]] = ..., data: _Optional[str] = ..., level: _Optional[float] = ..., model: _Optional[str] = ..., link_seconds: _Optional[float] = ..., public_key: _Optional[bytes] = ...) -> None: ...
 
 class EdgeHello(_message.Message):
     __slots__ = ("schema", "name", "clients", "busy_with", "facts", "faults")
@@ -190,7 +192,7 @@ class RoundSchedule(_message.Message):
     def __init__(self, round: _Optional[int] = ..., participants: _Optional[_Iterable[_Union[Participant, _Mapping]]] = ..., keep: _Optional[int] = ...) -> None: ...
 
 class WindowPlan(_message.Message):
-    __slots__ = ("schema", "run", "window", "rounds", "settings", "architecture", "layout", "checkpoint_window", "round_deadline", "quorum", "views", "population", "inquiry", "peers")
+    __slots__ = ("schema", "run", "window", "rounds", "settings", "architecture", "layout", "checkpoint_window", "round_deadline", "quorum", "views", "population", "inquiry", "peers", "nonce")
     class ViewsEntry(_message.Message):
         __slots__ = ("key", "value")
         KEY_FIELD_NUMBER: _ClassVar[int]
@@ -219,6 +221,7 @@ class WindowPlan(_message.Message):
     POPULATION_FIELD_NUMBER: _ClassVar[int]
     INQUIRY_FIELD_NUMBER: _ClassVar[int]
     PEERS_FIELD_NUMBER: _ClassVar[int]
+    NONCE_FIELD_NUMBER: _ClassVar[int]
     schema: int
     run: str
     window: int
@@ -233,10 +236,11 @@ class WindowPlan(_message.Message):
     population: int
     inquiry: str
     peers: _containers.MessageMap[str, ArchitectureSpec]
-    def __init__(self, schema: _Optional[int] = ..., run: _Optional[str] = ..., window: _Optional[int] = ..., rounds: _Optional[_Iterable[_Union[RoundSchedule, _Mapping]]] = ..., settings: _Optional[_Union[_struct_pb2.Struct, _Mapping]] = ..., architecture: _Optional[_Union[ArchitectureSpec, _Mapping]] = ..., layout: _Optional[_Union[Layout, _Mapping]] = ..., checkpoint_window: _Optional[int] = ..., round_deadline: _Optional[float] = ..., quorum: _Optional[int] = ..., views: _Optional[_Mapping[str, View]] = ..., population: _Optional[int] = ..., inquiry: _Optional[str] = ..., peers: _Optional[_Mapping[str, ArchitectureSpec]] = ...) -> None: ...
+    nonce: bytes
+    def __init__(self, schema: _Optional[int] = ..., run: _Optional[str] = ..., window: _Optional[int] = ..., rounds: _Optional[_Iterable[_Union[RoundSchedule, _Mapping]]] = ..., settings: _Optional[_Union[_struct_pb2.Struct, _Mapping]] = ..., architecture: _Optional[_Union[ArchitectureSpec, _Mapping]] = ..., layout: _Optional[_Union[Layout, _Mapping]] = ..., checkpoint_window: _Optional[int] = ..., round_deadline: _Optional[float] = ..., quorum: _Optional[int] = ..., views: _Optional[_Mapping[str, View]] = ..., population: _Optional[int] = ..., inquiry: _Optional[str] = ..., peers: _Optional[_Mapping[str, ArchitectureSpec]] = ..., nonce: _Optional[bytes] = ...) -> None: ...
 
 class RoundPlan(_message.Message):
-    __slots__ = ("schema", "run", "window", "round", "client", "edge", "start", "checkpoint_window", "settings", "architecture", "layout", "population", "returns", "inquiry", "peers")
+    __slots__ = ("schema", "run", "window", "round", "client", "edge", "start", "checkpoint_window", "settings", "architecture", "layout", "population", "returns", "inquiry", "peers", "nonce")
     class PeersEntry(_message.Message):
         __slots__ = ("key", "value")
         KEY_FIELD_NUMBER: _ClassVar[int]
@@ -259,6 +263,7 @@ class RoundPlan(_message.Message):
     RETURNS_FIELD_NUMBER: _ClassVar[int]
     INQUIRY_FIELD_NUMBER: _ClassVar[int]
     PEERS_FIELD_NUMBER: _ClassVar[int]
+    NONCE_FIELD_NUMBER: _ClassVar[int]
     schema: int
     run: str
     window: int
@@ -274,10 +279,49 @@ class RoundPlan(_message.Message):
     returns: _containers.RepeatedScalarFieldContainer[str]
     inquiry: str
     peers: _containers.MessageMap[str, ArchitectureSpec]
-    def __init__(self, schema: _Optional[int] = ..., run: _Optional[str] = ..., window: _Optional[int] = ..., round: _Optional[int] = ..., client: _Optional[str] = ..., edge: _Optional[str] = ..., start: _Optional[_Union[Version, _Mapping]] = ..., checkpoint_window: _Optional[int] = ..., settings: _Optional[_Union[_struct_pb2.Struct, _Mapping]] = ..., architecture: _Optional[_Union[ArchitectureSpec, _Mapping]] = ..., layout: _Optional[_Union[Layout, _Mapping]] = ..., population: _Optional[int] = ..., returns: _Optional[_Iterable[str]] = ..., inquiry: _Optional[str] = ..., peers: _Optional[_Mapping[str, ArchitectureSpec]] = ...) -> None: ...
+    nonce: bytes
+    def __init__(self, schema: _Optional[int] = ..., run: _Optional[str] = ..., window: _Optional[int] = ..., round: _Optional[int] = ..., client: _Optional[str] = ..., edge: _Optional[str] = ..., start: _Optional[_Union[Version, _Mapping]] = ..., checkpoint_window: _Optional[int] = ..., settings: _Optional[_Union[_struct_pb2.Struct, _Mapping]] = ..., architecture: _Optional[_Union[ArchitectureSpec, _Mapping]] = ..., layout: _Optional[_Union[Layout, _Mapping]] = ..., population: _Optional[int] = ..., returns: _Optional[_Iterable[str]] = ..., inquiry: _Optional[str] = ..., peers: _Optional[_Mapping[str, ArchitectureSpec]] = ..., nonce: _Optional[bytes] = ...) -> None: ...
+
+class UpdateStatement(_message.Message):
+    __slots__ = ("schema", "run", "window", "round", "client", "edge", "inquiry", "nonce", "samples", "architecture", "payload", "form", "report")
+    SCHEMA_FIELD_NUMBER: _ClassVar[int]
+    RUN_FIELD_NUMBER: _ClassVar[int]
+    WINDOW_FIELD_NUMBER: _ClassVar[int]
+    ROUND_FIELD_NUMBER: _ClassVar[int]
+    CLIENT_FIELD_NUMBER: _ClassVar[int]
+    EDGE_FIELD_NUMBER: _ClassVar[int]
+    INQUIRY_FIELD_NUMBER: _ClassVar[int]
+    NONCE_FIELD_NUMBER: _ClassVar[int]
+    SAMPLES_FIELD_NUMBER: _ClassVar[int]
+    ARCHITECTURE_FIELD_NUMBER: _ClassVar[int]
+    PAYLOAD_FIELD_NUMBER: _ClassVar[int]
+    FORM_FIELD_NUMBER: _ClassVar[int]
+    REPORT_FIELD_NUMBER: _ClassVar[int]
+    schema: int
+    run: str
+    window: int
+    round: int
+    client: str
+    edge: str
+    inquiry: str
+    nonce: bytes
+    samples: int
+    architecture: bytes
+    payload: bytes
+    form: bytes
+    report: bytes
+    def __init__(self, schema: _Optional[int] = ..., run: _Optional[str] = ..., window: _Optional[int] = ..., round: _Optional[int] = ..., client: _Optional[str] = ..., edge: _Optional[str] = ..., inquiry: _Optional[str] = ..., nonce: _Optional[bytes] = ..., samples: _Optional[int] = ..., architecture: _Optional[bytes] = ..., payload: _Optional[bytes] = ..., form: _Optional[bytes] = ..., report: _Optional[bytes] = ...) -> None: ...
+
+class SignedStatement(_message.Message):
+    __slots__ = ("statement", "signature")
+    STATEMENT_FIELD_NUMBER: _ClassVar[int]
+    SIGNATURE_FIELD_NUMBER: _ClassVar[int]
+    statement: bytes
+    signature: bytes
+    def __init__(self, statement: _Optional[bytes] = ..., signature: _Optional[bytes] = ...) -> None: ...
 
 class ClientReport(_message.Message):
-    __slots__ = ("schema", "run", "window", "round", "client", "samples", "steps", "loss", "seconds", "up_bytes", "layout", "metrics", "table", "architecture")
+    __slots__ = ("schema", "run", "window", "round", "client", "samples", "steps", "loss", "seconds", "up_bytes", "layout", "metrics", "table", "architecture", "signed")
     class MetricsEntry(_message.Message):
         __slots__ = ("key", "value")
         KEY_FIELD_NUMBER: _ClassVar[int]
@@ -299,6 +343,7 @@ class ClientReport(_message.Message):
     METRICS_FIELD_NUMBER: _ClassVar[int]
     TABLE_FIELD_NUMBER: _ClassVar[int]
     ARCHITECTURE_FIELD_NUMBER: _ClassVar[int]
+    SIGNED_FIELD_NUMBER: _ClassVar[int]
     schema: int
     run: str
     window: int
@@ -313,7 +358,8 @@ class ClientReport(_message.Message):
     metrics: _containers.ScalarMap[str, float]
     table: ClassTable
     architecture: ArchitectureSpec
-    def __init__(self, schema: _Optional[int] = ..., run: _Optional[str] = ..., window: _Optional[int] = ..., round: _Optional[int] = ..., client: _Optional[str] = ..., samples: _Optional[int] = ..., steps: _Optional[int] = ..., loss: _Optional[float] = ..., seconds: _Optional[float] = ..., up_bytes: _Optional[int] = ..., layout: _Optional[_Union[Layout, _Mapping]] = ..., metrics: _Optional[_Mapping[str, float]] = ..., table: _Optional[_Union[ClassTable, _Mapping]] = ..., architecture: _Optional[_Union[ArchitectureSpec, _Mapping]] = ...) -> None: ...
+    signed: SignedStatement
+    def __init__(self, schema: _Optional[int] = ..., run: _Optional[str] = ..., window: _Optional[int] = ..., round: _Optional[int] = ..., client: _Optional[str] = ..., samples: _Optional[int] = ..., steps: _Optional[int] = ..., loss: _Optional[float] = ..., seconds: _Optional[float] = ..., up_bytes: _Optional[int] = ..., layout: _Optional[_Union[Layout, _Mapping]] = ..., metrics: _Optional[_Mapping[str, float]] = ..., table: _Optional[_Union[ClassTable, _Mapping]] = ..., architecture: _Optional[_Union[ArchitectureSpec, _Mapping]] = ..., signed: _Optional[_Union[SignedStatement, _Mapping]] = ...) -> None: ...
 
 class Fault(_message.Message):
     __slots__ = ("tier", "node", "kind", "detail", "window", "round")
@@ -354,7 +400,7 @@ class RoundRecord(_message.Message):
     def __init__(self, round: _Optional[int] = ..., clients: _Optional[_Iterable[_Union[ClientReport, _Mapping]]] = ..., seconds: _Optional[float] = ..., loss: _Optional[float] = ...) -> None: ...
 
 class EdgeReport(_message.Message):
-    __slots__ = ("schema", "run", "window", "edge", "samples", "last_round_samples", "labels", "rounds", "client_edge", "up_bytes", "faults", "layout", "metrics", "seconds", "roster", "peers")
+    __slots__ = ("schema", "run", "window", "edge", "samples", "last_round_samples", "labels", "rounds", "client_edge", "up_bytes", "faults", "layout", "metrics", "seconds", "roster", "peers", "signatures")
     class MetricsEntry(_message.Message):
         __slots__ = ("key", "value")
         KEY_FIELD_NUMBER: _ClassVar[int]
@@ -385,6 +431,7 @@ class EdgeReport(_message.Message):
     SECONDS_FIELD_NUMBER: _ClassVar[int]
     ROSTER_FIELD_NUMBER: _ClassVar[int]
     PEERS_FIELD_NUMBER: _ClassVar[int]
+    SIGNATURES_FIELD_NUMBER: _ClassVar[int]
     schema: int
     run: str
     window: int
@@ -401,7 +448,8 @@ class EdgeReport(_message.Message):
     seconds: float
     roster: EdgeHello
     peers: _containers.MessageMap[str, ArchitectureSpec]
-    def __init__(self, schema: _Optional[int] = ..., run: _Optional[str] = ..., window: _Optional[int] = ..., edge: _Optional[str] = ..., samples: _Optional[int] = ..., last_round_samples: _Optional[int] = ..., labels: _Optional[_Union[LabelHistogram, _Mapping]] = ..., rounds: _Optional[_Iterable[_Union[RoundRecord, _Mapping]]] = ..., client_edge: _Optional[_Union[LinkBytes, _Mapping]] = ..., up_bytes: _Optional[int] = ..., faults: _Optional[_Iterable[_Union[Fault, _Mapping]]] = ..., layout: _Optional[_Union[Layout, _Mapping]] = ..., metrics: _Optional[_Mapping[str, float]] = ..., seconds: _Optional[float] = ..., roster: _Optional[_Union[EdgeHello, _Mapping]] = ..., peers: _Optional[_Mapping[str, ArchitectureSpec]] = ...) -> None: ...
+    signatures: int
+    def __init__(self, schema: _Optional[int] = ..., run: _Optional[str] = ..., window: _Optional[int] = ..., edge: _Optional[str] = ..., samples: _Optional[int] = ..., last_round_samples: _Optional[int] = ..., labels: _Optional[_Union[LabelHistogram, _Mapping]] = ..., rounds: _Optional[_Iterable[_Union[RoundRecord, _Mapping]]] = ..., client_edge: _Optional[_Union[LinkBytes, _Mapping]] = ..., up_bytes: _Optional[int] = ..., faults: _Optional[_Iterable[_Union[Fault, _Mapping]]] = ..., layout: _Optional[_Union[Layout, _Mapping]] = ..., metrics: _Optional[_Mapping[str, float]] = ..., seconds: _Optional[float] = ..., roster: _Optional[_Union[EdgeHello, _Mapping]] = ..., peers: _Optional[_Mapping[str, ArchitectureSpec]] = ..., signatures: _Optional[int] = ...) -> None: ...
 
 class Progress(_message.Message):
     __slots__ = ("schema", "run", "edge", "window", "round", "training", "done", "loss", "client_edge")

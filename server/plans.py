@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import secrets
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -13,6 +14,9 @@ from common.wire.payload import Layout
 from proto import espalier_pb2 as pb
 
 Version = tuple[int, int]
+
+#: Of what makes a plan unlike every other one.
+NONCE_BYTES = 16
 
 
 @dataclass
@@ -123,6 +127,7 @@ def window_plan(
         quorum=s.quorum,
         population=state.population,
         peers=state.peers,
+        nonce=secrets.token_bytes(NONCE_BYTES),
     )
     for key, view in draw.views.items():
         plan.views[key].CopyFrom(view)
@@ -164,6 +169,7 @@ def inquiry_plan(
         round_deadline=s.round_deadline,
         population=state.population,
         inquiry=kind,
+        nonce=secrets.token_bytes(NONCE_BYTES),
     )
     schedule = plan.rounds.add(round=state.round + 1)
     for client, edge in where.items():

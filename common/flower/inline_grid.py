@@ -277,7 +277,7 @@ class InlineGrid(Grid):
         state.delete_messages({message_id})
         store.delete(reply_id)
         try:
-            reply = unpack(reply_id, contents)
+            reply = unpack(reply_id, contents, verified=True)  # by the store, as they came
         except PayloadError as fault:
             return _error(sent, ErrorCode.REPLY_MESSAGE_UNAVAILABLE, f"its reply is refused: {fault}")
         finally:

@@ -274,6 +274,9 @@ class Settings(BaseModel):
     hello_timeout: Positive = Field(
         default=120.0, description="seconds the cloud waits for edges and clients to join"
     )
+    require_signatures: bool = Field(
+        default=True, description="refuse clients' updates that are not signed with their node keys"
+    )
     keep_checkpoints: PositiveInt = Field(
         default=3, description="newest checkpoints kept, beside the best one"
     )
