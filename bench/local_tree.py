@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, cast
 
 from client.app import app as client_app
-from common.flower.local import LocalCloud, LocalFleet, LocalGrid, LocalNode
+from common.flower.local import LocalCloud, LocalFleet, LocalGrid, LocalNode, client_node
 from common.run.config import RunConfig
 from edge.app import EdgeApp
 from server.run import TreeRun
@@ -56,7 +56,7 @@ class LocalTree:
         nodes = []
         for e in range(edges):
             below = [
-                LocalNode(100 + i, c.name.encode(), client_app, self._config(c))
+                client_node(100 + i, client_app, self._config(c))
                 for i, c in enumerate(clients)
                 if e in c.edges
             ]

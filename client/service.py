@@ -73,8 +73,8 @@ def run_client(
     if not is_name(name):
         raise ConfigError(f"--name {name!r} is no name for a client; use letters, digits, '.', '-', '_'")
     own_key = key or state / "node.key"
-    config = {"name": name, "data": data, "device": device, "state": str(state), "key": str(own_key)}
-    config |= dict(node_config)
+    own = {"name": name, "data": data, "device": device, "state": str(state), "key": str(own_key)}
+    config = own | dict(node_config)
     roots = {edge: security.client_roots(edge) for edge in edges}
     homes = [Home(e, root_certificates=r, insecure=r is None) for e, r in roots.items()]
     client_app = load_app(app) if app else own_app(config, threads)

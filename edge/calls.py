@@ -19,7 +19,7 @@ from common.methods.views import Sent, answer_layout, buffers_of, whole_view
 from common.wire import control
 from common.wire.codec import Codec, create_codec
 from common.wire.payload import Layout
-from common.wire.signature import UNSIGNED, mismatch, statement_of, verify
+from common.wire.signature import UNSIGNED, check
 from common.wire.update import UpdateForm
 from edge.roster import Known, Roster
 from proto import espalier_pb2 as pb
@@ -228,9 +228,7 @@ class Caller:
         record = reply.content.get(control.ARRAYS)
         if not isinstance(record, ArrayRecord):
             raise WireError(report.client, "no payload in the message")
-        said = verify(report.signed, known.hello.public_key, report.client)
-        if fault := mismatch(said, statement_of(plan, report, content_id(record))):
-            raise WireError(report.client, fault)
+        check(plan, report, content_id(record), known.hello.public_key)
 
     def _read_update(
         self, reply: Message, report: pb.ClientReport, plan: pb.RoundPlan, sent: Sent, known: Known

@@ -31,6 +31,7 @@ from common.run.record import (
     Participation,
     RoundEntry,
     RunRecord,
+    SignatureEntry,
     Traffic,
     WindowEntry,
 )
@@ -160,6 +161,7 @@ class Chronicle:
             },
             links={k: Traffic(**v) for k, v in outcome.ledger.as_dict().items()},
             metrics=dict(strategy.state.notes),
+            signatures=_signatures(outcome),
             timings={"train": seconds},
         )
         self.record.windows.append(entry)
@@ -225,6 +227,12 @@ class Chronicle:
             entry.up_bytes += counts["up_bytes"]
             entry.down_bytes += counts["down_bytes"]
             entry.messages += counts["messages"]
+        before, found = self.record.windows[-1].signatures, _signatures(outcome)
+        self.record.windows[-1].signatures = SignatureEntry(
+            edges=before.edges + found.edges,
+            cloud=before.cloud + found.cloud,
+            unsigned=sorted({*before.unsigned, *found.unsigned}),
+        )
         self.faults(outcome.faults)
 
     def augmented(self, entry: AugmentationEntry, outcome: WindowOutcome) -> None:
@@ -345,6 +353,11 @@ def _trainings(strategy: WindowStrategy) -> dict[str, dict[str, float]]:
     return found
 
 
+def _signatures(outcome: WindowOutcome) -> SignatureEntry:
+    found = outcome.signatures
+    return SignatureEntry(edges=found.edges, cloud=found.cloud, unsigned=sorted(found.unsigned))
+
+
 def _round_entries(strategy: WindowStrategy) -> list[RoundEntry]:
     """Merge the edges' records of each round."""
     entries = []
@@ -361,7 +374,9 @@ def _round_entries(strategy: WindowStrategy) -> list[RoundEntry]:
             RoundEntry(
                 round=round_,
                 loss=sum(c.loss * c.samples for _, c in clients) / samples if samples else None,
-                participants=[Participation(client=c.client, edge=e) for e, c in clients],
+                participants=[
+                    Participation(client=c.client, edge=e, signed=c.HasField("signed")) for e, c in clients
+                ],
                 samples=samples,
                 seconds=max((record.seconds for _, record in records), default=0.0),
             )

@@ -9,6 +9,7 @@ from common.methods.tally import NOMINAL, Tally
 from common.run.ledger import Ledger
 from common.wire.payload import Layout, Weights
 from proto import espalier_pb2 as pb
+from server.contributions import Checked
 
 
 @dataclass
@@ -27,6 +28,8 @@ class WindowOutcome:
         Payload bytes of this window.
     faults : list[pb.Fault]
         The edges' faults and the cloud's.
+    signatures : Checked
+        What the clients' signatures came to, those under answers to inquiries too.
     """
 
     reports: dict[str, pb.EdgeReport] = field(default_factory=dict)
@@ -34,6 +37,7 @@ class WindowOutcome:
     mu: dict[str, float] = field(default_factory=dict)
     ledger: Ledger = field(default_factory=Ledger)
     faults: list[pb.Fault] = field(default_factory=list)
+    signatures: Checked = field(default_factory=Checked)
 
 
 class CentralTally:

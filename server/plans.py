@@ -48,10 +48,6 @@ class WindowDraw:
         """Edges that have a part in it."""
         return sorted({edge for assignment in self.rounds for edge in assignment.values()})
 
-    def clients_at(self, edge: str) -> set[str]:
-        """Return the clients that an edge was given in any round."""
-        return {c for assignment in self.rounds for c, e in assignment.items() if e == edge}
-
 
 def draw_window(
     method: Method,

@@ -27,6 +27,7 @@ from common.run.record import REPORT_FILE, RunRecord
 from common.wire.payload import Weights
 from server.assessment import Assessment
 from server.chronicle import Chronicle
+from server.client_keys import ClientKeys
 from server.evaluation import create_evaluator
 from server.strategy import WindowStrategy
 from server.tree import Tree
@@ -54,7 +55,7 @@ class TreeRun:
     out : Path
         The run's folder.
     state : Path
-        Folder of what the cloud knows beyond a run: which key owns which edge name.
+        Folder of what the cloud knows beyond a run: which key owns which edge's or client's name.
     """
 
     def __init__(self, settings: RunConfig, grid: TreeGrid, out: Path, state: Path) -> None:
@@ -64,7 +65,7 @@ class TreeRun:
         by_hand = self.method.has_levels and settings.level_choice == "device"
         smallest = min(parse_levels(settings.levels)) if by_hand else 0.0
         names = edge_names(state)
-        self.tree = Tree(grid, names, self.run_id, settings.histogram_noise, smallest)
+        self.tree = Tree(grid, names, self.run_id, settings.histogram_noise, ClientKeys(state), smallest)
         self.chronicle = Chronicle(settings, self.run_id, out)
         self.state: CloudState | None = None
         self.assessment: Assessment | None = None

@@ -22,6 +22,7 @@ from common.run.ledger import CLIENT_EDGE, EDGE_CLOUD
 from common.wire import control
 from common.wire.payload import Layout, Weights
 from proto import espalier_pb2 as pb
+from server.contributions import check_contributions
 from server.outcome import CentralTally, WindowOutcome
 from server.plans import Version, WindowDraw, draw_window, inquiry_plan, window_plan
 from server.tree import Tree
@@ -198,20 +199,21 @@ class WindowStrategy(Strategy):
             node = reply.metadata.src_node_id
             yield node, names.get(node, f"node {node}"), reply
 
-    def _read(
-        self, reply: Message, name: str, given: set[str] | None = None
-    ) -> tuple[pb.EdgeReport, Weights]:
+    def _read(self, reply: Message, name: str) -> tuple[pb.EdgeReport, Weights]:
         report = control.read_control(pb.EdgeReport, reply, name)
         if report.edge != name:
             raise WireError(name, f"a report in the name of {report.edge!r}")
         control.check_same_run(self._sent, report, name)
         if report.HasField("roster") and report.roster.name != name:
             raise WireError(name, f"a list of clients in the name of {report.roster.name!r}")
-        given = self.drawn.clients_at(name) if given is None else given
+        checked = check_contributions(
+            self._sent, report, self.tree.keys.in_force().get, required=self.settings.require_signatures
+        )
         payload = control.read_weights(reply, Layout.from_proto(report.layout.tensors, name), name)
         clients = {c.client for r in report.rounds for c in r.clients}
-        if foreign := (clients | {c for c, _, _ in stacked(payload)}) - given:
-            raise WireError(name, f"updates of {sorted(foreign)[:3]}, which it was not given")
+        if foreign := {c for c, _, _ in stacked(payload)} - clients:
+            raise WireError(name, f"tensors of {sorted(foreign)[:3]}, of whom it lists no update")
+        self.outcome.signatures.add(checked)
         return report, payload
 
     def _labels(self, report: pb.EdgeReport, name: str) -> np.ndarray:
@@ -303,8 +305,7 @@ class WindowStrategy(Strategy):
         deadline = self.settings.round_deadline + INQUIRY_MARGIN
         for _, name, reply in self._named(self.tree.grid.exchange(messages, deadline=deadline)):
             try:
-                given = {c for c, edge in where.items() if edge == name}
-                report, payload = self._read(reply, name, given)
+                report, payload = self._read(reply, name)
                 answers = self._answers(kind, architecture, report, payload)
             except WireError as error:
                 self._refuse(reply, name, error)

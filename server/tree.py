@@ -18,6 +18,7 @@ from common.run.config import RunConfig
 from common.wire import control
 from common.wire.hello import check_client_hello, version_mismatch
 from proto import espalier_pb2 as pb
+from server.client_keys import ClientKeys
 
 log = logging.getLogger("espalier.cloud")
 
@@ -41,6 +42,8 @@ class Tree:
         Espalier's run id.
     histogram_noise : float
         Scale of the Laplace noise that clients are asked to put on their label counts.
+    keys : ClientKeys
+        Which node key is which client's.
     smallest_level : float
         Smallest sub-model of the run, where levels are set at the devices.
     """
@@ -49,6 +52,7 @@ class Tree:
     names: Claims
     run: str
     histogram_noise: float
+    keys: ClientKeys
     smallest_level: float = 0.0
     faults: list[pb.Fault] = field(default_factory=list)
     _edges: dict[int, pb.EdgeHello] = field(default_factory=dict)
@@ -66,10 +70,10 @@ class Tree:
     def members(self) -> list[Member]:
         """Return the clients that can take part now, with the edges each one reaches."""
         reach: dict[str, list[str]] = {}
-        online = self.edges()
-        for edge, node in online.items():
+        keys = self.keys.in_force()  # a client may have been revoked since its hello
+        for edge, node in self.edges().items():
             for client in self._edges[node].clients:
-                if client.name in self._clients:
+                if client.name in keys:
                     reach.setdefault(client.name, []).append(edge)
         return [
             Member(
@@ -150,12 +154,15 @@ class Tree:
     def learn(self, node_id: int, hello: pb.EdgeHello) -> None:
         """Take over an edge's list of clients.
 
-        A client whose hello is not sound, that can train none of the run's sub-models, or whose classes or
-        image shape are not those of the clients before it, is left out and reported.
+        A client whose hello is not sound, whose node key is another's or does not count, that can train none
+        of the run's sub-models, or whose classes or image shape are not those of the clients before it, is
+        left out and reported.
         """
         # An edge that came back under a new node id replaces its older self.
         self._edges = {i: e for i, e in self._edges.items() if e.name != hello.name}
-        self._edges[node_id] = hello
+        self._edges[node_id] = sound = pb.EdgeHello()
+        sound.CopyFrom(hello)
+        sound.ClearField("clients")
         if fault := version_mismatch(hello.facts.versions):
             self._note(hello.name, "version", fault)
         self.faults.extend(hello.faults)
@@ -163,10 +170,12 @@ class Tree:
             try:
                 check_client_hello(client, client.name)
                 check_name(client.name)
+                self.keys.claim(client.name, client.public_key)
                 self._agree(client)
             except WireError as error:
                 self._refuse(error.sender, error.fault)
                 continue
+            sound.clients.append(client)
             self._clients[client.name] = client
             self._links.setdefault(client.name, {})[hello.name] = client.link_seconds
 

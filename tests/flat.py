@@ -15,7 +15,7 @@ from flwr.app import ConfigRecord
 
 from bench.local_tree import LocalClient
 from client.app import app as client_app
-from common.flower.local import LocalFleet, LocalGrid, LocalNode
+from common.flower.local import LocalFleet, LocalGrid, client_node
 from common.methods.base import CloudState
 from common.methods.planning import Member
 from common.methods.registry import create_method
@@ -38,10 +38,7 @@ class FlatRun:
     ) -> None:
         self.settings = RunConfig.from_flat({"run-id": "flat", **settings, "rg": 1})
         self.method = create_method(self.settings)
-        nodes = [
-            LocalNode(100 + i, c.name.encode(), client_app, self._config(folder, c))
-            for i, c in enumerate(clients)
-        ]
+        nodes = [client_node(100 + i, client_app, self._config(folder, c)) for i, c in enumerate(clients)]
         fleet = LocalFleet(nodes)
         self.grid = LocalGrid(nodes)
         (folder / "flat").mkdir(parents=True, exist_ok=True)

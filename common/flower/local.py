@@ -7,13 +7,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from flwr.app import Context, Error, Message, RecordDict
 from flwr.common.constant import ErrorCode
 from flwr.proto.node_pb2 import NodeInfo
+from flwr.supercore.primitives.asymmetric import public_key_to_bytes
 from flwr.supercore.task_identity import TaskIdentity
 
+from common.flower.node_state import load_or_make_key
 from common.flower.resident import Fab
 
 App = Callable[[Message, Context], Message]
@@ -28,7 +31,7 @@ class LocalNode:
     node_id : int
         Its id at its server.
     key : bytes
-        Stands for its public key.
+        Its public key, or what stands for one.
     app : callable
         Answers a message.
     config : Mapping
@@ -47,6 +50,14 @@ class LocalNode:
     def info(self) -> NodeInfo:
         """What a server knows of it."""
         return NodeInfo(node_id=self.node_id, public_key=self.key, last_activated_at="always")
+
+
+def client_node(node_id: int, app: App, config: Mapping[str, Any]) -> LocalNode:
+    """Return a node with a key below its `state`, which its app can sign with, as a resident node has."""
+    path = Path(config["state"]) / "node.key"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    key = public_key_to_bytes(load_or_make_key(path).public_key())
+    return LocalNode(node_id, key, app, {**config, "key": str(path)})
 
 
 class LocalGrid:

@@ -75,7 +75,7 @@ def accuracy_cards(record: RunRecord) -> list[Card]:
 
 
 def client_table(record: RunRecord) -> Table:
-    """Return the clients: who they are, how often they trained, and, where known, their group and accuracy."""
+    """Return the clients: who they are, how often they trained and signed; where known, group and accuracy."""
     trained = Counter(p.client for w in record.windows for r in w.rounds for p in r.participants)
     groups: dict[str, str] = {}
     for window in record.windows:
@@ -83,17 +83,18 @@ def client_table(record: RunRecord) -> Table:
     accuracies: dict[str, float | None] = {}
     for entry in record.accuracy:
         accuracies |= entry.clients
-    columns = ["client", "edges", "images", "data", "device", "rounds"]
+    signed = Counter(p.client for w in record.windows for r in w.rounds for p in r.participants if p.signed)
+    columns = ["client", "edges", "images", "data", "device", "rounds", *["signed"] * bool(signed)]
     kept = any(is_model(group) for group in groups.values())
     columns += ["model" if kept else "group"] * bool(groups) + ["accuracy"] * bool(accuracies)
     rows = []
     for name, client in sorted(record.clients.items())[:_MOST_CLIENTS]:
         row = [name, ", ".join(client.edges), number(client.samples), client.data, client.device]
-        row.append(str(trained[name]))
+        row += [str(trained[name]), *[str(signed[name])] * bool(signed)]
         row += [groups.get(name, "–")] * bool(groups)
         row += [percent(accuracies.get(name))] * bool(accuracies)
         rows.append(row)
-    numeric = {i for i, column in enumerate(columns) if column in ("images", "rounds", "accuracy")}
+    numeric = {i for i, column in enumerate(columns) if column in ("images", "rounds", "signed", "accuracy")}
     return Table(columns, rows, frozenset(numeric), max(0, len(record.clients) - _MOST_CLIENTS))
 
 

@@ -23,10 +23,23 @@ class _Part(BaseModel):
 
 
 class Participation(_Part):
-    """A client that was planned into a round, and the edge it trained at."""
+    """A client that contributed to a round, the edge it trained at, and whether the cloud checked its signature."""
 
     client: str
     edge: str
+    signed: bool = False
+
+
+class SignatureEntry(_Part):
+    """Signatures that were found good: those that the edges checked, and those that the cloud checked itself.
+
+    Answers to inquiries are counted, too; an edge also asks for itself, so it may have more. `unsigned` are the
+    clients of updates and answers that were let in without.
+    """
+
+    edges: int = 0
+    cloud: int = 0
+    unsigned: list[str] = Field(default_factory=list)
 
 
 class SelectionEntry(_Part):
@@ -90,6 +103,7 @@ class WindowEntry(_Part):
     timings: dict[str, float] = Field(default_factory=dict)
     metrics: dict[str, float | None] = Field(default_factory=dict)
     assignments: dict[str, str] = Field(default_factory=dict)
+    signatures: SignatureEntry = Field(default_factory=SignatureEntry)
 
     @computed_field  # type: ignore[prop-decorator]
     @property

@@ -146,6 +146,10 @@ def _tiles(record: RunRecord) -> list[Tile]:
             "\u00a0↓", " ↓"
         )
         tiles.append(Tile(link.replace("-", "–"), _bytes(traffic.up_bytes + traffic.down_bytes), note))
+    if checked := sum(window.signatures.cloud for window in record.windows):
+        unsigned = {name for window in record.windows for name in window.signatures.unsigned}
+        note = f"{len(unsigned)} clients sent some without" if unsigned else "all updates signed"
+        tiles.append(Tile("Signatures checked", number(checked), note))
     tiles.append(Tile("Faults", str(len(record.faults)), "see below" if record.faults else "none"))
     return tiles
 

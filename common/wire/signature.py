@@ -25,7 +25,7 @@ FORM = ("layout", "table", "architecture")
 #: Why an update without a signature is refused.
 UNSIGNED = (
     "an update without a signature; run our client, or name a SuperNode's key file in its node config "
-    "(key=\"…\"), or set require-signatures=false"
+    '(key="…"), or set require-signatures=false'
 )
 
 _MISMATCH = {
@@ -121,6 +121,19 @@ def verify(signed: pb.SignedStatement, public_key: bytes, signer: str) -> pb.Upd
             signer, "a signature that is not its node key's, or that was changed on the way"
         ) from error
     return control.decode(pb.UpdateStatement, signed.statement, signer)
+
+
+def check(plan: pb.RoundPlan, report: pb.ClientReport, payload: bytes, public_key: bytes) -> None:
+    """Check that a client signed this very reply to this very plan; the edge's side of `statement_of`.
+
+    Raises
+    ------
+    WireError
+        If it did not; the error says where its statement departs from the reply.
+    """
+    said = verify(report.signed, public_key, report.client)
+    if fault := mismatch(said, statement_of(plan, report, payload)):
+        raise WireError(report.client, fault)
 
 
 def mismatch(said: pb.UpdateStatement, expected: pb.UpdateStatement) -> str:

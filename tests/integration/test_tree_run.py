@@ -22,6 +22,7 @@ from common.names import NameRegistry
 from common.run.checkpoint import Checkpoints
 from common.run.config import RunConfig
 from server.chronicle import restore
+from server.client_keys import ClientKeys
 from server.tree import Tree
 from tests.tree import LiveTree, live_tree, start_client
 
@@ -217,8 +218,9 @@ def test_stop_file_ends_a_run_cleanly(tree: LiveTree) -> None:
 def test_two_runs_do_not_mix(tree: LiveTree) -> None:
     """While an edge serves one run, another is told so."""
     with serverapp_grid(tree.link, app_bundle("")) as grid:
-        first = Tree(TreeGrid(grid), NameRegistry(tree.folder / "cloud" / "edges.json"), "first", 0.0)
-        second = Tree(TreeGrid(grid), NameRegistry(tree.folder / "cloud" / "edges.json"), "second", 0.0)
+        names, keys = NameRegistry(tree.folder / "cloud" / "edges.json"), ClientKeys(tree.folder / "cloud")
+        first = Tree(TreeGrid(grid), names, "first", 0.0, keys)
+        second = Tree(TreeGrid(grid), names, "second", 0.0, keys)
         first.greet()
         assert len(first.edges()) == 2
         second.greet()

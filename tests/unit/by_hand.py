@@ -13,6 +13,8 @@ from flwr.app import Message
 
 from bench.local_tree import LocalClient, LocalTree
 from client.training import update_form
+from common.flower.node_state import load_key
+from common.flower.payloads import content_id
 from common.methods.base import CloudState, Method, Update
 from common.methods.registry import create_method
 from common.methods.tally import Tally
@@ -21,6 +23,7 @@ from common.run.config import RunConfig
 from common.run.state import StateStore
 from common.wire import control
 from common.wire.payload import Weights
+from common.wire.signature import sign, statement_of
 from proto import espalier_pb2 as pb
 from server.run import TreeRun
 
@@ -150,7 +153,9 @@ def _tap(app: Callable[[Message, Any], Message], calls: list[Call], change: Chan
             payload = change(sent, payload, report)
             weights = Weights.pack(payload)
             report.layout.CopyFrom(weights.layout.to_proto())
-            content = control.report_content(report, weights.to_record(), report.samples, report.loss)
+            record, key = weights.to_record(), load_key(Path(context.node_config["key"]))
+            report.signed.CopyFrom(sign(statement_of(plan, report, content_id(record)), key))
+            content = control.report_content(report, record, report.samples, report.loss)
             reply = Message(content, reply_to=message)
         calls.append(
             Call(

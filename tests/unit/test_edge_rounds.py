@@ -100,6 +100,8 @@ def add_one(plan: pb.RoundPlan, weights: Weights, message: Message) -> Message:
 
 MODEL = {"w": np.zeros((2, 2), np.float32), "b": np.zeros(2, np.float32)}
 LAYOUT = Layout.of(MODEL)
+#: These replies are not signed; test_signed_updates.py has some that are.
+SETTINGS = {"method": "fedavg", "model": "cnn", "require-signatures": False}
 
 
 def window(
@@ -128,7 +130,7 @@ def window_plan(
         schema=control.SCHEMA,
         run="r",
         window=3,
-        settings=RunConfig.from_flat({"method": "fedavg", "model": "cnn", **settings}).to_struct(),
+        settings=RunConfig.from_flat({**SETTINGS, **settings}).to_struct(),
         architecture=pb.ArchitectureSpec(tensors=LAYOUT.to_proto().tensors),
         layout=weights.layout.to_proto(),
         round_deadline=5,
