@@ -83,6 +83,11 @@ def test_fedphd_trains_prunes_and_leaves_everything(tree: LiveTree) -> None:
     assert quality["features"] == "digits features"
     assert 0 < quality["floor"]["frechet"] < quality["noise"]["frechet"]
     assert report["faults"] == []
+    # Every update of three clients in four rounds is signed, and checked at its edge and at the cloud.
+    trained = [p for w in report["windows"] for r in w["rounds"] for p in r["participants"]]
+    assert [p["signed"] for p in trained] == [True] * 12
+    found = [w["signatures"] for w in report["windows"]]
+    assert found == [{"edges": 6, "cloud": 6, "unsigned": []}] * 2
     assert (out / "samples.png").stat().st_size > 500
     assert (out / "report.html").read_text().startswith("<!")
     assert list((out / "tensorboard").iterdir())
