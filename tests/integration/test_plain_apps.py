@@ -234,6 +234,7 @@ def test_stock_supernode_below_an_edge_with_our_app(tmp_path: Path) -> None:
             "min-clients": 2,
             "sample-steps": 2,
             "sample-count": 4,
+            "require-signatures": "false",
         }
         chosen = [word for k, v in settings.items() for word in ("-c", f"{k}={v}")]
         command = espalier("run", "--cloud", "t", "--out", str(out), *chosen)
@@ -245,6 +246,9 @@ def test_stock_supernode_below_an_edge_with_our_app(tmp_path: Path) -> None:
         assert report["status"] == "finished"
         assert [w["participants"] for w in report["windows"]] == [["resident", "stock"]] * 2
         assert report["faults"] == []
+        # A SuperNode without a key file has none to sign with; it is let in and listed.
+        assert [w["signatures"]["unsigned"] for w in report["windows"]] == [["stock"]] * 2
+        assert [w["signatures"]["cloud"] for w in report["windows"]] == [1] * 2
         assert report["model"]["params"] < report["model"]["params_dense"]
         # Also the SuperNode's app keeps its optimiser state between rounds, on disk.
         assert list((tmp_path / "stock-state" / "rounds").rglob("*.safetensors"))

@@ -1,0 +1,58 @@
+"""A resident node that answers as a client does, without the training: `python -m bench.signing_client`."""
+
+from __future__ import annotations
+
+import argparse
+import signal
+from pathlib import Path
+
+import numpy as np
+from flwr.app import ArrayRecord, Context, Message
+
+from common.flower.arrays import array_from_numpy, numpy_view
+from common.flower.node_state import load_key
+from common.flower.payloads import content_id
+from common.flower.resident import Home, ResidentNode
+from common.wire import control
+from common.wire.signature import sign, statement_of
+from proto import espalier_pb2 as pb
+
+
+def answer(message: Message, context: Context) -> Message:
+    """Report as a client would after no training at all; signed, where the node config names a key."""
+    plan = control.decode(pb.RoundPlan, control.plan_bytes(message), "edge")
+    report = pb.ClientReport(
+        schema=control.SCHEMA,
+        run=plan.run,
+        window=plan.window,
+        round=plan.round,
+        client=plan.client,
+        samples=1,
+    )
+    received = message.content[control.ARRAYS]
+    assert isinstance(received, ArrayRecord)
+    # Other values than were sent: objects that the server has it would not be sent again.
+    record = ArrayRecord({n: array_from_numpy(numpy_view(a) + np.float32(1)) for n, a in received.items()})
+    if key := context.node_config.get("key"):
+        report.signed.CopyFrom(sign(statement_of(plan, report, content_id(record)), load_key(Path(str(key)))))
+    return Message(control.report_content(report, record, 1, 0.0), reply_to=message)
+
+
+def main() -> None:
+    """Serve until SIGTERM."""
+    parser = argparse.ArgumentParser(description=main.__doc__)
+    parser.add_argument("state", type=Path)
+    parser.add_argument("address")
+    parser.add_argument("--root-certificates", type=Path)
+    parser.add_argument("--sign", action="store_true")
+    arguments = parser.parse_args()
+    roots = arguments.root_certificates and arguments.root_certificates.read_bytes()
+    home = Home(arguments.address, root_certificates=roots, insecure=roots is None)
+    config = {"key": str(arguments.state / "node.key")} if arguments.sign else {}
+    node = ResidentNode(answer, [home], arguments.state, node_config=config)
+    signal.signal(signal.SIGTERM, lambda *_: node.stop())
+    node.run()
+
+
+if __name__ == "__main__":
+    main()

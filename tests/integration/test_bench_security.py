@@ -1,0 +1,22 @@
+"""The bench of what TLS and signatures cost runs: all three setups do the same rounds, side by side."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+
+def test_security() -> None:
+    command = [sys.executable, "-m", "bench.security", "--tiny", "--json"]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parents[2], timeout=200)
+    assert done.returncode == 0, done.stderr
+    result = json.loads(done.stdout)
+    assert result["bench"] == "security"
+    assert [row["setup"] for row in result["rows"]] == ["plain", "TLS", "TLS, signatures"]
+    assert {(row["clients"], row["bytes"], row["rounds"]) for row in result["rows"]} == {(2, 100_000, 5)}
+    [target] = result["targets"]
+    # The ratio at 10 MB is the full bench's; here only that the rounds were done and timed.
+    assert target["limit"] == 1.1
+    assert all(0 < row["min_s"] <= row["median_s"] <= row["max_s"] for row in result["rows"])
