@@ -6,10 +6,7 @@ from pathlib import Path
 
 from common.errors import WireError
 from common.keys import CLIENT_KEYS, KeyRegistry
-from common.names import NameRegistry
-
-#: In a cloud's state folder: the first key seen of each client, where none are registered.
-SEEN_KEYS = "names.json"
+from common.names import CLIENT_NAMES, NameRegistry
 
 
 class ClientKeys:
@@ -27,7 +24,7 @@ class ClientKeys:
 
     def __init__(self, state: Path) -> None:
         self._registry = KeyRegistry(state / CLIENT_KEYS)
-        self._seen = NameRegistry(state / SEEN_KEYS)
+        self._seen = NameRegistry(state / CLIENT_NAMES)
 
     @property
     def registered(self) -> bool:
