@@ -203,11 +203,17 @@ class _Inflation:
                         del self._done[child]
             else:
                 held = cls.inflate(content, children=children)
-            if self._verified and isinstance(held, Array | ArrayRecord):
-                # Flower's own cache; whoever changes the object makes it stale.
-                held.__dict__["_object_id"], held.is_dirty = object_id, False
+            if self._verified and isinstance(held, ArrayRecord):
+                _keep_ids(held, object_id, json.loads(bytes(body)))
         self._done[object_id] = held
         return held
+
+
+def _keep_ids(record: ArrayRecord, object_id: str, array_ids: Mapping[str, str]) -> None:
+    """Fill Flower's own caches of object ids; whoever changes the record or an Array makes them stale."""
+    for name, array in record.items():  # the record's own copies, not what it was inflated from
+        array.__dict__["_object_id"], array.is_dirty = array_ids[name], False
+    record.__dict__["_object_id"], record.is_dirty = object_id, False
 
 
 def _join(body: memoryview, children: Mapping[str, InflatableObject]) -> Array:

@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 from common.flower.arrays import array_from_numpy, numpy_view, payload_bytes
-from common.flower.payloads import PayloadError, count_chunks, pack, tree_ids, unpack
+from common.flower.payloads import PayloadError, content_id, count_chunks, pack, tree_ids, unpack
 
 MIB = 1024 * 1024
 
@@ -182,3 +182,20 @@ def test_chunks_are_counted() -> None:
     # a: 3; b and c: header, one chunk of zeros for three, remainder; d: 1.
     assert count_chunks(pack(big_message()).tree) == 3 + 3 + 3 + 1
     assert count_chunks(pack(message(RecordDict())).tree) == 0
+
+
+def test_a_verified_payload_keeps_its_id_and_is_not_hashed_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Until somebody changes it: then the id is another's."""
+    sent = ArrayRecord({"float32": array_from_numpy(np.arange(5, dtype=np.float32))})
+    packed = pack(message(RecordDict({"arrays": sent})))
+    contents = {object_id: packed.content(object_id) for object_id in packed.objects}
+    received = unpack(packed.message_id, contents, verified=True).content["arrays"]
+    assert isinstance(received, ArrayRecord)
+    with monkeypatch.context() as patch:
+        patch.setattr("common.flower.payloads._slice", lambda array: pytest.fail("hashed again"))
+        assert content_id(received) == content_id(sent)
+    array = received["float32"]
+    array.data = array.data[:-1] + b"\x41"
+    assert content_id(received) != content_id(sent)
+    received["float32"] = sent["float32"]
+    assert content_id(received) == content_id(sent)
