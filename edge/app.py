@@ -17,6 +17,7 @@ from common.flower.inline import InlineFleet, InlineGrid
 from common.flower.resident import Fab
 from common.monitor.logs import bind
 from common.names import CLIENT_NAMES, Claims, NameRegistry
+from common.run.timeouts import CLIENT_HELLO, REPLY_MARGIN
 from common.wire import control
 from common.wire.hello import device_facts
 from common.wire.payload import Weights
@@ -30,10 +31,6 @@ log = logging.getLogger("espalier.edge")
 
 #: Handled beside a running window.
 SIDE_TYPES = frozenset({control.HELLO, control.PROGRESS, control.DONE})
-#: Seconds that clients have to answer a hello.
-HELLO_DEADLINE = 20.0
-#: Seconds kept back from a message's ttl so that the reply still counts.
-MARGIN = 10.0
 
 
 class Cloud(Protocol):
@@ -90,8 +87,10 @@ class EdgeApp:
         """Answer one message; a fault of the cloud's message becomes the reply's error."""
         kind = message.metadata.message_type
         if kind == control.PROGRESS:
+            self._learn(message)
             content = control.control_content(self.progress.to_proto(self.name))
         elif kind == control.HELLO:
+            self._learn(message)
             content = self._hello(message, context)
         elif kind == control.DONE:
             self.close()
@@ -122,17 +121,34 @@ class EdgeApp:
         plan = control.decode(pb.WindowPlan, data, "cloud")
         weights = control.read_weights(message, control.plan_layout(plan, "cloud"), "cloud")
         grid = self._serve(plan.run, message, context)
-        self.progress = EdgeProgress(run=plan.run, window=plan.window)
+        metadata = message.metadata
+        self.progress = EdgeProgress(
+            run=plan.run,
+            window=plan.window,
+            flower_run=metadata.run_id,
+            sent_at=metadata.created_at,
+        )
         log.info("run %s window %d: %d rounds", plan.run, plan.window, len(plan.rounds))
-        self.roster.refresh(grid, self._request, HELLO_DEADLINE)
+        self.roster.refresh(grid, self._request, CLIENT_HELLO)
         window = EdgeWindow(self.name, plan, weights, grid, self.roster, self.progress)
         with bind(run=plan.run, window=plan.window):
             if plan.inquiry:
                 return self._window_content(*window.inquire())
             report, tally = window.run()
-        self.roster.refresh(grid, self._request, HELLO_DEADLINE)
+        self.roster.refresh(grid, self._request, CLIENT_HELLO)
         report.roster.CopyFrom(self._edge_hello())
         return self._window_content(report, tally)
+
+    def _learn(self, message: Message) -> None:
+        """Take note of what the cloud is at, as far as its message says."""
+        about, metadata = control.config_of(message, control.CONFIG) or ConfigRecord(), message.metadata
+        window = about.get("window", 0)
+        self.progress.learn(
+            str(about.get("run", "")),
+            window if isinstance(window, int) else 0,
+            metadata.run_id,
+            metadata.created_at,
+        )
 
     def _window_content(self, report: pb.EdgeReport, weights: Weights) -> RecordDict:
         loss = report.rounds[-1].loss if report.rounds else 0.0
@@ -156,7 +172,7 @@ class EdgeApp:
                 if request != self._request:
                     self.roster.reset()
                     self._request = request
-                self.roster.refresh(grid, request, HELLO_DEADLINE)
+                self.roster.refresh(grid, request, CLIENT_HELLO)
             finally:
                 self._window.release()
         hello = self._edge_hello()
@@ -180,7 +196,7 @@ class EdgeApp:
         # A plain run has no id of ours; Flower's is unique at its cloud.
         run = f"flwr-{message.metadata.run_id}"
         grid = self._serve(run, message, context)
-        left = message.metadata.created_at + message.metadata.ttl - time.time() - MARGIN
+        left = message.metadata.created_at + message.metadata.ttl - time.time() - REPLY_MARGIN
         content, faults = relay(message, grid, run_record(run, context.run_config), max(left, 1.0))
         for fault in faults:
             log.warning("%s", fault)

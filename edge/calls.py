@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -12,6 +12,7 @@ from flwr.app import ArrayRecord, ConfigRecord, Message, RecordDict
 from common.errors import WireError
 from common.flower.arrays import payload_bytes
 from common.flower.inline import InlineGrid
+from common.flower.outcomes import fault_kind
 from common.flower.payloads import content_id
 from common.methods.base import Method, Update
 from common.methods.state import ServerState
@@ -52,6 +53,8 @@ class Caller:
         The clients below this edge.
     report : pb.EdgeReport
         Takes the faults and the bytes.
+    cancelled : callable
+        Whether nobody waits for the window any more.
     """
 
     def __init__(
@@ -62,8 +65,10 @@ class Caller:
         grid: InlineGrid,
         roster: Roster,
         report: pb.EdgeReport,
+        cancelled: Callable[[], bool] = lambda: False,
     ) -> None:
         self.edge, self.plan, self.method = edge, plan, method
+        self._cancelled = cancelled
         self.grid, self.roster, self.report = grid, roster, report
         self._server_peers: dict[str, pb.ArchitectureSpec] = {}
         name = method.chosen(method.settings, "codec")
@@ -108,7 +113,9 @@ class Caller:
         }
         done: set[str] = set()
         messages = self._messages(plans, sent, called)
-        for reply in self.grid.exchange(messages, deadline=self.plan.round_deadline, quorum=None):
+        for reply in self.grid.exchange(
+            messages, deadline=self.plan.round_deadline, cancelled=self._cancelled
+        ):
             name = self.roster.name_of(reply.metadata.src_node_id)
             done.add(name)
             try:
@@ -116,7 +123,7 @@ class Caller:
                 self._check_signature(reply, report, plans[name], called[name])
                 update = self._read_update(reply, report, plans[name], sent[name], called[name])
             except WireError as error:
-                self.fault(name, "error" if reply.has_error() else "refused", error.fault, round_)
+                self.fault(name, fault_kind(reply), error.fault, round_)
                 continue
             self.report.client_edge.up_bytes += report.up_bytes
             self.report.client_edge.messages += 1

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import threading
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -27,7 +28,7 @@ log = logging.getLogger("espalier.edge")
 
 @dataclass
 class EdgeProgress:
-    """How far a window is; read by another thread that answers `query.progress`."""
+    """How far a window is; read and told what the cloud is at by the thread that answers `query.progress`."""
 
     run: str = ""
     window: int = 0
@@ -36,6 +37,27 @@ class EdgeProgress:
     done: list[str] = field(default_factory=list)
     loss: float = 0.0
     links: pb.LinkBytes = field(default_factory=pb.LinkBytes)
+    flower_run: int = 0
+    sent_at: float = 0.0
+    overtaken: threading.Event = field(default_factory=threading.Event)
+
+    def learn(self, run: str, window: int, flower_run: int, sent_at: float) -> None:
+        """Take note of what the cloud is at: a window that it went on without is given up.
+
+        Parameters
+        ----------
+        run : str
+            Espalier's run id.
+        window : int
+            The cloud's window; 0 where it did not say.
+        flower_run : int
+            Flower's run id: a run that was submitted again has a new one, and its former windows count no more.
+        sent_at : float
+            When the cloud said so, in seconds; what was sent before the window is no news.
+        """
+        newer = sent_at > self.sent_at and (window > self.window or flower_run != self.flower_run)
+        if self.window and run == self.run and newer:
+            self.overtaken.set()
 
     def to_proto(self, edge: str) -> pb.Progress:
         """Return the protobuf form."""
@@ -92,7 +114,9 @@ class EdgeWindow:
         self.server = ServerState(plan.architecture, weights, max(plan.population, 1), peers=dict(plan.peers))
         self.tally = Tally(weights.layout)
         self.report = pb.EdgeReport(schema=control.SCHEMA, run=plan.run, window=plan.window, edge=edge)
-        self.caller = Caller(edge, plan, self.method, grid, roster, self.report)
+        self.caller = Caller(
+            edge, plan, self.method, grid, roster, self.report, cancelled=progress.overtaken.is_set
+        )
         self._grid, self._roster = grid, roster
         self._labels: np.ndarray | None = None
         self._reached: dict[str, pb.Version] = {}
@@ -113,15 +137,22 @@ class EdgeWindow:
         start = time.monotonic()
         for schedule in self.plan.rounds:
             mine = [p for p in schedule.participants if p.edge == self.edge]
-            if self._grid.closed:
-                raise EspalierError("the run was ended in the middle of the window")
+            self._check_wanted()
             if mine and schedule.keep:
                 mine = self._best(schedule, mine)
             if mine:
                 self._round(schedule.round, mine)
+        self._check_wanted()
         if self._labels is not None:
             self.report.labels.counts.extend(self._labels.tolist())
         return self._close(start)
+
+    def _check_wanted(self) -> None:
+        """Raise EspalierError if the cloud waits for this window no more."""
+        if self._grid.closed:
+            raise EspalierError("the run was ended in the middle of the window")
+        if self.progress.overtaken.is_set():
+            raise EspalierError(f"the cloud went on without window {self.plan.window}")
 
     def inquire(self) -> tuple[pb.EdgeReport, Weights]:
         """Ask the plan's participants what it wants to know, and pass on what they answer."""

@@ -20,7 +20,7 @@ from common.models.pipeline import save_model
 from common.run.board import Board
 from common.run.checkpoint import Checkpoints
 from common.run.config import RunConfig
-from common.run.events import EVENTS_FILE, EventLog
+from common.run.events import EVENTS_FILE, EventLog, interruptions
 from common.run.ledger import Ledger
 from common.run.record import (
     AccuracyEntry,
@@ -103,6 +103,14 @@ class Chronicle:
         log.info("run %s goes on after window %d", self.run, window)
         self.events.write("resumed", window=window, round=state.round)
         return state, reached
+
+    def restarted(self) -> None:
+        """Enter every start of this run's ServerApp after one that ended without a last word."""
+        counted = sum(f.kind == "restart" for f in self.record.faults)
+        window = len(self.record.windows)
+        for _ in range(interruptions(self.out / EVENTS_FILE) - counted):
+            detail = f"the ServerApp was started again and goes on after window {window}"
+            self.faults([pb.Fault(tier="cloud", node="cloud", kind="restart", detail=detail, window=window)])
 
     # --- what happens ------------------------------------------------------------------------------
 

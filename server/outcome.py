@@ -44,15 +44,45 @@ class CentralTally:
     """The edges' tallies merged, each edge at its own share where the method has one.
 
     Edges of share 0 count, as their clients weigh, only if every edge's share is 0.
+
+    Parameters
+    ----------
+    layout : Layout
+        The cloud's tensors.
+    newest_only : bool
+        Whether an edge counts only if no other one's newest round is newer.
     """
 
-    def __init__(self, layout: Layout) -> None:
-        self._main, self._fallback = Tally(layout), Tally(layout)
+    def __init__(self, layout: Layout, newest_only: bool = False) -> None:
+        self._layout, self._newest_only, self._newest = layout, newest_only, 0
+        self._reset()
+
+    def _reset(self) -> None:
+        self._main, self._fallback = Tally(self._layout), Tally(self._layout)
         self._shares: dict[str, float] = {}
         self._natural: dict[str, float] = {}
 
-    def absorb(self, name: str, payload: Weights, scalars: Mapping[str, float], share: float | None) -> None:
-        """Merge one edge's tally; raises ValueError like `Tally.absorb`."""
+    def absorb(
+        self,
+        name: str,
+        payload: Weights,
+        scalars: Mapping[str, float],
+        share: float | None,
+        newest: int = 0,
+    ) -> None:
+        """Merge one edge's tally, whose newest round that counted is `newest`.
+
+        Raises
+        ------
+        ValueError
+            Like `Tally.absorb`.
+        """
+        if self._newest_only and newest != self._newest:
+            if newest < self._newest:
+                return
+            Tally(self._layout).absorb(payload, scalars)  # unsound ones must not undo what is merged
+            self._newest = newest
+            self._reset()
         nominal = scalars.get(NOMINAL, 0.0)
         if share is None or nominal == 0:
             self._main.absorb(payload, scalars)

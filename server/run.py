@@ -24,6 +24,7 @@ from common.monitor.logs import bind
 from common.names import EDGE_NAMES, Claims, NameRegistry
 from common.run.config import RunConfig
 from common.run.record import REPORT_FILE, RunRecord
+from common.run.timeouts import window_seconds
 from common.wire.payload import Weights
 from server.assessment import Assessment
 from server.chronicle import Chronicle
@@ -35,8 +36,9 @@ from server.watch import Watch, stop_requested
 
 log = logging.getLogger("espalier.cloud")
 
-#: Seconds a window may take beyond its rounds: hellos, uploads, the edges' own work.
-WINDOW_MARGIN = 60.0
+
+#: How often a window of which no edge reports is tried before the run goes on without it.
+ATTEMPTS = 3
 
 
 class StopRequested(Exception):  # noqa: N818 - no error, a wish
@@ -101,6 +103,7 @@ class TreeRun:
         self.method.meet(self.tree.image_shape, len(self.tree.classes))
         state, reached = self.chronicle.resume() or (self._initial_state(), {})
         self.state = state
+        self.chronicle.restarted()
         self.chronicle.joined(self.tree)
         evaluator = create_evaluator(
             s, self.tree.image_shape, self.tree.classes, resolve_device(s.device), self.out / "features"
@@ -135,16 +138,23 @@ class TreeRun:
         return state
 
     def _window(self, strategy: WindowStrategy, state: CloudState) -> None:
-        """Plan, train at the edges, aggregate."""
+        """Plan, train at the edges, aggregate; a window of which no edge reports is planned again."""
+        for attempt in range(ATTEMPTS):
+            strategy.may_repeat = attempt + 1 < ATTEMPTS
+            window = state.window
+            self._try_window(strategy, state)
+            if state.window > window:
+                return
+
+    def _try_window(self, strategy: WindowStrategy, state: CloudState) -> None:
         s = self.settings
         start = time.monotonic()
-        self.tree.greet()
-        if not self.tree.members():
+        self.tree.greet(reported=strategy.outcome.reports)
+        while not (members := self.tree.members()):
             self.tree.gather(s, self._stopping)
             self._check_stop()
-        plan, window = strategy.draw().rounds, state.window + 1
+        plan, window = strategy.draw(members).rounds, state.window + 1
         self.chronicle.planned(strategy, window)
-        members = self.tree.members()
         by_name = {m.name: m for m in members}
         random_plan = plan_window(
             [[by_name[c] for c in assignment if c in by_name] for assignment in plan],
@@ -154,18 +164,24 @@ class TreeRun:
             seed=s.seed,
         )
         arrays = state.weights.to_record()
-        with Watch(self.tree, self.chronicle.events):
+        with Watch(self.tree, self.chronicle.events, window) as watch:
             replies = self.grid.exchange(
                 strategy.configure_train(window, arrays, ConfigRecord(), self.grid),
-                deadline=s.window_deadline or len(plan) * s.round_deadline + WINDOW_MARGIN,
+                deadline=window_seconds(len(plan), s.round_deadline, s.window_deadline),
                 cancelled=self._stopping,
+                lost=watch.lost,
             )
             strategy.aggregate_train(window, replies)
         self._check_stop()
+        faults = [*strategy.outcome.faults, *self.tree.faults]
+        self.tree.faults.clear()
+        if state.window < window:
+            log.warning("window %d came to nothing; planning it again", window)
+            self.chronicle.faults(faults)
+            return
         planned, random = (mean_homogeneity(p, members, s.homogeneity_form) for p in (plan, random_plan))
         self.chronicle.window(strategy, time.monotonic() - start, planned, random)
-        self.chronicle.faults([*strategy.outcome.faults, *self.tree.faults])
-        self.tree.faults.clear()
+        self.chronicle.faults(faults)
 
     def _after(self, strategy: WindowStrategy, state: CloudState) -> None:
         """After an aggregation: moving average, measures, samples, the method's own step, checkpoint."""

@@ -12,13 +12,15 @@ from flwr.serverapp.strategy import Strategy
 
 from common.errors import WireError
 from common.flower.arrays import payload_bytes
+from common.flower.outcomes import fault_kind
 from common.homogeneity import sh_score
 from common.methods.base import CloudState, Method
-from common.methods.planning import Round
+from common.methods.planning import Member, Round
 from common.methods.selection import Answer
 from common.methods.tally import Tally, stacked
 from common.methods.views import answer_layout
 from common.run.ledger import CLIENT_EDGE, EDGE_CLOUD
+from common.run.timeouts import INQUIRY_MARGIN
 from common.wire import control
 from common.wire.payload import Layout, Weights
 from proto import espalier_pb2 as pb
@@ -59,6 +61,8 @@ class WindowStrategy(Strategy):
         self.settings = method.settings
         self.reached: dict[str, Version] = dict(reached or {})
         self.checkpoint_window = state.window
+        #: Whether a window of which no edge reports leaves the state as it was, to be tried again.
+        self.may_repeat = False
         self.drawn = WindowDraw()
         self.outcome = WindowOutcome()
         self.selection = method.selection()
@@ -85,11 +89,18 @@ class WindowStrategy(Strategy):
 
     # --- down --------------------------------------------------------------------------------------
 
-    def draw(self) -> WindowDraw:
-        """Draw the next window: who trains in each of its rounds, and at which edge."""
+    def draw(self, members: Sequence[Member] | None = None) -> WindowDraw:
+        """Draw the next window: who trains in each of its rounds, and at which edge.
+
+        Parameters
+        ----------
+        members : sequence of Member, optional
+            Clients that can take part; by default those that are connected now.
+        """
         self.outcome = WindowOutcome()
         self._grow(self.tree.population)
-        self.drawn = draw_window(self.method, self.selection, self.state, self.tree.members(), self.ask)
+        members = self.tree.members() if members is None else members
+        self.drawn = draw_window(self.method, self.selection, self.state, members, self.ask)
         return self.drawn
 
     def _grow(self, population: int) -> None:
@@ -122,6 +133,9 @@ class WindowStrategy(Strategy):
         content = control.plan_content(plan, arrays)
         size, nodes = payload_bytes(content), self.tree.edges()
         for edge in edges:
+            if edge not in nodes:
+                self._fault(edge, "lost", "went away before its part was sent")
+                continue
             self.outcome.ledger.add(EDGE_CLOUD, down_bytes=size, messages=1)
             yield Message(content, nodes[edge], kind, group_id=str(plan.window))
 
@@ -133,9 +147,10 @@ class WindowStrategy(Strategy):
         """Merge the edges' tallies as they arrive, and move the global state on by a window.
 
         A reply that is not sound is refused by name, and the window goes on without it. If no edge
-        has a sample the model stays as it was.
+        has a sample the model stays as it was, and so does the window where it may be repeated and no
+        edge reported.
         """
-        merged = CentralTally(self.state.weights.layout)
+        merged = CentralTally(self.state.weights.layout, self.method.newest_only)
         samples = 0
         for node, name, reply in self._named(replies):
             try:
@@ -143,7 +158,8 @@ class WindowStrategy(Strategy):
                 labels = self._labels(report, name)
                 if report.samples:
                     share = self.method.edge_share(report.samples, report.last_round_samples, labels)
-                    merged.absorb(name, payload, report.metrics, share)
+                    newest = max((r.round for r in report.rounds if r.clients), default=0)
+                    merged.absorb(name, payload, report.metrics, share, newest)
             except (WireError, ValueError) as error:
                 self._refuse(reply, name, error)
                 continue
@@ -152,6 +168,8 @@ class WindowStrategy(Strategy):
                 samples += report.samples
                 self.outcome.mu[name] = sh_score(labels, self.settings.homogeneity_form)
         self._note_silent(set(self.drawn.edges))
+        if not self.outcome.reports and self.may_repeat:
+            return None, MetricRecord({"edges": 0, control.NUM_EXAMPLES: 0})
         tally, self.outcome.rho = merged.result()
         self.state.window += 1
         self.state.round += len(self.plan)
@@ -194,10 +212,9 @@ class WindowStrategy(Strategy):
             )
 
     def _named(self, replies: Iterable[Message]) -> Iterator[tuple[int, str, Message]]:
-        names = {node: name for name, node in self.tree.edges().items()}
         for reply in replies:
             node = reply.metadata.src_node_id
-            yield node, names.get(node, f"node {node}"), reply
+            yield node, self.tree.name_of(node), reply
 
     def _read(self, reply: Message, name: str) -> tuple[pb.EdgeReport, Weights]:
         report = control.read_control(pb.EdgeReport, reply, name)
@@ -245,8 +262,7 @@ class WindowStrategy(Strategy):
         self.outcome.ledger.add(EDGE_CLOUD, up_bytes=report.up_bytes, messages=1)
 
     def _refuse(self, reply: Message, name: str, error: WireError | ValueError) -> None:
-        kind = "error" if reply.has_error() else "refused"
-        self._fault(name, kind, error.fault if isinstance(error, WireError) else str(error))
+        self._fault(name, fault_kind(reply), error.fault if isinstance(error, WireError) else str(error))
 
     def _note_silent(self, asked: set[str]) -> None:
         for silent in sorted(asked - set(self.outcome.reports) - {f.node for f in self.outcome.faults}):
@@ -346,6 +362,3 @@ class WindowStrategy(Strategy):
         """Return nothing."""
         return None
 
-
-#: Seconds an inquiry may take beyond what the edges wait for their clients.
-INQUIRY_MARGIN = 30.0

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, field
+from typing import Protocol
 
 import numpy as np
 from flwr.app import ConfigRecord, Message, RecordDict
@@ -15,6 +16,7 @@ from common.flower.cloud_grid import TreeGrid
 from common.methods.planning import Member
 from common.names import Claims, check_name
 from common.run.config import RunConfig
+from common.run.timeouts import EDGE_HELLO, RETURN_HELLO, WATCH_CALL
 from common.wire import control
 from common.wire.hello import check_client_hello, version_mismatch
 from proto import espalier_pb2 as pb
@@ -22,10 +24,16 @@ from server.client_keys import ClientKeys
 
 log = logging.getLogger("espalier.cloud")
 
-#: Seconds edges have to answer a hello: they ask their own clients first.
-HELLO_DEADLINE = 45.0
 #: Seconds between two looks for edges and clients that are yet to join.
 PATIENCE = 0.5
+
+
+class Node(Protocol):
+    """A connected node, as Flower's Grid describes it."""
+
+    node_id: int
+    public_key: bytes
+    last_activated_at: str
 
 
 @dataclass
@@ -59,13 +67,23 @@ class Tree:
     _clients: dict[str, pb.ClientHello] = field(default_factory=dict)
     _links: dict[str, dict[str, float]] = field(default_factory=dict)
     _noted: set[tuple[str, str]] = field(default_factory=set)
+    _since: dict[int, str] = field(default_factory=dict)
+    _silent: set[int] = field(default_factory=set)
 
     # --- who is there ------------------------------------------------------------------------------
 
     def edges(self) -> dict[str, int]:
-        """Return the node id of every edge that is connected and serves this run, by name."""
-        online = set(self.grid.get_node_ids())
-        return {e.name: n for n, e in sorted(self._edges.items()) if n in online and not e.busy_with}
+        """Return the node id of every edge that is connected, serves this run and answers, by name."""
+        there = set(self.grid.get_node_ids()) - self._silent
+        return {e.name: n for n, e in sorted(self._edges.items()) if n in there and not e.busy_with}
+
+    def name_of(self, node_id: int) -> str:
+        """Return the name of a node that said hello, or a stand-in that says it did not."""
+        return self._edges[node_id].name if node_id in self._edges else f"node {node_id}"
+
+    def since(self) -> dict[int, str]:
+        """Return since when each connected node is there: a node that was started again has another time."""
+        return {n.node_id: n.last_activated_at for n in self.grid.get_nodes()}
 
     def members(self) -> list[Member]:
         """Return the clients that can take part now, with the edges each one reaches."""
@@ -136,11 +154,36 @@ class Tree:
                 )
             time.sleep(PATIENCE)
 
-    def greet(self, *, everyone: bool = False) -> None:
-        """Say hello to edges not known yet (or to all), and learn who is below them."""
+    def greet(self, *, everyone: bool = False, reported: Collection[str] = ()) -> None:
+        """Say hello to edges, and learn who is below them.
+
+        Parameters
+        ----------
+        everyone : bool
+            Ask all edges.
+        reported : collection of str
+            Edges whose report has just said who is below them; they are asked only if they were started again
+            since. An edge that was asked and does not answer gets no part in a window until it does.
+        """
         nodes = {n.node_id: n for n in self.grid.get_nodes()}
-        asked = [i for i in nodes if everyone or i not in self._edges or self._edges[i].busy_with]
-        for reply in self.grid.exchange(self._hellos(asked), deadline=HELLO_DEADLINE):
+        asked = [i for i in nodes if everyone or not self._is_known(nodes[i], reported)]
+        known = [i for i in asked if i in self._edges and not self._edges[i].busy_with and not everyone]
+        self._say_hello([i for i in asked if i not in known], nodes, EDGE_HELLO)
+        self._say_hello(known, nodes, RETURN_HELLO)
+
+    def _is_known(self, node: Node, reported: Collection[str]) -> bool:
+        edge = self._edges.get(node.node_id)
+        return (
+            edge is not None
+            and not edge.busy_with
+            and edge.name in reported
+            and node.node_id not in self._silent
+            and self._since.get(node.node_id) == node.last_activated_at
+        )
+
+    def _say_hello(self, asked: list[int], nodes: Mapping[int, Node], deadline: float) -> None:
+        self._silent.update(i for i in asked if i in self._edges)
+        for reply in self.grid.exchange(self._hellos(asked), deadline=deadline):
             node_id = reply.metadata.src_node_id
             try:
                 hello = control.read_control(pb.EdgeHello, reply, f"node {node_id}")
@@ -149,6 +192,7 @@ class Tree:
             except WireError as error:
                 self._refuse(error.sender, error.fault)
                 continue
+            self._since[node_id] = nodes[node_id].last_activated_at
             self.learn(node_id, hello)
 
     def learn(self, node_id: int, hello: pb.EdgeHello) -> None:
@@ -163,6 +207,7 @@ class Tree:
         self._edges[node_id] = sound = pb.EdgeHello()
         sound.CopyFrom(hello)
         sound.ClearField("clients")
+        self._silent.discard(node_id)
         if fault := version_mismatch(hello.facts.versions):
             self._note(hello.name, "version", fault)
         self.faults.extend(hello.faults)
@@ -239,14 +284,18 @@ class Tree:
 
     # --- beside a window ---------------------------------------------------------------------------
 
-    def progress(self) -> list[pb.Progress]:
-        """Ask every edge how far it is."""
-        messages = [Message(RecordDict(), n, control.PROGRESS) for n in self.edges().values()]
-        return [
-            control.read_control(pb.Progress, reply, f"node {reply.metadata.src_node_id}")
-            for reply in self.grid.exchange(messages, deadline=5.0)
-            if not reply.has_error()
+    def progress(self, window: int) -> dict[int, pb.Progress]:
+        """Ask every edge how far it is, by node; one that is still at an earlier window gives that one up."""
+        about = ConfigRecord({"run": self.run, "window": window})
+        messages = [
+            Message(RecordDict({control.CONFIG: about}), n, control.PROGRESS) for n in self.edges().values()
         ]
+        found = {}
+        for reply in self.grid.exchange(messages, deadline=WATCH_CALL):
+            node_id = reply.metadata.src_node_id
+            if not reply.has_error():
+                found[node_id] = control.read_control(pb.Progress, reply, f"node {node_id}")
+        return found
 
     def dismiss(self) -> None:
         """Tell every edge that the run is over."""

@@ -1,4 +1,4 @@
-"""Beside a window: how far the edges are, and whether somebody asked for the end."""
+"""Beside a window: how far the edges are, which of them have lost it, and whether somebody asked for the end."""
 
 from __future__ import annotations
 
@@ -7,32 +7,44 @@ import threading
 from pathlib import Path
 
 from common.errors import WireError
+from common.flower.cloud_grid import LINK_LOST
 from common.run.events import STOP_FILE, EventLog
+from common.run.timeouts import WATCH
+from proto import espalier_pb2 as pb
 from server.tree import Tree
 
 log = logging.getLogger("espalier.cloud")
 
-#: Seconds between two looks at the edges; each costs a small message an edge.
-INTERVAL = 2.0
+#: Looks at a restarted edge that must find it without the window: at the first, its message may be on its way.
+LOOKS = 2
 
 
 class Watch:
-    """Writes "progress" events while a window runs; a context manager around the window.
+    """Looks after a window while it runs; a context manager around it.
+
+    It writes "progress" events, and finds edges that were started again in the middle of the window. Such an
+    edge knows nothing of the window that its dead process had taken, and Flower delivers a message once, so
+    the cloud need not wait for it until the deadline.
 
     Parameters
     ----------
     tree : Tree
-        Edges to ask.
+        Edges to ask; each look costs a small message an edge.
     events : EventLog
         Where progress goes.
+    window : int
+        The window's number.
     """
 
-    def __init__(self, tree: Tree, events: EventLog) -> None:
-        self._tree, self._events = tree, events
+    def __init__(self, tree: Tree, events: EventLog, window: int) -> None:
+        self._tree, self._events, self._window = tree, events, window
+        self._since: dict[int, str] = {}
+        self._without: dict[int, int] = {}
         self._done = threading.Event()
         self._thread = threading.Thread(target=self._run, name="watch", daemon=True)
 
     def __enter__(self) -> Watch:
+        self._since = self._tree.since()
         self._thread.start()
         return self
 
@@ -40,28 +52,45 @@ class Watch:
         self._done.set()
         self._thread.join()
 
+    def lost(self, node_id: int) -> str:
+        """Return why an edge will not report on the window, or ""."""
+        if self._without.get(node_id, 0) < LOOKS:
+            return ""
+        return "the edge was started again in the middle of the window"
+
     def _run(self) -> None:
-        while not self._done.wait(INTERVAL):
+        while not self._done.wait(WATCH):
             try:
-                found = self._tree.progress()
-            except WireError as error:
+                self.look()
+            except (WireError, *LINK_LOST) as error:
                 log.warning("%s", error)
-                continue
-            for progress in found:
-                self._events.write(
-                    "progress",
-                    edge=progress.edge,
-                    window=progress.window,
-                    round=progress.round,
-                    training=list(progress.training),
-                    done=list(progress.done),
-                    loss=progress.loss,
-                    bytes={
-                        "up_bytes": progress.client_edge.up_bytes,
-                        "down_bytes": progress.client_edge.down_bytes,
-                        "messages": progress.client_edge.messages,
-                    },
-                )
+
+    def look(self) -> None:
+        """Ask every edge how far it is, and note those that were started again and have no such window."""
+        since = self._tree.since()
+        for node_id, progress in self._tree.progress(self._window).items():
+            has_it = progress.run == self._tree.run and progress.window == self._window
+            if since.get(node_id) == self._since.get(node_id) or has_it:
+                self._without.pop(node_id, None)
+            else:
+                self._without[node_id] = self._without.get(node_id, 0) + 1
+            self._tell(progress)
+
+    def _tell(self, progress: pb.Progress) -> None:
+        self._events.write(
+            "progress",
+            edge=progress.edge,
+            window=progress.window,
+            round=progress.round,
+            training=list(progress.training),
+            done=list(progress.done),
+            loss=progress.loss,
+            bytes={
+                "up_bytes": progress.client_edge.up_bytes,
+                "down_bytes": progress.client_edge.down_bytes,
+                "messages": progress.client_edge.messages,
+            },
+        )
 
 
 def stop_requested(out: Path) -> bool:

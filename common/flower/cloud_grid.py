@@ -24,11 +24,10 @@ from flwr.superlink.grid.http_grid import HttpGrid
 
 from common.flower.memory import Sweeper
 from common.flower.payloads import PayloadError, array_bytes, tree_ids, unpack
+from common.run.timeouts import CLOUD_UPLOAD_STALL, TTL_MARGIN
 
-TTL_MARGIN = 60.0  # seconds past the deadline
 FASTEST = 0.02
 SLOWEST = 0.5
-UPLOAD_STALL = 190.0  # Flower's own limit for an upload without progress is 180 s
 UPLOAD_DOUBT = 10.0  # after so many seconds without progress, ask whether the uploader is still there
 
 #: What a call raises when the SuperLink does not answer, all retries included.
@@ -128,6 +127,7 @@ class TreeGrid(Grid):
         quorum: int | None = None,
         grace: float = 0.0,
         cancelled: Callable[[], bool] | None = None,
+        lost: Callable[[int], str] | None = None,
     ) -> Iterator[Message]:
         """Send messages and yield the replies as they arrive.
 
@@ -143,6 +143,8 @@ class TreeGrid(Grid):
             Seconds to wait for the others once the quorum is there.
         cancelled : callable, optional
             Asked again and again; once it says True the outstanding ones are abandoned.
+        lost : callable, optional
+            Asked again and again with the node of an outstanding message: why it will not answer, or "".
 
         Yields
         ------
@@ -198,6 +200,11 @@ class TreeGrid(Grid):
                     yield reply
                     del reply
                     sweeper.dropped(size)
+                for message_id, sent in list(waiting.items()):
+                    if lost is not None and (reason := lost(sent.metadata.dst_node_id)):
+                        del waiting[message_id]
+                        self._abandon({message_id: sent}, {})
+                        yield _error(sent, ErrorCode.NODE_UNAVAILABLE, reason)
                 left = end - time.monotonic()
                 if left <= 0 or (cancelled is not None and cancelled()):
                     break
@@ -288,7 +295,7 @@ class TreeGrid(Grid):
             return False
         one.doubted_at = now_
         gone = one.sent.metadata.dst_node_id not in set(self._grid.get_node_ids())
-        return gone or now_ - one.progress_at > UPLOAD_STALL
+        return gone or now_ - one.progress_at > CLOUD_UPLOAD_STALL
 
     def _abandon(self, waiting: dict[str, Message], arriving: dict[str, _Arriving]) -> None:
         with self._lock:

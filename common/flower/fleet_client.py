@@ -46,10 +46,8 @@ from common.flower.homes import (
     outcome,
 )
 from common.flower.payloads import Packed, tree_ids, unpack
+from common.run.timeouts import CALL, HEARTBEAT_CALL, PULL
 
-CALL_TIMEOUT = 20.0
-HEARTBEAT_TIMEOUT = 5.0
-PULL_TIMEOUT = 30.0  # a server of ours holds a pull for about a second
 OBJECTS_IN_FLIGHT = 4
 CHUNKS_IN_FLIGHT = 2  # of 5 MiB; both ends hold several copies of one that is under way
 
@@ -84,7 +82,7 @@ class FleetClient:
         self._beat_line = Line(home, key)  # its own: a heartbeat never waits behind a payload
         self.node_id = 0
 
-    def _call(self, method: str, request: Any, timeout: float | None = CALL_TIMEOUT) -> Any:
+    def _call(self, method: str, request: Any, timeout: float | None = CALL) -> Any:
         return outcome(self._line.begin(method, request, timeout))
 
     @property
@@ -152,7 +150,7 @@ class FleetClient:
             NodeForgotten if the server does not know this node.
         """
         request = SendNodeHeartbeatRequest(node=self._node, heartbeat_interval=HEARTBEAT_MIN_INTERVAL)
-        answer = outcome(self._beat_line.begin("SendNodeHeartbeat", request, HEARTBEAT_TIMEOUT))
+        answer = outcome(self._beat_line.begin("SendNodeHeartbeat", request, HEARTBEAT_CALL))
         if not answer.success:
             raise NodeForgotten("the server does not know this node")
 
@@ -174,7 +172,7 @@ class FleetClient:
 
     def pull(self) -> Pulled | None:
         """Ask for the next message; a server of ours holds the call for about a second."""
-        answer = self._call("PullMessages", PullMessagesRequest(node=self._node), PULL_TIMEOUT)
+        answer = self._call("PullMessages", PullMessagesRequest(node=self._node), PULL)
         if not answer.messages_list:
             return None
         try:
@@ -303,4 +301,4 @@ class FleetClient:
     def get_fab(self, run_id: int, fab_hash: str) -> Fab:
         """Ask for the bundle of a run's app."""
         request = GetFabRequest(node=self._node, hash_str=fab_hash, run_id=run_id)
-        return fab_from_proto(self._call("GetFab", request, PULL_TIMEOUT).fab)
+        return fab_from_proto(self._call("GetFab", request, PULL).fab)

@@ -31,9 +31,8 @@ from common.flower.memory import Sweeper
 from common.flower.node_state import ContextStates, HomeIds
 from common.flower.payloads import Packed, PayloadError, array_bytes, pack
 from common.flower.run_info import RUN_RECORD, RunInfo, UserConfig, parse_run_record
+from common.run.timeouts import HEARTBEAT, SILENCE
 
-HEARTBEAT_EVERY = 8.0  # the lease is 20 s: leaves room for a lost one and its repetition
-SILENCE = 25.0  # so long without an answered heartbeat, a call under way waits for nobody
 BACKOFF_CAP = 10.0
 
 T = TypeVar("T")
@@ -230,7 +229,7 @@ class HomeLoop:
                 continue
             try:
                 self.client.beat()
-                wait = HEARTBEAT_EVERY * random.uniform(0.9, 1.0)
+                wait = HEARTBEAT * random.uniform(0.9, 1.0)
                 answered = time.monotonic()
             except NodeForgotten:
                 self._forgotten.set()

@@ -22,9 +22,8 @@ from flwr.supercore.run import Run
 from common.flower.fleet_server import Links
 from common.flower.memory import Sweeper
 from common.flower.payloads import PayloadError, array_bytes, pack, tree_ids, unpack
+from common.run.timeouts import OFFLINE_GRACE, TTL_MARGIN
 
-TTL_MARGIN = 60.0  # seconds past the deadline
-OFFLINE_GRACE = 3.0  # a node that is being restarted goes offline for a moment
 TICK = 0.5
 
 
@@ -139,7 +138,13 @@ class InlineGrid(Grid):
     # Streaming ----------------------------------------------------------------------------------
 
     def exchange(
-        self, messages: Iterable[Message], *, deadline: float, quorum: int | None = None, grace: float = 0.0
+        self,
+        messages: Iterable[Message],
+        *,
+        deadline: float,
+        quorum: int | None = None,
+        grace: float = 0.0,
+        cancelled: Callable[[], bool] | None = None,
     ) -> Iterator[Message]:
         """Send messages and yield the replies as they arrive.
 
@@ -153,6 +158,8 @@ class InlineGrid(Grid):
             So many replies with content start the `grace` period; None waits for all.
         grace : float
             Seconds to wait for the others once the quorum is there.
+        cancelled : callable, optional
+            Asked about twice a second; once it says True the outstanding ones are abandoned.
 
         Yields
         ------
@@ -184,6 +191,8 @@ class InlineGrid(Grid):
             while waiting:
                 left = end - time.monotonic()
                 if self.closed or (left <= 0 and arrivals.empty()):  # what came in time is taken in any case
+                    break
+                if cancelled is not None and cancelled():
                     break
                 try:
                     message_id = arrivals.get(timeout=max(0.0, min(left, TICK)))

@@ -7,6 +7,8 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
+from common.run.timeouts import UPLOAD_STALL
+
 
 @dataclass
 class Upload:
@@ -40,7 +42,7 @@ class Uploads:
         After so many seconds without a new object an unfinished upload is given up.
     """
 
-    def __init__(self, slots: int, stall: float = 30.0) -> None:
+    def __init__(self, slots: int, stall: float = UPLOAD_STALL) -> None:
         self._free = slots
         self._stall = stall
         self._lock = threading.Condition()

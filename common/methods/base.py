@@ -59,6 +59,8 @@ class Method:
     #: Sections that servers keep from clients, and those that shrink as 1/N when clients join.
     server_sections: ClassVar[frozenset[str]] = frozenset()
     mean_sections: ClassVar[frozenset[str]] = frozenset()
+    #: Whether the cloud merges only the edges whose last round is the window's newest one that counted.
+    newest_only: ClassVar[bool] = False
     #: Whether a client stays at one edge for a window, because a round builds on what its last one kept:
     #: between edges the order of a client's rounds is not sure.
     settled: ClassVar[bool] = False

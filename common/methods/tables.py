@@ -29,6 +29,7 @@ class ClassTables(OwnModels):
     table of its own.
     """
 
+    newest_only = True
     #: What the vectors are, see `common.wire.class_table`.
     kind: ClassVar[str]
 
@@ -54,20 +55,24 @@ class ClassTables(OwnModels):
         return table_layout(report, sent.only([MEAN]).tensors[0].shape)
 
     def contribute(self, tally: Tally, update: Update, server: ServerState) -> None:
-        """Add the vectors of the classes that the client has."""
+        """Add the vectors of the classes that the client has, and the round they are of."""
         classes, dimension = server.tensors[MEAN].shape
         table = table_in(update, self.kind, classes, dimension)
         mean, count = table.dense()
         tally.mean({MEAN: mean}, 1.0, rows={MEAN: count})
+        # Not the server's round: where a window's last round came to nothing, the table is an earlier one's.
+        tally.mean({ROUND: np.array(update.report.round, np.int64)}, 1.0, beside=True)
 
     def gather(self, window: Tally, later: Tally) -> Tally:
         """Report the newest round's table: counts of several rounds would count a client several times."""
         return later
 
     def step(self, server: ServerState, tally: Tally) -> None:
-        """Take this round's table in the place of the former one."""
+        """Take the newest round's table in the place of the former one; without a reply there is none."""
+        if not tally.weight:
+            return
         count = np.broadcast_to(tally.weights(MEAN).reshape(-1), server.tensors[COUNT].shape)
-        server.assign(tally.means(server.tensors) | {COUNT: count, ROUND: np.array(server.round)})
+        server.assign(tally.means(server.tensors) | {COUNT: count})
 
 
 def table_of(objective: Objective) -> ClassTable:

@@ -18,6 +18,7 @@ from common.errors import ConfigError
 from common.models.presets import MODELS
 from common.run.names import NAME_RULE, is_name
 from common.run.settings import Settings
+from common.run.timeouts import chains, order_faults
 
 DEFAULTS = "defaults"
 """Key of a plan's settings that holds the fingerprint of the sender's defaults."""
@@ -199,6 +200,7 @@ def _contradictions(config: RunConfig) -> list[str]:
     from common.methods.registry import METHODS
 
     faults = contradictions(METHODS[config.method], config)
+    faults += order_faults(chains(config.round_deadline, config.window_deadline, config.rg))
     if config.beta_start > config.beta_end:
         faults.append(
             f"beta-start: {config.beta_start} is above beta-end ({config.beta_end}); betas rise to beta-end"

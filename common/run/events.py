@@ -112,6 +112,18 @@ def read_events(path: Path) -> list[dict[str, Any]]:
     return read_from(path, 0)[0]
 
 
+def interruptions(path: Path) -> int:
+    """Return how often a run's ServerApp was started after one that had ended without a last word."""
+    found, open_ = 0, False
+    for event in read_events(path):
+        if event["event"] == "run":
+            found += open_
+            open_ = True
+        elif event["event"] in FINAL:
+            open_ = False
+    return found
+
+
 def _parse(line: bytes) -> dict[str, Any] | None:
     try:
         event = json.loads(line)

@@ -17,11 +17,11 @@ from pathlib import Path
 from types import FrameType
 
 from common.errors import EspalierError, StateError
+from common.run.timeouts import KILL
 
 ROOT = Path(__file__).resolve().parents[2]
 """The checkout: the folder of our top packages and of pyproject.toml."""
 
-GRACE_SECONDS = 10.0
 _PR_SET_PDEATHSIG = 1
 _POLL_SECONDS = 0.05
 
@@ -89,7 +89,7 @@ def _die_with(parent: int) -> Callable[[], None]:
     return arm
 
 
-def stop(processes: Sequence[Process], grace: float = GRACE_SECONDS) -> None:
+def stop(processes: Sequence[Process], grace: float = KILL) -> None:
     """End children and the groups they lead: SIGTERM to all, SIGKILL to those alive after `grace` seconds."""
     for process in processes:
         _signal(process, signal.SIGTERM)
@@ -121,7 +121,7 @@ def _group_alive(process: Process) -> bool:
 class Group:
     """Children that are started together and stopped together, last one first; a context manager."""
 
-    def __init__(self, grace: float = GRACE_SECONDS) -> None:
+    def __init__(self, grace: float = KILL) -> None:
         self.grace = grace
         self.processes: list[Process] = []
 

@@ -257,6 +257,16 @@ class RunRecord(_Part):
         model = str(self.config.get("model", ""))
         return task_of(model) if is_model(model) else "diffusion"
 
+    @computed_field  # type: ignore[prop-decorator]
+    @property
+    def fault_counts(self) -> dict[str, dict[str, int]]:
+        """How many faults of each kind each tier saw."""
+        counts: dict[str, dict[str, int]] = {}
+        for fault in self.faults:
+            kinds = counts.setdefault(fault.tier, {})
+            kinds[fault.kind] = kinds.get(fault.kind, 0) + 1
+        return counts
+
     def as_dict(self) -> dict[str, Any]:
         """Return the record in JSON's types; NaN becomes None."""
         content: dict[str, Any] = plain(self.model_dump())

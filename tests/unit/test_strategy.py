@@ -57,6 +57,9 @@ class FakeTree:
     def edges(self) -> dict[str, int]:
         return NODES
 
+    def name_of(self, node_id: int) -> str:
+        return {node: name for name, node in NODES.items()}[node_id]
+
     def members(self) -> list[Member]:
         return [
             Member("a", 10, np.array([10.0, 0.0]), ("east",)),
