@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 DEMO_OUT ?= runs/demo
 
-.PHONY: setup demo test lint unit integration proto bench clean
+.PHONY: setup demo test lint unit integration chaos test-chaos soak proto bench clean
 
 setup: $(VENV)/.installed
 
@@ -19,7 +19,7 @@ $(VENV)/.installed: pyproject.toml
 demo: setup
 	$(BIN)/espalier demo --method fedphd --edges 2 --clients 4 --data digits --out $(DEMO_OUT)
 
-test: lint unit integration
+test: lint unit integration chaos
 
 lint: setup
 	$(BIN)/ruff check .
@@ -32,6 +32,17 @@ unit: setup
 
 integration: setup
 	$(BIN)/python -m pytest tests/integration
+
+# Two schedules here; `make test-chaos` runs CHAOS of them from CHAOS_FROM on, or the CHAOS_SEED that failed, alone.
+chaos: setup
+	$(BIN)/python -m pytest tests/chaos
+
+CHAOS ?= 50
+test-chaos: setup
+	CHAOS=$(CHAOS) CHAOS_FROM=$(or $(CHAOS_FROM),1) CHAOS_SEED=$(CHAOS_SEED) $(BIN)/python -m pytest tests/chaos
+
+soak: setup
+	$(BIN)/python -m tests.chaos.soak --windows 200
 
 proto: setup
 	$(BIN)/python -m proto.generate

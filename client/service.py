@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib
 import logging
-import signal
 import sys
 from collections.abc import Mapping
 from contextlib import ExitStack
@@ -17,6 +16,7 @@ from common.flower.resident import Home, ResidentNode
 from common.monitor.node_status import NodeStatus
 from common.names import is_name
 from common.node_log import event_logger
+from common.run.stopping import stop_on_signals
 from common.security import Address, Security
 
 log = logging.getLogger("espalier.client")
@@ -82,8 +82,7 @@ def run_client(
     admit = f"espalier clients add {name} {public} --state DIR"
     status = NodeStatus(state, edges, event_logger(log, admit))
     node = ResidentNode(client_app, homes, state, node_config=config, key=key, on_event=status)
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, lambda *_: node.stop())
+    stop_on_signals(node.stop)
     log.info("client %s for %s", name, ", ".join(edges))
     with status, ExitStack() as stack:
         if metrics is not None:

@@ -22,6 +22,7 @@ from common.wire import control
 from common.wire.hello import device_facts
 from common.wire.payload import Weights
 from edge.monitor import EdgeTotals
+from edge.pace import Pace
 from edge.relay import relay, run_record
 from edge.roster import Roster
 from edge.rounds import EdgeProgress, EdgeWindow
@@ -77,6 +78,7 @@ class EdgeApp:
         self.roster = Roster(fleet, names or NameRegistry(state / CLIENT_NAMES))
         self.progress = EdgeProgress()
         self.totals = EdgeTotals()
+        self._pace = Pace()
         self._cloud = cloud
         self._served: ServedRun | None = None
         self._lock = threading.RLock()
@@ -113,7 +115,7 @@ class EdgeApp:
                 self._served.grid.close()
                 self._served = None
                 self.roster.reset()
-                self.progress = EdgeProgress()
+                self.progress, self._pace = EdgeProgress(), Pace()
 
     # --- a window ----------------------------------------------------------------------------------
 
@@ -130,7 +132,7 @@ class EdgeApp:
         )
         log.info("run %s window %d: %d rounds", plan.run, plan.window, len(plan.rounds))
         self.roster.refresh(grid, self._request, CLIENT_HELLO)
-        window = EdgeWindow(self.name, plan, weights, grid, self.roster, self.progress)
+        window = EdgeWindow(self.name, plan, weights, grid, self.roster, self.progress, self._pace)
         with bind(run=plan.run, window=plan.window):
             if plan.inquiry:
                 return self._window_content(*window.inquire())

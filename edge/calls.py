@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -22,6 +23,7 @@ from common.wire.codec import Codec, create_codec
 from common.wire.payload import Layout
 from common.wire.signature import UNSIGNED, check
 from common.wire.update import UpdateForm
+from edge.pace import Pace, work_of
 from edge.roster import Known, Roster
 from proto import espalier_pb2 as pb
 
@@ -55,6 +57,8 @@ class Caller:
         Takes the faults and the bytes.
     cancelled : callable
         Whether nobody waits for the window any more.
+    pace : Pace, optional
+        How long clients took so far.
     """
 
     def __init__(
@@ -66,9 +70,10 @@ class Caller:
         roster: Roster,
         report: pb.EdgeReport,
         cancelled: Callable[[], bool] = lambda: False,
+        pace: Pace | None = None,
     ) -> None:
         self.edge, self.plan, self.method = edge, plan, method
-        self._cancelled = cancelled
+        self._cancelled, self._pace = cancelled, pace or Pace()
         self.grid, self.roster, self.report = grid, roster, report
         self._server_peers: dict[str, pb.ArchitectureSpec] = {}
         name = method.chosen(method.settings, "codec")
@@ -112,12 +117,15 @@ class Caller:
             if p.client in called
         }
         done: set[str] = set()
+        works = self._works(called, sent)
+        deadline = self._deadline(works, called, inquiry)
         messages = self._messages(plans, sent, called)
-        for reply in self.grid.exchange(
-            messages, deadline=self.plan.round_deadline, cancelled=self._cancelled
-        ):
+        start = time.monotonic()
+        for reply in self.grid.exchange(messages, deadline=deadline, cancelled=self._cancelled):
             name = self.roster.name_of(reply.metadata.src_node_id)
             done.add(name)
+            if not inquiry and name in works and reply.has_content():
+                self._pace.took(name, works[name], time.monotonic() - start)
             try:
                 report = self._read_report(reply, plans, called, name)
                 self._check_signature(reply, report, plans[name], called[name])
@@ -131,7 +139,24 @@ class Caller:
             yield Answered(report, update)
             del reply, update
         for name in sorted(set(called) - done):
-            self.fault(name, "straggler", f"no reply within {self.plan.round_deadline:g} s", round_)
+            if not inquiry:
+                self._pace.missed(name, works[name], deadline)
+            self.fault(name, "straggler", f"no reply within {deadline:.3g} s", round_)
+
+    def _works(self, called: Mapping[str, Known], sent: Mapping[str, Sent]) -> dict[str, float]:
+        """Return what each client has to do."""
+        settings = self.method.settings
+        return {
+            name: work_of(settings, known.hello.samples, sent[name].weights.layout.nbytes)
+            for name, known in called.items()
+        }
+
+    def _deadline(self, works: Mapping[str, float], called: Mapping[str, Known], inquiry: str) -> float:
+        """Return how long to wait: as the clients' pace says, at most the plan's deadline."""
+        limit = self.plan.round_deadline
+        if inquiry or not self.method.settings.adaptive_deadline:
+            return limit
+        return self._pace.deadline(works, {n: k.hello.facts.speed for n, k in called.items()}, limit)
 
     def fault(self, node: str, kind: str, detail: str, round_: int) -> None:
         """Enter what went wrong into the report."""

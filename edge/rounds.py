@@ -20,6 +20,7 @@ from common.run.config import RunConfig
 from common.wire import control
 from common.wire.payload import Weights
 from edge.calls import Answered, Caller
+from edge.pace import Pace
 from edge.roster import Roster
 from proto import espalier_pb2 as pb
 
@@ -95,6 +96,8 @@ class EdgeWindow:
         The clients below this edge.
     progress : EdgeProgress
         Kept up to date for onlookers.
+    pace : Pace, optional
+        How long clients took in earlier windows.
     """
 
     def __init__(
@@ -105,6 +108,7 @@ class EdgeWindow:
         grid: InlineGrid,
         roster: Roster,
         progress: EdgeProgress,
+        pace: Pace | None = None,
     ) -> None:
         self.edge, self.plan, self.progress = edge, plan, progress
         try:
@@ -115,7 +119,7 @@ class EdgeWindow:
         self.tally = Tally(weights.layout)
         self.report = pb.EdgeReport(schema=control.SCHEMA, run=plan.run, window=plan.window, edge=edge)
         self.caller = Caller(
-            edge, plan, self.method, grid, roster, self.report, cancelled=progress.overtaken.is_set
+            edge, plan, self.method, grid, roster, self.report, progress.overtaken.is_set, pace
         )
         self._grid, self._roster = grid, roster
         self._labels: np.ndarray | None = None

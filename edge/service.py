@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import signal
 from pathlib import Path
 
 from common.errors import ConfigError
@@ -14,6 +13,7 @@ from common.monitor.node_status import NodeStatus
 from common.names import is_name
 from common.node_log import event_logger
 from common.refusals import Refusals
+from common.run.stopping import stop_on_signals
 from common.security import Address, Security
 from edge.admission import Admission
 from edge.app import SIDE_TYPES, EdgeApp
@@ -100,8 +100,7 @@ def run_edge(
     host = listen.rpartition(":")[0]
     (state / "address").write_text(f"{host}:{fleet.port}\n")
     log.info("edge %s serves clients at %s:%d, cloud %s", name, host, fleet.port, cloud)
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, lambda *_: node.stop())
+    stop_on_signals(node.stop)
     try:
         source = EdgeSource(name, app.roster, lambda: app.progress, app.totals, status)
         with status, looked_on(source, monitor, metrics, security):

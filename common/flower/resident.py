@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+import queue
+import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,10 +16,9 @@ from common.flower.home_loop import App, Desk, HomeLoop
 from common.flower.homes import Home, HomeFault, HomeRefused, MessageGone
 from common.flower.node_state import ContextStates, HomeIds, StateLock, load_key, load_or_make_key
 from common.flower.run_info import RUN_RECORD, UserConfig
+from common.run.timeouts import STOP_CALL
 
 __all__ = ["RUN_RECORD", "Fab", "Home", "ResidentNode"]
-
-PATIENCE = 3.0  # seconds that a stop waits for a call under way
 
 
 class ResidentNode:
@@ -79,6 +81,8 @@ class ResidentNode:
         except StateError:
             self._lock_file.release()
             raise
+        # Not an Event: a signal may come while this thread holds an Event's own lock, and then waits for ever.
+        self._stop_asked: queue.SimpleQueue[None] = queue.SimpleQueue()
         self._homes = {home.address: HomeLoop(self._desk, home) for home in homes}
 
     def run(self) -> None:
@@ -86,18 +90,22 @@ class ResidentNode:
         try:
             for loop in self._homes.values():
                 loop.start()
-            while not self._desk.stopped.wait(1.0):
-                pass  # a signal that another thread took is only seen when this one wakes
+            while True:
+                with contextlib.suppress(queue.Empty):
+                    # A signal that another thread took is only seen when this one wakes.
+                    self._stop_asked.get(timeout=1.0)
+                    break
         finally:
-            self.stop()
+            self._desk.stopped.set()
+            self._desk.wake()
+            end = time.monotonic() + STOP_CALL
             for loop in self._homes.values():
-                loop.close(PATIENCE)
+                loop.close(max(0.0, end - time.monotonic()))
             self._lock_file.release()
 
     def stop(self) -> None:
-        """Make :meth:`run` return; a call under way is waited for a few seconds at most."""
-        self._desk.stopped.set()
-        self._desk.wake()
+        """Make :meth:`run` return, from any thread or signal handler; a call is waited for a few seconds."""
+        self._stop_asked.put(None)
 
     def wait_connected(self, timeout: float, homes: int | None = None) -> bool:
         """Wait at most `timeout` seconds until `homes` homes (default: all) are connected; tell if they are."""

@@ -267,6 +267,11 @@ class Settings(BaseModel):
     round_deadline: Positive = Field(
         default=600.0, description="seconds an edge waits for its clients' replies"
     )
+    adaptive_deadline: bool = Field(
+        default=True,
+        description="an edge waits three times as long as it expects its slowest client to take, at least 10 s; "
+        "round-deadline is the most",
+    )
     window_deadline: NonNegative = Field(
         default=0.0, description="seconds the cloud waits for its edges; 0: rg round deadlines and a margin"
     )

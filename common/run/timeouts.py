@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterable
 from dataclasses import dataclass
 
@@ -114,8 +115,7 @@ def order_faults(table: Iterable[Iterable[Limit]]) -> list[str]:
     """Return a line for each limit that is not below the next one of its chain."""
     faults = []
     for chain in table:
-        limits = list(chain)
-        for lower, upper in zip(limits, limits[1:], strict=False):
+        for lower, upper in itertools.pairwise(chain):
             if not lower.seconds < upper.seconds:
                 faults.append(
                     f"{lower.name}: {lower.seconds:g} s ({lower.meaning}) must be less than {upper.name}, "

@@ -31,7 +31,7 @@ def check_run(conductor: Conductor) -> RunRecord:
 
 
 def _check_kept(record: RunRecord, kept: dict[int, str]) -> None:
-    """What was aggregated and checkpointed before a fault is in the report as it was."""
+    """See that what was checkpointed before a fault is in the report as it was."""
     for entry in record.windows:
         if entry.window in kept:
             assert repr({str(r.round): r.loss for r in entry.rounds}) == kept[entry.window]
@@ -48,7 +48,7 @@ def _check_checkpoints(out: Path) -> None:
 
 
 def _check_participants(record: RunRecord, out: Path) -> None:
-    """Whoever was planned and is not among those who took part is a fault of its own or of its edge."""
+    """See that whoever was planned and did not take part is named in a fault, or its edge is."""
     planned = {
         event["window"]: {
             (r["round"], p["client"], p["edge"]) for r in event["rounds"] for p in r["participants"]
@@ -68,7 +68,7 @@ def _check_participants(record: RunRecord, out: Path) -> None:
 
 
 def _check_restarts(record: RunRecord, out: Path) -> None:
-    """Every further start of the run's ServerApp is counted."""
+    """See that every further start of the run's ServerApp is counted."""
     starts = sum(event["event"] == "run" for event in read_events(out / EVENTS_FILE))
     counted = sum(f.kind == "restart" for f in record.faults)
     assert counted == starts - 1

@@ -86,7 +86,16 @@ class Cluster:
             return ["cloud", f"--listen=127.0.0.1:{fleet}", f"--control=127.0.0.1:{control}", *state]
         if name in self.edges:
             listen = f"127.0.0.1:{self._edge_ports[name]}"
-            return ["edge", "--name", name, "--cloud", self.up_links[name].address, "--listen", listen, *state]
+            return [
+                "edge",
+                "--name",
+                name,
+                "--cloud",
+                self.up_links[name].address,
+                "--listen",
+                listen,
+                *state,
+            ]
         homes = [word for link in self.links[name].values() for word in ("--edge", link.address)]
         data = f"digits:{self.clients.index(name)}/16"
         return ["client", "--name", name, "--data", data, "--threads", "1", *homes, *state]

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import shutil
 import subprocess
 import sys
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 
-from flwr.app import Message
+from flwr.app import Context, Message, RecordDict
 
 from common.flower.uploads import Upload
 from tests.integration.flower_helpers import empty, fleet, instruct, online, resident, resident_process
@@ -61,6 +63,43 @@ def test_a_second_process_on_the_same_state_says_so(tmp_path: Path) -> None:
         assert second.returncode == 5
         assert second.stderr.count("\n") == 1
         assert "in use by process" in second.stderr
+
+
+def test_a_node_that_is_connected_twice_counts_once(tmp_path: Path) -> None:
+    said: list[str] = []
+
+    def named(name: str) -> Callable[[Message, Context], Message]:
+        def answer(message: Message, context: Context) -> Message:
+            said.append(name)
+            return Message(RecordDict(), reply_to=message)
+
+        return answer
+
+    with fleet() as server:
+        address = f"127.0.0.1:{server.port}"
+        with resident(named("first"), tmp_path / "first", address):
+            [node] = online(server, 1)
+            shutil.copytree(tmp_path / "first", tmp_path / "copy", ignore=shutil.ignore_patterns("lock"))
+            refused: list[str] = []
+            with (
+                resident(named("copy"), tmp_path / "copy", address) as copy,
+                resident(
+                    named("other"),
+                    tmp_path / "other",
+                    address,
+                    key=tmp_path / "first" / "node.key",
+                    on_event=lambda kind, facts: refused.append(kind),
+                ),
+            ):
+                assert copy.wait_connected(20)
+                wait_until(lambda: "refused" in refused, 20, "a refusal of the same key")
+                assert online(server, 1) == [node]
+                grid = server.open_run()
+                for _ in range(6):
+                    [reply] = grid.exchange(instruct(grid, [node]), deadline=20)
+                    assert reply.has_content()
+                assert len(said) == 6
+                assert "other" not in said
 
 
 def test_a_restarted_server_gets_its_nodes_back(tmp_path: Path) -> None:

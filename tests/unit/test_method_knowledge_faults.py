@@ -13,7 +13,7 @@ from flwr.app import Message
 
 from common.run.record import RunRecord
 from common.wire import control
-from common.wire.class_table import COUNT, MEAN, VECTORS
+from common.wire.class_table import COUNT, MEAN, ROUND, VECTORS
 from common.wire.pairs import CENTROIDS, IMAGES
 from common.wire.payload import Weights
 from proto import espalier_pb2 as pb
@@ -146,6 +146,27 @@ def test_a_bad_table_is_refused_by_name_and_the_round_goes_on(
     else:
         assert np.flatnonzero(sent[COUNT]).tolist() == sorted(own)
         np.testing.assert_array_equal(sent[MEAN][sorted(own)], np.stack([own[c] for c in sorted(own)]))
+
+
+def test_a_window_whose_last_round_came_to_nothing_leaves_the_table_of_the_round_before(
+    tmp_path: Path,
+) -> None:
+    def change(_: Arrays, arrays: Arrays, report: pb.ClientReport) -> Arrays:
+        return {VECTORS: doubled(report.table, arrays[VECTORS])} if report.round == 2 else arrays
+
+    tree = small_tree(tmp_path, 2, 60, 1)
+    calls = tapped(tree, change)
+    run = run_tree(tree, "fd", 2, families="logistic", rounds=3, rg=2)
+    assert [f.kind for f in run.chronicle.record.faults] == ["refused", "refused", "quorum"]
+    third = training(calls, 3)
+    # What round 3 is given is round 1's table and says so, so that a client takes out its own part of that one.
+    first = [rows(call) for call in training(calls, 1).values()]
+    for call in third.values():
+        assert int(call.sent[ROUND]) == 1
+        for label in first[0].keys() & first[1].keys():
+            expected = np.mean([f[label] for f in first], axis=0)
+            np.testing.assert_allclose(call.sent[MEAN][label], expected, rtol=1e-5)
+        assert call.sent[COUNT].max() == 2
 
 
 def participants(record: RunRecord) -> list[list[str]]:

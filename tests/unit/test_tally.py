@@ -469,3 +469,22 @@ def test_a_client_that_hides_its_step_size_is_refused_and_adds_nothing(
     with pytest.raises(ValueError, match="sum of step sizes"):
         create_method(RunConfig.from_flat({"method": method, "model": "cnn"})).add(tally, update, server)
     assert tally.means(server.tensors) == {}
+
+
+def test_only_the_edges_of_the_newest_round_count_where_a_method_says_so() -> None:
+    layout = Layout.of({"w": np.zeros(2, np.float32)})
+
+    def told(value: float) -> tuple[Weights, dict[str, float]]:
+        tally = Tally(layout)
+        tally.mean({"w": np.full(2, value, np.float32)}, 1.0)
+        return tally.report()
+
+    values = {"old": (1.0, 7), "new": (2.0, 8), "late": (4.0, 8)}
+    for order in (("old", "new", "late"), ("new", "late", "old"), ("new", "old", "late")):
+        merged = CentralTally(layout, newest_only=True)
+        for name in order:
+            value, newest = values[name]
+            merged.absorb(name, *told(value), None, newest)
+        tally, shares = merged.result()
+        np.testing.assert_allclose(tally.means({"w": np.zeros(2, np.float32)})["w"], 3.0)
+        assert shares == {"new": 0.5, "late": 0.5}

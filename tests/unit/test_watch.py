@@ -1,0 +1,155 @@
+"""Edges that lost their window are found, silent ones get no part until they answer, and returning ones do."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, cast
+
+import pytest
+from flwr.app import Message
+from flwr.supercore.task_identity import TaskIdentity
+
+from common.names import NameRegistry
+from common.run.events import EventLog, read_events
+from common.wire import control
+from edge.rounds import EdgeProgress
+from proto import espalier_pb2 as pb
+from server.tree import Tree
+from server.watch import Watch
+
+TaskIdentity.task_id, TaskIdentity.run_id, TaskIdentity.node_id = 1, 1, 1
+RUN = "r"
+
+
+class FakeGrid:
+    """Edges 1 and 2; those in `mute` do not answer."""
+
+    def __init__(self) -> None:
+        self.since = {1: "monday", 2: "monday"}
+        self.mute: set[int] = set()
+        self.hellos: list[int] = []
+        self.windows = {1: 3, 2: 3}
+
+    def get_nodes(self) -> list[Any]:
+        return [
+            SimpleNamespace(node_id=i, public_key=bytes([i]), last_activated_at=at)
+            for i, at in self.since.items()
+        ]
+
+    def get_node_ids(self) -> list[int]:
+        return list(self.since)
+
+    def exchange(self, messages: Iterable[Message], **_: Any) -> Iterator[Message]:
+        for message in messages:
+            node = message.metadata.dst_node_id
+            hello = message.metadata.message_type == control.HELLO
+            if hello:
+                self.hellos.append(node)
+            if node in self.mute:
+                continue
+            said: Any = pb.EdgeHello(schema=control.SCHEMA, name=f"edge-{node}")
+            if not hello:
+                said = pb.Progress(
+                    schema=control.SCHEMA, run=RUN, edge=f"edge-{node}", window=self.windows[node]
+                )
+            yield Message(control.control_content(said), reply_to=message)
+
+
+@pytest.fixture
+def tree(tmp_path: Path) -> Tree:
+    made = Tree(cast(Any, FakeGrid()), NameRegistry(tmp_path / "edges.json"), RUN, 0.0)
+    made.greet()
+    assert made.edges() == {"edge-1": 1, "edge-2": 2}
+    grid_of(made).hellos.clear()
+    return made
+
+
+def grid_of(tree: Tree) -> FakeGrid:
+    return cast(FakeGrid, tree.grid)
+
+
+def test_who_has_just_reported_is_not_asked_again(tree: Tree) -> None:
+    tree.greet(reported=["edge-1", "edge-2"])
+    assert grid_of(tree).hellos == []
+    # An edge without a part in the window may have new clients.
+    tree.greet(reported=["edge-2"])
+    assert grid_of(tree).hellos == [1]
+
+
+def test_an_edge_that_was_started_again_says_hello_again(tree: Tree) -> None:
+    grid_of(tree).since[2] = "tuesday"
+    tree.greet(reported=["edge-1", "edge-2"])
+    assert grid_of(tree).hellos == [2]
+    tree.greet(reported=["edge-1", "edge-2"])
+    assert grid_of(tree).hellos == [2]
+
+
+def test_a_silent_edge_gets_no_part_until_it_answers(tree: Tree) -> None:
+    grid_of(tree).mute.add(1)
+    tree.greet(reported=["edge-2"])
+    assert tree.edges() == {"edge-2": 2}
+    tree.greet(reported=["edge-2"])
+    assert tree.edges() == {"edge-2": 2}
+    grid_of(tree).mute.clear()
+    tree.greet(reported=["edge-2"])
+    assert tree.edges() == {"edge-1": 1, "edge-2": 2}
+    assert tree.name_of(1) == "edge-1"
+    assert tree.name_of(9) == "node 9"
+
+
+def test_an_edge_that_lost_its_window_is_found(tree: Tree, tmp_path: Path) -> None:
+    events = EventLog(tmp_path / "events.jsonl")
+    watch = Watch(tree, events, 3)
+    with watch:
+        grid = grid_of(tree)
+        grid.since[2], grid.windows[2] = "tuesday", 0
+        watch.look()
+        assert watch.lost(2) == ""  # its message may be on its way
+        watch.look()
+        assert "started again" in watch.lost(2)
+        assert watch.lost(1) == ""
+    assert {e["edge"] for e in read_events(tmp_path / "events.jsonl")} == {"edge-1", "edge-2"}
+
+
+def test_an_edge_that_was_started_again_and_then_got_the_window_is_waited_for(
+    tree: Tree, tmp_path: Path
+) -> None:
+    watch = Watch(tree, EventLog(tmp_path / "events.jsonl"), 3)
+    with watch:
+        grid = grid_of(tree)
+        grid.since[2], grid.windows[2] = "tuesday", 2
+        watch.look()
+        grid.windows[2] = 3
+        for _ in range(3):
+            watch.look()
+        assert watch.lost(2) == ""
+        # One that is slow to begin, without a restart, is no less waited for.
+        grid.windows[1] = 0
+        for _ in range(3):
+            watch.look()
+        assert watch.lost(1) == ""
+
+
+@pytest.mark.parametrize(
+    ("run", "window", "flower_run", "sent_at", "overtaken"),
+    [
+        ("r", 3, 77, 20.0, False),
+        ("r", 4, 77, 20.0, True),
+        ("r", 2, 77, 20.0, False),
+        ("other", 4, 77, 20.0, False),
+        ("r", 0, 88, 20.0, True),  # submitted again: nobody waits for what its former self had sent
+        ("r", 0, 88, 5.0, False),  # the former self's word, late
+        ("r", 4, 77, 5.0, False),
+    ],
+)
+def test_an_edge_gives_up_a_window_that_the_cloud_went_on_without(
+    run: str, window: int, flower_run: int, sent_at: float, overtaken: bool
+) -> None:
+    progress = EdgeProgress(run="r", window=3, flower_run=77, sent_at=10.0)
+    progress.learn(run, window, flower_run, sent_at)
+    assert progress.overtaken.is_set() is overtaken
+    idle = EdgeProgress()
+    idle.learn(run, window, flower_run, sent_at)
+    assert not idle.overtaken.is_set()
