@@ -5,13 +5,14 @@ from __future__ import annotations
 import random
 import threading
 import time
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, get_args
 
 from common.run.events import EVENTS_FILE, read_events
 from tests.chaos.cluster import Cluster, ended
-from tests.chaos.proxy import Mode
+from tests.chaos.proxy import Mode, Proxy
 
 Phase = Literal["hello", "down", "train", "up", "aggregation", "checkpoint"]
 Action = Literal["kill", "pause", "slow", "lossy", "cut", "partition"]
@@ -192,11 +193,16 @@ class Conductor:
             proxies = cluster.proxies(tier)
             for proxy in proxies:
                 proxy.set(mode)
-            self._later(fault.seconds, lambda: [proxy.set("open") for proxy in proxies])
+            self._later(fault.seconds, lambda: _open(proxies))
         self.done.append(fault)
 
-    def _later(self, seconds: float, action: object) -> None:
-        timer = threading.Timer(seconds, action)  # type: ignore[arg-type]
+    def _later(self, seconds: float, action: Callable[[], None]) -> None:
+        timer = threading.Timer(seconds, action)
         timer.daemon = True
         timer.start()
         self._timers.append(timer)
+
+
+def _open(proxies: Iterable[Proxy]) -> None:
+    for proxy in proxies:
+        proxy.set("open")
