@@ -37,7 +37,7 @@ from server.watch import Watch, stop_requested
 log = logging.getLogger("espalier.cloud")
 
 
-#: How often a window of which no edge reports is tried before the run goes on without it.
+#: How often a window in which nobody trained is tried before the run goes on without it.
 ATTEMPTS = 3
 
 
@@ -138,7 +138,7 @@ class TreeRun:
         return state
 
     def _window(self, strategy: WindowStrategy, state: CloudState) -> None:
-        """Plan, train at the edges, aggregate; a window of which no edge reports is planned again."""
+        """Plan, train at the edges, aggregate; a window in which nobody trained is planned again."""
         for attempt in range(ATTEMPTS):
             strategy.may_repeat = attempt + 1 < ATTEMPTS
             window = state.window
@@ -177,6 +177,7 @@ class TreeRun:
         self.tree.faults.clear()
         if state.window < window:
             log.warning("window %d came to nothing; planning it again", window)
+            self.chronicle.ledger.merge(strategy.outcome.ledger)
             self.chronicle.faults(faults)
             return
         planned, random = (mean_homogeneity(p, members, s.homogeneity_form) for p in (plan, random_plan))

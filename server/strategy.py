@@ -61,7 +61,7 @@ class WindowStrategy(Strategy):
         self.settings = method.settings
         self.reached: dict[str, Version] = dict(reached or {})
         self.checkpoint_window = state.window
-        #: Whether a window of which no edge reports leaves the state as it was, to be tried again.
+        #: Whether a window in which nobody trained leaves the state as it was, to be tried again.
         self.may_repeat = False
         self.drawn = WindowDraw()
         self.outcome = WindowOutcome()
@@ -147,8 +147,7 @@ class WindowStrategy(Strategy):
         """Merge the edges' tallies as they arrive, and move the global state on by a window.
 
         A reply that is not sound is refused by name, and the window goes on without it. If no edge
-        has a sample the model stays as it was, and so does the window where it may be repeated and no
-        edge reported.
+        has a sample the model stays as it was, and so does the window where it may be repeated.
         """
         merged = CentralTally(self.state.weights.layout, self.method.newest_only)
         samples = 0
@@ -168,7 +167,7 @@ class WindowStrategy(Strategy):
                 samples += report.samples
                 self.outcome.mu[name] = sh_score(labels, self.settings.homogeneity_form)
         self._note_silent(set(self.drawn.edges))
-        if not self.outcome.reports and self.may_repeat:
+        if not samples and self.may_repeat:
             return None, MetricRecord({"edges": 0, control.NUM_EXAMPLES: 0})
         tally, self.outcome.rho = merged.result()
         self.state.window += 1

@@ -212,6 +212,19 @@ def test_a_silent_edge_is_a_straggler_and_nobody_leaves_the_model_as_it_was() ->
     assert made.state.window == 2
 
 
+def test_a_window_in_which_nobody_trained_may_be_repeated() -> None:
+    made = strategy()
+    made.may_repeat = True
+    messages = sent(made)
+    made.aggregate_train(2, iter([report(messages["east"], "east", 9.0, 0)]))
+    assert (made.state.window, made.state.round) == (1, 2)
+    assert [(f.node, f.kind) for f in made.outcome.faults] == [("west", "straggler")]
+    messages = sent(made)
+    made.aggregate_train(2, iter([report(messages["west"], "west", 4.0, 60)]))
+    assert (made.state.window, made.state.round) == (2, 4)
+    np.testing.assert_allclose(made.state.weights.views()["w"], 4.0)
+
+
 def test_an_edge_that_trained_nobody_weighs_nothing() -> None:
     made = strategy(None, **{"method": "fedphd", "pruning-ratio": 0})
     messages = sent(made)
