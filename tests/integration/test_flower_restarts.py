@@ -77,7 +77,8 @@ def test_a_node_that_is_connected_twice_counts_once(tmp_path: Path) -> None:
 
     with fleet() as server:
         address = f"127.0.0.1:{server.port}"
-        with resident(named("first"), tmp_path / "first", address):
+        with resident(named("first"), tmp_path / "first", address) as first:
+            assert first.wait_connected(20)  # by then it has written down its node id
             [node] = online(server, 1)
             shutil.copytree(tmp_path / "first", tmp_path / "copy", ignore=shutil.ignore_patterns("lock"))
             refused: list[str] = []
