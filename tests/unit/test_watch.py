@@ -16,6 +16,7 @@ from common.run.events import EventLog, read_events
 from common.wire import control
 from edge.rounds import EdgeProgress
 from proto import espalier_pb2 as pb
+from server.client_keys import ClientKeys
 from server.tree import Tree
 from server.watch import Watch
 
@@ -59,7 +60,7 @@ class FakeGrid:
 
 @pytest.fixture
 def tree(tmp_path: Path) -> Tree:
-    made = Tree(cast(Any, FakeGrid()), NameRegistry(tmp_path / "edges.json"), RUN, 0.0)
+    made = Tree(cast(Any, FakeGrid()), NameRegistry(tmp_path / "edges.json"), RUN, 0.0, ClientKeys(tmp_path))
     made.greet()
     assert made.edges() == {"edge-1": 1, "edge-2": 2}
     grid_of(made).hellos.clear()
