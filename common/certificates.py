@@ -172,7 +172,7 @@ def check_server(pair: Pair, what: str, roots: bytes | None = None, host: str | 
         raise ConfigError(
             f"{what} is signed by none of the authorities in --root-certificates; give the ca.pem it was made with"
         )
-    if host is not None and not _stands_for(said, host):
+    if host is not None and not stands_for(said, host):
         raise ConfigError(
             f"{what} does not stand for {host} but for {', '.join(said.hosts) or 'nothing'}; "
             f"make it anew with --host {host} --renew"
@@ -209,6 +209,14 @@ def check_served(
     said = check_server(Pair(files[1], files[2]), f"--certificate {security.certificate}", roots, host)
     if said.days_left < WARN_DAYS:
         log.warning("%s expires in %.1f days; renew it", security.certificate, said.days_left)
+
+
+def stands_for(said: Facts, host: str) -> bool:
+    """Whether a certificate is one for a host name or address."""
+    if host in said.hosts:
+        return True
+    parent = host.partition(".")[2]
+    return bool(parent) and f"*.{parent}" in said.hosts
 
 
 def node_key_pair() -> tuple[bytes, bytes]:
@@ -317,10 +325,3 @@ def _signed_by(certificate: x509.Certificate, root: x509.Certificate) -> bool:
     except (ValueError, TypeError, InvalidSignature):
         return False
     return True
-
-
-def _stands_for(said: Facts, host: str) -> bool:
-    if host in said.hosts:
-        return True
-    parent = host.partition(".")[2]
-    return bool(parent) and f"*.{parent}" in said.hosts

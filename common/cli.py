@@ -7,7 +7,7 @@ import sys
 import click
 import typer
 
-from common.commands import certs, look, members, models, runs, tiers
+from common.commands import certs, look, members, models, preflight, runs, tiers
 from common.errors import EspalierError
 from common.monitor.logs import configure, say_error
 
@@ -31,6 +31,7 @@ app.command()(runs.report)
 app.command()(look.status)
 app.command()(look.top)
 app.command()(look.health)
+app.add_typer(preflight.app)
 app.command()(models.sample)
 app.command(name="pretrain-generator")(models.pretrain_generator)
 app.add_typer(certs.app, name="certs")

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-import errno
 import logging
 import os
-import socket
 import sys
 import time
 from collections.abc import Callable
@@ -15,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from common.certificates import check_served
-from common.errors import AddressError, ConfigError, EspalierError, StateError
+from common.errors import ConfigError, EspalierError, StateError
 from common.flower.node_state import StateLock
 from common.keys import EDGE_KEYS, KEYS_ONLY, KeyRegistry
 from common.monitor.logs import Forwarder, announce, is_json
@@ -24,7 +22,16 @@ from common.run import submission as runs
 from common.run.clouds import Cloud, running_clouds
 from common.run.events import FINAL, read_from
 from common.run.names import check_name
-from common.run.processes import Process, espalier_env, listens, process_alive, signals_held, spawn, stop
+from common.run.processes import (
+    Process,
+    check_free,
+    espalier_env,
+    listens,
+    process_alive,
+    signals_held,
+    spawn,
+    stop,
+)
 from common.run.submission import Submission
 from common.security import Address, Security, parse_address
 from server.admission import EdgeAdmission
@@ -94,8 +101,8 @@ def run_cloud(
     lock = StateLock(state)
     source = CloudSource(name, str(fleet_address), state)
     try:
-        _check_free(fleet_address, "--listen")
-        _check_free(control_address, "--control")
+        check_free(fleet_address, "--listen")
+        check_free(control_address, "--control")
         with ExitStack() as stack:
             looked_on = stack.enter_context(monitored(source, monitor, security))
             if metrics is not None:
@@ -135,26 +142,6 @@ def _roots(security: Security) -> str:
     if security.certificate is None:
         return ""
     return str((security.root_certificates or security.certificate).expanduser().resolve())
-
-
-def _check_free(address: Address, flag: str) -> None:
-    try:
-        family, kind, proto, _, target = socket.getaddrinfo(
-            address.host, address.port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
-        )[0]
-        with socket.socket(family, kind, proto) as probe:
-            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            probe.bind(target)
-    except socket.gaierror as error:
-        raise AddressError(f"{flag} {address}: {error.strerror}; give an address of this machine") from error
-    except OSError as error:
-        if error.errno == errno.EADDRINUSE:
-            raise AddressError(
-                f"{flag} {address} is in use; stop what listens there or take another port"
-            ) from error
-        raise AddressError(
-            f"{flag} {address}: {error.strerror}; give an address and port of this machine"
-        ) from error
 
 
 @dataclass

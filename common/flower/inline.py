@@ -22,7 +22,6 @@ from flwr.supercore.interceptors import (
     create_fleet_runtime_version_server_interceptor,
 )
 from flwr.supercore.task_identity import TaskIdentity
-from grpc_health.v1.health import HealthServicer
 from grpc_health.v1.health_pb2 import HealthCheckResponse
 from grpc_health.v1.health_pb2_grpc import add_HealthServicer_to_server
 
@@ -31,6 +30,7 @@ from common.flower.fleet_server import InlineFleetServicer, Links
 from common.flower.inline_grid import InlineGrid
 from common.flower.memory import give_back_big_blocks
 from common.keys import canonical
+from common.monitor.telling_health import TellingHealth
 
 __all__ = ["InlineFleet", "InlineGrid"]
 
@@ -82,7 +82,7 @@ class InlineFleet:
         self.links.refused_late = self._count_late
         self._servicer = InlineFleetServicer(self.links, require_keys, on_refused or (lambda key, peer: None))
         self._server: grpc.Server | None = None
-        self._health = HealthServicer()
+        self._health = TellingHealth()
         self._grids: dict[int, InlineGrid] = {}
         self._stopped = threading.Event()
         self._watch = threading.Thread(target=self._watch_nodes, name="fleet watch", daemon=True)

@@ -2,9 +2,51 @@
 
 from __future__ import annotations
 
+import time
+from dataclasses import dataclass
+
 from common.errors import EspalierError
 from common.monitor.channel import open_channel
 from common.security import Security
+
+
+@dataclass(frozen=True)
+class ServerFacts:
+    """What a server of ours tells of itself: versions, and by how many seconds our clock is ahead of its."""
+
+    versions: dict[str, str]
+    ahead: float
+
+
+def ask_facts(address: str, security: Security, *, timeout: float = 5.0) -> ServerFacts | None:
+    """Ask a server for its versions and time; None where it tells none, as a stock SuperLink.
+
+    Raises
+    ------
+    EspalierError
+        Nobody answers.
+    """
+    import grpc
+    from grpc_health.v1.health_pb2 import HealthCheckRequest
+    from grpc_health.v1.health_pb2_grpc import HealthStub
+
+    from common.monitor.telling_health import TIME_KEY, VERSION_KEYS
+
+    with open_channel(address, security) as channel:
+        asked = time.time()
+        try:
+            _, call = HealthStub(channel).Check.with_call(HealthCheckRequest(), timeout=timeout)
+        except grpc.RpcError as error:
+            # It answers, and has no such service, or one that this caller may not ask.
+            if error.code() in (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.DEADLINE_EXCEEDED):
+                raise
+            return None
+        told = dict(call.initial_metadata())
+        middle = (asked + time.time()) / 2
+    if TIME_KEY not in told:
+        return None
+    versions = {name: str(told[key]) for name, key in VERSION_KEYS.items() if key in told}
+    return ServerFacts(versions, middle - float(told[TIME_KEY]))
 
 
 def check_health(address: str, security: Security, *, timeout: float = 5.0, server_name: str = "") -> None:

@@ -10,11 +10,11 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 
 import grpc
-from grpc_health.v1.health import HealthServicer
 from grpc_health.v1.health_pb2 import HealthCheckResponse
 from grpc_health.v1.health_pb2_grpc import add_HealthServicer_to_server
 
 from common.errors import AddressError
+from common.monitor.telling_health import TellingHealth
 from common.security import parse_address
 from proto import monitor_pb2 as mpb
 from proto.monitor_pb2_grpc import MonitorServicer, add_MonitorServicer_to_server
@@ -89,7 +89,7 @@ class MonitorServer:
         well: bool = True,
     ) -> None:
         self.address = address
-        self._servicer, self._health = Servicer(source), HealthServicer()
+        self._servicer, self._health = Servicer(source), TellingHealth()
         self._server = grpc.server(
             ThreadPoolExecutor(WORKERS, thread_name_prefix="monitor"),
             maximum_concurrent_rpcs=WORKERS,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import errno
 import os
 import signal
 import socket
@@ -16,8 +17,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
 
-from common.errors import EspalierError, StateError
+from common.errors import AddressError, EspalierError, StateError
 from common.run.timeouts import KILL
+from common.security import Address
 
 ROOT = Path(__file__).resolve().parents[2]
 """The checkout: the folder of our top packages and of pyproject.toml."""
@@ -249,3 +251,30 @@ def listens(host: str, port: int) -> bool:
             return True
     except OSError:
         return False
+
+
+def check_free(address: Address, flag: str) -> None:
+    """Check that an address can be listened on.
+
+    Raises
+    ------
+    AddressError
+        It is in use or none of this machine's; `flag` says which option gave it.
+    """
+    try:
+        family, kind, proto, _, target = socket.getaddrinfo(
+            address.host, address.port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+        )[0]
+        with socket.socket(family, kind, proto) as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            probe.bind(target)
+    except socket.gaierror as error:
+        raise AddressError(f"{flag} {address}: {error.strerror}; give an address of this machine") from error
+    except OSError as error:
+        if error.errno == errno.EADDRINUSE:
+            raise AddressError(
+                f"{flag} {address} is in use; stop what listens there or take another port"
+            ) from error
+        raise AddressError(
+            f"{flag} {address}: {error.strerror}; give an address and port of this machine"
+        ) from error

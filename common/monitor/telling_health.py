@@ -1,0 +1,28 @@
+"""gRPC's health service of our servers; beside the answer it tells versions and time, for `espalier preflight`."""
+
+# The methods of a gRPC servicer are named as in its .proto file.
+# ruff: noqa: N802
+
+from __future__ import annotations
+
+import importlib.metadata
+import time
+from typing import Any
+
+from grpc_health.v1.health import HealthServicer
+
+VERSION_KEYS = {"espalier": "x-espalier-version", "flwr": "x-flwr-version"}
+TIME_KEY = "x-time"
+
+
+class TellingHealth(HealthServicer):  # type: ignore[misc]
+    """The library's servicer, with our facts in the answer's metadata."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._facts = tuple((key, importlib.metadata.version(name)) for name, key in VERSION_KEYS.items())
+
+    def Check(self, request: Any, context: Any) -> Any:
+        """Answer whether the server is well."""
+        context.send_initial_metadata((*self._facts, (TIME_KEY, f"{time.time():.3f}")))
+        return super().Check(request, context)
