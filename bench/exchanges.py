@@ -38,20 +38,17 @@ class Regime:
     ----------
     scheme : str
         As in a data SPEC, without its seed.
-    whole : bool
-        Whether the clients divide all of the data, or hold `Setup.images` each.
     fills : bool
         Whether clients lack labels, so that FAug has something to do.
     """
 
     scheme: str
-    whole: bool
     fills: bool
 
 
 REGIMES = {
-    "few-shot": Regime("iid+shots=5", whole=False, fills=False),
-    "Dirichlet 0.1": Regime("dirichlet=0.1", whole=True, fills=True),
+    "few-shot": Regime("iid+shots=5", fills=False),
+    "Dirichlet 0.1": Regime("dirichlet=0.1", fills=True),
 }
 
 
@@ -91,11 +88,10 @@ def table_cells(
     """Return the cells of the table by regime and method, those of `only`; `more` are further settings of all."""
     found = {}
     for name, regime in REGIMES.items():
-        own = replace(setup, images=TRAIN_IMAGES[setup.data] // setup.clients) if regime.whole else setup
         for label, settings in methods(families, generators).items():
             if (name, label) not in only or ("augment" in settings and not regime.fills):
                 continue
-            found[name, label] = _cells(own, regime.scheme, {**settings, **more})
+            found[name, label] = _cells(setup, regime.scheme, {**settings, **more})
     return found
 
 

@@ -157,6 +157,10 @@ def measure_faug(
         ]
         for label in only
     }
+    if "FL" in only and data != "digits":
+        found[faug.PAPERS] = [
+            faug.run_paper(data, faug.PAPERS, 1, root, rounds=rounds, steps=1, gan_steps=gan_steps)
+        ]
     outcome.rows += faug.rows(found, rounds)
     outcome.targets += faug.targets(found, data, rounds)
     outcome.notes += faug.notes(found, rounds, steps)
@@ -264,9 +268,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     made.add_argument("--edges", type=int, default=2)
     made.add_argument("--seeds", type=int, default=3)
     made.add_argument(
-        "--images", type=int, default=500, help="images of a client that few-shot is cut out of"
+        "--images", type=int, default=500, help="images of a client, about; few-shot is cut out of them"
     )
-    made.add_argument("--rounds", type=int, default=12)
+    made.add_argument("--rounds", type=int, default=8)
     made.add_argument("--families", help="models of the clients, e.g. HtFE-img-8; small ones unless given")
     made.add_argument("--generator-minutes", type=float, default=3.0, help="training of FedKTL's generator")
     made.add_argument(
@@ -275,6 +279,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     made.add_argument("--gan-steps", type=int, default=1500, help="training of FAug's generator there")
     made.add_argument("--jobs", type=int, default=1, help="worker processes")
     made.add_argument("--only", nargs="+", metavar="METHOD", choices=LABELS, help="methods of the table")
+    made.add_argument(
+        "--regimes", nargs="+", choices=tuple(REGIMES), default=tuple(REGIMES), help="of the table"
+    )
     made.add_argument("--parts", nargs="+", choices=PARTS, help="table and faug unless given; or cloud-edge")
     made.add_argument("--resume", action="store_true", help="take what cells.jsonl in DIR holds already")
     arguments = made.parse_args(argv)
@@ -300,7 +307,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         measured = measure(
             replace(setup, seeds=1) if tiny else setup,
             parts,
-            TINY if tiny else list(product(REGIMES, arguments.only or LABELS)),
+            TINY if tiny else list(product(arguments.regimes, arguments.only or LABELS)),
             list(SHOTS)[:2] if tiny else list(SHOTS),
             arguments.families or FAMILY,
             SMALL if tiny else {"rounds": arguments.rounds},
@@ -312,7 +319,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     if "faug" in parts:
         rounds, steps, gan = (2, 1, 5) if tiny else (faug.ROUNDS, arguments.faug_steps, arguments.gan_steps)
         labels = ["FD", "FD + FAug"] if tiny else list(faug.METHODS)
-        measure_faug(measured, setup.data, labels, setup.seeds, arguments.root, rounds, steps, gan)
+        measure_faug(
+            measured,
+            setup.data,
+            labels,
+            setup.seeds,
+            arguments.root,
+            rounds,
+            steps,
+            gan,
+            arguments.faug_model,
+        )
     if needed:
         measured.notes.append(
             "FedKTL's generator learnt from the training split of the same data, clients' images included: "

@@ -10,7 +10,7 @@ import pytest
 
 from bench.cells import Measured, Point, Setup
 from bench.exchanges import FAMILY, REGIMES, SHOTS, Generators, cloud_edge_cells, of_one_length, table_cells
-from bench.faug import HIDDEN, PARAMETERS, ROUNDS, WIDTHS, PaperRun, targets
+from bench.faug import HIDDEN, PAPERS, PARAMETERS, ROUNDS, WIDTHS, PaperRun, targets
 from bench.knowledge import LABELS, edge_targets, main
 from common.models.classifiers import CNN, CNNArguments
 from common.run.config import RunConfig
@@ -81,7 +81,7 @@ def test_targets_do_not_hold_by_themselves() -> None:
     assert not any(t.holds for t in edge_targets(flat))
     growing = flat | {(s, "FedKTL"): run(0.5 + 0.1 / s) for s in SHOTS}
     assert all(t.holds for t in edge_targets(growing))
-    found = {"FD": [PaperRun(0.7, 1e5)], "FD + FAug": [PaperRun(0.74, 50e6)], "FL": [PaperRun(0.9, 1.23e9)]}
+    found = {"FD": [PaperRun(0.7, 1e5)], "FD + FAug": [PaperRun(0.74, 50e6)], PAPERS: [PaperRun(0.9, 1.23e9)]}
     judged = targets(found, "mnist", ROUNDS)
     assert [t.holds for t in judged] == [False, True, False]
     assert len(targets(found, "digits", ROUNDS)) == len(targets(found, "mnist", 2)) == 1
