@@ -276,7 +276,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     made.add_argument(
         "--faug-steps", type=int, default=20, help="local steps in FAug's set-up; the paper's: 250"
     )
-    made.add_argument("--gan-steps", type=int, default=1500, help="training of FAug's generator there")
+    made.add_argument("--gan-steps", type=int, default=1000, help="training of FAug's generator there")
     made.add_argument("--jobs", type=int, default=1, help="worker processes")
     made.add_argument("--only", nargs="+", metavar="METHOD", choices=LABELS, help="methods of the table")
     made.add_argument(

@@ -18,6 +18,9 @@ from proto import espalier_pb2 as pb
 
 log = logging.getLogger("espalier.client")
 
+#: Characters of a refusal that are worth a line of the log.
+MOST_OF_A_FAULT = 500
+
 app = ClientApp()
 
 
@@ -31,6 +34,18 @@ def hello(message: Message, context: Context) -> Message:
         raise WireError("edge", f"a hello with histogram-noise {noise!r}")
     answer = device.hello(str(request.get("run", "")), float(noise))
     return Message(control.control_content(answer), reply_to=message)
+
+
+@app.query("espalier_refusal")
+def refused(message: Message, context: Context) -> Message:
+    """Take note that the cloud leaves this device out of a run, and why."""
+    request = control.config_of(message, control.CONFIG) or ConfigRecord()
+    run, fault = (
+        "".join(c if c.isprintable() else "?" for c in str(request.get(key, "")))[:MOST_OF_A_FAULT]
+        for key in ("run", "fault")
+    )
+    log.error("left out of run %s: %s", run, fault)
+    return Message(RecordDict(), reply_to=message)
 
 
 @app.query("espalier_inquiry")

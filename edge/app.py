@@ -17,7 +17,7 @@ from common.flower.inline import InlineFleet, InlineGrid
 from common.flower.resident import Fab
 from common.monitor.logs import bind
 from common.names import CLIENT_NAMES, Claims, NameRegistry
-from common.run.timeouts import CLIENT_HELLO, REPLY_MARGIN
+from common.run.timeouts import CLIENT_HELLO, CLIENT_REFUSAL, REPLY_MARGIN
 from common.wire import control
 from common.wire.hello import device_facts
 from common.wire.payload import Weights
@@ -31,7 +31,7 @@ from proto import espalier_pb2 as pb
 log = logging.getLogger("espalier.edge")
 
 #: Handled beside a running window.
-SIDE_TYPES = frozenset({control.HELLO, control.PROGRESS, control.DONE})
+SIDE_TYPES = frozenset({control.HELLO, control.REFUSAL, control.PROGRESS, control.DONE})
 
 
 class Cloud(Protocol):
@@ -94,6 +94,9 @@ class EdgeApp:
         elif kind == control.HELLO:
             self._learn(message)
             content = self._hello(message, context)
+        elif kind == control.REFUSAL:
+            self._pass_refusals(message)
+            content = RecordDict()
         elif kind == control.DONE:
             self.close()
             content = RecordDict()
@@ -191,6 +194,28 @@ class EdgeApp:
             faults=faults,
             facts=device_facts("cpu"),
         )
+
+    def _pass_refusals(self, message: Message) -> None:
+        """Tell clients of ours why the cloud leaves them out of its run."""
+        request = control.config_of(message, control.CONFIG) or ConfigRecord()
+        names, faults = request.get("clients"), request.get("faults")
+        if not isinstance(names, list) or not isinstance(faults, list) or len(names) != len(faults):
+            raise WireError("cloud", "a refusal without a fault for every client")
+        with self._lock:
+            served = self._served
+        if served is None or served.key != request.get("run"):
+            return
+        below = self.roster.clients()
+        messages = []
+        for name, fault in zip(names, faults, strict=True):
+            if isinstance(name, str) and name in below:
+                log.warning("the cloud leaves %s out: %s", name, fault)
+                record = ConfigRecord({"run": served.key, "fault": str(fault)})
+                content = RecordDict({control.CONFIG: record})
+                messages.append(Message(content, below[name].node_id, control.REFUSAL))
+        for reply in served.grid.exchange(messages, deadline=CLIENT_REFUSAL):
+            if reply.has_error():
+                log.warning("a client took no note of its refusal: %s", reply.error.reason)
 
     # --- any Flower app ----------------------------------------------------------------------------
 

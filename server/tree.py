@@ -16,7 +16,7 @@ from common.flower.cloud_grid import TreeGrid
 from common.methods.planning import Member
 from common.names import Claims, check_name
 from common.run.config import RunConfig
-from common.run.timeouts import EDGE_HELLO, RETURN_HELLO, WATCH_CALL
+from common.run.timeouts import EDGE_HELLO, EDGE_REFUSAL, RETURN_HELLO, WATCH_CALL
 from common.wire import control
 from common.wire.hello import check_client_hello, version_mismatch
 from proto import espalier_pb2 as pb
@@ -69,6 +69,7 @@ class Tree:
     _noted: set[tuple[str, str]] = field(default_factory=set)
     _since: dict[int, str] = field(default_factory=dict)
     _silent: set[int] = field(default_factory=set)
+    _untold: dict[int, dict[str, str]] = field(default_factory=dict)
 
     # --- who is there ------------------------------------------------------------------------------
 
@@ -194,6 +195,7 @@ class Tree:
                 continue
             self._since[node_id] = nodes[node_id].last_activated_at
             self.learn(node_id, hello)
+        self._tell()
 
     def learn(self, node_id: int, hello: pb.EdgeHello) -> None:
         """Take over an edge's list of clients.
@@ -218,6 +220,8 @@ class Tree:
                 self.keys.claim(client.name, client.public_key)
                 self._agree(client)
             except WireError as error:
+                if (error.sender, error.fault) not in self._noted:
+                    self._untold.setdefault(node_id, {})[client.name] = error.fault
                 self._refuse(error.sender, error.fault)
                 continue
             sound.clients.append(client)
@@ -281,6 +285,19 @@ class Tree:
                 "versions": dict(facts.versions),
             }
         return {"edges": edges, "clients": clients}
+
+    def _tell(self) -> None:
+        """Tell clients that are left out why, through an edge each: else only the cloud's log would know."""
+        untold, self._untold = self._untold, {}
+        messages = []
+        for node, faults in untold.items():
+            record = ConfigRecord({"run": self.run, "clients": list(faults), "faults": list(faults.values())})
+            messages.append(Message(RecordDict({control.CONFIG: record}), node, control.REFUSAL))
+        for reply in self.grid.exchange(messages, deadline=EDGE_REFUSAL) if messages else ():
+            if reply.has_error():
+                log.warning(
+                    "node %s passed no refusal on: %s", reply.metadata.src_node_id, reply.error.reason
+                )
 
     # --- beside a window ---------------------------------------------------------------------------
 

@@ -204,7 +204,7 @@ class Settings(BaseModel):
     faug_redundant: Count = Field(
         default=0, description="FAug: labels uploaded beside the targets to hide them"
     )
-    faug_steps: PositiveInt = Field(default=1500, description="FAug: training steps of the conditional GAN")
+    faug_steps: PositiveInt = Field(default=1000, description="FAug: training steps of the conditional GAN")
 
     exchange: Literal["full", "usplit", "ulatdec", "udec"] = Field(
         default="usplit", description="FedDiffuse: parts of the U-Net that cross the links"

@@ -34,6 +34,10 @@ RETURN_HELLO = 5.0
 CLIENT_HELLO = 20.0
 #: Seconds edges have to answer a first hello.
 EDGE_HELLO = 45.0
+#: Seconds a client has to take note of why it is left out.
+CLIENT_REFUSAL = 5.0
+#: Seconds an edge has to pass that on.
+EDGE_REFUSAL = 10.0
 
 # --- a window -------------------------------------------------------------------------------------
 #: Seconds between two looks at the edges while a window runs, and that each one may take.

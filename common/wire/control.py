@@ -21,6 +21,7 @@ SCHEMA = 1
 TRAIN = "train"
 HELLO = "query.espalier_hello"
 INQUIRY = "query.espalier_inquiry"
+REFUSAL = "query.espalier_refusal"
 PROGRESS = "query.espalier_progress"
 DONE = "query.espalier_done"
 

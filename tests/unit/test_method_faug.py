@@ -16,6 +16,7 @@ from common.generators.conditional import ConditionalGenerator, train_conditiona
 from common.methods.faug import SEED_IMAGES, SEED_LABELS, leakage, seed_labels, seeds_layout, targets
 from common.run.config import RunConfig
 from common.run.record import AugmentationEntry
+from common.wire.pairs import to_pixels
 from common.wire.payload import Weights
 from tests.unit.by_hand import run_tree
 
@@ -95,6 +96,26 @@ def test_the_generator_travels_and_hangs_on_its_seed() -> None:
     assert not torch.allclose(model.draw(np.array([1, 1, 1]), 5)[0], drawn[0])
     with pytest.raises(ValueError, match="no generator of these images"):
         ConditionalGenerator.of(model.arrays(), 5, (1, 9, 9))
+
+
+def test_fifteen_seeds_a_label_make_images_of_that_label() -> None:
+    """Another classifier knows them, and a label's images are not one and the same."""
+    from sklearn.linear_model import LogisticRegression
+
+    data = open_data("digits")
+    pixels, labels = to_pixels(data.fetch(np.arange(len(data))).numpy()), np.asarray(data.labels)
+    seeds = np.concatenate([np.flatnonzero(labels == label)[:15] for label in range(10)])
+    model = train_conditional(pixels[seeds], labels[seeds], 10, steps=250, seed=1)
+    wanted = np.repeat(np.arange(10), 20)
+    drawn = model.draw(wanted, 2).flatten(1)
+    others = np.delete(np.arange(len(labels)), seeds)
+    judge = LogisticRegression(max_iter=300).fit(
+        pixels[others].reshape(len(others), -1) / 127.5 - 1, labels[others]
+    )
+    assert judge.score(drawn.numpy(), wanted) > 0.85
+    spread = drawn.view(10, 20, -1).std(1).mean()
+    real = np.stack([pixels[labels == label].std(0).mean() for label in range(10)]).mean() / 127.5
+    assert spread > 0.4 * real
 
 
 def faug_tree(folder: Path) -> LocalTree:
