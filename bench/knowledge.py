@@ -319,17 +319,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if "faug" in parts:
         rounds, steps, gan = (2, 1, 5) if tiny else (faug.ROUNDS, arguments.faug_steps, arguments.gan_steps)
         labels = ["FD", "FD + FAug"] if tiny else list(faug.METHODS)
-        measure_faug(
-            measured,
-            setup.data,
-            labels,
-            setup.seeds,
-            arguments.root,
-            rounds,
-            steps,
-            gan,
-            arguments.faug_model,
-        )
+        measure_faug(measured, setup.data, labels, setup.seeds, arguments.root, rounds, steps, gan)
     if needed:
         measured.notes.append(
             "FedKTL's generator learnt from the training split of the same data, clients' images included: "

@@ -14,7 +14,7 @@ from bench.local_tree import LocalClient, LocalTree
 from client.app import app
 from common.wire import control
 
-SHORT = {
+SHORT: dict[str, bool | int | float | str] = {
     "method": "fd",
     "model": "logistic",
     "rounds": 1,
