@@ -105,7 +105,7 @@ def test_fifteen_seeds_a_label_make_images_of_that_label() -> None:
     data = open_data("digits")
     pixels, labels = to_pixels(data.fetch(np.arange(len(data))).numpy()), np.asarray(data.labels)
     seeds = np.concatenate([np.flatnonzero(labels == label)[:15] for label in range(10)])
-    model = train_conditional(pixels[seeds], labels[seeds], 10, steps=250, seed=1)
+    model = train_conditional(pixels[seeds], labels[seeds], 10, steps=80, seed=1)
     wanted = np.repeat(np.arange(10), 20)
     drawn = model.draw(wanted, 2).flatten(1)
     others = np.delete(np.arange(len(labels)), seeds)
