@@ -29,10 +29,10 @@ def hello(message: Message, context: Context) -> Message:
     """Introduce this device to its edge."""
     device = Device.from_node_config(context.node_config)
     request = control.config_of(message, control.CONFIG) or ConfigRecord()
-    noise = request.get("histogram-noise", 0.0)
-    if not isinstance(noise, int | float) or not 0 <= noise < float("inf"):
-        raise WireError("edge", f"a hello with histogram-noise {noise!r}")
-    answer = device.hello(str(request.get("run", "")), float(noise))
+    epsilon = request.get("histogram-epsilon", 0.0)
+    if not isinstance(epsilon, int | float) or not 0 <= epsilon < float("inf"):
+        raise WireError("edge", f"a hello with histogram-epsilon {epsilon!r}")
+    answer = device.hello(str(request.get("run", "")), float(epsilon))
     return Message(control.control_content(answer), reply_to=message)
 
 

@@ -12,8 +12,9 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from client.budget import Budget
 from client.speed import measured_speed
-from common.data.histogram import add_laplace_noise, label_histogram
+from common.data.histogram import label_histogram
 from common.data.joined import with_pixels
 from common.data.spec import open_data, open_test
 from common.errors import ConfigError
@@ -22,7 +23,7 @@ from common.models.presets import classifiers
 from common.run.names import check_name, is_name
 from common.run.state import StateStore
 from common.run.tensors import read_tensors, write_tensors
-from common.seeds import rng_for
+from common.seeds import seed_for
 from common.wire import control
 from common.wire.hello import device_facts
 from proto import espalier_pb2 as pb
@@ -54,6 +55,11 @@ class Device:
         The network that the owner chose for it in runs of unlike models; "": the run's choice.
     key : Path or None
         Private key of the node it runs in; without it the device cannot sign what it sends.
+    privacy_budget : float
+        Largest epsilon, over all runs, that its owner grants (`client.budget`); 0: no limit.
+    noise_seed : int or None
+        Seed of the noise that protects the images, for tests alone: who knows it can subtract the noise.
+        None draws it from the operating system.
     """
 
     name: str
@@ -63,6 +69,8 @@ class Device:
     level: float = 0.0
     model: str = ""
     key: Path | None = None
+    privacy_budget: float = 0.0
+    noise_seed: int | None = None
 
     @classmethod
     def from_node_config(cls, config: Mapping[str, object]) -> Device:
@@ -71,7 +79,8 @@ class Device:
         Raises
         ------
         ConfigError
-            If name or data is missing, the level is no share in (0, 1], or the model no classifier's name.
+            If name or data is missing, the level is no share in (0, 1], the model no classifier's name, or
+            the privacy budget no number above 0.
         """
         missing = [key for key in ("name", "data") if not config.get(key)]
         if missing:
@@ -88,6 +97,8 @@ class Device:
             _level(config.get("level")),
             _model(config.get("model")),
             Path(str(key)) if key else None,
+            _budget(config.get("privacy-budget")),
+            _noise_seed(config.get("noise-seed")),
         )
 
     @cached_property
@@ -150,22 +161,30 @@ class Device:
                 plan.run, (plan.window, plan.round), state, checkpoint_window=plan.checkpoint_window
             )
 
-    def hello(self, run: str, histogram_noise: float) -> pb.ClientHello:
+    def hello(self, run: str, histogram_epsilon: float) -> pb.ClientHello:
         """Introduce the device: samples, label counts, facts; never an image.
 
         Parameters
         ----------
         run : str
             Espalier's run id.
-        histogram_noise : float
-            Scale of Laplace noise on the label counts; 0 for none.
+        histogram_epsilon : float
+            Epsilon of Laplace noise on the label counts; 0 for none.
+
+        Raises
+        ------
+        ConfigError
+            The noise cannot be kept, or the owner's budget does not allow this answer.
         """
         counts = self.labels
-        if histogram_noise > 0:
-            # The run's seed is no secret, so the noise hangs on a secret of the device; it stays the
-            # same within a run, or asking again and again would average it away.
-            rng = rng_for(int.from_bytes(self._secret, "big"), self.name, 0, f"histogram {run}")
-            counts = add_laplace_noise(counts, histogram_noise, rng)
+        if histogram_epsilon > 0:
+            rng = self.private_rng(0, f"histogram {run}")
+            counts = self.budget.histogram(run, counts, histogram_epsilon, rng)
+        elif self.privacy_budget:
+            raise ConfigError(
+                f"the owner of {self.name} grants a privacy budget, so its exact label counts stay at home; "
+                "set histogram-epsilon in the run"
+            )
         place = self.torch_device
         facts = device_facts(str(place))
         facts.speed = measured_speed(place)
@@ -173,7 +192,7 @@ class Device:
             schema=control.SCHEMA,
             name=self.name,
             samples=len(self.images),
-            histogram=pb.LabelHistogram(counts=counts.tolist(), noisy=histogram_noise > 0),
+            histogram=pb.LabelHistogram(counts=counts.tolist(), noisy=histogram_epsilon > 0),
             facts=facts,
             image_shape=self.images.shape,
             classes=self.images.classes,
@@ -187,22 +206,47 @@ class Device:
         return StateStore(self.state / "rounds") if self.state else None
 
     @cached_property
-    def _secret(self) -> bytes:
+    def budget(self) -> Budget:
+        """The ledger of what was spent.
+
+        Raises
+        ------
+        ConfigError
+            The device has no folder to keep it in.
+        """
         if self.state is None:
-            return secrets.token_bytes(32)
-        path = self.state / "histogram.secret"
-        if not path.exists():
-            self.state.mkdir(parents=True, exist_ok=True)
-            path.touch(mode=0o600)
-            path.write_bytes(secrets.token_bytes(32))
-        return path.read_bytes()
+            raise ConfigError(
+                f"{self.name} has no state folder, so it would forget what privacy it spent; give it one, "
+                'e.g. --state DIR, or state="/var/lib/espalier" in a node config'
+            )
+        return Budget(self.state / "privacy.json", self.privacy_budget)
+
+    def private_seed(self, round_: int, purpose: str) -> int:
+        """Return a fresh 63-bit secret seed of noise; the run's own seed is known to every server."""
+        if self.noise_seed is not None:
+            return seed_for(self.noise_seed, self.name, round_, purpose)
+        return secrets.randbits(63)
+
+    def private_rng(self, round_: int, purpose: str) -> np.random.Generator:
+        """Return a fresh generator of noise, seeded by 128 secret bits of the operating system."""
+        if self.noise_seed is not None:
+            return np.random.default_rng(self.private_seed(round_, purpose))
+        return np.random.default_rng(secrets.randbits(128))
 
 
 @lru_cache(maxsize=64)
 def _device(
-    name: str, data: str, device: str, state: Path | None, level: float, model: str, key: Path | None
+    name: str,
+    data: str,
+    device: str,
+    state: Path | None,
+    level: float,
+    model: str,
+    key: Path | None,
+    privacy_budget: float,
+    noise_seed: int | None,
 ) -> Device:
-    return Device(name, data, device, state, level, model, key)
+    return Device(name, data, device, state, level, model, key, privacy_budget, noise_seed)
 
 
 def _level(value: object) -> float:
@@ -231,3 +275,25 @@ def _model(value: object) -> str:
             "e.g. --model resnet10, or model=resnet10 in a node config"
         )
     return str(value)
+
+
+def _budget(value: object) -> float:
+    """Read the privacy budget of a node config; None where there is no limit."""
+    if value is None:
+        return 0.0
+    try:
+        budget = math.nan if isinstance(value, bool) else float(str(value))
+    except ValueError:
+        budget = math.nan
+    if not 0 < budget < math.inf:
+        raise ConfigError(
+            f"privacy-budget={value} is no number above 0; give the largest epsilon that this device may spend, "
+            "e.g. --privacy-budget 8"
+        )
+    return budget
+
+
+def _noise_seed(value: object) -> int | None:
+    if value is not None and (isinstance(value, bool) or not isinstance(value, int)):
+        raise ConfigError(f"noise-seed={value} is no whole number; leave it out but in tests")
+    return value

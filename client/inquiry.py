@@ -8,8 +8,9 @@ from flwr.app import Message, RecordDict
 
 from client.augmentation import answer_augmentation
 from client.device import Device
+from client.privacy import check_plan
 from client.reply import pack_reply
-from client.training import Task, read_task
+from client.training import Task, read_task, settings_of
 from common.errors import WireError
 from common.learning.scoring import accuracy
 from common.learning.tasks import base_objective, dataset_gradient, dataset_loss
@@ -35,6 +36,7 @@ def answer(device: Device, plan: pb.RoundPlan, message: Message) -> RecordDict:
     if plan.inquiry not in INQUIRIES:
         raise WireError(plan.edge, f"the unknown inquiry {plan.inquiry!r}")
     if plan.inquiry in ("seeds", "fill"):
+        check_plan(device, plan, settings_of(plan))
         return pack_reply(device, plan, *answer_augmentation(device, plan, message))
     task = read_task(device, plan, message)
     report = pb.ClientReport(

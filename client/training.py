@@ -11,6 +11,7 @@ import torch
 from flwr.app import ArrayRecord, Message, MetricRecord, RecordDict
 
 from client.device import Device
+from client.privacy import RoundPrivacy, check_plan
 from client.reply import pack_reply
 from common.errors import ConfigError, WireError
 from common.flower.arrays import array_from_numpy, numpy_view
@@ -23,6 +24,7 @@ from common.methods.views import buffers_of
 from common.models.architecture import describe
 from common.models.arrays import model_arrays, to_tensor
 from common.models.initial import initial_model
+from common.privacy import Mechanism
 from common.run.config import RunConfig
 from common.seeds import rng_for, seed_for
 from common.wire import control
@@ -73,10 +75,8 @@ def read_task(device: Device, plan: pb.RoundPlan, message: Message) -> Task:
     """
     if plan.client != device.name:
         raise WireError(plan.edge, f"a plan for client {plan.client!r}, this is {device.name!r}")
-    try:
-        settings = RunConfig.from_struct(plan.settings)
-    except ConfigError as error:
-        raise WireError(plan.edge, f"settings this client does not take ({error})") from error
+    settings = settings_of(plan)
+    check_plan(device, plan, settings)
     received = control.read_weights(message, control.plan_layout(plan, plan.edge), plan.edge)
     state = device.load_state(plan.run, plan.start)
     local = local_round(device, settings, plan.round, received.views(), state)
@@ -89,6 +89,14 @@ def read_task(device: Device, plan: pb.RoundPlan, message: Message) -> Task:
     except (ValueError, RuntimeError, KeyError) as error:
         raise WireError(plan.edge, f"an architecture that cannot be built ({error})") from error
     return Task(plan, method, received, local, model)
+
+
+def settings_of(plan: pb.RoundPlan) -> RunConfig:
+    """Return a plan's settings; raises WireError where they are not this client's."""
+    try:
+        return RunConfig.from_struct(plan.settings)
+    except ConfigError as error:
+        raise WireError(plan.edge, f"settings this client does not take ({error})") from error
 
 
 def train_round(device: Device, plan: pb.RoundPlan, message: Message) -> RecordDict:
@@ -115,7 +123,9 @@ def train_round(device: Device, plan: pb.RoundPlan, message: Message) -> RecordD
     """
     task = read_task(device, plan, message)
     method, local, received = task.method, task.local, task.received.views()
-    objective, result = train(device, method, task.model, local)
+    privacy = RoundPrivacy(device, plan, local.settings, len(method.data(local)))
+    privacy.spend()
+    objective, result = train(device, method, task.model, local, privacy.training)
     arrays = method.publish(model_arrays(task.model), local) | objective.extra()
     report = pb.ClientReport(
         schema=control.SCHEMA,
@@ -131,10 +141,12 @@ def train_round(device: Device, plan: pb.RoundPlan, message: Message) -> RecordD
     )
     method.describe_reply(objective, task.model, report)
     form = update_form(method, plan, task.received.layout, report)
+    arrays = privacy.noised(arrays, received, form.names, buffers_of(plan.architecture))
     rng = rng_for(local.settings.seed, device.name, plan.round, "codec")
     payload, decoded = form.encode(arrays, received, rng)
     further = objective.end(task.model, result, as_read(task.model, decoded, arrays, received))
     report.metrics.update(further)
+    privacy.describe(report)
     device.save_state(plan, local.state)
     return pack_reply(device, plan, report, payload)
 
@@ -180,6 +192,11 @@ def train_plain(
     the client keeps between rounds is in Flower's `Context.state`, because a plain run has no versions.
     """
     settings, model = _plain_model(device, record, run_config)
+    if settings.private or device.privacy_budget:
+        raise ConfigError(
+            "differential privacy needs the plans of an Espalier run, which count what was spent; submit one, or "
+            "give DP-SGD and update noise to your own ClientApp"
+        )
     before = kept.get(STATE)
     arrays = before if isinstance(before, ArrayRecord) else ArrayRecord()
     state = {name: np.array(numpy_view(array)) for name, array in arrays.items()}
@@ -208,10 +225,21 @@ def evaluate_plain(
 
 
 def train(
-    device: Device, method: Method, model: nn.Module, local: LocalRound
+    device: Device, method: Method, model: nn.Module, local: LocalRound, private: Mechanism | None = None
 ) -> tuple[Objective, LocalResult]:
-    """Train a model in place; every random number hangs on (run seed, client name, round, purpose)."""
+    """Train a model in place; every random number hangs on (run seed, client name, round, purpose).
+
+    With a mechanism of DP-SGD they hang on a secret of the device instead: the run's seed would tell every server
+    the noise.
+    """
     objective = method.objective_for(local)
+    if private is not None:
+        from common.learning.private import train_private
+
+        seed = device.private_seed(local.round, "train")
+        data = method.data(local)
+        result = train_private(model, objective, data, local, private, seed=seed, device=device.torch_device)
+        return objective, result
     result = train_local(
         model,
         objective,

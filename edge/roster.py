@@ -79,7 +79,7 @@ class Roster:
         grid : InlineGrid
             The run's grid.
         request : ConfigRecord
-            What the cloud asks (run, histogram noise).
+            What the cloud asks (run, epsilon of the label histogram).
         deadline : float
             Seconds to wait for answers.
         """

@@ -121,12 +121,16 @@ class Chronicle:
         self.record.edges = sorted(tree.edges())
         for member in members:
             hello = tree.hello_of(member.name)
+            known = self.record.clients.get(member.name, ClientEntry()).privacy
+            if hello.histogram.noisy:
+                known.histogram = self.settings.histogram_epsilon
             self.record.clients[member.name] = ClientEntry(
                 samples=member.samples,
                 edges=list(member.edges),
                 labels=member.labels.tolist(),
                 data=hello.data,
                 device=hello.facts.device,
+                privacy=known,
             )
         self.events.write("joined", edges=self.record.edges, clients=[m.name for m in members])
         self.connected(tree)
@@ -173,6 +177,8 @@ class Chronicle:
             timings={"train": seconds},
         )
         self.record.windows.append(entry)
+        for report in (c for edge in outcome.reports.values() for r in edge.rounds for c in r.clients):
+            self.record.clients.setdefault(report.client, ClientEntry()).privacy.take(report.metrics)
         self.board.window(entry)
         self.events.write(
             "window-end",

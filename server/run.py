@@ -67,7 +67,7 @@ class TreeRun:
         by_hand = self.method.has_levels and settings.level_choice == "device"
         smallest = min(parse_levels(settings.levels)) if by_hand else 0.0
         names = edge_names(state)
-        self.tree = Tree(grid, names, self.run_id, settings.histogram_noise, ClientKeys(state), smallest)
+        self.tree = Tree(grid, names, self.run_id, settings.histogram_epsilon, ClientKeys(state), smallest)
         self.chronicle = Chronicle(settings, self.run_id, out)
         self.state: CloudState | None = None
         self.assessment: Assessment | None = None

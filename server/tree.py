@@ -48,8 +48,8 @@ class Tree:
         Which node key owns which edge name.
     run : str
         Espalier's run id.
-    histogram_noise : float
-        Scale of the Laplace noise that clients are asked to put on their label counts.
+    histogram_epsilon : float
+        Epsilon of the Laplace noise that clients are asked to put on their label counts; 0: none.
     keys : ClientKeys
         Which node key is which client's.
     smallest_level : float
@@ -59,7 +59,7 @@ class Tree:
     grid: TreeGrid
     names: Claims
     run: str
-    histogram_noise: float
+    histogram_epsilon: float
     keys: ClientKeys
     smallest_level: float = 0.0
     faults: list[pb.Fault] = field(default_factory=list)
@@ -252,7 +252,7 @@ class Tree:
             )
 
     def _hellos(self, nodes: list[int]) -> Iterator[Message]:
-        request = ConfigRecord({"run": self.run, "histogram-noise": self.histogram_noise})
+        request = ConfigRecord({"run": self.run, "histogram-epsilon": self.histogram_epsilon})
         for node_id in nodes:
             yield Message(RecordDict({control.CONFIG: request}), node_id, control.HELLO)
 

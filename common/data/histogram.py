@@ -39,19 +39,21 @@ def label_histogram(labels: ArrayLike, classes: int | Sequence[str]) -> NDArray[
 
 
 def add_laplace_noise(
-    counts: NDArray[np.float64], scale: float, rng: np.random.Generator
+    counts: NDArray[np.float64], epsilon: float, rng: np.random.Generator
 ) -> NDArray[np.float64]:
     """Add Laplace noise to each count and cut at zero.
 
-    One sample changes one count by one, so scale b gives (1/b)-differential privacy for adding or removing
-    a sample (Dwork et al., 2006, the Laplace mechanism); cutting at zero afterwards costs no privacy.
+    Adding or removing one image changes one count by one, so the histogram's L1 sensitivity is 1 and noise of
+    scale 1/epsilon makes it epsilon-differentially private (Dwork et al., TCC 2006, the Laplace mechanism). Where
+    the number of images is known, replacing one image changes two counts, and the guarantee is 2 epsilon.
+    Cutting at zero afterwards costs no privacy.
 
     Parameters
     ----------
     counts : ndarray
         Counts per class.
-    scale : float
-        Scale b >= 0 of the noise, in samples; 0 leaves the counts as they are.
+    epsilon : float
+        Epsilon > 0 of the guarantee.
     rng : numpy.random.Generator
         Source of the noise.
 
@@ -60,11 +62,9 @@ def add_laplace_noise(
     ndarray
         A new histogram of the same length, every count >= 0.
     """
-    if not (np.isfinite(scale) and scale >= 0):
-        raise DataError(f"the histogram's noise scale must be a finite number >= 0, not {scale}")
-    if scale == 0:
-        return np.array(counts, np.float64)
-    return np.maximum(np.asarray(counts, np.float64) + rng.laplace(0.0, scale, len(counts)), 0.0)
+    if not (np.isfinite(epsilon) and epsilon > 0):
+        raise DataError(f"the histogram's epsilon must be a finite number above 0, not {epsilon}")
+    return np.maximum(np.asarray(counts, np.float64) + rng.laplace(0.0, 1 / epsilon, len(counts)), 0.0)
 
 
 def check_histogram(counts: ArrayLike, classes: int) -> NDArray[np.float64]:

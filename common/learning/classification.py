@@ -24,6 +24,8 @@ def cross_entropy(logits: list[Tensor], labels: Tensor) -> Tensor:
 class CrossEntropy(Objective):
     """Mean cross-entropy of a batch; a network with exits is trained on the sum over its exits."""
 
+    depends_on = "images"
+
     def loss(self, model: nn.Module, images: Tensor, labels: Tensor, generator: Generator) -> Tensor:
         """Return the cross-entropy."""
         return cross_entropy(single_precision(cast(Any, model)(images)), labels)

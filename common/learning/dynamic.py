@@ -29,6 +29,8 @@ class Dynamic(Objective):
         Weight of the regulariser, the server's alpha too.
     """
 
+    depends_on = "weights"
+
     def __init__(self, alpha: float) -> None:
         self._alpha = alpha
 

@@ -12,7 +12,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping, MutableMapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, cast
 
 import numpy as np
 import torch
@@ -129,6 +129,10 @@ class LocalResult:
 class Objective:
     """A term of a local loss. Subclasses override what they need; ``a + b`` is their sum."""
 
+    #: What a batch's value depends on: "images" is a mean over the images of what each gives by itself, "weights"
+    #: is nothing but the network, what it received and what it keeps, "batch" is anything else.
+    depends_on: ClassVar[Literal["images", "weights", "batch"]] = "batch"
+
     def begin(self, model: nn.Module, local: LocalRound) -> None:
         """Prepare for one round; the model is on its device with the received weights."""
 
@@ -230,6 +234,8 @@ class DDPMLoss(Objective):
     of a linear beta schedule.
     """
 
+    depends_on = "images"
+
     def begin(self, model: nn.Module, local: LocalRound) -> None:
         """Build the noise schedule of the run's settings."""
         self._schedule = noise_schedule(local.settings)
@@ -257,6 +263,8 @@ class GroupNormPenalty(Objective):
     weight : float or None
         Factor of the penalty; None takes the run's ``sparse-weight``.
     """
+
+    depends_on = "weights"
 
     def __init__(self, weight: float | None = None) -> None:
         self._given = weight

@@ -42,6 +42,8 @@ class Proximal(Objective):
         Weight of the term; 0 is FedAvg.
     """
 
+    depends_on = "weights"
+
     def __init__(self, mu: float) -> None:
         self._mu = mu
 

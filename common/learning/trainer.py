@@ -99,7 +99,7 @@ def train_local(
     labels = np.asarray(data.labels)
     loss_sum = torch.zeros((), device=device, dtype=torch.float64)
     lr_sum, steps, seen = 0.0, 0, 0
-    with _seeded(seed, device), _full_convolution_speed(device):
+    with seeded(seed, device), _full_convolution_speed(device):
         objective.begin(model, local)
         parameters += objective.parameters()
         optimizer = create_optimizer(parameters, local)
@@ -150,7 +150,7 @@ def _autocast(precision: str, device: torch.device) -> contextlib.AbstractContex
 
 
 @contextlib.contextmanager
-def _seeded(seed: int, device: torch.device) -> Iterator[None]:
+def seeded(seed: int, device: torch.device) -> Iterator[None]:
     """Seed torch's global generators (dropout draws from them) and give them back as they were."""
     devices = [device] if device.type == "cuda" else []
     with torch.random.fork_rng(devices=devices):

@@ -23,6 +23,8 @@ class ControlVariates(Objective):
     Adam it is none of a gradient, so a method asks for SGD (``LocalRound.optimizer``).
     """
 
+    depends_on = "weights"
+
     def begin(self, model: nn.Module, local: LocalRound) -> None:
         """Take c and c_k."""
         parameters = trained(model)

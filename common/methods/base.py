@@ -64,6 +64,11 @@ class Method:
     #: Whether a client stays at one edge for a window, because a round builds on what its last one kept:
     #: between edges the order of a client's rounds is not sure.
     settled: ClassVar[bool] = False
+    #: Whether the local loss is a mean over images, each by itself, and terms that no image enters: what DP-SGD
+    #: needs; and what a client tells of its images beside the difference it made to what it received, of
+    #: which noise on that difference hides nothing ("": nothing).
+    sample_wise: ClassVar[bool] = False
+    tells: ClassVar[str] = ""
 
     def __init__(self, settings: RunConfig) -> None:
         self.settings = settings

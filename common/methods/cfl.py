@@ -38,6 +38,7 @@ class CFL(Method):
     name = "cfl"
     has_one_model = False
     own_weighting = "uniform"
+    sample_wise = True
 
     @classmethod
     def contradictions(cls, settings: RunConfig) -> list[str]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from common.methods.base import Method
 from common.methods.levels import parse_levels
+from common.methods.private import privacy_faults
 from common.models.presets import MODELS, family_of, task_of
 from common.run.config import RunConfig
 
@@ -34,4 +35,5 @@ def contradictions(method: type[Method], settings: RunConfig) -> list[str]:
             )
     if settings.ema_decay and not method.has_one_model:
         faults.append(f"ema-decay: {method.name} has several models to average; set ema-decay=0")
+    faults += privacy_faults(method, settings)
     return faults

@@ -9,3 +9,4 @@ class FedAvg(Method):
     """Clients train E epochs, edges and the cloud average by samples; with rg=1 this is flat FedAvg."""
 
     name = "fedavg"
+    sample_wise = True

@@ -35,6 +35,7 @@ class FedDiffuse(PersonalLayers):
 
     name = "feddiffuse"
     tasks = ("diffusion",)
+    sample_wise = True
 
     @classmethod
     def contradictions(cls, settings: RunConfig) -> list[str]:

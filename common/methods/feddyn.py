@@ -31,6 +31,7 @@ class FedDyn(Method):
     server_sections = frozenset({SECTION})
     mean_sections = frozenset({SECTION})
     settled = True
+    sample_wise = True
 
     def before_run(self, state: CloudState, ask: Inquiry) -> None:
         """Start from h = 0."""

@@ -27,6 +27,7 @@ class FedPhD(Method):
     name = "fedphd"
     tasks = ("diffusion",)
     own_edge_choice = "homogeneity"
+    sample_wise = True
 
     @classmethod
     def contradictions(cls, settings: RunConfig) -> list[str]:

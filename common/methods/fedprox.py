@@ -14,6 +14,7 @@ class FedProx(Method):
     """Algorithm 2: clients minimise F_k(θ) + μ/2 ‖θ − w‖², servers average by samples."""
 
     name = "fedprox"
+    sample_wise = True
 
     def objective(self, round_: int) -> Objective:
         """Return the task's loss and the proximal term."""

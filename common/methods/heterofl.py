@@ -35,13 +35,17 @@ class HeteroFL(SubModels):
 
     name = "heterofl"
     own_weighting = "uniform"
+    sample_wise = True
 
     @classmethod
     def contradictions(cls, settings: RunConfig) -> list[str]:
-        """Refuse noisy label counts where the labels a client holds decide what it trains."""
-        if settings.masked_loss and settings.histogram_noise > 0:
-            return ["histogram-noise: heterofl's masked loss needs true label sets; set masked-loss=false"]
-        return []
+        """Refuse noise where the labels a client holds decide what it trains."""
+        wanted = {"histogram-epsilon": settings.histogram_epsilon > 0, "dp-sgd-noise": settings.dp_sgd}
+        return [
+            f"{key}: heterofl's masked loss needs true label sets; set masked-loss=false"
+            for key, on in wanted.items()
+            if on and settings.masked_loss
+        ]
 
     def initial(self, image_shape: tuple[int, int, int], classes: int) -> nn.Module:
         """Return the network, its normalisation static."""

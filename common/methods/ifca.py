@@ -34,6 +34,7 @@ class IFCA(Method):
 
     name = "ifca"
     has_one_model = False
+    tells = "which cluster fits its images best"
     tasks = ("classification",)
 
     @classmethod

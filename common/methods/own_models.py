@@ -40,6 +40,7 @@ class OwnModels(Method):
     has_one_model = False
     own_models = True
     settled = True
+    tells = "what a network of its own makes of its images"
 
     @classmethod
     def contradictions(cls, settings: RunConfig) -> list[str]:

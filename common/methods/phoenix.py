@@ -44,6 +44,7 @@ class Phoenix(PersonalLayers):
     name = "phoenix"
     tasks = ("diffusion",)
     server_sections = frozenset({"limit"})
+    tells = "its loss, by which clients are filtered"
 
     @classmethod
     def contradictions(cls, settings: RunConfig) -> list[str]:

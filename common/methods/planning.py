@@ -24,7 +24,7 @@ class Member:
     samples : int
         Training samples it holds.
     labels : np.ndarray
-        Label counts, shape (classes,); noisy where `histogram-noise` is on.
+        Label counts, shape (classes,); noisy where `histogram-epsilon` is on.
     edges : tuple[str, ...]
         Edges it is connected to, sorted.
     level : float

@@ -26,6 +26,7 @@ class QFedAvg(Method):
     name = "qfedavg"
     own_selection = "proportional"
     own_optimizer = "sgd"
+    tells = "its loss at the received model, by which it is weighted"
 
     @classmethod
     def contradictions(cls, settings: RunConfig) -> list[str]:

@@ -28,6 +28,7 @@ class SCAFFOLD(Method):
     own_weighting = "uniform"
     mean_sections = frozenset({SECTION})
     settled = True
+    sample_wise = True
 
     @classmethod
     def contradictions(cls, settings: RunConfig) -> list[str]:

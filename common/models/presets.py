@@ -12,6 +12,8 @@ Task = Literal["diffusion", "classification"]
 MIN_SIZE, MAX_SIZE = 8, 224
 #: The last layer of every classifier: row i of its weight and bias belongs to class i.
 OUTPUT_LAYER = "classifier"
+#: Backbones without batch normalisation.
+_WITHOUT_NORMALISATION = frozenset({"cnn4", "vit-b-16", "vit-b-32"})
 
 
 @dataclass(frozen=True)
@@ -139,6 +141,20 @@ def family_of(model: str) -> str:
         The name is no preset's.
     """
     return PRESETS[model].family
+
+
+def normalises_batches(model: str) -> bool:
+    """Tell whether a model has batch normalisation, which mixes the images of a batch.
+
+    Raises
+    ------
+    KeyError
+        The name is no preset's.
+    """
+    arguments = PRESETS[model].arguments
+    if "network" in arguments:
+        return arguments["network"] not in _WITHOUT_NORMALISATION
+    return bool(arguments.get("norm", "none") != "none")
 
 
 def is_output_tensor(name: str) -> bool:

@@ -16,6 +16,11 @@ _MEAN, _WORST = 8, 9
 
 _MOST_MODELS, _MOST_CLIENTS = 8, 200
 
+_SPENT = {"histogram": "ε labels", "dp_sgd": "ε DP-SGD", "update": "ε update"}
+"""Columns of the privacy that clients spent."""
+
+_NUMERIC = frozenset({"images", "rounds", "signed", "accuracy", *_SPENT.values()})
+
 
 def percent(share: float | None) -> str:
     """Write a share as a percentage that no line break tears; a dash for None."""
@@ -87,14 +92,18 @@ def client_table(record: RunRecord) -> Table:
     columns = ["client", "edges", "images", "data", "device", "rounds", *["signed"] * bool(signed)]
     kept = any(is_model(group) for group in groups.values())
     columns += ["model" if kept else "group"] * bool(groups) + ["accuracy"] * bool(accuracies)
+    kinds = [k for k in _SPENT if any(getattr(c.privacy, k) is not None for c in record.clients.values())]
+    columns += [_SPENT[kind] for kind in kinds]
     rows = []
     for name, client in sorted(record.clients.items())[:_MOST_CLIENTS]:
         row = [name, ", ".join(client.edges), number(client.samples), client.data, client.device]
         row += [str(trained[name]), *[str(signed[name])] * bool(signed)]
         row += [groups.get(name, "–")] * bool(groups)
         row += [percent(accuracies.get(name))] * bool(accuracies)
+        spent = [getattr(client.privacy, kind) for kind in kinds]
+        row += ["–" if epsilon is None else f"{epsilon:.3g}" for epsilon in spent]
         rows.append(row)
-    numeric = {i for i, column in enumerate(columns) if column in ("images", "rounds", "signed", "accuracy")}
+    numeric = {i for i, column in enumerate(columns) if column in _NUMERIC}
     return Table(columns, rows, frozenset(numeric), max(0, len(record.clients) - _MOST_CLIENTS))
 
 

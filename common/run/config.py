@@ -87,6 +87,16 @@ class RunConfig(Settings):
         """Number of windows: `rounds` / `rg`, the last one may be shorter."""
         return math.ceil(self.rounds / self.rg)
 
+    @property
+    def dp_sgd(self) -> bool:
+        """Whether clients train with DP-SGD."""
+        return self.dp_sgd_noise > 0 or self.dp_sgd_epsilon > 0
+
+    @property
+    def private(self) -> bool:
+        """Whether what clients learn leaves them under differential privacy; label counts are apart."""
+        return self.dp_sgd or self.update_noise > 0
+
     @classmethod
     def from_flat(cls, mapping: Mapping[str, Any]) -> RunConfig:
         """Validate flat kebab-case settings; absent ones take their defaults.

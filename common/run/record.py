@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -11,6 +12,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, computed_fie
 
 from common.errors import StateError
 from common.models.presets import Task, is_model, task_of
+from common.privacy import EPSILON
 from common.run.jsonfile import plain, write_text
 from common.run.ledger import LINKS
 
@@ -207,6 +209,25 @@ class FaultEntry(_Part):
     round: int = 0
 
 
+class PrivacyEntry(_Part):
+    """What a client's answers in this run cost its images, as it reports it; None where nothing was noised.
+
+    `histogram` is the epsilon of its label counts, `dp_sgd` and `update` are epsilons at the run's ``dp-delta``. The
+    first two are for one image added or removed, the third is for all of the client's images changed.
+    """
+
+    histogram: float | None = None
+    dp_sgd: float | None = None
+    update: float | None = None
+
+    def take(self, metrics: Mapping[str, float]) -> None:
+        """Take what a round's report says was spent; it never falls, whatever a resumed run does again."""
+        if (spent := metrics.get(EPSILON["dp-sgd"])) is not None:
+            self.dp_sgd = max(spent, self.dp_sgd or 0.0)
+        if (spent := metrics.get(EPSILON["update"])) is not None:
+            self.update = max(spent, self.update or 0.0)
+
+
 class ClientEntry(_Part):
     """A client as it introduced itself."""
 
@@ -215,6 +236,7 @@ class ClientEntry(_Part):
     labels: list[float] = Field(default_factory=list)
     data: str = ""
     device: str = ""
+    privacy: PrivacyEntry = Field(default_factory=PrivacyEntry)
 
 
 class AugmentationEntry(_Part):

@@ -115,8 +115,24 @@ class Settings(BaseModel):
     rho_count: Literal["window", "last-round"] = Field(
         default="window", description="samples that n_e counts"
     )
-    histogram_noise: NonNegative = Field(
-        default=0.0, description="scale of Laplace noise on label histograms"
+
+    histogram_epsilon: NonNegative = Field(
+        default=0.0, description="epsilon of the Laplace noise on label histograms; 0: exact counts"
+    )
+    dp_sgd_noise: NonNegative = Field(
+        default=0.0,
+        description="DP-SGD: noise multiplier; an image's gradient is clipped to clip-norm; 0: off",
+    )
+    dp_sgd_epsilon: NonNegative = Field(
+        default=0.0,
+        description="DP-SGD: or the epsilon of the whole run, to which each client fits its noise",
+    )
+    dp_delta: float = Field(default=1e-5, gt=0, lt=1, description="delta that epsilons are reported for")
+    update_clip: NonNegative = Field(
+        default=0.0, description="largest L2 norm of what a client changes in a round; 0 does not clip"
+    )
+    update_noise: NonNegative = Field(
+        default=0.0, description="Gaussian noise on it, as a multiple of update-clip; 0: off"
     )
 
     prox_mu: NonNegative = Field(default=0.01, description="FedProx: weight of the proximal term")

@@ -52,6 +52,11 @@ class UpdateForm:
             (*self.plain.tensors, *(TensorSpec(CODE + t.name, t.dtype, t.shape) for t in code))
         )
 
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The reply's tensors before coding."""
+        return self._returned.names
+
     def encode(
         self,
         arrays: Mapping[str, np.ndarray],

@@ -43,7 +43,7 @@ def test_idle_client_is_one_small_process(tmp_path: Path) -> None:
             grid = fleet.open_run()
             roster = Roster(fleet, NameRegistry(tmp_path / "names.json"))
             wait_until(fleet.nodes, 60, "the client")
-            roster.refresh(grid, ConfigRecord({"run": "r", "histogram-noise": 0.0}), 30)
+            roster.refresh(grid, ConfigRecord({"run": "r", "histogram-epsilon": 0.0}), 30)
             assert list(roster.clients()) == ["cam-7"]
             process = psutil.Process(pid)
             wait_until(lambda: not process.children(recursive=True), 30, "the end of its start-up helpers")

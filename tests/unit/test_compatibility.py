@@ -12,6 +12,8 @@ from common.models.presets import MODELS, family_of, task_of
 from common.run.config import RunConfig
 
 CLASSIFIER = {"model": "cnn"}
+AVERAGED = {"method": "fedavg", **CLASSIFIER}
+NOISY = {"update-clip": 1.0, "update-noise": 1.0}
 
 
 @pytest.mark.parametrize(
@@ -31,8 +33,8 @@ CLASSIFIER = {"model": "cnn"}
         ({"method": "heterofl", "model": "unet-tiny"}, "model", "cnn"),
         ({"method": "heterofl", "model": "depth-cnn"}, "model", "cnn-bn"),
         (
-            {"method": "heterofl", "model": "cnn-bn", "histogram-noise": 1.0},
-            "histogram-noise",
+            {"method": "heterofl", "model": "cnn-bn", "histogram-epsilon": 1.0},
+            "histogram-epsilon",
             "masked-loss=false",
         ),
         ({"method": "heterofl", "model": "cnn-bn", "levels": "0.5,0.25"}, "levels", "largest must be 1"),
@@ -47,6 +49,25 @@ CLASSIFIER = {"model": "cnn"}
         ({"method": "phoenix", "personal-layers": "conv_in", "ema-decay": 0.9}, "ema-decay", "whole model"),
         ({"method": "phoenix", "shared-data": "digits"}, "shared-count", "shared-count=100"),
         ({"method": "fedphd", "rounds": 5, "prune-at": 9}, "prune-at", "at most 5"),
+        ({**AVERAGED, "dp-sgd-noise": 1.0, "dp-sgd-epsilon": 1.0}, "dp-sgd-epsilon", "one of the two"),
+        ({**AVERAGED, "dp-sgd-noise": 1.0, "clip-norm": 0.0}, "clip-norm", "clip-norm=1"),
+        ({**AVERAGED, "dp-sgd-noise": 1.0, "precision": "bf16"}, "precision", "fp32"),
+        ({**AVERAGED, "dp-sgd-noise": 1.0, "augment": "faug"}, "augment", "uploads images"),
+        ({**AVERAGED, "dp-sgd-noise": 1.0, "selection": "pow-d"}, "selection", "losses"),
+        ({**AVERAGED, "update-noise": 1.0}, "update-clip", "update-clip=1"),
+        ({**AVERAGED, **NOISY, "selection": "divfl"}, "selection", "gradients"),
+        ({**AVERAGED, "update-clip": 1.0, "selection": "divfl"}, "update-clip", "received weights"),
+        ({"method": "fedavg", "model": "cnn-bn", "dp-sgd-noise": 1.0}, "model", "logistic, mlp, cnn, cnn4"),
+        ({"method": "fedavg", "model": "resnet10", **NOISY}, "model", "cnn4"),
+        ({"method": "moon", **CLASSIFIER, "dp-sgd-noise": 1.0}, "dp-sgd-noise", "update-noise"),
+        ({"method": "fjord", **CLASSIFIER, "dp-sgd-noise": 1.0}, "dp-sgd-noise", "single images"),
+        ({"method": "ifca", **CLASSIFIER, "dp-sgd-noise": 1.0}, "dp-sgd-noise", "which cluster"),
+        ({"method": "qfedavg", **CLASSIFIER, **NOISY}, "update-noise", "its loss"),
+        ({"method": "phoenix", "dp-sgd-noise": 1.0}, "dp-sgd-noise", "its loss"),
+        ({"method": "fd", **CLASSIFIER, "dp-sgd-noise": 1.0}, "dp-sgd-noise", "network of its own"),
+        ({"method": "fedproto", **CLASSIFIER, "update-clip": 1.0}, "update-clip", "received weights"),
+        ({"method": "heterofl", **CLASSIFIER, "dp-sgd-noise": 1.0}, "dp-sgd-noise", "masked-loss=false"),
+        ({"method": "feddiffuse", **NOISY, "eval-clients": True}, "eval-clients", "false"),
     ],
 )
 def test_refused(settings: dict[str, Any], key: str, words: str) -> None:
@@ -54,6 +75,24 @@ def test_refused(settings: dict[str, Any], key: str, words: str) -> None:
         RunConfig.from_flat(settings)
     lines = [line.strip() for line in str(refusal.value).splitlines()[1:]]
     assert any(line.startswith(key + ":") and words in line for line in lines), lines
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {**AVERAGED, "dp-sgd-noise": 1.0, "codec": "qsgd", "histogram-epsilon": 1.0},
+        {**AVERAGED, "dp-sgd-epsilon": 1.0, **NOISY},
+        {"method": "fedphd", "dp-sgd-noise": 1.0, "histogram-epsilon": 1.0},
+        {"method": "scaffold", **CLASSIFIER, **NOISY},
+        {"method": "moon", "model": "unet-tiny", **NOISY},
+        {"method": "heterofl", **CLASSIFIER, "dp-sgd-noise": 1.0, "masked-loss": False},
+        {"method": "fedavg", "model": "cnn-bn", "histogram-epsilon": 1.0, "update-clip": 1.0},
+    ],
+)
+def test_private_runs_that_are_taken(settings: dict[str, Any]) -> None:
+    assert RunConfig.from_flat(settings).private == any(
+        s in settings for s in ("dp-sgd-noise", "dp-sgd-epsilon", "update-noise")
+    )
 
 
 @pytest.mark.parametrize("method", sorted(METHODS))

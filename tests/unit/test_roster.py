@@ -18,7 +18,7 @@ from edge.roster import Roster
 from proto import espalier_pb2 as pb
 
 TaskIdentity.task_id, TaskIdentity.run_id, TaskIdentity.node_id = 1, 1, 1
-REQUEST = ConfigRecord({"run": "r", "histogram-noise": 0.0})
+REQUEST = ConfigRecord({"run": "r", "histogram-epsilon": 0.0})
 
 
 class Tree:

@@ -186,7 +186,11 @@ CONTRADICTIONS: list[tuple[dict[str, object], str, str]] = [
     ({"method": "fedphd", "model": "cnn"}, "model", "use unet"),
     ({"method": "heterofl", "model": "cnn", "levels": "0.5,0.25"}, "levels", "add it, e.g. 1,0.5"),
     ({"method": "fjord", "model": "cnn", "selection": "divfl"}, "selection", "use pow-d or uniform"),
-    ({"method": "heterofl", "model": "cnn", "histogram-noise": 1}, "histogram-noise", "masked-loss=false"),
+    (
+        {"method": "heterofl", "model": "cnn", "histogram-epsilon": 1},
+        "histogram-epsilon",
+        "masked-loss=false",
+    ),
     ({"method": "scaffold", "model": "cnn", "optimizer": "adam"}, "optimizer", "optimizer=sgd"),
     ({"method": "scaffold", "model": "cnn", "momentum": 0.9}, "momentum", "set both to 0"),
     ({"method": "qfedavg", "model": "cnn", "weighting": "samples"}, "weighting", "leave it at auto"),
