@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import threading
 import time
 from collections import Counter, deque
@@ -161,7 +162,8 @@ class EdgeSource:
             )
             last = self.totals.last_report(name)
             if last is not None:
-                client.loss = last.loss
+                if not math.isnan(last.loss):
+                    client.loss = last.loss
                 if last.seconds and last.steps:
                     client.steps_per_second = last.steps / last.seconds
         return status

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import threading
 import time
 from collections.abc import Mapping, Sequence
@@ -208,7 +209,7 @@ class EdgeWindow:
         log.info(
             "round %d: %d replies, loss %.4f", round_, len(counted), record.loss, extra={"round": round_}
         )
-        self.progress.loss = record.loss
+        self.progress.loss = 0.0 if math.isnan(record.loss) else record.loss  # untold under privacy
         self.server.round = round_
         if round_ != self.plan.rounds[-1].round:
             self.method.step(self.server, tally)

@@ -121,6 +121,10 @@ def client(
             metavar="NAME", help="The classifier it keeps, in runs of unlike models; e.g. resnet10."
         ),
     ] = None,
+    privacy_budget: Annotated[
+        float | None,
+        typer.Option(metavar="EPSILON", help="Most privacy this device may spend, over all runs."),
+    ] = None,
     key: NodeKey = None,
     user_app: Annotated[
         str | None, typer.Option("--app", metavar="MODULE:APP", help="A ClientApp of your own.")
@@ -171,6 +175,12 @@ def client(
         if model not in classifiers():
             raise ConfigError(f"--model {model} is no classifier; give one of {', '.join(classifiers())}")
         config["model"] = model
+    if privacy_budget is not None:
+        if not privacy_budget > 0:
+            raise ConfigError(
+                f"--privacy-budget {privacy_budget:g} is not above 0; give e.g. --privacy-budget 8"
+            )
+        config["privacy-budget"] = privacy_budget
 
     from client.service import run_client
 

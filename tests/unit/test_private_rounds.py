@@ -116,7 +116,8 @@ def test_training_and_its_batches_are_not_of_the_runs_seed(tmp_path: Path) -> No
     first, second = (update_of(made, answered(made)[0]) for _ in range(2))
     assert not np.allclose(first, second)
     seeded = [call(private(tmp_path / str(i), noise_seed=7), **DP) for i in range(2)]
-    assert np.array_equal(*(update_of(made, answered(made)[0]) for made in seeded))
+    one, other = (update_of(made, answered(made)[0]) for made in seeded)
+    assert np.array_equal(one, other)
 
 
 @pytest.mark.parametrize(("settings", "kind"), [(DP, "dp-sgd"), (NOISY, "update")])

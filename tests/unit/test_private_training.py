@@ -104,7 +104,7 @@ def test_without_noise_and_clipping_it_is_plain_training(
     """With every image in every batch; terms that no image enters keep their own gradients."""
     data = Images(12)
     plain, private = network(preset), network(preset)
-    known = {
+    known: dict[str, Any] = {
         "batch_size": 12,
         "local_epochs": 4,
         "optimizer": optimizer,
