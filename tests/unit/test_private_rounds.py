@@ -230,7 +230,14 @@ def test_the_report_says_what_every_client_spent(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "settings",
     [
-        {"method": "fedphd", "model": "unet-tiny", "dp_sgd_noise": 1.0, "prune_at": 1, "local_steps": 1},
+        {
+            "method": "fedphd",
+            "model": "unet-tiny",
+            "dp_sgd_noise": 1.0,
+            "pruning_ratio": 0.0,
+            "rounds": 1,
+            "local_steps": 1,
+        },
         {"method": "scaffold", "model": "mlp", "update_clip": 1.0, "update_noise": 4.0},
         {"method": "feddyn", "model": "mlp", "dp_sgd_epsilon": 8.0, "selection": "uniform"},
         {"method": "fjord", "model": "cnn", "update_clip": 1.0, "update_noise": 4.0, "levels": "1,0.5"},
