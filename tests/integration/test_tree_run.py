@@ -19,6 +19,7 @@ from common.flower.cloud_grid import TreeGrid
 from common.models.initial import initial_model
 from common.models.pipeline import load_pipeline
 from common.names import NameRegistry
+from common.privacy import epsilon_of
 from common.run.checkpoint import Checkpoints
 from common.run.config import RunConfig
 from server.chronicle import restore
@@ -157,6 +158,35 @@ def test_tree_equals_flat_flower(tree: LiveTree, flat: dict[int, Model], method:
     apart = distance(last, flat[3])
     assert apart <= 1e-5 * distance(flat[3], None)
     assert apart <= 0.02 * distance(flat[3], flat[0])  # and that is little of what was learnt
+
+
+def test_a_private_run(tree: LiveTree) -> None:
+    """Losses that clients keep to themselves pass every check and signature; what is spent is in the report."""
+    run = tree.run(
+        "private",
+        method="fedavg",
+        model="cnn",
+        rounds=2,
+        rg=1,
+        min_edges=2,
+        min_clients=3,
+        dp_sgd_noise=1.0,
+        update_clip=1.0,
+        update_noise=4.0,
+        histogram_epsilon=1.0,
+    )
+    record = run.chronicle.record
+    assert record.faults == []
+    assert all(p.signed for w in record.windows for r in w.rounds for p in r.participants)
+    assert [len(w.participants) for w in record.windows] == [3, 3]
+    for name, client in record.clients.items():
+        steps = int(np.ceil(client.samples / 32))
+        spent = client.privacy
+        assert spent.dp_sgd == pytest.approx(epsilon_of([(1.0, 32 / client.samples, 2 * steps)], 1e-5)), name
+        assert spent.update == pytest.approx(epsilon_of([(2.0, 1.0, 2)], 1e-5))
+        assert spent.histogram == 1.0
+    written = json.loads((tree.folder / "runs" / "private" / "report.json").read_text())
+    assert [w["losses"] for w in written["windows"]] == [[None], [None]]
 
 
 def test_stock_fedadam_at_the_cloud(tree: LiveTree) -> None:
