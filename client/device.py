@@ -253,10 +253,7 @@ def _level(value: object) -> float:
     """Read the level of a node config: a number, or the text of one; None where it is left open."""
     if value is None:
         return 0.0
-    try:
-        level = math.nan if isinstance(value, bool) else float(str(value))
-    except ValueError:
-        level = math.nan
+    level = _number(value)
     if not 0 < level <= 1:  # NaN fails here, too
         raise ConfigError(
             f"level={value} is no share in (0, 1]; give the largest sub-model this device can train, "
@@ -277,14 +274,19 @@ def _model(value: object) -> str:
     return str(value)
 
 
+def _number(value: object) -> float:
+    """Read a number, or the text of one; NaN where it is neither."""
+    try:
+        return math.nan if isinstance(value, bool) else float(str(value))
+    except ValueError:
+        return math.nan
+
+
 def _budget(value: object) -> float:
     """Read the privacy budget of a node config; None where there is no limit."""
     if value is None:
         return 0.0
-    try:
-        budget = math.nan if isinstance(value, bool) else float(str(value))
-    except ValueError:
-        budget = math.nan
+    budget = _number(value)
     if not 0 < budget < math.inf:
         raise ConfigError(
             f"privacy-budget={value} is no number above 0; give the largest epsilon that this device may spend, "
