@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from common.accumulate import add_scaled
 from common.wire.payload import STORED_AS, Layout, Weights
 
 #: Sections of an edge's report. A forwarded tensor is named "@CLIENT/NAME".
@@ -99,7 +100,10 @@ class Tally:
             if name not in self._sums:
                 self._sums[name] = np.zeros(self._server[name].shape, _sum_dtype(array.dtype))
             part = self._sums[name][_region(array.shape)]
-            part += part.dtype.type(factor) * array
+            if part.dtype.kind == "f":
+                add_scaled(part, factor, array)
+            else:
+                part += part.dtype.type(factor) * array
 
     def count(self, name: str, value: float) -> None:
         """Add to a scalar."""
@@ -275,8 +279,11 @@ class Tally:
             self._weights[name] = np.zeros((), np.float64)
         total = self._weighted[name]
         if total.dtype.kind == "f":
-            factor = weight[tuple(slice(0, n) for n in array.shape[: weight.ndim])] if weight.ndim else weight
-            total[region] += factor.astype(total.dtype) * array
+            if weight.ndim:
+                factor = weight[tuple(slice(0, n) for n in array.shape[: weight.ndim])]
+                total[region] += factor.astype(total.dtype) * array
+            else:
+                add_scaled(total[region], float(weight), array)
         else:
             np.maximum(total[region], array, out=total[region])
         self._weights[name] = self._weights[name] + weight
