@@ -1,0 +1,228 @@
+"""A client's local training against the loop that a person would write, and a pruned network against the dense one.
+
+Both sides train the same network on the same images in the same order with the same optimiser, turn about in one
+process; what is compared are images a second.
+"""
+
+from __future__ import annotations
+
+import copy
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from bench.report import Outcome, Target, parser, show
+
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
+
+    from common.data.imageset import ImageSet
+    from common.run.config import RunConfig
+
+ABOUT = "Images a second of a client's local training, against a plain PyTorch loop, dense and pruned"
+RATIO = 0.2
+
+
+@dataclass(frozen=True)
+class Case:
+    """A network to train, and for how many steps a turn."""
+
+    model: str
+    shape: tuple[int, int, int]
+    batch: int
+    steps: int
+    turns: int
+
+    @property
+    def label(self) -> str:
+        """Name in the table."""
+        return f"{self.model}, {self.shape[0]} x {self.shape[1]} x {self.shape[2]}, batches of {self.batch}"
+
+
+CASES = {
+    "cpu": [
+        Case("unet-tiny", (1, 8, 8), 32, 12, 7),
+        Case("unet-small", (1, 28, 28), 16, 3, 5),
+        Case("unet-paper", (3, 32, 32), 8, 1, 3),
+        Case("cnn", (1, 28, 28), 32, 40, 7),
+    ],
+    "cuda": [
+        Case("unet-paper", (3, 32, 32), 128, 20, 7),
+        Case("unet-small", (1, 28, 28), 128, 20, 7),
+        Case("cnn", (1, 28, 28), 128, 100, 7),
+    ],
+}
+TINY = [Case("unet-tiny", (1, 8, 8), 8, 2, 1)]
+
+
+def measure(cases: list[Case], device: str) -> Outcome:
+    """Train every case on a device, ours and plain, dense and (U-Nets) pruned."""
+    outcome = Outcome()
+    for case in cases:
+        diffusion = case.model.startswith("unet")
+        rates = _rates(case, device)
+        loop = rates["client"] / rates["loop"]
+        row: dict[str, Any] = {
+            "network": case.label,
+            "device": device,
+            "client_images_s": rates["client"],
+            "loop_images_s": rates["loop"],
+            "client_over_loop": loop,
+        }
+        outcome.targets.append(Target.at_least(f"{case.label}: client over plain loop", loop, 0.97))
+        if diffusion:
+            pruned = rates["pruned"] / rates["client"]
+            row |= {"pruned_images_s": rates["pruned"], "pruned_over_dense": pruned}
+            outcome.targets.append(
+                Target.at_least(f"{case.label}: pruned at {RATIO} over dense", pruned, 1.4)
+            )
+        outcome.rows.append(row)
+    outcome.notes.append(
+        "one turn of each after the other, medians over the turns; pruned: our client on both sides"
+    )
+    return outcome
+
+
+def _rates(case: Case, device: str) -> dict[str, float]:
+    """Return the median images a second of every way to train a case."""
+    import torch
+
+    from common.learning.tasks import base_objective
+    from common.models.initial import initial_model
+    from common.run.config import RunConfig
+
+    settings = RunConfig.from_flat(
+        {"model": case.model, "method": "fedavg", "batch-size": case.batch, "local-steps": case.steps}
+    )
+    data = _images(case)
+    dense = initial_model(settings, case.shape, classes=len(data.classes))
+    networks: dict[str, nn.Module] = {"client": dense, "loop": copy.deepcopy(dense)}
+    if case.model.startswith("unet"):
+        from common.models.pruning import prune as pruned
+
+        networks["pruned"] = pruned(dense, RATIO)
+    plain = PlainLoop(networks["loop"], base_objective(settings), data, settings, torch.device(device))
+    turns: dict[str, Callable[[int], None]] = {
+        "loop": plain.turn,
+        **{
+            name: Client(network, data, settings, device).turn
+            for name, network in networks.items()
+            if name != "loop"
+        },
+    }
+    seconds: dict[str, list[float]] = {name: [] for name in turns}
+    for number in range(case.turns + 1):
+        for name, turn in turns.items():
+            _wait(device)
+            began = time.perf_counter()
+            turn(number)
+            _wait(device)
+            if number:  # the first turn warms up
+                seconds[name].append(time.perf_counter() - began)
+    return {n: case.batch * case.steps / statistics.median(taken) for n, taken in seconds.items()}
+
+
+class Client:
+    """Training as a client does it, its state kept from round to round."""
+
+    def __init__(self, network: nn.Module, data: ImageSet, settings: RunConfig, device: str) -> None:
+        self._network, self._data, self._settings, self._device = network, data, settings, device
+        self._state: dict[str, Any] = {}
+
+    def turn(self, number: int) -> None:
+        """Train one round."""
+        from common.learning.objectives import LocalRound
+        from common.learning.tasks import base_objective
+        from common.learning.trainer import train_local
+
+        local = LocalRound(settings=self._settings, round=number + 1, state=self._state)
+        objective = base_objective(self._settings)
+        train_local(self._network, objective, self._data, local, seed=number, device=self._device)
+
+
+class PlainLoop:
+    """The loop a person would write for the same loss: data and optimiser stay where they are."""
+
+    def __init__(
+        self, network: nn.Module, objective: Any, data: ImageSet, settings: RunConfig, device: torch.device
+    ) -> None:
+        import numpy as np
+        import torch
+
+        from common.learning.optimizers import RATES
+
+        self._network, self._objective, self._settings = network.to(device).train(), objective, settings
+        self._device = device
+        self._images = data.fetch(np.arange(len(data))).to(device)
+        self._labels = torch.from_numpy(np.asarray(data.labels)).to(device)
+        parameters = self._network.parameters()
+        self._optimizer: torch.optim.Optimizer
+        if settings.model.startswith("unet"):
+            self._optimizer = torch.optim.Adam(parameters, lr=RATES["adam"], fused=True)
+        else:
+            self._optimizer = torch.optim.SGD(parameters, lr=RATES["sgd"])
+
+    def turn(self, number: int) -> None:
+        """Train as many steps as a round has."""
+        import torch
+        from torch import nn
+
+        from common.learning.objectives import LocalRound
+
+        self._objective.begin(self._network, LocalRound(settings=self._settings, round=number + 1))
+        generator = torch.Generator(device=self._device).manual_seed(number)
+        order = torch.randperm(len(self._images))
+        size = self._settings.batch_size
+        mixed = self._device.type == "cuda" and torch.cuda.is_bf16_supported()
+        for step in range(self._settings.local_steps):
+            chosen = order[step * size : (step + 1) * size].to(self._device)
+            with torch.autocast(self._device.type, torch.bfloat16, enabled=mixed):
+                loss = self._objective.loss(
+                    self._network, self._images[chosen], self._labels[chosen], generator
+                )
+            loss.backward()
+            nn.utils.clip_grad_norm_(self._network.parameters(), self._settings.clip_norm)
+            self._optimizer.step()
+            self._optimizer.zero_grad(set_to_none=True)
+
+
+def _images(case: Case) -> ImageSet:
+    """Make up as many images as a turn takes."""
+    import numpy as np
+    import torch
+
+    from common.data.imageset import TensorImages
+
+    draw = np.random.default_rng(0)
+    count = case.batch * case.steps
+    pixels = torch.from_numpy(draw.integers(0, 256, (count, *case.shape), dtype=np.uint8))
+    return TensorImages(pixels, draw.integers(0, 10, count), tuple(str(i) for i in range(10)), "made up")
+
+
+def _wait(device: str) -> None:
+    if device.startswith("cuda"):
+        import torch
+
+        torch.cuda.synchronize()
+
+
+def main() -> int:
+    """Run as a command."""
+    made = parser("train", ABOUT)
+    made.add_argument("--device", default="cpu", help="cpu or cuda")
+    made.add_argument("--threads", type=int, default=0, help="threads of torch on a CPU; 0: its own choice")
+    arguments = made.parse_args()
+    if arguments.threads:
+        import torch
+
+        torch.set_num_threads(arguments.threads)
+    cases = TINY if arguments.tiny else CASES[arguments.device.partition(":")[0]]
+    return show("train", ABOUT, measure(cases, arguments.device), arguments)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
