@@ -236,16 +236,18 @@ class TestStateOfAClient:
 BAD_CLIENT = textwrap.dedent(
     """
     \"\"\"A client of a tree that goes wrong in the way that the run's name says.\"\"\"
-    import numpy as np
-    from flwr.app import ArrayRecord, Message
+    from flwr.app import Message
     from flwr.clientapp import ClientApp
     from client import app as ours
+    from client import training
     from client.device import Device
     from common.wire import control
     from proto import espalier_pb2 as pb
 
     app = ClientApp()
     app.query("espalier_inquiry")(ours.inquire)
+    app.train()(ours.train)
+    pack = training.pack_reply
 
     @app.query("espalier_hello")
     def hello(message, context):
@@ -254,19 +256,16 @@ BAD_CLIENT = textwrap.dedent(
             answer.level = 7.0
         return Message(control.control_content(answer), reply_to=message)
 
-    @app.train()
-    def train(message, context):
-        reply = ours.train(message, context)
-        [(key, record)] = [(k, v) for k, v in reply.content.items() if k == control.REPORT]
-        report = pb.ClientReport.FromString(record[control.PLAN])
+    def misleading(device, plan, report, weights):
+        \"\"\"Sign what does not fit.\"\"\"
         if report.run == "bad-cluster":
             report.metrics["cluster"] = 9
         if report.run == "bad-shapes":
-            plan = control.decode(pb.RoundPlan, control.plan_bytes(message), "edge")
             report.layout.CopyFrom(pb.Layout(tensors=plan.architecture.tensors))
             report.layout.tensors[0].shape[0] *= 2
-        record[control.PLAN] = report.SerializeToString()
-        return reply
+        return pack(device, plan, report, weights)
+
+    training.pack_reply = misleading
     """
 )
 

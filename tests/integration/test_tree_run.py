@@ -203,22 +203,19 @@ def test_stock_fedadam_at_the_cloud(tree: LiveTree) -> None:
 
 BAD_CLIENT = textwrap.dedent(
     """
-    \"\"\"A client of a tree that answers hellos well and sends NaN for an update.\"\"\"
+    \"\"\"A client of a tree that trains well, and signs and sends NaN for its update.\"\"\"
     import numpy as np
-    from flwr.app import ArrayRecord, Message
-    from flwr.clientapp import ClientApp
-    from client import app as ours
-    from common.flower.arrays import array_from_numpy, numpy_view
+    from client import training
+    from client.app import app
 
-    app = ClientApp()
-    app.query("espalier_hello")(ours.hello)
+    pack = training.pack_reply
 
-    @app.train()
-    def train(message, context):
-        reply = ours.train(message, context)
-        bad = {k: np.full_like(numpy_view(a), np.nan) for k, a in reply.content["arrays"].items()}
-        reply.content["arrays"] = ArrayRecord({k: array_from_numpy(a) for k, a in bad.items()})
-        return reply
+    def poisoned(device, plan, report, weights):
+        for buffer in weights.buffers.values():
+            buffer.fill(np.nan if buffer.dtype.kind == "f" else 0)
+        return pack(device, plan, report, weights)
+
+    training.pack_reply = poisoned
     """
 )
 
