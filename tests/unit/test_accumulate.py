@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
 from hypothesis import given
@@ -23,9 +25,12 @@ def test_pieces_give_what_the_expression_gives(
     shape: list[int], piece: int, factor: float, half: bool, strided: bool, seed: int
 ) -> None:
     draw = np.random.default_rng(seed)
-    array = draw.standard_normal(shape).astype(np.float16 if half else np.float32)
-    whole = draw.standard_normal([n + 2 for n in shape] if strided else shape).astype(np.float32)
-    region = (*(slice(0, n) for n in shape), ...)  # the ellipsis makes a number an array, too
+    array: np.ndarray = draw.standard_normal(shape).astype(np.float16 if half else np.float32)
+    whole: np.ndarray = draw.standard_normal([n + 2 for n in shape] if strided else shape).astype(np.float32)
+    region: tuple[Any, ...] = (
+        *(slice(0, n) for n in shape),
+        ...,
+    )  # the ellipsis makes a number an array, too
     total = whole[region]
     expected = whole.copy()
     expected[region] += np.float32(factor) * array

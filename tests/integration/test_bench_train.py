@@ -1,0 +1,19 @@
+"""The bench of local training runs: our client, a plain loop and a pruned network, side by side."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+
+def test_train() -> None:
+    command = [sys.executable, "-m", "bench.train", "--tiny", "--json"]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parents[2], timeout=200)
+    assert done.returncode == 0, done.stderr
+    result = json.loads(done.stdout)
+    [row] = result["rows"]
+    assert row["network"] == "unet-tiny, 1 x 8 x 8, batches of 8"
+    assert min(row["client_images_s"], row["loop_images_s"], row["pruned_images_s"]) > 0
+    assert [target["limit"] for target in result["targets"]] == [0.97, 1.4]
