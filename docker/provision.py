@@ -1,0 +1,84 @@
+"""Makes the certificates, node keys and registrations of docker-compose.yml, in one process; what exists is kept.
+
+Each tier has a volume, and finds only its own secrets there; the authority's key is in a volume that only this
+program sees. A certificate that is about to expire is made anew: the next `docker-compose up` is enough.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import io
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+
+from common.certificates import facts
+from common.commands import certs, members
+
+TIERS = Path("/tiers")
+RENEW_DAYS = 30.0
+
+
+def provision(tiers: Path, edges: Sequence[str], clients: int) -> list[str]:
+    """Make what is missing below `tiers`, a folder per volume.
+
+    Parameters
+    ----------
+    tiers : Path
+        Holds ``authority``, ``cloud``, ``clients`` and one folder per edge.
+    edges : sequence of str
+        Names of the edges, which are their host names too.
+    clients : int
+        Number of places for clients: ``client-1`` to ``client-N``.
+
+    Returns
+    -------
+    list of str
+        What was made, in words.
+    """
+    authority, made = tiers / "authority", []
+    if not (authority / certs.CA).exists():
+        certs.init(folder=authority)
+        made.append("an authority")
+    for name in ("cloud", *edges):
+        out = tiers / name / "tls"
+        renew = _expires_soon(out / certs.CERTIFICATE)
+        if renew or not (out / certs.CERTIFICATE).exists():
+            if name == "cloud":
+                certs.cloud([name], authority, out, renew=renew)
+            else:
+                certs.edge(name, [name], authority, out, renew=renew)
+            made.append(f"the certificate of {name}")
+        if name != "cloud":
+            members.add_edge(name, out / certs.NODE_PUBLIC, tiers / "cloud")
+    shutil.copy(authority / certs.CA, tiers / "clients" / certs.CA)
+    for name in (f"client-{number}" for number in range(1, clients + 1)):
+        folder = tiers / "clients" / name  # its state folder: a client looks for its key there
+        if not (folder / certs.NODE_KEY).exists():
+            certs.client(name, authority, folder)
+            made.append(f"the key of {name}")
+        for tier in ("cloud", *edges):
+            members.add_client(name, folder / certs.NODE_PUBLIC, tiers / tier)
+    return made
+
+
+def _expires_soon(certificate: Path) -> bool:
+    if not certificate.exists():
+        return False
+    return facts(certificate.read_bytes(), str(certificate))[0].days_left < RENEW_DAYS
+
+
+def main() -> None:
+    """Serve the service `certs`."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--edges", nargs="+", required=True)
+    parser.add_argument("--clients", type=int, required=True)
+    arguments = parser.parse_args()
+    with contextlib.redirect_stdout(io.StringIO()):  # the commands' own hints are for a person
+        made = provision(TIERS, arguments.edges, arguments.clients)
+    print("\n".join(f"made {what}" for what in made) or "all is there already")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,75 @@
+"""What an image installs, read from pyproject.toml: torch by itself first, then the base and the extras asked for."""
+
+from __future__ import annotations
+
+import json
+import sys
+import tomllib
+from pathlib import Path
+
+#: Installed first, from an index of their own where the build names one; pip then leaves them alone.
+FIRST = ("torch", "torchvision")
+
+CUDA_WHEELS = """\
+The package index offers a CUDA build of torch ({names} …), several gigabytes, and this image is to compute on a CPU.
+Give the index of CPU wheels, as PyTorch's installation page names it for "pip" and "CPU":
+    docker-compose build --build-arg TORCH_INDEX=ADDRESS        (or TORCH_INDEX=ADDRESS in .env)
+or build for GPUs: --build-arg COMPUTE=cuda (docker/gpu.yml does)."""
+
+
+def requirements(project: dict[str, object], extras: list[str]) -> list[str]:
+    """Return the requirements of the base and of some extras.
+
+    Parameters
+    ----------
+    project : dict
+        The ``[project]`` table.
+    extras : list of str
+        Names of optional dependencies.
+
+    Raises
+    ------
+    SystemExit
+        There is no such extra.
+    """
+    base, optional = project["dependencies"], project["optional-dependencies"]
+    assert isinstance(base, list)
+    assert isinstance(optional, dict)
+    if unknown := [name for name in extras if name not in optional]:
+        sys.exit(f"EXTRAS names {', '.join(unknown)}; there are {', '.join(optional)}")
+    return [*base, *(line for name in extras for line in optional[name])]
+
+
+def is_first(requirement: str) -> bool:
+    """Whether a requirement is one of `FIRST`."""
+    return requirement.partition("==")[0] in FIRST
+
+
+def check_cpu(plan: dict[str, object]) -> None:
+    """Refuse what pip would install (its ``--report``) if that is a build for CUDA.
+
+    Raises
+    ------
+    SystemExit
+        It is; the message says what to do.
+    """
+    installs = plan["install"]
+    assert isinstance(installs, list)
+    names = [item["metadata"]["name"] for item in installs]
+    if cuda := [name for name in names if name.startswith(("nvidia-", "cuda-"))]:
+        sys.exit(CUDA_WHEELS.format(names=", ".join(cuda[:3])))
+
+
+def main(command: str, *arguments: str) -> None:
+    """Serve the Dockerfile: ``first PYPROJECT``, ``rest PYPROJECT EXTRAS`` or ``check-cpu`` (a report on stdin)."""
+    if command == "check-cpu":
+        check_cpu(json.load(sys.stdin))
+        return
+    pyproject, *extras = arguments
+    project = tomllib.loads(Path(pyproject).read_text(encoding="utf-8"))["project"]
+    names = [name for text in extras for name in text.split(",") if name]
+    print("\n".join(line for line in requirements(project, names) if is_first(line) == (command == "first")))
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
