@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 DEMO_OUT ?= runs/demo
 
-.PHONY: setup demo test lint unit integration chaos test-chaos soak proto bench clean
+.PHONY: setup demo test lint unit integration chaos test-chaos soak test-docker proto bench clean
 
 setup: $(VENV)/.installed
 
@@ -43,6 +43,10 @@ test-chaos: setup
 
 soak: setup
 	$(BIN)/python -m tests.chaos.soak --windows 200
+
+# Needs docker and some minutes, and no Python environment; see docs/docker.md.
+test-docker:
+	$(PYTHON) docker/check.py
 
 proto: setup
 	$(BIN)/python -m proto.generate
