@@ -2,16 +2,22 @@
 ARG BASE=debian:bookworm-slim
 ARG BUILDER=${BASE}
 
+# Apart, so that the packages' layer is kept as long as these three stay the same.
+FROM ${BASE} AS wanted
+COPY pyproject.toml /
+RUN grep -oE 'torch==[0-9.]+' /pyproject.toml | head -n 1 > /first.txt \
+    && grep -oE '"(diffusers|flwr)==[0-9.*]+' /pyproject.toml | tr -d '"' > /rest.txt
+
 FROM ${BUILDER} AS packages
 RUN apt-get update && apt-get install -y --no-install-recommends python3 python3-venv
 RUN python3 -m venv /opt/tools \
     && /opt/tools/bin/pip install --no-cache-dir --quiet --upgrade pip \
     && python3 -m venv --without-pip /opt/bare
-COPY pyproject.toml /
+COPY --from=wanted /first.txt /rest.txt /
 ARG TORCH_INDEX=
 ENV PIP_NO_CACHE_DIR=1 PIP_PYTHON=/opt/bare/bin/python PIP_PROGRESS_BAR=off
-RUN /opt/tools/bin/pip install $(grep -oE 'torch==[0-9.]+' /pyproject.toml | head -n 1) ${TORCH_INDEX:+--index-url "$TORCH_INDEX"} \
-    && /opt/tools/bin/pip install $(grep -oE '"(diffusers|flwr)==[0-9.*]+' /pyproject.toml | tr -d '"')
+RUN /opt/tools/bin/pip install -r /first.txt ${TORCH_INDEX:+--index-url "$TORCH_INDEX"} \
+    && /opt/tools/bin/pip install -r /rest.txt
 
 FROM ${BASE}
 RUN apt-get update \

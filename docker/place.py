@@ -48,7 +48,9 @@ def take(state: Path, places: int) -> int:
             continue
         os.set_inheritable(descriptor, True)
         return number
-    sys.exit(f"error: all {places} places are taken; set PLACES in .env to the number of clients, and up again")
+    sys.exit(
+        f"error: all {places} places are taken; set PLACES in .env to the number of clients, and up again"
+    )
 
 
 def share(number: int, env: Mapping[str, str]) -> str:

@@ -16,6 +16,7 @@ import yaml
 from common.cli import app
 from common.commands.demo import DEMO
 from common.data.spec import parse_spec
+from common.keys import CLIENT_KEYS, EDGE_KEYS, KeyRegistry
 from common.run.config import RunConfig, parse_assignments
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -71,7 +72,9 @@ def test_no_container_has_more_rights_than_it_needs(services: dict[str, Any]) ->
     machines = {path.name: next(iter(load(path)["services"].values())) for path in MACHINES}
     for name, service in {**services, **machines}.items():
         assert service["extends"]["service"] == "tier", name
-        assert not {"privileged", "cap_add", "pid", "ipc", "devices", "security_opt", "read_only"} & set(service)
+        assert not {"privileged", "cap_add", "pid", "ipc", "devices", "security_opt", "read_only"} & set(
+            service
+        )
         assert "mem_limit" in service, name
         assert service["restart"] == ("no" if name in ONE_SHOT else "unless-stopped"), name
         assert ("healthcheck" in service) == (name not in ONE_SHOT), name
@@ -128,7 +131,9 @@ def test_run_trains_what_the_demo_trains(services: dict[str, Any]) -> None:
     assert (config.method, config.min_edges, config.min_clients) == ("fedphd", 2, 4)
 
 
-@pytest.mark.parametrize("path", [ROOT / "docker-compose.yml", ROOT / "docker" / "tier.yml"], ids=lambda p: p.name)
+@pytest.mark.parametrize(
+    "path", [ROOT / "docker-compose.yml", ROOT / "docker" / "tier.yml"], ids=lambda p: p.name
+)
 def test_every_variable_has_a_default_and_is_explained(path: Path) -> None:
     text = path.read_text(encoding="utf-8")
     explained = (ROOT / ".env.example").read_text(encoding="utf-8")
@@ -154,7 +159,10 @@ def test_each_machine_has_its_file() -> None:
         (service,) = load(path)["services"].values()
         assert service["user"].startswith("${OWNER:?"), path
         assert ("ports" in service) == (path.stem != "client")
-        assert {volume.rsplit(":/", 1)[1].split(":")[0] for volume in service["volumes"]} >= {"state", "certs"}
+        assert {volume.rsplit(":/", 1)[1].split(":")[0] for volume in service["volumes"]} >= {
+            "state",
+            "certs",
+        }
 
 
 # --- the image -----------------------------------------------------------------------------------------
@@ -225,3 +233,59 @@ def test_shares_are_dealt_once_and_then_drawn_anew() -> None:
     assert shares[5] == "digits:1/4:similarity=100,seed=1+rotate=4"
     assert shares[8] == "digits:0/4:similarity=100,seed=2+rotate=4"
     assert all(spec.extras.rotate == 4 for spec in specs)
+
+
+# --- certificates and keys -------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def tiers(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Volumes as the service `certs` fills them."""
+    folder = tmp_path_factory.mktemp("tiers")
+    for name in ("authority", "cloud", "edge-1", "edge-2", "clients"):
+        (folder / name).mkdir()
+    made = script("provision").provision(folder, ["edge-1", "edge-2"], 3)
+    assert len(made) == 1 + 3 + 3  # an authority, certificates of three servers, keys of three clients
+    return folder
+
+
+def test_certs_makes_what_every_tier_reads(tiers: Path, services: dict[str, Any]) -> None:
+    """Every file below /state that a command names is in that tier's volume."""
+    for name, volume in {
+        "cloud": "cloud",
+        "edge-1": "edge-1",
+        "edge-2": "edge-2",
+        "client": "clients",
+    }.items():
+        words = services[name]["command"].split() + services[name]["healthcheck"]["test"]
+        files = [word.removeprefix("/state/") for word in words if word.startswith("/state/")]
+        assert files, name
+        for file in files:
+            assert (tiers / volume / file).is_file(), f"{name}: {file}"
+    assert (tiers / "clients" / "client-3" / "node.key").stat().st_mode & 0o777 == 0o600
+
+
+def test_certs_lets_edges_and_clients_in_and_nobody_else(tiers: Path) -> None:
+    def names(path: Path) -> list[str]:
+        return [entry.name for entry in KeyRegistry(path).entries() if not entry.revoked]
+
+    clients = ["client-1", "client-2", "client-3"]
+    assert names(tiers / "cloud" / EDGE_KEYS) == ["edge-1", "edge-2"]
+    for tier in ("cloud", "edge-1", "edge-2"):
+        assert names(tiers / tier / CLIENT_KEYS) == clients
+    secrets = {path.relative_to(tiers).parts[0] for path in tiers.rglob("ca.key")}
+    assert secrets == {"authority"}
+
+
+def test_certs_keeps_what_is_there_and_renews_what_expires(
+    tiers: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    provision = script("provision")
+    before = (tiers / "edge-1" / "tls" / "server.pem").read_bytes()
+    assert provision.provision(tiers, ["edge-1", "edge-2"], 3) == []
+    assert (tiers / "edge-1" / "tls" / "server.pem").read_bytes() == before
+    key = (tiers / "edge-1" / "tls" / "node.key").read_bytes()
+    monkeypatch.setattr(provision, "RENEW_DAYS", 400.0)  # more than a certificate lasts
+    assert len(provision.provision(tiers, ["edge-1", "edge-2"], 3)) == 3
+    assert (tiers / "edge-1" / "tls" / "server.pem").read_bytes() != before
+    assert (tiers / "edge-1" / "tls" / "node.key").read_bytes() == key
