@@ -71,7 +71,9 @@ def test_no_container_has_more_rights_than_it_needs(services: dict[str, Any]) ->
     assert tier["security_opt"] == ["no-new-privileges:true"]
     machines = {path.name: next(iter(load(path)["services"].values())) for path in MACHINES}
     for name, service in {**services, **machines}.items():
-        assert service["extends"]["service"] == "tier", name
+        # Two services that build one tag at a time make compose v2 fail on a machine that has no image yet.
+        built = name == "certs" or name in machines
+        assert service["extends"]["service"] == ("built" if built else "tier"), name
         assert not {"privileged", "cap_add", "pid", "ipc", "devices", "security_opt", "read_only"} & set(
             service
         )
@@ -132,7 +134,9 @@ def test_run_trains_what_the_demo_trains(services: dict[str, Any]) -> None:
 
 
 @pytest.mark.parametrize(
-    "path", [ROOT / "docker-compose.yml", ROOT / "docker" / "tier.yml"], ids=lambda p: p.name
+    "path",
+    [ROOT / "docker-compose.yml", ROOT / "docker" / "tier.yml", ROOT / "docker" / "gpu.yml"],
+    ids=lambda p: p.name,
 )
 def test_every_variable_has_a_default_and_is_explained(path: Path) -> None:
     text = path.read_text(encoding="utf-8")
@@ -147,8 +151,9 @@ def test_every_variable_has_a_default_and_is_explained(path: Path) -> None:
 def test_the_gpu_overlay_changes_services_that_exist(services: dict[str, Any]) -> None:
     overlay = load(ROOT / "docker" / "gpu.yml")["services"]
     assert set(overlay) == {"cloud", "client"}
+    assert overlay["cloud"]["build"]["args"]["COMPUTE"] == "cuda"
     for service in overlay.values():
-        assert service["build"]["args"]["COMPUTE"] == "cuda"
+        assert service["image"] == "${IMAGE:-espalier}:cuda"
         (device,) = service["deploy"]["resources"]["reservations"]["devices"]
         assert device["capabilities"] == ["gpu"]
 
