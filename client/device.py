@@ -60,6 +60,8 @@ class Device:
     noise_seed : int or None
         Seed of the noise that protects the images, for tests alone: who knows it can subtract the noise.
         None draws it from the operating system.
+    homes : int
+        How many edges it was given; 0: not known.
     """
 
     name: str
@@ -71,6 +73,7 @@ class Device:
     key: Path | None = None
     privacy_budget: float = 0.0
     noise_seed: int | None = None
+    homes: int = 0
 
     @classmethod
     def from_node_config(cls, config: Mapping[str, object]) -> Device:
@@ -99,6 +102,7 @@ class Device:
             Path(str(key)) if key else None,
             _budget(config.get("privacy-budget")),
             _noise_seed(config.get("noise-seed")),
+            int(str(config.get("homes") or 0)),
         )
 
     @cached_property
@@ -150,9 +154,15 @@ class Device:
     def _filled(self) -> dict[str, tuple[np.ndarray, np.ndarray]]:
         return {}
 
-    def load_state(self, run: str, start: pb.Version) -> dict[str, np.ndarray]:
-        """Return the device's own state of a run at a version, {} where it has none."""
-        return self._store.load(run, (start.window, start.round)) if self._store else {}
+    def load_state(self, run: str, start: pb.Version, *, exact: bool = False) -> dict[str, np.ndarray]:
+        """Return the device's own state of a run at a version, {} where it has none.
+
+        Raises
+        ------
+        StateError
+            See `StateStore.load`.
+        """
+        return self._store.load(run, (start.window, start.round), exact=exact) if self._store else {}
 
     def save_state(self, plan: pb.RoundPlan, state: Mapping[str, np.ndarray]) -> None:
         """Keep the state that training in a round left."""
@@ -199,6 +209,7 @@ class Device:
             data=self.images.name,
             level=self.level,
             model=self.model,
+            homes=self.homes,
         )
 
     @cached_property
@@ -245,8 +256,9 @@ def _device(
     key: Path | None,
     privacy_budget: float,
     noise_seed: int | None,
+    homes: int,
 ) -> Device:
-    return Device(name, data, device, state, level, model, key, privacy_budget, noise_seed)
+    return Device(name, data, device, state, level, model, key, privacy_budget, noise_seed, homes)
 
 
 def _level(value: object) -> float:

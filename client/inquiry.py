@@ -10,7 +10,7 @@ from client.augmentation import answer_augmentation
 from client.device import Device
 from client.privacy import check_plan
 from client.reply import pack_reply
-from client.training import Task, read_task, settings_of
+from client.training import Task, arithmetic, read_task, settings_of
 from common.errors import WireError
 from common.learning.scoring import accuracy
 from common.learning.tasks import base_objective, dataset_gradient, dataset_loss
@@ -35,9 +35,14 @@ def answer(device: Device, plan: pb.RoundPlan, message: Message) -> RecordDict:
     """
     if plan.inquiry not in INQUIRIES:
         raise WireError(plan.edge, f"the unknown inquiry {plan.inquiry!r}")
-    if plan.inquiry in ("seeds", "fill"):
-        check_plan(device, plan, settings_of(plan))
-        return pack_reply(device, plan, *answer_augmentation(device, plan, message))
+    with arithmetic(device, plan):
+        if plan.inquiry in ("seeds", "fill"):
+            check_plan(device, plan, settings_of(plan))
+            return pack_reply(device, plan, *answer_augmentation(device, plan, message))
+        return _answer(device, plan, message)
+
+
+def _answer(device: Device, plan: pb.RoundPlan, message: Message) -> RecordDict:
     task = read_task(device, plan, message)
     report = pb.ClientReport(
         schema=control.SCHEMA,

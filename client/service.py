@@ -73,7 +73,8 @@ def run_client(
     if not is_name(name):
         raise ConfigError(f"--name {name!r} is no name for a client; use letters, digits, '.', '-', '_'")
     own_key = key or state / "node.key"
-    own = {"name": name, "data": data, "device": device, "state": str(state), "key": str(own_key)}
+    own: dict[str, bool | int | float | str] = {"name": name, "data": data, "device": device}
+    own |= {"state": str(state), "key": str(own_key), "homes": len(set(edges))}
     config = own | dict(node_config)
     roots = {edge: security.client_roots(edge) for edge in edges}
     homes = [Home(e, root_certificates=r, insecure=r is None) for e, r in roots.items()]

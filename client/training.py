@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import contextlib
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -15,6 +16,7 @@ from client.privacy import RoundPrivacy, check_plan
 from client.reply import pack_reply
 from common.errors import ConfigError, WireError
 from common.flower.arrays import array_from_numpy, numpy_view
+from common.learning.determinism import deterministic
 from common.learning.objectives import LocalResult, LocalRound, Objective
 from common.learning.tasks import base_objective, dataset_loss
 from common.learning.trainer import train_local
@@ -26,6 +28,7 @@ from common.models.arrays import model_arrays, to_tensor
 from common.models.initial import initial_model
 from common.privacy import Mechanism
 from common.run.config import RunConfig
+from common.run.reproducible import is_reproducible
 from common.seeds import rng_for, seed_for
 from common.wire import control
 from common.wire.codec import Codec, create_codec
@@ -78,7 +81,7 @@ def read_task(device: Device, plan: pb.RoundPlan, message: Message) -> Task:
     settings = settings_of(plan)
     check_plan(device, plan, settings)
     received = control.read_weights(message, control.plan_layout(plan, plan.edge), plan.edge)
-    state = device.load_state(plan.run, plan.start)
+    state = device.load_state(plan.run, plan.start, exact=settings.reproducible)
     local = local_round(device, settings, plan.round, received.views(), state)
     local.data = device.images_for(plan.run)
     local.architecture, local.population = plan.architecture, plan.population
@@ -121,8 +124,31 @@ def train_round(device: Device, plan: pb.RoundPlan, message: Message) -> RecordD
     WireError
         If the plan is another client's, or its settings, architecture or payload do not fit.
     """
-    task = read_task(device, plan, message)
-    method, local, received = task.method, task.local, task.received.views()
+    with arithmetic(device, plan):
+        return _train_round(device, read_task(device, plan, message))
+
+
+@contextlib.contextmanager
+def arithmetic(device: Device, plan: pb.RoundPlan) -> Iterator[None]:
+    """Compute as a plan's run wants it: in a reproducible one with one thread, and on the CPU only.
+
+    Raises
+    ------
+    WireError
+        If such a run calls a device that trains elsewhere.
+    """
+    wanted = is_reproducible(plan.settings)
+    if wanted and device.torch_device.type != "cpu":
+        raise WireError(
+            plan.edge,
+            f"a reproducible run, and this client trains on {device.torch_device}; start it with --device cpu",
+        )
+    with deterministic(wanted):
+        yield
+
+
+def _train_round(device: Device, task: Task) -> RecordDict:
+    plan, method, local, received = task.plan, task.method, task.local, task.received.views()
     privacy = RoundPrivacy(device, plan, local.settings, len(method.data(local)))
     privacy.spend()
     objective, result = train(device, method, task.model, local, privacy.training)

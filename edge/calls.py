@@ -18,6 +18,7 @@ from common.flower.payloads import content_id
 from common.methods.base import Method, Update
 from common.methods.state import ServerState
 from common.methods.views import Sent, answer_layout, buffers_of, whole_view
+from common.run.reproducible import in_order
 from common.wire import control
 from common.wire.codec import Codec, create_codec
 from common.wire.payload import Layout
@@ -89,6 +90,7 @@ class Caller:
     ) -> Iterator[Answered]:
         """Send every participant its part of the server's tensors, and yield the sound replies as they come.
 
+        In a reproducible run they are yielded in the order of the clients' names, see `in_order`.
         What is unsound, missing or late is entered into the report as a fault of its sender.
 
         Parameters
@@ -116,6 +118,24 @@ class Caller:
             for p in participants
             if p.client in called
         }
+        found = self._answers(plans, sent, called, round_, inquiry)
+        if self.method.settings.reproducible:
+            yield from in_order(found, called)
+            return
+        for _, answer in found:
+            if answer is not None:
+                yield answer
+            del answer
+
+    def _answers(
+        self,
+        plans: Mapping[str, pb.RoundPlan],
+        sent: Mapping[str, Sent],
+        called: Mapping[str, Known],
+        round_: int,
+        inquiry: str,
+    ) -> Iterator[tuple[str, Answered | None]]:
+        """Yield each client's sound reply as it comes, None for one that is not; enter the faults."""
         done: set[str] = set()
         works = self._works(called, sent)
         deadline = self._deadline(works, called, inquiry)
@@ -132,11 +152,12 @@ class Caller:
                 update = self._read_update(reply, report, plans[name], sent[name], called[name])
             except WireError as error:
                 self.fault(name, fault_kind(reply), error.fault, round_)
+                yield name, None
                 continue
             self.report.client_edge.up_bytes += report.up_bytes
             self.report.client_edge.messages += 1
             self.report.signatures += report.HasField("signed")
-            yield Answered(report, update)
+            yield name, Answered(report, update)
             del reply, update
         for name in sorted(set(called) - done):
             if not inquiry:
@@ -152,9 +173,12 @@ class Caller:
         }
 
     def _deadline(self, works: Mapping[str, float], called: Mapping[str, Known], inquiry: str) -> float:
-        """Return how long to wait: as the clients' pace says, at most the plan's deadline."""
-        limit = self.plan.round_deadline
-        if inquiry or not self.method.settings.adaptive_deadline:
+        """Return how long to wait: as the clients' pace says, at most the plan's deadline.
+
+        A reproducible run waits as long as it may: who comes too late there costs the window.
+        """
+        limit, settings = self.plan.round_deadline, self.method.settings
+        if inquiry or settings.reproducible or not settings.adaptive_deadline:
             return limit
         return self._pace.deadline(works, {n: k.hello.facts.speed for n, k in called.items()}, limit)
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import numpy as np
 from flwr.app import ConfigRecord, Message, RecordDict
 
-from common.errors import WireError
+from common.errors import StateError, WireError
 from common.flower.inline import InlineFleet, InlineGrid
 from common.names import Claims, check_name
 from common.wire import control
@@ -96,12 +96,10 @@ class Roster:
                 check_client_hello(hello, hello.name or f"node {node_id}")
                 check_name(hello.name)
                 self._names.claim(hello.name, nodes[node_id].public_key)
-            except WireError as error:
+            except (WireError, StateError) as error:
                 log.warning("%s", error)
                 self._silent[node_id] = since[node_id]
-                self.faults.append(
-                    pb.Fault(tier="edge", node=error.sender, kind="refused", detail=error.fault)
-                )
+                self.faults.append(_refusal(error, node_id, reply))
                 continue
             self._check_versions(hello)
             # A client that reconnected with its key replaces its older self and so counts once.
@@ -122,3 +120,11 @@ class Roster:
     def _hellos(nodes: list[int], request: ConfigRecord) -> Iterator[Message]:
         for node_id in nodes:
             yield Message(RecordDict({control.CONFIG: request}), node_id, control.HELLO)
+
+
+def _refusal(error: WireError | StateError, node_id: int, reply: Message) -> pb.Fault:
+    """Return the fault of a hello; where this edge cannot write down whose name it is, that is the edge's."""
+    if isinstance(error, WireError):
+        return pb.Fault(tier="edge", node=error.sender, kind="refused", detail=error.fault)
+    name = control.read_control(pb.ClientHello, reply, f"node {node_id}").name
+    return pb.Fault(tier="edge", node=name, kind="refused", detail=f"its name is not kept: {error}")

@@ -126,7 +126,7 @@ class DeviceFacts(_message.Message):
     def __init__(self, device: _Optional[str] = ..., cores: _Optional[int] = ..., memory_bytes: _Optional[int] = ..., versions: _Optional[_Mapping[str, str]] = ..., speed: _Optional[float] = ...) -> None: ...
 
 class ClientHello(_message.Message):
-    __slots__ = ("schema", "name", "samples", "histogram", "facts", "image_shape", "classes", "data", "level", "model", "link_seconds", "public_key")
+    __slots__ = ("schema", "name", "samples", "histogram", "facts", "image_shape", "classes", "data", "level", "model", "link_seconds", "public_key", "homes")
     SCHEMA_FIELD_NUMBER: _ClassVar[int]
     NAME_FIELD_NUMBER: _ClassVar[int]
     SAMPLES_FIELD_NUMBER: _ClassVar[int]
@@ -139,6 +139,7 @@ class ClientHello(_message.Message):
     MODEL_FIELD_NUMBER: _ClassVar[int]
     LINK_SECONDS_FIELD_NUMBER: _ClassVar[int]
     PUBLIC_KEY_FIELD_NUMBER: _ClassVar[int]
+    HOMES_FIELD_NUMBER: _ClassVar[int]
     schema: int
     name: str
     samples: int
@@ -151,7 +152,8 @@ class ClientHello(_message.Message):
     model: str
     link_seconds: float
     public_key: bytes
-    def __init__(self, schema: _Optional[int] = ..., name: _Optional[str] = ..., samples: _Optional[int] = ..., histogram: _Optional[_Union[LabelHistogram, _Mapping]] = ..., facts: _Optional[_Union[DeviceFacts, _Mapping]] = ..., image_shape: _Optional[_Iterable[int]] = ..., classes: _Optional[_Iterable[str]] = ..., data: _Optional[str] = ..., level: _Optional[float] = ..., model: _Optional[str] = ..., link_seconds: _Optional[float] = ..., public_key: _Optional[bytes] = ...) -> None: ...
+    homes: int
+    def __init__(self, schema: _Optional[int] = ..., name: _Optional[str] = ..., samples: _Optional[int] = ..., histogram: _Optional[_Union[LabelHistogram, _Mapping]] = ..., facts: _Optional[_Union[DeviceFacts, _Mapping]] = ..., image_shape: _Optional[_Iterable[int]] = ..., classes: _Optional[_Iterable[str]] = ..., data: _Optional[str] = ..., level: _Optional[float] = ..., model: _Optional[str] = ..., link_seconds: _Optional[float] = ..., public_key: _Optional[bytes] = ..., homes: _Optional[int] = ...) -> None: ...
 
 class EdgeHello(_message.Message):
     __slots__ = ("schema", "name", "clients", "busy_with", "facts", "faults")

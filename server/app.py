@@ -10,8 +10,9 @@ from flwr.serverapp import Grid, ServerApp
 from common.flower.cloud_grid import TreeGrid
 from common.monitor.logs import FORMAT_ENV, configure
 from common.run.config import RunConfig
+from common.run.resume import at_work
 from server.monitor import remember_run
-from server.run import TreeRun, cloud_state, run_folder
+from server.run import TreeRun, check_folder, cloud_state, run_folder
 
 app = ServerApp()
 
@@ -22,6 +23,8 @@ def main(grid: Grid, context: Context) -> None:
     configure(os.environ.get(FORMAT_ENV, "text"))
     settings = RunConfig.from_flat(context.run_config)
     out = run_folder(settings, context.run_id)
-    run = TreeRun(settings, TreeGrid(grid), out, cloud_state())
-    remember_run(cloud_state(), run.run_id, out)
-    run.run()
+    with at_work(out):
+        check_folder(settings, out)
+        run = TreeRun(settings, TreeGrid(grid), out, cloud_state())
+        remember_run(cloud_state(), run.run_id, out)
+        run.run()

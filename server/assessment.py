@@ -12,6 +12,7 @@ from common.learning.grid import image_grid
 from common.methods.base import Deployed, Method, build_model
 from common.models.presets import task_of
 from common.run.record import AccuracyEntry, Evaluation
+from common.wire.payload import Weights
 from proto import espalier_pb2 as pb
 from server.chronicle import Chronicle
 from server.evaluation import ClassifierEvaluator, Evaluator
@@ -47,13 +48,13 @@ class Assessment:
         self.method, self.strategy = method, strategy
         self.evaluator, self.chronicle = evaluator, chronicle
         self._networks: list[Deployed] = []
-        self._window = -1
+        self._weights: Weights | None = None
 
     def networks(self) -> list[Deployed]:
-        """Return the networks that users would run now; clients are asked for their part once a window."""
+        """Return the networks that users would run now; clients are asked for their part once for each model."""
         state = self.strategy.state
-        if self._window != state.window:
-            self._window = state.window
+        if self._weights is not state.weights:
+            self._weights = state.weights
             self._networks = self.method.deployed(state, self.strategy.ask)
         return self._networks
 

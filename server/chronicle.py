@@ -10,9 +10,7 @@ import shutil
 import time
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any, Literal
-
-import numpy as np
+from typing import Literal
 
 from common.methods.base import CloudState, Deployed, build_model
 from common.models.cost import macs_and_params
@@ -28,6 +26,7 @@ from common.run.record import (
     ClientEntry,
     Evaluation,
     FaultEntry,
+    ModelSize,
     Participation,
     RoundEntry,
     RunRecord,
@@ -36,10 +35,10 @@ from common.run.record import (
     WindowEntry,
 )
 from common.run.report import build_report
-from common.wire.payload import Layout, Weights
+from common.run.resume import former_record
 from proto import espalier_pb2 as pb
 from server.outcome import WindowOutcome
-from server.plans import Version
+from server.snapshot import Snapshot
 from server.strategy import WindowStrategy
 from server.tree import Tree
 
@@ -67,42 +66,58 @@ class Chronicle:
         self.ledger = Ledger()
         self.started = time.monotonic()
         self._roster: dict[str, dict[str, dict[str, object]]] = {}
-        self.record = RunRecord(
-            espalier=importlib.metadata.version("espalier"),
-            run=run,
-            started=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-            method=settings.method,
-            config=settings.to_flat(),
-        )
+        # A former record is only given up once it is sure that the run begins anew.
+        former = former_record(out)
+        self.record = self._new_record() if former is None else former
+        self.started -= self.record.seconds
         self.events.write("run", run=run, config=settings.to_flat(), pid=os.getpid())
 
     def grid_path(self, window: int) -> Path:
         """Return where the sample grid of a window goes."""
         return self.out / "samples" / f"window-{window:04d}.png"
 
-    def resume(self) -> tuple[CloudState, dict[str, Version]] | None:
+    def resume(self) -> Snapshot | None:
         """Go on from the newest checkpoint of this run, if there is one; what came after it is forgotten.
 
-        Returns
-        -------
-        tuple or None
-            The cloud's state, and the newest state version of each client.
+        Raises
+        ------
+        StateError
+            The checkpoint is damaged; report.json then stays as it is, but for its status.
         """
         window = self.checkpoints.latest()
         if window is None:
+            self.record, self.started = self._new_record(), time.monotonic()
             return None
-        state, reached = restore(*self.checkpoints.load(window))
-        self.record = RunRecord.read(self.out).model_copy(update={"status": "running", "reason": ""})
-        self.record.windows = [w for w in self.record.windows if w.window <= window]
-        self.record.quality = [q for q in self.record.quality if q.window <= window]
-        self.record.accuracy = [a for a in self.record.accuracy if a.window <= window]
-        self.record.faults = [f for f in self.record.faults if f.window <= window]
-        self.started -= self.record.seconds
-        for entry in self.record.windows:
-            self.ledger.merge({link: t.model_dump() for link, t in entry.links.items()})
+        found = Snapshot.unpack(*self.checkpoints.load(window))
+        record = self.record
+        record.status, record.reason, record.config = "running", "", self.settings.to_flat()
+        record.windows = [w for w in record.windows if w.window <= window]
+        record.quality = [q for q in record.quality if q.window <= window]
+        record.accuracy = [a for a in record.accuracy if a.window <= window]
+        record.faults = [f for f in record.faults if f.window <= window]
+        if (record.model.pruned_at_window or 0) > window:
+            size = record.model
+            record.model = ModelSize(
+                params=size.params_dense,
+                macs=size.macs_dense,
+                params_dense=size.params_dense,
+                macs_dense=size.macs_dense,
+            )
+        spent = [record.augmentation.links] if record.augmentation else []
+        for links in [*spent, *(w.links for w in record.windows)]:
+            self.ledger.merge({link: t.model_dump() for link, t in links.items()})
         log.info("run %s goes on after window %d", self.run, window)
-        self.events.write("resumed", window=window, round=state.round)
-        return state, reached
+        self.events.write("resumed", window=window, round=found.state.round)
+        return found
+
+    def _new_record(self) -> RunRecord:
+        return RunRecord(
+            espalier=importlib.metadata.version("espalier"),
+            run=self.run,
+            started=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+            method=self.settings.method,
+            config=self.settings.to_flat(),
+        )
 
     def restarted(self) -> None:
         """Enter every start of this run's ServerApp after one that ended without a last word."""
@@ -259,31 +274,14 @@ class Chronicle:
 
     # --- what is kept ------------------------------------------------------------------------------
 
-    def checkpoint(self, state: CloudState, reached: dict[str, Version]) -> None:
+    def checkpoint(self, snapshot: Snapshot) -> None:
         """Write report.json, then the checkpoint: a record may know more than a checkpoint, never less."""
         self.write()
-        tensors = {f"model/{n}": v for n, v in state.tensors.items()}
-        if state.ema:
-            tensors |= {f"ema/{n}": v for n, v in state.ema.views().items()}
-        tensors |= {f"extra/{n}": v for n, v in state.extra.items()}
-        self.checkpoints.save(
-            state.window,
-            tensors,
-            {
-                "run": self.run,
-                "window": state.window,
-                "round": state.round,
-                "pruned": state.pruned,
-                "architecture": state.architecture.SerializeToString().hex(),
-                "layout": state.weights.layout.to_proto().SerializeToString().hex(),
-                "population": state.population,
-                "peers": {n: spec.SerializeToString().hex() for n, spec in state.peers.items()},
-                "reached": {name: list(version) for name, version in reached.items()},
-                "config": self.settings.to_flat(),
-                "score": self._score(),
-            },
-        )
-        self.events.write("checkpoint", window=state.window)
+        tensors, meta = snapshot.pack()
+        window = snapshot.state.window
+        more = {"run": self.run, "config": self.settings.to_flat(), "score": self._score()}
+        self.checkpoints.save(window, tensors, meta | more)
+        self.events.write("checkpoint", window=window)
 
     def _score(self) -> float | None:
         """Return what makes a checkpoint the best one, lower being better."""
@@ -325,29 +323,6 @@ class Chronicle:
         self.board.close()
         self.events.write(status, reason=reason)
         self.events.close()
-
-
-def restore(tensors: dict[str, np.ndarray], meta: dict[str, Any]) -> tuple[CloudState, dict[str, Version]]:
-    """Rebuild the cloud's state, and the newest state version of each client, from a checkpoint."""
-    parts: dict[str, dict[str, np.ndarray]] = {"model": {}, "ema": {}, "extra": {}}
-    for name, tensor in tensors.items():
-        part, _, rest = name.partition("/")
-        parts[part][rest] = tensor
-    architecture = pb.ArchitectureSpec.FromString(bytes.fromhex(meta["architecture"]))
-    layout = Layout.from_proto(pb.Layout.FromString(bytes.fromhex(meta["layout"])).tensors, "the checkpoint")
-    own = layout.only(t.name for t in architecture.tensors) if parts["ema"] else Layout(())
-    state = CloudState(
-        architecture=architecture,
-        weights=Weights.fill(layout, parts["model"]),
-        window=meta["window"],
-        round=meta["round"],
-        population=meta["population"],
-        peers={n: pb.ArchitectureSpec.FromString(bytes.fromhex(s)) for n, s in meta["peers"].items()},
-        ema=Weights.fill(own, parts["ema"]) if parts["ema"] else None,
-        pruned=meta["pruned"],
-        extra=parts["extra"],
-    )
-    return state, {name: (at[0], at[1]) for name, at in meta["reached"].items()}
 
 
 def _trainings(strategy: WindowStrategy) -> dict[str, dict[str, float]]:

@@ -92,7 +92,13 @@ def draw_window(
     draw = WindowDraw(
         first,
         plan_window(
-            picks, members, method.edge_choice(), first_round=first, seed=s.seed, settled=method.settled
+            picks,
+            members,
+            method.edge_choice(),
+            first_round=first,
+            seed=s.seed,
+            # Which of two edges is sooner at a client is chance, and any method's clients may keep Adam's moments.
+            settled=method.settled or s.reproducible,
         ),
         keeps,
         [method.assign(state, [m.name for m in p], by_name, first + i) for i, p in enumerate(picks)],

@@ -11,9 +11,10 @@ from typing import Literal
 
 from flwr.app import ConfigRecord
 
-from common.errors import EspalierError
+from common.errors import EspalierError, StateError
 from common.flower.cloud_grid import LINK_LOST, TreeGrid
 from common.keys import EDGE_KEYS, KEYS_ONLY, KeyRegistry
+from common.learning.determinism import deterministic
 from common.learning.diffusion import ema_update
 from common.learning.trainer import resolve_device
 from common.methods.base import CloudState, Method
@@ -23,14 +24,16 @@ from common.methods.registry import create_method
 from common.monitor.logs import bind
 from common.names import EDGE_NAMES, Claims, NameRegistry
 from common.run.config import RunConfig
-from common.run.record import REPORT_FILE, RunRecord
+from common.run.resume import check_changes, former_record
 from common.run.timeouts import window_seconds
 from common.wire.payload import Weights
 from server.assessment import Assessment
 from server.chronicle import Chronicle
 from server.client_keys import ClientKeys
 from server.evaluation import create_evaluator
-from server.strategy import WindowStrategy
+from server.outcome import CentralTally
+from server.snapshot import Snapshot
+from server.strategy import TRIES, WindowStrategy
 from server.tree import Tree
 from server.watch import Watch, stop_requested
 
@@ -66,8 +69,9 @@ class TreeRun:
         self.method: Method = create_method(settings)
         by_hand = self.method.has_levels and settings.level_choice == "device"
         smallest = min(parse_levels(settings.levels)) if by_hand else 0.0
-        names = edge_names(state)
-        self.tree = Tree(grid, names, self.run_id, settings.histogram_epsilon, ClientKeys(state), smallest)
+        names, keys = edge_names(state), ClientKeys(state)
+        epsilon = settings.histogram_epsilon
+        self.tree = Tree(grid, names, self.run_id, epsilon, keys, smallest, settings.reproducible)
         self.chronicle = Chronicle(settings, self.run_id, out)
         self.state: CloudState | None = None
         self.assessment: Assessment | None = None
@@ -81,7 +85,7 @@ class TreeRun:
             If the tree does not come together or the settings do not fit the data.
         """
         try:
-            with bind(run=self.run_id):
+            with bind(run=self.run_id), deterministic(self.settings.reproducible):
                 self._train()
         except StopRequested:
             self._close("stopped", "stopped by `espalier stop`")
@@ -98,15 +102,21 @@ class TreeRun:
 
     def _train(self) -> None:
         s = self.settings
+        resumed = self.chronicle.resume()
+        if resumed is not None:
+            self.tree.settle(resumed.members)
         self.tree.gather(s, self._stopping)
         self._check_stop()
         self.method.meet(self.tree.image_shape, len(self.tree.classes))
-        state, reached = self.chronicle.resume() or (self._initial_state(), {})
+        if resumed is None:
+            self.tree.settle()
+        state = self._initial_state() if resumed is None else resumed.state
+        reached = {} if resumed is None else resumed.reached
         self.state = state
         self.chronicle.restarted()
         self.chronicle.joined(self.tree)
         evaluator = create_evaluator(
-            s, self.tree.image_shape, self.tree.classes, resolve_device(s.device), self.out / "features"
+            s, self.tree.image_shape, self.tree.classes, resolve_device(s.cloud_device), self.out / "features"
         )
         strategy = WindowStrategy(self.method, state, self.tree, self.run_id, reached)
         strategy.summary()
@@ -121,12 +131,13 @@ class TreeRun:
             self._window(strategy, state)
             self._after(strategy, state)
             self._check_stop()
+        self._keep_model()
 
     def _augment(self, strategy: WindowStrategy) -> None:
         """Let clients fill up the labels they lack, and enter what that cost and told."""
         from server.augmentation import augment
 
-        samples, place = self.out / "samples" / "augmentation.png", resolve_device(self.settings.device)
+        samples, place = self.out / "samples" / "augmentation.png", resolve_device(self.settings.cloud_device)
         entry = augment(self.settings, strategy, len(self.tree.classes), place, samples)
         self.chronicle.augmented(entry, strategy.outcome)
 
@@ -149,10 +160,8 @@ class TreeRun:
     def _try_window(self, strategy: WindowStrategy, state: CloudState) -> None:
         s = self.settings
         start = time.monotonic()
-        self.tree.greet(reported=strategy.outcome.reports)
-        while not (members := self.tree.members()):
-            self.tree.gather(s, self._stopping)
-            self._check_stop()
+        self._meet(strategy)
+        members = self.tree.members()
         plan, window = strategy.draw(members).rounds, state.window + 1
         self.chronicle.planned(strategy, window)
         by_name = {m.name: m for m in members}
@@ -163,16 +172,7 @@ class TreeRun:
             first_round=strategy.first_round,
             seed=s.seed,
         )
-        arrays = state.weights.to_record()
-        with Watch(self.tree, self.chronicle.events, window) as watch:
-            replies = self.grid.exchange(
-                strategy.configure_train(window, arrays, ConfigRecord(), self.grid),
-                deadline=window_seconds(len(plan), s.round_deadline, s.window_deadline),
-                cancelled=self._stopping,
-                lost=watch.lost,
-            )
-            strategy.aggregate_train(window, replies)
-        self._check_stop()
+        strategy.move_on(*self._collect(strategy, window))
         faults = [*strategy.outcome.faults, *self.tree.faults]
         self.tree.faults.clear()
         if state.window < window:
@@ -183,6 +183,47 @@ class TreeRun:
         planned, random = (mean_homogeneity(p, members, s.homogeneity_form) for p in (plan, random_plan))
         self.chronicle.window(strategy, time.monotonic() - start, planned, random)
         self.chronicle.faults(faults)
+
+    def _meet(self, strategy: WindowStrategy) -> None:
+        """Say hello; wait while nobody is there, or, in a reproducible run, not everybody."""
+        self.tree.greet(reported=strategy.outcome.reports)
+        while not self.tree.members() or self.tree.absent():
+            self.tree.gather(self.settings, self._stopping)
+            self._check_stop()
+
+    def _collect(self, strategy: WindowStrategy, window: int) -> tuple[CentralTally, int]:
+        """Send a window and add up its reports.
+
+        What came of a reproducible run's window without somebody is dropped, and the window sent again:
+        clients go back to the state that it names.
+
+        Raises
+        ------
+        EspalierError
+            If somebody's part was missing every time.
+        """
+        s, arrays = self.settings, strategy.state.weights.to_record()
+        rounds = len(strategy.plan)
+        for _ in range(TRIES):
+            with Watch(self.tree, self.chronicle.events, window) as watch:
+                replies = self.grid.exchange(
+                    strategy.configure_train(window, arrays, ConfigRecord(), self.grid),
+                    deadline=window_seconds(rounds, s.round_deadline, s.window_deadline),
+                    cancelled=self._stopping,
+                    lost=watch.lost,
+                )
+                found = strategy.collect(replies)
+            self._check_stop()
+            lacking = strategy.lacking()
+            if not (s.reproducible and lacking):
+                return found
+            self.chronicle.faults(strategy.outcome.faults)
+            strategy.again()
+            self._meet(strategy)
+        raise EspalierError(
+            f"window {window} lacked {'; '.join(lacking[:5])} in {TRIES} tries, so the run is not "
+            "reproducible; see to them and resume it"
+        )
 
     def _after(self, strategy: WindowStrategy, state: CloudState) -> None:
         """After an aggregation: moving average, measures, samples, the method's own step, checkpoint."""
@@ -201,11 +242,9 @@ class TreeRun:
         if state.pruned and not pruned:
             self.chronicle.pruned(state)
         start = time.monotonic()
-        self.chronicle.checkpoint(state, strategy.reached)
+        self.chronicle.checkpoint(Snapshot(state, strategy.reached, self.tree.settled))
         # Only from now on may clients forget what came before this window.
         strategy.checkpoint_window = state.window
-        if last:
-            self._keep_model()
         self.chronicle.took("checkpoint", time.monotonic() - start)
 
     def _close(self, status: Literal["finished", "stopped", "failed"], reason: str) -> None:
@@ -215,10 +254,15 @@ class TreeRun:
             self.grid.collect_late()
         except LINK_LOST as error:
             log.warning("the edges were not told that the run is over: %s", error)
-        self.chronicle.faults(self.tree.faults)
-        if status == "stopped":
-            self._keep_model()
-        self.chronicle.close(status, reason)
+        try:
+            self.chronicle.faults(self.tree.faults)
+            if status == "stopped":
+                self._keep_model()
+            self.chronicle.close(status, reason)
+        except StateError as error:
+            if status != "failed":
+                raise
+            log.error("the run's last word could not be written: %s", error)
 
     def _keep_model(self) -> None:
         """Write the foremost network; where every client has its own, the cloud has none to write."""
@@ -236,20 +280,32 @@ class TreeRun:
 
 
 def run_folder(settings: RunConfig, flower_run: int) -> Path:
-    """Return the run's folder: `out`, or one below the cloud's state.
+    """Return the run's folder, made where it was not: `out`, or one below the cloud's state."""
+    out = (
+        Path(settings.out) if settings.out else cloud_state() / "runs" / (settings.run_id or str(flower_run))
+    )
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise StateError(f"cannot make {out}: {error.strerror}; give another --out") from error
+    return out
+
+
+def check_folder(settings: RunConfig, out: Path) -> None:
+    """Refuse a folder in which a run cannot begin, or not go on with these settings.
 
     Raises
     ------
     EspalierError
-        If it already holds another run; a run of the same `run-id` goes on there.
+        It holds another run, or this one under settings that may not change; one of the same `run-id` goes
+        on there.
     """
-    out = (
-        Path(settings.out) if settings.out else cloud_state() / "runs" / (settings.run_id or str(flower_run))
-    )
-    if (out / REPORT_FILE).exists() and RunRecord.read(out).run != settings.run_id:
-        raise EspalierError(f"{out} already holds another run; give another --out")
-    out.mkdir(parents=True, exist_ok=True)
-    return out
+    record = former_record(out)
+    if record is None:
+        return
+    if record.run != settings.run_id:
+        raise EspalierError(f"{out} already holds another run, {record.run}; give another --out")
+    check_changes(record.config, settings)
 
 
 def edge_names(state: Path) -> Claims:

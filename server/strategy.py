@@ -10,7 +10,7 @@ from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord
 from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Strategy
 
-from common.errors import WireError
+from common.errors import EspalierError, WireError
 from common.flower.arrays import payload_bytes
 from common.flower.outcomes import fault_kind
 from common.homogeneity import sh_score
@@ -20,6 +20,7 @@ from common.methods.selection import Answer
 from common.methods.tally import Tally, stacked
 from common.methods.views import answer_layout
 from common.run.ledger import CLIENT_EDGE, EDGE_CLOUD
+from common.run.reproducible import in_order
 from common.run.timeouts import INQUIRY_MARGIN
 from common.wire import control
 from common.wire.payload import Layout, Weights
@@ -149,9 +150,26 @@ class WindowStrategy(Strategy):
         A reply that is not sound is refused by name, and the window goes on without it. If no edge
         has a sample the model stays as it was, and so does the window where it may be repeated.
         """
+        return self.move_on(*self.collect(replies))
+
+    def collect(self, replies: Iterable[Message]) -> tuple[CentralTally, int]:
+        """Merge the edges' tallies as they arrive; the state stays as it is.
+
+        In a reproducible run they are merged in the order of the edges' names, see `in_order`.
+
+        Returns
+        -------
+        CentralTally
+            The sums.
+        int
+            Training samples behind them.
+        """
         merged = CentralTally(self.state.weights.layout, self.method.newest_only)
         samples = 0
-        for node, name, reply in self._named(replies):
+        found: Iterable[tuple[int, str, Message]] = self._named(replies)
+        if self.settings.reproducible:
+            found = in_order(((name, (node, name, reply)) for node, name, reply in found), self.drawn.edges)
+        for node, name, reply in found:
             try:
                 report, payload = self._read(reply, name)
                 labels = self._labels(report, name)
@@ -167,16 +185,36 @@ class WindowStrategy(Strategy):
                 samples += report.samples
                 self.outcome.mu[name] = sh_score(labels, self.settings.homogeneity_form)
         self._note_silent(set(self.drawn.edges))
+        return merged, samples
+
+    def lacking(self) -> list[str]:
+        """Return whom the window's reports lack by chance: what went wrong there may go well another time."""
+        chance = {"lost", "straggler", "error"}
+        return sorted({f"{f.node} ({f.detail})" for f in self.outcome.faults if f.kind in chance})
+
+    def again(self) -> None:
+        """Forget the reports of the window; the bytes stay counted."""
+        self.outcome = WindowOutcome(ledger=self.outcome.ledger)
+
+    def move_on(self, merged: CentralTally, samples: int) -> tuple[ArrayRecord | None, MetricRecord | None]:
+        """Move the global state on by the window that was collected; see `aggregate_train`."""
         if not samples and self.may_repeat:
             return None, MetricRecord({"edges": 0, control.NUM_EXAMPLES: 0})
         tally, self.outcome.rho = merged.result()
+        for report in self.outcome.reports.values():
+            for record in report.rounds:
+                for client in record.clients:
+                    version = (report.window, record.round)
+                    self.reached[client.client] = max(version, self.reached.get(client.client, (0, 0)))
         self.state.window += 1
         self.state.round += len(self.plan)
         self.state.notes = self._client_means()
         if samples:
             self.method.central_step(self.state, tally)
         self._observe(tally)
-        self.state.extra |= {f"selection/{k}": v for k, v in self.selection.state().items()}
+        # What the selection has forgotten must not come back from a checkpoint.
+        kept = {k: v for k, v in self.state.extra.items() if not k.startswith("selection/")}
+        self.state.extra = kept | {f"selection/{k}": v for k, v in self.selection.state().items()}
         return (self.state.weights.to_record() if samples else None), MetricRecord(
             {"edges": len(self.outcome.reports), control.NUM_EXAMPLES: samples}
         )
@@ -245,10 +283,6 @@ class WindowStrategy(Strategy):
     def _account(self, node: int, name: str, report: pb.EdgeReport) -> None:
         self.outcome.reports[name] = report
         self._count_bytes(report)
-        for record in report.rounds:
-            for client in record.clients:
-                version = (report.window, record.round)
-                self.reached[client.client] = max(version, self.reached.get(client.client, (0, 0)))
         if report.HasField("roster"):
             self.tree.learn(node, report.roster)
 
@@ -285,6 +319,8 @@ class WindowStrategy(Strategy):
     ) -> dict[str, Answer]:
         """Ask clients about a network, through their edges; who does not answer is left out.
 
+        In a reproducible run everybody must answer what training hangs on, so the question is put again.
+
         Parameters
         ----------
         kind : str
@@ -297,7 +333,32 @@ class WindowStrategy(Strategy):
             Whom to ask; None: everyone.
         keys : mapping of str to str, optional
             Client -> key of the view it is asked about, where that is not the whole.
+
+        Raises
+        ------
+        EspalierError
+            If somebody did not answer it in a reproducible run, however often it was put.
         """
+        for _ in range(TRIES):
+            found, asked = self._ask(kind, architecture, weights, clients, keys)
+            silent = sorted(asked - set(found))
+            if not (silent and self.settings.reproducible) or kind in MEASURES:
+                return found
+            self.tree.gather(self.settings, lambda: False)
+        raise EspalierError(
+            f"{', '.join(silent)} did not answer a question ({kind}) in {TRIES} tries, so the run is not "
+            "reproducible; see to them and resume it"
+        )
+
+    def _ask(
+        self,
+        kind: str,
+        architecture: pb.ArchitectureSpec,
+        weights: Weights,
+        clients: Sequence[str] | None,
+        keys: Mapping[str, str] | None,
+    ) -> tuple[dict[str, Answer], set[str]]:
+        """Ask once; return the answers in the order of the clients' names, and who was asked."""
         reach = {m.name: m.edges for m in self.tree.members() if clients is None or m.name in clients}
         # Clients of several edges are spread over them by their place in the order of names.
         where = {name: edges[i % len(edges)] for i, (name, edges) in enumerate(sorted(reach.items()))}
@@ -327,7 +388,7 @@ class WindowStrategy(Strategy):
                 continue
             self._count_bytes(report)
             found |= answers
-        return found
+        return dict(sorted(found.items())), set(where)
 
     def _answers(
         self, kind: str, architecture: pb.ArchitectureSpec, report: pb.EdgeReport, payload: Weights
@@ -360,3 +421,9 @@ class WindowStrategy(Strategy):
     def aggregate_evaluate(self, server_round: int, replies: Iterable[Message]) -> MetricRecord | None:
         """Return nothing."""
         return None
+
+
+#: How often a window is sent, or a question put, before a reproducible run that lacks somebody's part is ended.
+TRIES = 3
+#: Questions whose answers are only reported.
+MEASURES = frozenset({"accuracy", "samples"})

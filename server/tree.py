@@ -36,6 +36,25 @@ class Node(Protocol):
     last_activated_at: str
 
 
+@dataclass(frozen=True)
+class SettledMember:
+    """What may not change of a client of a reproducible run: its edges and its data."""
+
+    edges: tuple[str, ...]
+    samples: int
+    labels: tuple[float, ...]
+
+    @classmethod
+    def of(cls, member: Member) -> SettledMember:
+        """Take it from a client that takes part."""
+        return cls(member.edges, member.samples, tuple(member.labels.tolist()))
+
+    def difference(self, hello: pb.ClientHello) -> str:
+        """Return what a hello says that was not so before, "" if nothing."""
+        same = (self.samples, list(self.labels)) == (hello.samples, list(hello.histogram.counts))
+        return "" if same else "its images or labels are not those it had when the run began"
+
+
 @dataclass
 class Tree:
     """Edges and clients of a run.
@@ -54,6 +73,8 @@ class Tree:
         Which node key is which client's.
     smallest_level : float
         Smallest sub-model of the run, where levels are set at the devices.
+    reproducible : bool
+        Whether who takes part is settled when the run begins, so that nobody's coming or going matters.
     """
 
     grid: TreeGrid
@@ -62,6 +83,7 @@ class Tree:
     histogram_epsilon: float
     keys: ClientKeys
     smallest_level: float = 0.0
+    reproducible: bool = False
     faults: list[pb.Fault] = field(default_factory=list)
     _edges: dict[int, pb.EdgeHello] = field(default_factory=dict)
     _clients: dict[str, pb.ClientHello] = field(default_factory=dict)
@@ -70,6 +92,7 @@ class Tree:
     _since: dict[int, str] = field(default_factory=dict)
     _silent: set[int] = field(default_factory=set)
     _untold: dict[int, dict[str, str]] = field(default_factory=dict)
+    _settled: dict[str, SettledMember] = field(default_factory=dict)
 
     # --- who is there ------------------------------------------------------------------------------
 
@@ -87,13 +110,12 @@ class Tree:
         return {n.node_id: n.last_activated_at for n in self.grid.get_nodes()}
 
     def members(self) -> list[Member]:
-        """Return the clients that can take part now, with the edges each one reaches."""
-        reach: dict[str, list[str]] = {}
-        keys = self.keys.in_force()  # a client may have been revoked since its hello
-        for edge, node in self.edges().items():
-            for client in self._edges[node].clients:
-                if client.name in keys:
-                    reach.setdefault(client.name, []).append(edge)
+        """Return the clients that can take part now, with the edges each one reaches.
+
+        In a reproducible run these are the settled ones, here or not: what is sent to one that is away
+        fails, and is sent again.
+        """
+        reach = {name: list(known.edges) for name, known in self._settled.items()} or self._reach()
         return [
             Member(
                 name=name,
@@ -107,12 +129,45 @@ class Tree:
                 links=self._links.get(name, {}),
             )
             for name, edges in sorted(reach.items())
+            if name in self._clients
         ]
+
+    def _reach(self) -> dict[str, list[str]]:
+        reach: dict[str, list[str]] = {}
+        keys = self.keys.in_force()  # a client may have been revoked since its hello
+        for edge, node in self.edges().items():
+            for client in self._edges[node].clients:
+                if client.name in keys:
+                    reach.setdefault(client.name, []).append(edge)
+        return reach
 
     @property
     def population(self) -> int:
         """Clients that ever joined this run (N), connected now or not."""
-        return len(self._clients)
+        return len(self._settled or self._clients)
+
+    # --- who takes part in a reproducible run --------------------------------------------------------
+
+    def settle(self, members: Mapping[str, SettledMember] | None = None) -> None:
+        """Let nobody but these take part from now on; None: those who are here now, if the run is reproducible."""
+        if members is None:
+            members = {m.name: SettledMember.of(m) for m in self.members()} if self.reproducible else {}
+        self._settled = dict(members)
+
+    @property
+    def settled(self) -> dict[str, SettledMember]:
+        """Who takes part, where that is settled, by name."""
+        return dict(self._settled)
+
+    def absent(self) -> list[str]:
+        """Return which settled clients, or links of them, are not here now."""
+        reach = self._reach()
+        return [
+            f"{name} at {edge}"
+            for name, known in sorted(self._settled.items())
+            for edge in known.edges
+            if edge not in reach.get(name, [])
+        ]
 
     def hello_of(self, client: str) -> pb.ClientHello:
         """Return what a client said of itself."""
@@ -134,17 +189,26 @@ class Tree:
     def gather(self, settings: RunConfig, cancelled: Callable[[], bool]) -> None:
         """Wait until `min-edges` edges and `min-clients` clients have joined.
 
+        In a reproducible run, until everybody who takes part is here, each client at all of its edges.
+
         Raises
         ------
         EspalierError
-            If they have not within `hello-timeout` seconds; it says who has, and who is busy.
+            If they have not within `hello-timeout` seconds; it says who has, and who is busy. Also if there are
+            more than a reproducible run expects.
         """
         end = time.monotonic() + settings.hello_timeout
         while not cancelled():
             self.greet(everyone=True)
             edges, members = self.edges(), self.members()
-            if len(edges) >= settings.min_edges and len(members) >= settings.min_clients:
+            missing = self._missing(settings) if self.reproducible else []
+            if len(edges) >= settings.min_edges and len(members) >= settings.min_clients and not missing:
                 return
+            if time.monotonic() > end and missing:
+                raise EspalierError(
+                    f"a reproducible run waits for everybody, and lacks {', '.join(missing[:5])} after "
+                    f"{settings.hello_timeout:g} s; start what is missing and resume the run"
+                )
             if time.monotonic() > end:
                 busy = [f"{e.name} serves run {e.busy_with}" for e in self._edges.values() if e.busy_with]
                 raise EspalierError(
@@ -154,6 +218,23 @@ class Tree:
                     + "; start the missing ones or lower min-edges and min-clients"
                 )
             time.sleep(PATIENCE)
+
+    def _missing(self, settings: RunConfig) -> list[str]:
+        """Return what a reproducible run still waits for; raises EspalierError where there is too much."""
+        if self._settled:
+            return self.absent()
+        reach, edges = self._reach(), self.edges()
+        for found, expected, what in (
+            (len(edges), settings.min_edges, "edges"),
+            (len(reach), settings.min_clients, "clients"),
+        ):
+            if found > expected:
+                raise EspalierError(
+                    f"{found} {what} joined, and min-{what}={expected}; in a reproducible run give their exact "
+                    "number, or chance decides who takes part"
+                )
+        homes = {name: max(self._clients[name].homes, 1) for name in reach}
+        return [f"{n} at {homes[n] - len(e)} of its edges" for n, e in reach.items() if len(e) < homes[n]]
 
     def greet(self, *, everyone: bool = False, reported: Collection[str] = ()) -> None:
         """Say hello to edges, and learn who is below them.
@@ -235,6 +316,18 @@ class Tree:
                 f"its level {client.level:g} is below the smallest of levels ({self.smallest_level:g}); "
                 "add a smaller one there or raise the client's --level",
             )
+        if self.reproducible and client.facts.device != "cpu":
+            raise WireError(
+                client.name,
+                f"it trains on {client.facts.device}, and reproducible=true is for CPUs; "
+                "start it with --device cpu",
+            )
+        if self._settled and client.name not in self._settled:
+            raise WireError(
+                client.name, "it came after a reproducible run had begun; it waits for the next one"
+            )
+        if self._settled and (fault := self._settled[client.name].difference(client)):
+            raise WireError(client.name, f"{fault}; bring its data back, or start a new run")
         others = [c for n, c in self._clients.items() if n != client.name]
         if not others:
             return

@@ -20,9 +20,9 @@ from bench.stock import (
     wait_until,
 )
 from common.flower.cloud_grid import TreeGrid
-from common.methods.base import CloudState
 from common.run.config import RunConfig
 from server.run import TreeRun
+from server.snapshot import Snapshot
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -87,8 +87,8 @@ def call_between(run: TreeRun, action: Callable[[TreeRun], None]) -> None:
     """Have something done after each window of a run."""
     write = run.chronicle.checkpoint
 
-    def checkpoint(state: CloudState, reached: dict[str, tuple[int, int]]) -> None:
-        write(state, reached)
+    def checkpoint(snapshot: Snapshot) -> None:
+        write(snapshot)
         action(run)
 
     run.chronicle.checkpoint = checkpoint  # type: ignore[method-assign]

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, cast
 
 import typer
 
 from common.commands.options import Settings
+from common.errors import ConfigError
 
 
 def demo(
@@ -27,19 +28,26 @@ def demo(
 
 
 def run(
-    out: Annotated[Path, typer.Option(help="Folder of the run.")],
+    out: Annotated[Path | None, typer.Option(help="Folder of the run.")] = None,
+    resume: Annotated[
+        Path | None, typer.Option(metavar="RUN_DIR", help="Go on with the run in this folder.")
+    ] = None,
     cloud: Annotated[str, typer.Option(help="Name of a cloud on this machine.")] = "default",
     settings: Settings = None,
     detach: Annotated[bool, typer.Option(help="Submit only; do not watch the run.")] = False,
 ) -> None:
-    """Submit a run to the cloud on this machine and watch it."""
+    """Submit a run to the cloud on this machine and watch it; with --resume, one that did not finish."""
     from common.commands.follow import describe_result, prepare, run_to_end
     from common.run.clouds import find_cloud
     from common.run.config import parse_assignments
     from common.run.progress import RunView
+    from common.run.resume import resumed_settings
     from common.run.submission import submit
 
-    config = prepare(parse_assignments(settings or []), out)
+    if (out is None) == (resume is None):
+        raise ConfigError("give --out DIR for a new run, or --resume RUN_DIR to go on with one")
+    given = parse_assignments(settings or [])
+    config = prepare(given, out) if out is not None else resumed_settings(cast(Path, resume), given)
     home = find_cloud(cloud)
     if detach:
         typer.echo(submit(home, config).run)

@@ -12,7 +12,7 @@ from common.methods.selection import Selection, create_selection
 from common.methods.state import CloudState, ServerState, architecture_layout, build_model
 from common.methods.tally import Tally
 from common.methods.updates import Deployed, Inquiry, Update
-from common.run.config import RunConfig
+from common.run.config import FlatValue, RunConfig
 from common.wire.payload import Layout, TensorSpec, Weights
 from proto import espalier_pb2 as pb
 
@@ -79,6 +79,14 @@ class Method:
     def contradictions(cls, settings: RunConfig) -> list[str]:
         """Return the faults of a configuration that only this method sees, one line each, key first."""
         return []
+
+    @classmethod
+    def by_rounds(cls, settings: RunConfig) -> dict[str, FlatValue]:
+        """Return the settings whose default hangs on `rounds`, by flat key, with what they mean.
+
+        A resume with more rounds leaves them as they were.
+        """
+        return {}
 
     @classmethod
     def chosen(cls, settings: RunConfig, axis: str) -> str:

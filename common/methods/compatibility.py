@@ -7,6 +7,7 @@ from common.methods.levels import parse_levels
 from common.methods.private import privacy_faults
 from common.models.presets import MODELS, family_of, task_of
 from common.run.config import RunConfig
+from common.run.reproducible import contradictions as not_reproducible
 
 
 def contradictions(method: type[Method], settings: RunConfig) -> list[str]:
@@ -33,6 +34,7 @@ def contradictions(method: type[Method], settings: RunConfig) -> list[str]:
                 f"selection: divfl compares whole gradients, the clients of {method.name} have parts; "
                 "use pow-d or uniform"
             )
+    faults += not_reproducible(settings, method.chosen(settings, "edge_choice"))
     if settings.ema_decay and not method.has_one_model:
         faults.append(f"ema-decay: {method.name} has several models to average; set ema-decay=0")
     faults += privacy_faults(method, settings)

@@ -132,7 +132,7 @@ class FedKTL(OwnModels):
             self._generator = open_generator(
                 s.generator,
                 trust_pickle=s.trust_pickle,
-                device=s.device,
+                device=s.cloud_device,
                 prompt=s.prompt,
                 steps=s.generator_steps,
             )

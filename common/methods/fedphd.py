@@ -11,7 +11,7 @@ from common.methods.base import CloudState, Inquiry, Method
 
 if TYPE_CHECKING:
     from common.learning.objectives import Objective
-    from common.run.config import RunConfig
+    from common.run.config import FlatValue, RunConfig
 
 
 class FedPhD(Method):
@@ -38,6 +38,11 @@ class FedPhD(Method):
             f"prune-at: round {settings.prune_at} is past the last one (rounds={settings.rounds}), so nothing "
             f"would be pruned; set prune-at to at most {settings.rounds}, or pruning-ratio=0"
         ]
+
+    @classmethod
+    def by_rounds(cls, settings: RunConfig) -> dict[str, FlatValue]:
+        """Return the pruning round."""
+        return {"prune-at": settings.prune_round}
 
     def objective(self, round_: int) -> Objective:
         """Return the DDPM loss, with the sparsity penalty in the rounds before the pruning."""

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from common.errors import StateError
-from common.run.jsonfile import plain
+from common.run.jsonfile import plain, write_text
 from common.run.tensors import read_tensors, sync_folder, write_tensors
 
 _FOLDER = re.compile(r"window-(\d+)")
@@ -67,16 +67,24 @@ class Checkpoints:
         try:
             shutil.rmtree(partial, ignore_errors=True)
             write_tensors(partial / _TENSORS, tensors)
-            (partial / _META).write_text(json.dumps(document, indent=1), encoding="utf-8")
+            write_text(partial / _META, json.dumps(document, indent=1))
+            sync_folder(partial)
             if target.exists():
                 target.replace(replaced)
             partial.replace(target)
             sync_folder(self.folder)
-            shutil.rmtree(replaced, ignore_errors=True)
-        except OSError as error:
+        except (OSError, StateError) as error:
+            # What was begun must not fill the disk further, and what was there comes back.
+            shutil.rmtree(partial, ignore_errors=True)
+            if replaced.exists() and not target.exists():
+                replaced.replace(target)
+            older = self.latest()
+            stays = "no earlier one" if older is None else f"that of window {older} stays"
             raise StateError(
-                f"cannot write checkpoint {target}: {error}; free space or rights there"
+                f"cannot write checkpoint {target} ({error}); {stays}; free space or rights there, "
+                "and resume the run"
             ) from error
+        shutil.rmtree(replaced, ignore_errors=True)
         self._thin()
 
     def windows(self) -> list[int]:
@@ -99,8 +107,11 @@ class Checkpoints:
         StateError
             It is absent or damaged; the file is named, and nothing is removed.
         """
-        folder = self._path(window)
-        return read_tensors(folder / _TENSORS), self._meta(window)
+        try:
+            tensors = read_tensors(self._path(window) / _TENSORS)
+        except StateError as error:
+            raise StateError(f"{str(error).partition('; ')[0]}; {self._advice(window)}") from error
+        return tensors, self._meta(window)
 
     def _meta(self, window: int) -> dict[str, Any]:
         path = self._path(window) / _META
@@ -134,7 +145,11 @@ class Checkpoints:
             keep.add(min(scored, key=lambda window: (scored[window], -window)))
         for window in windows:
             if window not in keep:
-                shutil.rmtree(self._path(window), ignore_errors=True)
+                # By way of another name: killed in between, it must not be left as half a checkpoint.
+                gone = self._hidden("gone", window)
+                with contextlib.suppress(OSError):
+                    self._path(window).replace(gone)
+                shutil.rmtree(gone, ignore_errors=True)
 
     def _mend(self) -> None:
         """Undo what a crash inside `save` left: put a replaced checkpoint back, drop unfinished ones."""
@@ -146,7 +161,7 @@ class Checkpoints:
                 shutil.rmtree(path, ignore_errors=True)
             else:
                 path.replace(target)
-        for path in self.folder.glob(".partial-*"):
+        for path in [*self.folder.glob(".partial-*"), *self.folder.glob(".gone-*")]:
             shutil.rmtree(path, ignore_errors=True)
 
     def _path(self, window: int) -> Path:

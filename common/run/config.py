@@ -97,6 +97,11 @@ class RunConfig(Settings):
         """Whether what clients learn leaves them under differential privacy; label counts are apart."""
         return self.dp_sgd or self.update_noise > 0
 
+    @property
+    def cloud_device(self) -> str:
+        """Where the cloud computes: `device`, and for the same bits again the CPU."""
+        return "cpu" if self.reproducible else self.device
+
     @classmethod
     def from_flat(cls, mapping: Mapping[str, Any]) -> RunConfig:
         """Validate flat kebab-case settings; absent ones take their defaults.

@@ -56,15 +56,22 @@ class EventLog:
     def __init__(self, path: Path) -> None:
         self.path = path
         self._lock = threading.Lock()
+        self._torn = False
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             _end_torn_line(path)
-            self._file = path.open("a", encoding="utf-8")
+            self._file = path.open("ab", buffering=0)
         except OSError as error:
             raise StateError(f"cannot write {path}: {error}; give the folder to this user") from error
 
     def write(self, event: str, **fields: Any) -> None:
-        """Append one event; readers see it at once and never a part of it."""
+        """Append one event; readers see it at once and never a part of it.
+
+        Raises
+        ------
+        StateError
+            It cannot be written, e.g. because the disk is full.
+        """
         if event == "run":
             fields = {
                 **fields,
@@ -72,8 +79,19 @@ class EventLog:
             }  # so that a reader sees when the writer dies without a word
         line = json.dumps({"event": event, "time": time.time(), **plain(fields)}) + "\n"
         with self._lock:
-            self._file.write(line)
-            self._file.flush()
+            try:
+                self._append(line.encode())
+            except OSError as error:
+                raise StateError(
+                    f"cannot write {self.path}: {error.strerror}; see to space and rights there"
+                ) from error
+
+    def _append(self, data: bytes) -> None:
+        data = b"\n" + data if self._torn else data
+        self._torn = True  # a disk that is almost full may take a part of a line
+        while data:
+            data = data[os.write(self._file.fileno(), data) :]
+        self._torn = False
 
     def close(self) -> None:
         """Close the file; writing afterwards is an error."""

@@ -37,6 +37,10 @@ class Settings(BaseModel):
     method: str = Field(default="fedphd", description="federated method, a name of the registry")
     model: str = Field(default="unet-tiny", min_length=1, description="model preset; it settles the task")
     seed: Count = Field(default=2023, description="seed all randomness of the run derives from")
+    reproducible: bool = Field(
+        default=False,
+        description="the same bits again, over kills and resumes: CPUs only, one thread, sums in a fixed order",
+    )
 
     rounds: PositiveInt = Field(default=60, description="edge rounds in all")
     rg: PositiveInt = Field(

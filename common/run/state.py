@@ -36,7 +36,7 @@ class StateStore:
         self.root = root
         self.keep_runs = keep_runs
 
-    def load(self, run: str, start: Version) -> dict[str, np.ndarray]:
+    def load(self, run: str, start: Version, *, exact: bool = False) -> dict[str, np.ndarray]:
         """Return the newest state that is not newer than `start`, and forget newer ones.
 
         What is newer belongs to rounds that the cloud no longer knows: replies it dropped, or windows after
@@ -50,9 +50,16 @@ class StateStore:
         Raises
         ------
         StateError
-            The file is damaged (it is named), the folder cannot be used, or `run` is no run id.
+            The file is damaged (it is named), the folder cannot be used, or `run` is no run id. With `exact`,
+            also if the state of just that version is not there; then nothing is forgotten.
         """
         versions = self.versions(run)
+        if exact and start > (0, 0) and start not in versions:
+            held = ", ".join(f"{w}/{r}" for w, r in versions) or "none"
+            raise StateError(
+                f"{self._folder(run)} lacks the state of window {start[0]}, round {start[1]}, which the run goes "
+                f"on from (there: {held}); bring the folder back, or start a new run"
+            )
         for version in versions:
             if version > start:
                 self._remove(run, version)
@@ -64,8 +71,9 @@ class StateStore:
     ) -> None:
         """Write a version, whole or not at all, and remove those nobody can ask for any more.
 
-        Kept are this version, the one before it (a straggler whose reply was dropped goes back by one) and
-        the newest one of `checkpoint_window` or earlier (a cloud that resumes goes back to it).
+        Kept are this version, the one before it (a straggler whose reply was dropped goes back by one), the
+        newest one of `checkpoint_window` or earlier (a cloud that resumes goes back to it) and the newest one
+        before that window (to which it goes back if that checkpoint turns out to be damaged).
 
         Raises
         ------
@@ -77,7 +85,9 @@ class StateStore:
         write_tensors(self._path(run, version), tensors)
         versions = self.versions(run)
         older = [other for other in versions if other < version]
-        keep = {version, *older[-1:], *[other for other in older if other[0] <= checkpoint_window][-1:]}
+        keep = {version, *older[-1:]}
+        for window in (checkpoint_window, checkpoint_window - 1):
+            keep |= set([other for other in older if other[0] <= window][-1:])
         for other in versions:
             if other not in keep:
                 self._remove(run, other)

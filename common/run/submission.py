@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import logging
 import os
 import subprocess
 import sys
@@ -20,6 +21,8 @@ from common.run.config import FlatValue
 from common.run.events import EVENTS_FILE, FINAL, STOP_FILE, EventLog, read_from
 from common.run.jsonfile import write_text
 from common.run.processes import ROOT, espalier_env
+
+log = logging.getLogger("espalier.cloud")
 
 CONNECTION = "espalier"
 """Name of the connection in the cloud's own Flower configuration."""
@@ -188,10 +191,13 @@ def stop_run(cloud: Cloud, submission: Submission, timeout: float) -> bool:
 
 
 def close_log(submission: Submission, event: str, reason: str) -> None:
-    """Write the last word of a run whose ServerApp cannot."""
-    log = EventLog(submission.events)
-    log.write(event, reason=reason)
-    log.close()
+    """Write the last word of a run whose ServerApp cannot; on a full disk it is only logged."""
+    try:
+        events = EventLog(submission.events)
+        events.write(event, reason=reason)
+        events.close()
+    except StateError as error:
+        log.error("run %s %s: %s; this could not be written down: %s", submission.run, event, reason, error)
 
 
 def flwr(cloud: Cloud, command: str, *arguments: str) -> dict[str, Any]:

@@ -8,7 +8,7 @@ from pathlib import Path
 from common.run.checkpoint import Checkpoints
 from common.run.events import EVENTS_FILE, read_events
 from common.run.record import RunRecord
-from server.chronicle import restore
+from server.snapshot import Snapshot
 from tests.chaos.cluster import ended
 from tests.chaos.schedules import SETTINGS, WINDOWS, Conductor
 
@@ -43,7 +43,7 @@ def _check_checkpoints(out: Path) -> None:
     assert windows == sorted(windows)
     assert windows[-1] == WINDOWS
     for window in windows:
-        state, _ = restore(*checkpoints.load(window))
+        state = Snapshot.unpack(*checkpoints.load(window)).state
         assert (state.window, state.round) == (window, window * int(SETTINGS["rg"]))
 
 

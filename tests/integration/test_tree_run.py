@@ -22,8 +22,8 @@ from common.names import NameRegistry
 from common.privacy import epsilon_of
 from common.run.checkpoint import Checkpoints
 from common.run.config import RunConfig
-from server.chronicle import restore
 from server.client_keys import ClientKeys
+from server.snapshot import Snapshot
 from server.tree import Tree
 from tests.tree import LiveTree, live_tree, start_client
 
@@ -102,8 +102,7 @@ Model = dict[str, np.ndarray]
 
 def checkpoint_of(tree: LiveTree, name: str, window: int) -> Model:
     checkpoints = Checkpoints(tree.folder / "runs" / name / "checkpoints")
-    state, _ = restore(*checkpoints.load(window))
-    return state.weights.views()
+    return Snapshot.unpack(*checkpoints.load(window)).state.weights.views()
 
 
 @pytest.fixture(scope="module")

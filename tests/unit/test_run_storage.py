@@ -96,10 +96,11 @@ def test_kept_are_newest_one_before_and_the_checkpointed(tmp_path: Path) -> None
     for window in (1, 2, 3):
         for round_ in (1, 2, 3):
             store.save("run", (window, 3 * (window - 1) + round_), tensors(1), checkpoint_window=window - 1)
-    assert store.versions("run") == [(2, 6), (3, 8), (3, 9)]
-    # The cloud comes back from its checkpoint of window 2.
+    assert store.versions("run") == [(1, 3), (2, 6), (3, 8), (3, 9)]
+    # The cloud comes back from its checkpoint of window 2; then that one is damaged, too.
     assert store.load("run", (2, 6)) != {}
-    assert store.versions("run") == [(2, 6)]
+    assert store.versions("run") == [(1, 3), (2, 6)]
+    assert store.load("run", (1, 3)) != {}
 
 
 @settings(max_examples=40, deadline=None)
