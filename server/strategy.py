@@ -264,9 +264,10 @@ class WindowStrategy(Strategy):
             self._sent, report, self.tree.keys.in_force().get, required=self.settings.require_signatures
         )
         payload = control.read_weights(reply, Layout.from_proto(report.layout.tensors, name), name)
-        clients = {c.client for r in report.rounds for c in r.clients}
-        if foreign := {c for c, _, _ in stacked(payload)} - clients:
-            raise WireError(name, f"tensors of {sorted(foreign)[:3]}, of whom it lists no update")
+        # Not only of those it lists: a method may want to know of an update that it left out (Phoenix).
+        given = {p.client for r in self._sent.rounds for p in r.participants if p.edge == name}
+        if foreign := {c for c, _, _ in stacked(payload)} - given:
+            raise WireError(name, f"tensors of {sorted(foreign)[:3]}, which it was not given")
         self.outcome.signatures.add(checked)
         return report, payload
 

@@ -55,9 +55,9 @@ def test_the_upper_link_carries_one_table_an_edge(
         run = run_tree(tree, name, clients, families=model, rounds=2)
         assert len(told) == 2
         for part in told:
-            assert set(part.payload) == {MEAN, "weight/" + MEAN}
+            assert set(part.payload) == {MEAN, "weight/" + MEAN, ROUND}
             assert part.payload[MEAN].nbytes == sizes.table_bytes(10, dimension)
-            assert part.payload["weight/" + MEAN].nbytes == 10 * 8
+            assert part.payload["weight/" + MEAN].nbytes + part.payload[ROUND].nbytes == 10 * 8 + 8
         # The ledger has counted just these messages.
         links = [window.links["edge-cloud"] for window in run.chronicle.record.windows]
         assert [link.up_bytes for link in links] == [part.report.up_bytes for part in told]

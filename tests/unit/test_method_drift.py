@@ -184,7 +184,7 @@ def test_clients_that_join_late_count_as_zeros(
     name: str, section: str, prefix: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     tree = small_tree(tmp_path, 6)
-    late = [node for below in tree.edges for node in below if node.key in (b"c4", b"c5")]
+    late = [node for below in tree.edges for node in below if node.config["name"] in ("c4", "c5")]
     for node in late:
         node.online = False
     populations: list[int] = []

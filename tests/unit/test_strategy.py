@@ -179,7 +179,7 @@ def test_reports_become_the_next_model() -> None:
         ({"arrays": {"sum/x": np.ones(3, np.float32)}}, "tensor 'x' is none of the server's"),
         (
             {"arrays": {"@b/gradient/w": np.ones(3, np.float32)}},
-            "tensors of ['b'], of whom it lists no update",
+            "tensors of ['b'], which it was not given",
         ),
         ({"metrics": {NOMINAL: -1.0}}, "the aggregation weight -1.0"),
         ({"metrics": {NOMINAL: float("nan")}}, "the aggregation weight nan"),
