@@ -35,8 +35,10 @@ def listen_to_starts(monkeypatch: pytest.MonkeyPatch) -> Starts:
     found: Starts = {}
     load = Device.load_state
 
-    def load_state(self: Device, run: str, start: pb.Version) -> dict[str, np.ndarray]:
-        state = load(self, run, start)
+    def load_state(
+        self: Device, run: str, start: pb.Version, *, exact: bool = False
+    ) -> dict[str, np.ndarray]:
+        state = load(self, run, start, exact=exact)
         found[self.name, start.round] = {n: a.copy() for n, a in state.items()}
         return state
 
