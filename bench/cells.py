@@ -267,11 +267,17 @@ def run_cells(cells: Iterable[Cell], jobs: int, root: Path, kept: Path | None = 
     environment = {"ESPALIER_DATA": str(root), "OMP_NUM_THREADS": "1", "FLWR_TELEMETRY_ENABLED": "0"}
     with _environment(environment):
         if jobs <= 1 and len(left) <= 8:
+            # In the caller's own process, whose log is to be as loud afterwards as it was.
+            espalier = logging.getLogger("espalier")
+            level = espalier.level
             _begin()
-            results: Iterator[tuple[str, Measured]] = map(_run, left)
-            for key, measured in results:
-                found[key] = measured
-                _keep(kept, key, measured)
+            try:
+                results: Iterator[tuple[str, Measured]] = map(_run, left)
+                for key, measured in results:
+                    found[key] = measured
+                    _keep(kept, key, measured)
+            finally:
+                espalier.setLevel(level)
             return found
         with multiprocessing.get_context("spawn").Pool(jobs, _begin) as pool:
             for key, measured in pool.imap_unordered(_run, left):
