@@ -27,6 +27,11 @@ def test_the_bench_of_the_demonstration(capsys: pytest.CaptureFixture[str]) -> N
     assert rows["dense"]["frechet"] > rows["dense"]["real"] > 0
 
 
+def hear_ctrl_c() -> None:
+    """Undo what a shell does to a job in the background: it has it ignore Ctrl-C, and its children with it."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 def test_ctrl_c_stops_every_process_cleanly(tmp_path: Path) -> None:
     """In the middle of a window: what was made stays, nothing that was started lives on."""
     out = tmp_path / "run"
@@ -47,7 +52,9 @@ def test_ctrl_c_stops_every_process_cleanly(tmp_path: Path) -> None:
         "demo", "--clients", "2", "--edges", "1", "--out", str(out), *settings, "-c", "eval-data="
     )
     with (tmp_path / "demo.log").open("wb") as log:
-        demo = subprocess.Popen(command, env=env, stdout=log, stderr=log, start_new_session=True)
+        demo = subprocess.Popen(
+            command, env=env, stdout=log, stderr=log, start_new_session=True, preexec_fn=hear_ctrl_c
+        )
     try:
         events = out / "events.jsonl"
 
