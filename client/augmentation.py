@@ -13,6 +13,7 @@ from common.run.config import RunConfig
 from common.seeds import rng_for, seed_for
 from common.wire import control
 from common.wire.payload import Weights
+from common.wire.sent import read_sent
 from proto import espalier_pb2 as pb
 
 
@@ -69,7 +70,7 @@ def _fill(
     """Draw images of the labels this client lacks until it has as many as of the others."""
     from common.generators.conditional import ConditionalGenerator
 
-    arrays = control.read_weights(message, control.plan_layout(plan, plan.edge), plan.edge).views()
+    arrays = read_sent(message, plan, settings, plan.edge).views()
     try:
         generator = ConditionalGenerator.of(arrays, len(device.images.classes), device.images.shape)
     except ValueError as error:

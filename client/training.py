@@ -33,6 +33,7 @@ from common.seeds import rng_for, seed_for
 from common.wire import control
 from common.wire.codec import Codec, create_codec
 from common.wire.payload import Layout, Weights
+from common.wire.sent import read_sent
 from common.wire.update import UpdateForm
 from proto import espalier_pb2 as pb
 
@@ -80,7 +81,7 @@ def read_task(device: Device, plan: pb.RoundPlan, message: Message) -> Task:
         raise WireError(plan.edge, f"a plan for client {plan.client!r}, this is {device.name!r}")
     settings = settings_of(plan)
     check_plan(device, plan, settings)
-    received = control.read_weights(message, control.plan_layout(plan, plan.edge), plan.edge)
+    received = read_sent(message, plan, settings, plan.edge)
     state = device.load_state(plan.run, plan.start, exact=settings.reproducible)
     local = local_round(device, settings, plan.round, received.views(), state)
     local.data = device.images_for(plan.run)

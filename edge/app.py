@@ -21,11 +21,12 @@ from common.run.timeouts import CLIENT_HELLO, CLIENT_REFUSAL, REPLY_MARGIN
 from common.wire import control
 from common.wire.hello import device_facts
 from common.wire.payload import Weights
+from common.wire.sent import read_sent
 from edge.monitor import EdgeTotals
 from edge.pace import Pace
 from edge.relay import relay, run_record
 from edge.roster import Roster
-from edge.rounds import EdgeProgress, EdgeWindow
+from edge.rounds import EdgeProgress, EdgeWindow, settings_of
 from proto import espalier_pb2 as pb
 
 log = logging.getLogger("espalier.edge")
@@ -124,7 +125,7 @@ class EdgeApp:
 
     def _run_window(self, data: bytes, message: Message, context: Context) -> RecordDict:
         plan = control.decode(pb.WindowPlan, data, "cloud")
-        weights = control.read_weights(message, control.plan_layout(plan, "cloud"), "cloud")
+        weights = read_sent(message, plan, settings_of(plan), "cloud")
         grid = self._serve(plan.run, message, context)
         metadata = message.metadata
         self.progress = EdgeProgress(

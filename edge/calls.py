@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from flwr.app import ArrayRecord, ConfigRecord, Message, RecordDict
@@ -22,6 +22,7 @@ from common.run.reproducible import in_order
 from common.wire import control
 from common.wire.codec import Codec, create_codec
 from common.wire.payload import Layout
+from common.wire.sent import SentForm
 from common.wire.signature import UNSIGNED, check
 from common.wire.update import UpdateForm
 from edge.pace import Pace, work_of
@@ -204,7 +205,15 @@ class Caller:
                 found[key] = self.method.cut(key, self.plan.views[key], server)
             else:
                 found[key] = whole_view(self.method, server)
-        return found
+        return {key: self._coded(sent) for key, sent in found.items()}
+
+    def _coded(self, sent: Sent) -> Sent:
+        """Return a view with its tensors as clients will read them, and as they lie on the link."""
+        settings = self.method.settings
+        if settings.downlink == "none":
+            return sent
+        coded, read = SentForm(sent.weights.layout, sent.architecture, settings).encode(sent.weights)
+        return replace(sent, weights=read, coded=coded)
 
     def _round_plan(
         self, round_: int, client: str, start: pb.Version, sent: Sent, inquiry: str
@@ -242,7 +251,7 @@ class Caller:
         for name, plan in plans.items():
             part = sent[name]
             if id(part) not in records:
-                records[id(part)] = part.weights.to_record()
+                records[id(part)] = (part.coded or part.weights).to_record()
             content = RecordDict(
                 {
                     control.ARRAYS: records[id(part)],

@@ -17,9 +17,13 @@ from common.methods.registry import create_method
 from common.methods.selection import rating, shares, top
 from common.methods.state import ServerState
 from common.methods.tally import Tally
+from common.methods.views import buffers_of
 from common.run.config import RunConfig
+from common.seeds import rng_for
 from common.wire import control
+from common.wire.codec import create_codec
 from common.wire.payload import Weights
+from common.wire.update import UpdateForm
 from edge.calls import Answered, Caller
 from edge.pace import Pace
 from edge.roster import Roster
@@ -112,16 +116,14 @@ class EdgeWindow:
         pace: Pace | None = None,
     ) -> None:
         self.edge, self.plan, self.progress = edge, plan, progress
-        try:
-            self.method = create_method(RunConfig.from_struct(plan.settings))
-        except ConfigError as error:
-            raise WireError("cloud", f"settings this edge does not take ({error})") from error
+        self.method = create_method(settings_of(plan))
         self.server = ServerState(plan.architecture, weights, max(plan.population, 1), peers=dict(plan.peers))
         self.tally = Tally(weights.layout)
         self.report = pb.EdgeReport(schema=control.SCHEMA, run=plan.run, window=plan.window, edge=edge)
         self.caller = Caller(
             edge, plan, self.method, grid, roster, self.report, progress.overtaken.is_set, pace
         )
+        self._received = weights
         self._grid, self._roster = grid, roster
         self._labels: np.ndarray | None = None
         self._reached: dict[str, pb.Version] = {}
@@ -247,9 +249,16 @@ class EdgeWindow:
         if late := self._grid.late - self._late:
             detail = f"{late} replies came after their deadline and were dropped"
             self.caller.fault("clients", "late", detail, 0)
-        weights, scalars = self.tally.report()
+        settings, received = self.method.settings, self._received
+        codec = None if settings.edge_codec == "none" else create_codec(settings, settings.edge_codec)
+        # A coordinate that nobody held is no difference.
+        weights, scalars = self.tally.report(received.views() if codec else None)
         self.report.metrics.update(scalars)
         self.report.layout.CopyFrom(weights.layout.to_proto())
+        if codec:
+            form = UpdateForm(weights.layout, received.layout, buffers_of(self.plan.architecture), codec)
+            rng = rng_for(settings.seed, self.edge, self.plan.window, "edge codec")
+            weights, _ = form.encode(weights.views(), received.views(), rng)
         self.report.seconds = time.monotonic() - start
         return self.report, weights
 
@@ -259,6 +268,14 @@ class EdgeWindow:
         if report.client in self.progress.training:
             self.progress.training.remove(report.client)
         self.progress.links.CopyFrom(self.report.client_edge)
+
+
+def settings_of(plan: pb.WindowPlan) -> RunConfig:
+    """Return a plan's settings; raises WireError where they are not this edge's."""
+    try:
+        return RunConfig.from_struct(plan.settings)
+    except ConfigError as error:
+        raise WireError("cloud", f"settings this edge does not take ({error})") from error
 
 
 def _brief(report: pb.ClientReport) -> pb.ClientReport:

@@ -9,7 +9,7 @@ import uuid
 from pathlib import Path
 from typing import Literal
 
-from flwr.app import ConfigRecord
+from flwr.app import ArrayRecord, ConfigRecord
 
 from common.errors import EspalierError, StateError
 from common.flower.cloud_grid import LINK_LOST, TreeGrid
@@ -202,12 +202,12 @@ class TreeRun:
         EspalierError
             If somebody's part was missing every time.
         """
-        s, arrays = self.settings, strategy.state.weights.to_record()
+        s = self.settings
         rounds = len(strategy.plan)
         for _ in range(TRIES):
             with Watch(self.tree, self.chronicle.events, window) as watch:
                 replies = self.grid.exchange(
-                    strategy.configure_train(window, arrays, ConfigRecord(), self.grid),
+                    strategy.configure_train(window, ArrayRecord(), ConfigRecord(), self.grid),
                     deadline=window_seconds(rounds, s.round_deadline, s.window_deadline),
                     cancelled=self._stopping,
                     lost=watch.lost,

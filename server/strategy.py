@@ -18,12 +18,15 @@ from common.methods.base import CloudState, Method
 from common.methods.planning import Member, Round
 from common.methods.selection import Answer
 from common.methods.tally import Tally, stacked
-from common.methods.views import answer_layout
+from common.methods.views import answer_layout, buffers_of
 from common.run.ledger import CLIENT_EDGE, EDGE_CLOUD
 from common.run.reproducible import in_order
 from common.run.timeouts import INQUIRY_MARGIN
 from common.wire import control
+from common.wire.codec import create_codec
 from common.wire.payload import Layout, Weights
+from common.wire.sent import SentForm
+from common.wire.update import UpdateForm
 from proto import espalier_pb2 as pb
 from server.contributions import check_contributions
 from server.outcome import CentralTally, WindowOutcome
@@ -72,6 +75,8 @@ class WindowStrategy(Strategy):
             {k.removeprefix(head): v for k, v in state.extra.items() if k.startswith(head)}
         )
         self._sent: pb.WindowPlan = pb.WindowPlan()
+        #: The network's tensors as the edges read them, which their reports may be differences to.
+        self._received = Weights.pack({})
 
     @property
     def plan(self) -> list[Round]:
@@ -119,19 +124,22 @@ class WindowStrategy(Strategy):
     def configure_train(
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
     ) -> Iterable[Message]:
-        """Yield the plan and the cloud's tensors to every edge that has a part in it.
+        """Yield the plan and the state's tensors to every edge that has a part in it.
 
-        All edges get one and the same content, so it is stored and hashed once.
+        All edges get one and the same content, so it is stored and hashed once. `arrays` are not looked at: the
+        state has the same tensors, and more.
         """
         self._sent = window_plan(
             self.method, self.state, self.run, self.drawn, self.reached, self.checkpoint_window
         )
-        yield from self._to_edges(self._sent, arrays, self.drawn.edges, control.TRAIN)
+        yield from self._to_edges(self._sent, self.state.weights, self.drawn.edges, control.TRAIN)
 
     def _to_edges(
-        self, plan: pb.WindowPlan, arrays: ArrayRecord, edges: Sequence[str], kind: str
+        self, plan: pb.WindowPlan, weights: Weights, edges: Sequence[str], kind: str
     ) -> Iterator[Message]:
-        content = control.plan_content(plan, arrays)
+        form = SentForm(weights.layout, plan.architecture, self.settings)
+        coded, self._received = form.encode(weights)
+        content = control.plan_content(plan, coded.to_record())
         size, nodes = payload_bytes(content), self.tree.edges()
         for edge in edges:
             if edge not in nodes:
@@ -263,13 +271,23 @@ class WindowStrategy(Strategy):
         checked = check_contributions(
             self._sent, report, self.tree.keys.in_force().get, required=self.settings.require_signatures
         )
-        payload = control.read_weights(reply, Layout.from_proto(report.layout.tensors, name), name)
+        payload = self._tensors(reply, Layout.from_proto(report.layout.tensors, name), name)
         # Not only of those it lists: a method may want to know of an update that it left out (Phoenix).
         given = {p.client for r in self._sent.rounds for p in r.participants if p.edge == name}
         if foreign := {c for c, _, _ in stacked(payload)} - given:
             raise WireError(name, f"tensors of {sorted(foreign)[:3]}, which it was not given")
         self.outcome.signatures.add(checked)
         return report, payload
+
+    def _tensors(self, reply: Message, layout: Layout, name: str) -> Weights:
+        """Read a report's tensors; of the network's it may hold coded differences."""
+        s, received = self.settings, self._received
+        if s.edge_codec == "none":
+            return control.read_weights(reply, layout, name)
+        codec, buffers = create_codec(s, s.edge_codec), buffers_of(self._sent.architecture)
+        form = UpdateForm(layout, received.layout, buffers, codec)
+        payload = control.read_weights(reply, form.wire, name)
+        return Weights.fill(layout, form.decode(payload, received.views(), name))
 
     def _labels(self, report: pb.EdgeReport, name: str) -> np.ndarray:
         classes, counts = len(self.tree.classes), report.labels.counts
@@ -375,9 +393,7 @@ class WindowStrategy(Strategy):
             self.reached,
             self.checkpoint_window,
         )
-        messages = self._to_edges(
-            self._sent, weights.to_record(), sorted(set(where.values())), control.INQUIRY
-        )
+        messages = self._to_edges(self._sent, weights, sorted(set(where.values())), control.INQUIRY)
         found: dict[str, Answer] = {}
         deadline = self.settings.round_deadline + INQUIRY_MARGIN
         for _, name, reply in self._named(self.tree.grid.exchange(messages, deadline=deadline)):

@@ -50,6 +50,11 @@ class OwnModels(Method):
             faults.append(f"selection: divfl compares gradients of one network; {cls.name} has many")
         if cls.chosen(settings, "codec") != "none":
             faults.append(f"codec: {cls.name} exchanges no weights to code; set codec=none")
+        faults += [
+            f"{key}: {cls.name} exchanges no weights to code; set {key}=none"
+            for key, value in (("downlink", settings.downlink), ("edge-codec", settings.edge_codec))
+            if value != "none"
+        ]
         return faults
 
     # --- cloud ---------------------------------------------------------------------------------------

@@ -160,10 +160,13 @@ class Tally:
 
     # --- merging -----------------------------------------------------------------------------------
 
-    def report(self) -> tuple[Weights, dict[str, float]]:
-        """Return what an edge tells the cloud: tensors, and scalars beside them."""
+    def report(self, former: Arrays | None = None) -> tuple[Weights, dict[str, float]]:
+        """Return what an edge tells the cloud: tensors, and scalars beside them.
+
+        Coordinates of a mean that nobody held are those of `former`, or else what changes neither sum nor maximum.
+        """
         nothing = {n: np.full(v.shape, _lowest(v.dtype)) for n, v in self._weighted.items()}
-        arrays = dict(self.means(nothing))
+        arrays = dict(self.means(former or nothing))
         arrays |= {
             WEIGHT + name: np.array(weight)
             for name, weight in self._weights.items()

@@ -35,12 +35,15 @@ class Sent:
         Its names -> the server's, where they differ.
     returns : tuple[str, ...]
         Names that come back.
+    coded : Weights, optional
+        `weights` as they lie on the link, where that is another form.
     """
 
     architecture: pb.ArchitectureSpec
     weights: Weights
     sources: dict[str, str]
     returns: tuple[str, ...]
+    coded: Weights | None = None
 
     def at_server(self, name: str) -> str:
         """Return the server's name of a client's tensor."""

@@ -253,6 +253,13 @@ class Settings(BaseModel):
         default=0.05, gt=0, le=1, description="top-k: share of the numbers that is sent"
     )
 
+    downlink: Literal["none", "fp16", "bf16"] = Field(
+        default="none", description="how the network's tensors travel down, to edges and clients"
+    )
+    edge_codec: Literal["none", "fp16", "bf16", "qsgd", "top-k"] = Field(
+        default="none", description="how edges' reports of the network are coded on their way to the cloud"
+    )
+
     sparse_weight: NonNegative = Field(
         default=1e-5, description="weight of the group-norm penalty before pruning"
     )

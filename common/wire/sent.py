@@ -1,0 +1,79 @@
+"""What a server sends, on the link: the network's tensors in half precision where the run says so (DESIGN §3)."""
+
+from __future__ import annotations
+
+import numpy as np
+from flwr.app import Message
+
+from common.run.settings import Settings
+from common.wire import control
+from common.wire.codec import Codec, create_codec
+from common.wire.payload import Layout, Weights
+from proto import espalier_pb2 as pb
+
+
+class SentForm:
+    """How a server's tensors lie on the link: sender and receiver both derive it from the plan.
+
+    Only trained float32 tensors of the plan's network are coded; statistics, counters and the sections of a
+    method travel as they are. The sender keeps its own numbers whole: each rounding is of those, so none adds to the
+    one before.
+
+    Parameters
+    ----------
+    layout : Layout
+        The tensors before coding.
+    architecture : pb.ArchitectureSpec
+        The network that is sent.
+    settings : Settings
+        The run's; `downlink` names the codec.
+    """
+
+    def __init__(self, layout: Layout, architecture: pb.ArchitectureSpec, settings: Settings) -> None:
+        self._codec: Codec | None = None
+        self._layout, self._coded, self.wire = layout, Layout(()), layout
+        if settings.downlink == "none":
+            return
+        trained = {t.name for t in architecture.tensors if not t.buffer}
+        self._codec = create_codec(settings, settings.downlink)
+        self._coded = Layout(tuple(t for t in layout.tensors if t.name in trained and t.dtype == "float32"))
+        narrow = {t.name: t for t in self._codec.layout(self._coded).tensors}
+        self.wire = Layout(tuple(narrow.get(t.name, t) for t in layout.tensors))
+
+    def encode(self, weights: Weights) -> tuple[Weights, Weights]:
+        """Return the payload, and the tensors as its receivers will read them.
+
+        Raises
+        ------
+        CodecError
+            If a number is not finite.
+        """
+        if self._codec is None:
+            return weights, weights
+        views = weights.views()
+        # Rounding to nearest draws nothing from the generator.
+        code = self._codec.encode({n: views[n] for n in self._coded.names}, np.random.default_rng(0))
+        payload = Weights.fill(self.wire, views | code)
+        return payload, self.decode(payload, "this server")
+
+    def decode(self, payload: Weights, sender: str) -> Weights:
+        """Return the tensors; raises WireError where a code makes no sense."""
+        if self._codec is None:
+            return payload
+        views = payload.views()
+        code = self._codec.decode({n: views[n] for n in self._coded.names}, self._coded, sender)
+        return Weights.fill(self._layout, views | code)
+
+
+def read_sent(
+    message: Message, plan: pb.WindowPlan | pb.RoundPlan, settings: Settings, sender: str
+) -> Weights:
+    """Read the tensors that came with a plan.
+
+    Raises
+    ------
+    WireError
+        Naming the sender, if they are not what the plan says.
+    """
+    form = SentForm(control.plan_layout(plan, sender), plan.architecture, settings)
+    return form.decode(control.read_weights(message, form.wire, sender), sender)
