@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import secrets
 import threading
 import time
 from collections import deque
@@ -34,6 +35,7 @@ from flwr.supercore.run import Run
 
 from common.flower.backoff import Backoff
 from common.flower.homes import (
+    POLLER_HEADER,
     Home,
     HomeFault,
     HomeRefused,
@@ -80,6 +82,8 @@ class FleetClient:
         self._stopped = stopped
         self._line = Line(home, key)
         self._beat_line = Line(home, key)  # its own: a heartbeat never waits behind a payload
+        self._poller = ((POLLER_HEADER, secrets.token_hex(8)),)
+        self._poll: Any = None
         self.node_id = 0
 
     def _call(self, method: str, request: Any, timeout: float | None = CALL) -> Any:
@@ -171,8 +175,10 @@ class FleetClient:
     # Messages -----------------------------------------------------------------------------------
 
     def pull(self) -> Pulled | None:
-        """Ask for the next message; a server of ours holds the call for about a second."""
-        answer = self._call("PullMessages", PullMessagesRequest(node=self._node), PULL)
+        """Ask for the next message; a server of ours holds the call until there is one, at most `POLL_HELD` seconds."""
+        request = PullMessagesRequest(node=self._node)
+        self._poll = self._line.begin("PullMessages", request, PULL, self._poller)
+        answer = outcome(self._poll)
         if not answer.messages_list:
             return None
         try:
@@ -181,6 +187,11 @@ class FleetClient:
             )
         except (ValueError, IndexError) as fault:
             raise HomeRefused(f"the server announced a message that is none: {fault}") from fault
+
+    def end_poll(self) -> None:
+        """End a poll under way with HomeUnavailable."""
+        if self._poll is not None:
+            self._poll.cancel()
 
     def fetch(self, pulled: Pulled, give_up_at: float) -> Message:
         """Fetch the objects of a message, tell the server so, and put the message together.
@@ -217,7 +228,7 @@ class FleetClient:
         confirm = ConfirmMessageReceivedRequest(
             node=self._node, run_id=metadata.run_id, message_object_id=metadata.message_id
         )
-        self._call("ConfirmMessageReceived", confirm)
+        outcome(self._line.begin("ConfirmMessageReceived", confirm, CALL, self._poller))
         return unpack(metadata.message_id, contents)
 
     def push(self, reply: Message, packed: Packed, runtime: float, give_up_at: float) -> bool:

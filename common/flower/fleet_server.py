@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import threading
 import time
-from collections import defaultdict
 from collections.abc import Callable
 
 import grpc
@@ -32,18 +31,18 @@ from flwr.proto.message_pb2 import (
     PushObjectResponse,
 )
 from flwr.server.superlink.fleet.grpc_rere.fleet_servicer import FleetServicer
-from flwr.server.superlink.linkstate import InMemoryLinkState, LinkStateFactory
+from flwr.server.superlink.fleet.message_handler import message_handler
+from flwr.server.superlink.linkstate import LinkStateFactory
 from flwr.supercore.constant import FLWR_IN_MEMORY_DB_NAME
 from flwr.supercore.object_store import ObjectStoreFactory
 from flwr.supercore.object_store.in_memory_object_store import InMemoryObjectStore
 from flwr.supercore.utils import get_metadata_bytes
 from flwr.superlink.federation.noop_federation_manager import NoOpFederationManager
 
+from common.flower.mailboxes import Mailboxes, MailState, poller_of
 from common.flower.payloads import PayloadError, count_chunks, tree_ids
 from common.flower.uploads import Upload, Uploads
 
-POLL_HELD = 1.0  # seconds
-POLLS_HELD = 400  # threads that may wait in polls; a poll beyond them is answered at once
 UPLOADS_WAITING = 400
 REDELIVERIES = 3
 BIG_CHUNKS = 2  # more than one chunk of 5 MiB
@@ -54,14 +53,14 @@ class Links:
 
     def __init__(self, upload_slots: int) -> None:
         self.store_factory = ObjectStoreFactory(FLWR_IN_MEMORY_DB_NAME)
-        self.state_factory = LinkStateFactory(
-            FLWR_IN_MEMORY_DB_NAME, NoOpFederationManager(), self.store_factory
-        )
-        state, store = self.state_factory.state(), self.store_factory.store()
-        if not isinstance(state, InMemoryLinkState) or not isinstance(store, InMemoryObjectStore):
-            raise TypeError("Flower did not make an in-memory link state and object store")
-        self.state: InMemoryLinkState = state
+        store = self.store_factory.store()
+        if not isinstance(store, InMemoryObjectStore):
+            raise TypeError("Flower did not make an in-memory object store")
+        federation = NoOpFederationManager()
+        self.state_factory = LinkStateFactory(FLWR_IN_MEMORY_DB_NAME, federation, self.store_factory)
+        self.state = self.state_factory.state_instance = MailState(federation, store)
         self.store: InMemoryObjectStore = store
+        self.mail = Mailboxes()
         self.uploads = Uploads(upload_slots)
         self.lock = threading.RLock()
         # Instructions that a grid waits for, and whom to tell that the reply is complete.
@@ -71,33 +70,14 @@ class Links:
         self.nodes_changed = threading.Condition()
         self.generation = 0
         self.trust_after = 0.0  # monotonic time before which a silent node may be our own pause
-        self._mail: dict[int, threading.Event] = defaultdict(threading.Event)
-        self._polls = 0
+        # What a node's process was given and has not confirmed; it is offered again if that one polls once more.
+        self.unconfirmed: dict[tuple[int, str], str] = {}
 
     def node_change(self) -> None:
         """Wake whoever waits for nodes to come or go."""
         with self.nodes_changed:
             self.generation += 1
             self.nodes_changed.notify_all()
-
-    def mail_for(self, node_id: int) -> threading.Event:
-        """Return the flag that a node's held poll waits for."""
-        with self.lock:
-            return self._mail[node_id]
-
-    def hold_poll(self, node_id: int, alive: Callable[[], bool]) -> bool:
-        """Wait until the node has a message, at most about a second; return False if the caller is gone."""
-        flag = self.mail_for(node_id)
-        with self.lock:
-            if self._polls >= POLLS_HELD:
-                return alive()
-            self._polls += 1
-        try:
-            flag.wait(POLL_HELD)
-            return alive()
-        finally:
-            with self.lock:
-                self._polls -= 1
 
     def wants(self, instruction_id: str) -> bool:
         """Tell whether some grid still waits for the reply to an instruction."""
@@ -124,21 +104,28 @@ class Links:
         """Offer a node that was restarted the unanswered messages that its dead process had pulled."""
         with self.state.lock, self.lock:
             for message_id, message in self.state.message_ins_store.items():
-                metadata = message.metadata
-                if (
-                    metadata.dst_node_id != node_id
-                    or not metadata.delivered_at
-                    or message_id not in self.outstanding
-                ):
-                    continue
-                upload = self.uploads.of(message_id)
-                if upload is not None and upload.complete:
-                    continue
-                times = self.redelivered.get(message_id, 0)
-                if times < REDELIVERIES:
-                    self.redelivered[message_id] = times + 1
-                    metadata.delivered_at = ""
-                    self._mail[node_id].set()
+                if message.metadata.dst_node_id == node_id:
+                    self._offer_again(message_id)
+
+    def offer_unconfirmed(self, node_id: int, poller: str) -> None:
+        """Offer a process that polls again what it was given last, if it did not say that it got it."""
+        message_id = self.unconfirmed.pop((node_id, poller), None)
+        if message_id is not None:
+            with self.state.lock, self.lock:
+                self._offer_again(message_id)
+
+    def _offer_again(self, message_id: str) -> None:
+        message = self.state.message_ins_store.get(message_id)
+        if message is None or not message.metadata.delivered_at or message_id not in self.outstanding:
+            return
+        upload = self.uploads.of(message_id)
+        if upload is not None and upload.complete:
+            return
+        times = self.redelivered.get(message_id, 0)
+        if times < REDELIVERIES:
+            self.redelivered[message_id] = times + 1
+            message.metadata.delivered_at = ""
+            self.mail.put(message.metadata.dst_node_id)
 
 
 class InlineFleetServicer(FleetServicer):
@@ -189,18 +176,18 @@ class InlineFleetServicer(FleetServicer):
     def PullMessages(
         self, request: PullMessagesRequest, context: grpc.ServicerContext
     ) -> PullMessagesResponse:
-        """Answer a poll at once if there is a message, else hold it for about a second."""
-        node_id = request.node.node_id
-        flag = self._links.mail_for(node_id)
-        flag.clear()
-        answer: PullMessagesResponse = super().PullMessages(request, context)
-        if answer.messages_list:
-            return answer
-        # A message given to a call whose caller is gone would be lost.
-        if not self._links.hold_poll(node_id, context.is_active):
-            return answer
-        flag.clear()
-        return super().PullMessages(request, context)
+        """Answer a poll at once if there is a message, else hold it until there is one or its caller gives up."""
+        links, node_id, poller = self._links, request.node.node_id, poller_of(context)
+        links.offer_unconfirmed(node_id, poller)
+        while links.mail.wait(node_id, context):
+            links.mail.take(node_id)
+            # Not Flower's own servicer, which writes every request out for its log, shown or not.
+            answer: PullMessagesResponse = message_handler.pull_messages(request, links.state, links.store)
+            if answer.messages_list:
+                links.mail.put(node_id)  # there may be more
+                links.unconfirmed[node_id, poller] = answer.messages_list[0].metadata.message_id
+                return answer
+        return PullMessagesResponse()
 
     def PushMessages(
         self, request: PushMessagesRequest, context: grpc.ServicerContext
@@ -275,6 +262,9 @@ class InlineFleetServicer(FleetServicer):
         self, request: ConfirmMessageReceivedRequest, context: grpc.ServicerContext
     ) -> ConfirmMessageReceivedResponse:
         """Keep a message's objects until it is answered: its node may be killed and ask again."""
+        given = (request.node.node_id, poller_of(context))
+        if self._links.unconfirmed.get(given) == request.message_object_id:
+            self._links.unconfirmed.pop(given, None)
         if self._links.wants(request.message_object_id):
             return ConfirmMessageReceivedResponse()
         answer: ConfirmMessageReceivedResponse = super().ConfirmMessageReceived(request, context)

@@ -233,6 +233,7 @@ class HomeLoop:
                 answered = time.monotonic()
             except NodeForgotten:
                 self._forgotten.set()
+                self.client.end_poll()
                 wait = 0.5
             except HomeFault:
                 wait = 2.0

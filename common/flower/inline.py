@@ -34,7 +34,7 @@ from common.monitor.telling_health import TellingHealth
 
 __all__ = ["InlineFleet", "InlineGrid"]
 
-WORKERS = 1000  # Flower's own number; threads are only made when calls need them
+WORKERS = 4000  # most of them hold polls; threads are only made when calls need them
 TICK = 0.5
 PAUSE = 5.0  # a longer gap between ticks means that this process was stopped
 AFTER_PAUSE = 15.0  # by then every living node has sent a heartbeat
@@ -224,7 +224,9 @@ class InlineFleet:
             if now - ticked > PAUSE:
                 links.trust_after = now + AFTER_PAUSE
             ticked = now
-            current = frozenset(node.node_id for node in self.nodes())
+            with links.state.lock:
+                found = links.state.get_node_info(statuses=[NodeStatus.ONLINE])
+                current = frozenset(node.node_id for node in found)
             if current != online:
                 online = current
                 links.node_change()

@@ -267,7 +267,7 @@ class InlineGrid(Grid):
         if state.store_message_ins(light) is None:
             self._forget(packed.message_id)
             return ""
-        links.mail_for(message.metadata.dst_node_id).set()
+        links.mail.put(message.metadata.dst_node_id)
         return packed.message_id
 
     def _take(self, sent: Message) -> Message | None:

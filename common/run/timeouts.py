@@ -21,7 +21,10 @@ CALL = 20.0
 OFFLINE_GRACE = 3.0
 #: Seconds without an answered heartbeat after which a call under way waits for nobody.
 SILENCE = 25.0
-#: Seconds a poll may take; a server of ours holds it for about one.
+#: Seconds a server of ours holds a poll for which there is no message, and one whose caller names no deadline.
+POLL_HELD = 20.0
+POLL_HELD_STOCK = 1.0
+#: Seconds a poll may take.
 PULL = 30.0
 #: Seconds without progress after which an upload is given up: at an edge, at the cloud (Flower's own is 180).
 UPLOAD_STALL = 30.0
@@ -95,6 +98,10 @@ def chains(round_deadline: float, window_deadline: float, rg: int) -> list[list[
             Limit("lease", LEASE, "without a heartbeat: offline"),
             Limit("offline", LEASE + OFFLINE_GRACE, "what it was to do is given up"),
             Limit("silence", SILENCE, "a node hangs up and connects anew"),
+            Limit("poll", PULL, "one poll for a message"),
+        ],
+        [
+            Limit("held poll", POLL_HELD, "an edge holds a poll until there is a message"),
             Limit("poll", PULL, "one poll for a message"),
         ],
         [

@@ -24,7 +24,7 @@ from grpc_health.v1.health_pb2_grpc import HealthStub
 from common.errors import AddressError, StateError
 from common.flower.arrays import numpy_view
 from common.flower.fleet_client import FleetClient, Pulled
-from common.flower.homes import HomeRefused
+from common.flower.homes import HomeRefused, HomeUnavailable
 from common.flower.inline import InlineFleet
 from common.flower.resident import RUN_RECORD, Home, ResidentNode
 from tests.integration.flower_helpers import (
@@ -231,6 +231,26 @@ def test_a_thread_that_fails_unforeseen_goes_on(tmp_path: Path, monkeypatch: pyt
         grid = server.open_run()
         (reply,) = grid.exchange(instruct(grid, online(server, 1)), deadline=30)
         assert reply.has_content()
+
+
+def test_a_message_that_did_not_arrive_is_given_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fetch = FleetClient.fetch
+    faults = iter([HomeUnavailable("the answer was lost on its way")])
+
+    def lose(self: FleetClient, pulled: Pulled, give_up_at: float) -> Message:
+        if fault := next(faults, None):
+            raise fault
+        return fetch(self, pulled, give_up_at)
+
+    monkeypatch.setattr(FleetClient, "fetch", lose)
+    with fleet() as server, resident(app, tmp_path, address(server)):
+        grid = server.open_run()
+        (reply,) = grid.exchange(instruct(grid, online(server, 1)), deadline=15)
+        assert reply.has_content()
+        assert next(faults, None) is None
+        assert not server.links.unconfirmed
 
 
 def test_flowers_own_way_of_pushing_and_pulling(tmp_path: Path) -> None:
