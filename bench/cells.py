@@ -11,13 +11,16 @@ import multiprocessing
 import os
 import tempfile
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import mean, stdev
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from common.run.record import RunRecord
+
+if TYPE_CHECKING:
+    from server.run import TreeRun
 
 #: Images that MNIST and digits have to train on.
 TRAIN_IMAGES = {"mnist": 60_000, "fashion-mnist": 60_000, "digits": 1_437}
@@ -162,13 +165,18 @@ class Measured:
             of([p.worst for p in tail]),
         )
 
+    @property
+    def best(self) -> Point:
+        """The measurement with the highest mean over the clients, which papers report that have no validation set."""
+        return max(self.points, key=lambda p: p.mean or 0.0, default=Point(0, None, None, None))
+
     def rounds_to(self, target: float) -> int | None:
         """Return the first measured round of at least this accuracy, None if there was none."""
         return next((p.round for p in self.points if p.main >= target), None)
 
 
-def run_cell(cell: Cell) -> Measured:
-    """Run a cell in this process."""
+def run_cell(cell: Cell, look: Callable[[TreeRun], None] | None = None) -> Measured:
+    """Run a cell in this process; `look` is shown the run when it has finished."""
     import torch
 
     from bench.local_tree import LocalClient, LocalTree
@@ -199,10 +207,13 @@ def run_cell(cell: Cell) -> Measured:
     with tempfile.TemporaryDirectory(dir=memory if os.access(memory, os.W_OK) else None) as folder:
         tree = LocalTree(Path(folder), clients, cell.setup.edges)
         try:
-            record = tree.run("bench", settings).chronicle.record
+            run = tree.run("bench", settings)
         except EspalierError as error:
             return Measured([], status=str(error))
-    return read(record, time.perf_counter() - start)
+        seconds = time.perf_counter() - start
+        if look is not None:
+            look(run)
+    return read(run.chronicle.record, seconds)
 
 
 def _node_configs(cell: Cell) -> list[dict[str, Any]]:
@@ -264,26 +275,35 @@ def run_cells(cells: Iterable[Cell], jobs: int, root: Path, kept: Path | None = 
     left = sorted(
         (c for k, c in wanted.items() if k not in found), key=lambda c: (c.seed, c.scheme, c.setup.shares)
     )
-    environment = {"ESPALIER_DATA": str(root), "OMP_NUM_THREADS": "1", "FLWR_TELEMETRY_ENABLED": "0"}
-    with _environment(environment):
-        if jobs <= 1 and len(left) <= 8:
-            # In the caller's own process, whose log is to be as loud afterwards as it was.
-            espalier = logging.getLogger("espalier")
-            level = espalier.level
-            _begin()
-            try:
-                results: Iterator[tuple[str, Measured]] = map(_run, left)
-                for key, measured in results:
-                    found[key] = measured
-                    _keep(kept, key, measured)
-            finally:
-                espalier.setLevel(level)
-            return found
-        with multiprocessing.get_context("spawn").Pool(jobs, _begin) as pool:
-            for key, measured in pool.imap_unordered(_run, left):
+    if jobs <= 1 and len(left) <= 8:
+        with surroundings(root):
+            results: Iterator[tuple[str, Measured]] = map(_run, left)
+            for key, measured in results:
                 found[key] = measured
                 _keep(kept, key, measured)
+        return found
+    with _environment(_variables(root)), multiprocessing.get_context("spawn").Pool(jobs, _begin) as pool:
+        for key, measured in pool.imap_unordered(_run, left):
+            found[key] = measured
+            _keep(kept, key, measured)
     return found
+
+
+@contextlib.contextmanager
+def surroundings(root: Path) -> Iterator[None]:
+    """Prepare the caller's own process for cells; its log is as loud afterwards as it was."""
+    espalier = logging.getLogger("espalier")
+    level = espalier.level
+    with _environment(_variables(root)):
+        _begin()
+        try:
+            yield
+        finally:
+            espalier.setLevel(level)
+
+
+def _variables(root: Path) -> dict[str, str]:
+    return {"ESPALIER_DATA": str(root), "OMP_NUM_THREADS": "1", "FLWR_TELEMETRY_ENABLED": "0"}
 
 
 def _begin() -> None:

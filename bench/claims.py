@@ -120,9 +120,12 @@ def percent(value: float | None) -> float | None:
     return None if value is None else round(100 * value, 1)
 
 
-def accuracies(found: Sequence[Measured], of: str) -> float:
-    """Return the mean over the seeds of a measure of `Point`, in per cent; NaN where there is none."""
-    value = average(getattr(m.last, of) for m in found)
+def accuracies(found: Sequence[Measured], of: str, *, best: bool = False) -> float:
+    """Return the mean over the seeds of a measure of `Point`, in per cent; NaN where there is none.
+
+    It is that of each run's last three measurements, or of its best one.
+    """
+    value = average(getattr(m.best if best else m.last, of) for m in found)
     return float("nan") if value is None else 100 * value
 
 

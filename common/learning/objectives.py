@@ -140,6 +140,10 @@ class Objective:
         """Return parameters of the term's own, trained beside the model's; asked once, after `begin`."""
         return ()
 
+    def apart(self) -> Iterable[nn.Parameter]:
+        """Return those of `parameters` whose gradients are clipped by themselves instead of with the model's."""
+        return ()
+
     def loss(self, model: nn.Module, images: Tensor, labels: Tensor, generator: Generator) -> Tensor:
         """Return the term's value for a batch.
 
@@ -201,6 +205,10 @@ class Sum(Objective):
     def parameters(self) -> Iterable[nn.Parameter]:
         """Return every term's own parameters."""
         return tuple(parameter for term in self.terms for parameter in term.parameters())
+
+    def apart(self) -> Iterable[nn.Parameter]:
+        """Return what every term wants clipped by itself."""
+        return tuple(parameter for term in self.terms for parameter in term.apart())
 
     def loss(self, model: nn.Module, images: Tensor, labels: Tensor, generator: Generator) -> Tensor:
         """Return the sum of the terms' values."""

@@ -102,6 +102,9 @@ def train_local(
     with seeded(seed, device), _full_convolution_speed(device):
         objective.begin(model, local)
         parameters += objective.parameters()
+        apart = list(objective.apart())
+        others = set(map(id, apart))
+        together = [p for p in parameters if id(p) not in others]
         optimizer = create_optimizer(parameters, local)
         for epoch in itertools.count(1):
             indices = order.permutation(count)
@@ -117,7 +120,8 @@ def train_local(
                 loss.backward()  # type: ignore[no-untyped-call]
                 objective.after_backward(model)
                 if settings.clip_norm > 0:
-                    nn.utils.clip_grad_norm_(parameters, settings.clip_norm)
+                    for group in (together, apart):
+                        nn.utils.clip_grad_norm_(group, settings.clip_norm)
                 lr_sum += optimizer.step()
                 loss_sum += loss.detach() * len(chosen)
                 steps += 1

@@ -198,6 +198,10 @@ class KnowledgeTransfer(Objective):
         """Return those of h'."""
         return () if self._head is None else self._head.parameters()
 
+    def apart(self) -> Iterable[nn.Parameter]:
+        """Return those of h', as the authors do: its gradient would leave the network little of a common norm."""
+        return self.parameters()
+
     def loss(self, model: nn.Module, images: Tensor, labels: Tensor, generator: Generator) -> Tensor:
         """Return the task's value for the next generated minibatch; it does not depend on the batch."""
         if self._head is None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
@@ -23,6 +24,10 @@ if TYPE_CHECKING:
     from common.generators.base import Generator
     from common.learning.objectives import Objective
 
+log = logging.getLogger("espalier.cloud")
+
+#: The authors' `clip-norm`. Gradients of ArcFace, whose scale is 64, have norms of 50 to 900 until it fits.
+CLIP_NORM = 100.0
 #: Keys of the feature transformer's tensors in `CloudState.extra`.
 TRANSFORMER = "transformer/"
 
@@ -42,8 +47,15 @@ class FedKTL(OwnModels):
     name = "fedktl"
 
     def before_run(self, state: CloudState, ask: Inquiry) -> None:
-        """Open the generator."""
+        """Open the generator, and say so where clipping leaves ArcFace little of its gradient."""
         self._open()
+        if 0 < self.settings.clip_norm < CLIP_NORM / 10:
+            log.warning(
+                "fedktl: clip-norm=%g cuts most of ArcFace's gradient off, whose norm is 50 to 900; clients will "
+                "learn far less than they could: set clip-norm=%g and learning-rate=0.01 as its authors have them",
+                self.settings.clip_norm,
+                CLIP_NORM,
+            )
 
     def objective(self, round_: int) -> Objective:
         """Return ArcFace, the prototypes' measure and the generated pairs' term."""

@@ -6,14 +6,21 @@ import json
 from itertools import pairwise, product
 from pathlib import Path
 
+import numpy as np
 import pytest
+import torch
 
 from bench.cells import Measured, Point, Setup
+from bench.claims import accuracies
 from bench.exchanges import FAMILY, REGIMES, SHOTS, Generators, cloud_edge_cells, of_one_length, table_cells
 from bench.faug import HIDDEN, PAPERS, PARAMETERS, ROUNDS, WIDTHS, PaperRun, targets
 from bench.knowledge import LABELS, edge_targets, main
+from bench.transfer import CLIPPED, MU0, ORACLE, VARIANTS, RealImages
+from common.data.spec import open_data
+from common.generators.base import open_generator
 from common.models.classifiers import CNN, CNNArguments
 from common.run.config import RunConfig
+from tests.generators import random_gan
 
 
 def test_it_runs_and_keeps_its_generators(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -43,7 +50,8 @@ def test_it_runs_and_keeps_its_generators(tmp_path: Path, capsys: pytest.Capture
 
 
 def test_one_client_without_a_federation(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["--json", "--tiny", "--clients", "1", "--out", str(tmp_path)]) == 0
+    parts = ["--parts", "cloud-edge", "transfer"]
+    assert main(["--json", "--tiny", "--clients", "1", *parts, "--out", str(tmp_path)]) == 0
     said = json.loads(capsys.readouterr().out)
     assert [(row["part"], row["method"]) for row in said["rows"][:3]] == [
         ("23 shots", "local only"),
@@ -51,7 +59,16 @@ def test_one_client_without_a_federation(tmp_path: Path, capsys: pytest.CaptureF
         ("23 shots", "FedKTL"),
     ]
     assert {row["status"] for row in said["rows"]} == {"finished"}
-    assert [target["name"][:12] for target in said["targets"]] == ["cloud-edge: "] * 2
+    names = [target["name"].partition(":")[0] for target in said["targets"]]
+    assert names == ["cloud-edge"] * 4 + ["transfer"] * 2
+    ablation = {row["method"]: row for row in said["rows"] if row["part"] == "transfer, 2 shots"}
+    assert tuple(ablation) == tuple(VARIANTS)
+    # A round of two steps, so that no pairs have come back yet: only clipping tells these runs apart.
+    assert ablation["FedKTL"]["by_seed"] == ablation[MU0]["by_seed"] == ablation[ORACLE]["by_seed"]
+    assert ablation["FedKTL"]["by_seed"] != ablation[CLIPPED]["by_seed"]
+    # Real images of the classes lie elsewhere than those of a generator of three steps; latents are the same.
+    assert ablation["FedKTL"]["images_apart"] != ablation[ORACLE]["images_apart"]
+    assert ablation["FedKTL"]["centroids_apart"] == ablation[ORACLE]["centroids_apart"] > 0
     assert (tmp_path / "cloud-edge.png").stat().st_size > 10_000
 
 
@@ -65,6 +82,23 @@ def test_every_cell_is_a_run_that_can_start() -> None:
     assert {cells[0].setup.clients for cells in edge.values()} == {1}
     assert of_one_length("cnn4,mlp,resnet4") == "cnn4,resnet4"
     assert of_one_length("mlp,cnn") == "mlp"
+
+
+def test_the_oracle_hands_out_real_images_of_each_class_in_order(tmp_path: Path) -> None:
+    data, generator = open_data("digits"), open_generator(random_gan(tmp_path / "gan"))
+    drawn = RealImages(generator, data, 1).synthesise(torch.zeros(10, generator.latent_dim), 8, 1)
+    places = [(data.fetch(np.arange(len(data))) == image).flatten(1).all(1) for image in drawn]
+    found = [set(np.asarray(data.labels)[place.numpy()].tolist()) for place in places]
+    assert all(label in seen for label, seen in enumerate(found))
+
+
+def test_the_best_round_is_not_the_last() -> None:
+    points = [Point(r, None, mean, mean / 2) for r, mean in enumerate((0.2, 0.7, 0.4, 0.5, 0.6), 1)]
+    run = Measured(points)
+    assert (run.best.round, run.best.mean) == (2, 0.7)
+    assert run.last.mean == pytest.approx(0.5)
+    assert accuracies([run, Measured(points[:1])], "mean", best=True) == pytest.approx(45)
+    assert Measured([]).best.mean is None
 
 
 def test_the_papers_size_of_a_network() -> None:

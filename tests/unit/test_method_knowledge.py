@@ -11,7 +11,13 @@ import torch
 from torch.nn import functional
 
 from bench.local_tree import LocalClient, LocalTree
+from common.data.spec import open_data
 from common.errors import ConfigError
+from common.learning.objectives import LocalRound
+from common.learning.transfer import ArcFace
+from common.methods.fedktl import FedKTL
+from common.models.initial import initial_model
+from common.run.config import RunConfig
 from common.wire.class_table import COUNT, MEAN, ROUND, VECTORS
 from common.wire.pairs import CENTROIDS, IMAGES
 from tests.generators import random_gan
@@ -284,6 +290,32 @@ def test_fedktl_with_a_single_client(tmp_path: Path, gan: str) -> None:
     [call] = training(calls, 2).values()
     assert len(call.sent[IMAGES]) == len(rows(call)) >= 8
     assert call.report.metrics["transfer-loss"] > 0
+
+
+@pytest.mark.parametrize(("clip_norm", "warned"), [(1.0, True), (100.0, False), (0.0, False)])
+def test_fedktl_says_where_clipping_takes_its_gradient(
+    clip_norm: float, warned: bool, gan: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    settings = RunConfig.from_flat(
+        {"method": "fedktl", "model": "mlp", "generator": gan, "clip-norm": clip_norm}
+    )
+    method = FedKTL(settings)
+    method.meet((1, 8, 8), 10)
+    with caplog.at_level("WARNING", "espalier.cloud"):
+        method.before_run(method.initial_state(), lambda *_: pytest.fail("asked"))
+    assert [("clip-norm=1" in r.getMessage()) for r in caplog.records] == [True] * warned
+
+
+def test_arcfaces_gradient_is_too_long_for_the_default_clipping() -> None:
+    settings = RunConfig.from_flat({"method": "fedktl", "model": "mlp", "generator": "gan:x"})
+    data = open_data("digits")
+    model = initial_model(settings, data.shape, 10)
+    objective = ArcFace()
+    objective.begin(model, LocalRound(settings, 1))
+    labels = torch.from_numpy(np.asarray(data.labels)[:32])
+    objective.loss(model, data.fetch(np.arange(32)), labels, torch.Generator()).backward()
+    norm = float(torch.stack([p.grad.norm() for p in model.parameters() if p.grad is not None]).norm())
+    assert norm > 10 * settings.clip_norm
 
 
 @pytest.mark.parametrize("name", ["fd", "codistillation", "fedktl"])

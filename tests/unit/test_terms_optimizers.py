@@ -106,10 +106,14 @@ def test_the_loss_is_the_mean_over_the_images_that_were_seen() -> None:
     assert result.loss == pytest.approx((8 * 8 + 4 * 2 + 8 * 0.5) / 20)
 
 
-def test_a_terms_own_parameters_are_trained_and_clipped_with_the_models() -> None:
+@pytest.mark.parametrize(("by_itself", "theta", "own"), [(False, 4 / 5, 3 / 5), (True, 1.0, 1.0)])
+def test_a_terms_own_parameters_are_trained_and_clipped(by_itself: bool, theta: float, own: float) -> None:
     class Brings(Objective):
         def __init__(self) -> None:
             self.own = nn.Parameter(torch.tensor([4.0]))
+
+        def apart(self) -> list[nn.Parameter]:
+            return [self.own] if by_itself else []
 
         def parameters(self) -> list[nn.Parameter]:
             return [self.own]
@@ -120,9 +124,9 @@ def test_a_terms_own_parameters_are_trained_and_clipped_with_the_models() -> Non
     brings, model = Brings(), Scalar()
     local = LocalRound(settings(learning_rate=1.0, clip_norm=1.0), 1)
     train_local(model, Sum((Pull(), brings)), Images(8), local, seed=1, device="cpu")
-    # The joint gradient is (4, 3), of norm 5.
-    assert model.theta.item() == pytest.approx(5 - 4 / 5, rel=1e-5)
-    assert brings.own.item() == pytest.approx(4 - 3 / 5, rel=1e-5)
+    # The joint gradient is (4, 3), of norm 5; each by itself is cut to 1.
+    assert model.theta.item() == pytest.approx(5 - theta, rel=1e-5)
+    assert brings.own.item() == pytest.approx(4 - own, rel=1e-5)
 
 
 def test_adam_takes_the_weight_decay_too() -> None:

@@ -1,0 +1,233 @@
+"""What FedKTL's transfer task has to work with: one client of two shots, its pairs measured, replaced, left out."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from statistics import mean
+from typing import TYPE_CHECKING
+from unittest.mock import patch
+
+import numpy as np
+
+from bench.cells import Cell, Measured, Setup, run_cell, surroundings
+from bench.claims import Values, accuracies
+from bench.exchanges import TRANSFER, Generators, alone, cloud_edge_cells
+from bench.report import Row, Target
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor, nn
+
+    from common.data.imageset import ImageSet
+    from common.generators.base import Generator
+    from server.run import TreeRun
+
+SHOTS = 2
+#: Rows by label: settings beside those of FedKTL's cells.
+MU0, CLIPPED, ORACLE = "FedKTL, mu=0", "FedKTL, mu=0, clip-norm=1", "FedKTL, pairs of real images"
+VARIANTS: Mapping[str, Values] = {
+    MU0: {},
+    CLIPPED: {"clip-norm": 1.0},
+    "FedKTL": {},
+    "FedKTL, clip-norm=1": {"clip-norm": 1.0},
+    "FedKTL, a tenth of mu": {"transfer-weight": TRANSFER / 10},
+    ORACLE: {},
+}
+#: Steps and batch that a judge of images takes on the whole training split; MNIST's then knows 97 %.
+JUDGE_STEPS, JUDGE_BATCH = 400, 64
+
+
+@dataclass(frozen=True)
+class Pairs:
+    """What the last round's pairs were like.
+
+    Attributes
+    ----------
+    latent, centroid : float
+        Mean square of a number of the generator's latents, and of the centroids.
+    apart : float
+        Mean distance between two centroids over that between two of the generator's latents.
+    images_apart : float
+        The same of their images.
+    shown : float
+        Share of the images in which a judge sees the class they stand for.
+    """
+
+    latent: float
+    centroid: float
+    apart: float
+    images_apart: float
+    shown: float
+
+
+class RealImages:
+    """A generator in whose place stands an oracle: for class c it hands out a real image of class c, not F's.
+
+    Parameters
+    ----------
+    generator : Generator
+        Whose latents remain.
+    data : ImageSet
+        Where images are from.
+    seed : int
+        Of their choice; another one for each round.
+    """
+
+    def __init__(self, generator: Generator, data: ImageSet, seed: int) -> None:
+        self.generator, self.data = generator, data
+        self.latent_dim = generator.latent_dim
+        self._order = np.random.default_rng(seed)
+
+    def sample_latents(self, count: int, rng: torch.Generator) -> Tensor:
+        """Draw the generator's."""
+        return self.generator.sample_latents(count, rng)
+
+    def synthesise(self, latents: Tensor, size: int, channels: int) -> Tensor:
+        """Return real images: as many classes as there are latents, in their order."""
+        labels = np.asarray(self.data.labels)
+        chosen = [self._order.choice(np.flatnonzero(labels == label)) for label in range(len(latents))]
+        return self.data.fetch(np.array(chosen))
+
+
+@dataclass
+class Ablation:
+    """What came of the variants, by label: the runs of their seeds, and their last pairs."""
+
+    runs: dict[str, list[Measured]] = field(default_factory=dict)
+    pairs: dict[str, list[Pairs]] = field(default_factory=dict)
+    judge: float = 0.0
+
+
+def measure(setup: Setup, generators: Generators, more: Values, root: Path, judge_steps: int) -> Ablation:
+    """Run every variant with every seed; `more` are further settings of all."""
+    from common.data.spec import open_data
+    from common.generators.base import open_generator
+
+    base = cloud_edge_cells(setup, generators, more, [SHOTS])
+    data = open_data(setup.data, root=root)
+    generator = open_generator(f"gan:{generators.trained}", device="cpu")
+    judge, knows = train_judge(data, open_data(setup.data, root=root, split="test"), judge_steps)
+    found = Ablation(judge=knows)
+    with surroundings(root):
+        for label, settings in VARIANTS.items():
+            named = MU0 if label.startswith(MU0) else "FedKTL"
+            found.runs[label], found.pairs[label] = [], []
+            for cell in base[SHOTS, named]:
+                own = Cell(alone(setup), cell.scheme, {**cell.settings, **settings}, cell.seed)
+
+                def look(run: TreeRun, label: str = label) -> None:
+                    found.pairs[label] += last_pairs(run, generator, judge)
+
+                opened = RealImages(generator, data, cell.seed) if label == ORACLE else generator
+                with patch("common.generators.base.open_generator", return_value=opened):
+                    found.runs[label].append(run_cell(own, look))
+    return found
+
+
+def last_pairs(run: TreeRun, generator: Generator, judge: nn.Module) -> list[Pairs]:
+    """Return what a run's last pairs were like; nothing where there were none."""
+    import torch
+
+    from common.wire import pairs as wire
+
+    assert run.state is not None
+    arrays = run.state.tensors
+    channels, size, _ = run.method.image_shape
+    received = wire.Pairs.received(arrays, (channels, size, size), "cloud")
+    if received is None:
+        return []
+    images, centroids = (torch.from_numpy(np.array(a)) for a in (received.floats(), received.centroids))
+    latents = generator.sample_latents(200, torch.Generator().manual_seed(0))
+    drawn = generator.synthesise(latents, size, channels)
+    with torch.no_grad():
+        seen = judge(images).argmax(1)
+    return [
+        Pairs(
+            float(latents.square().mean()),
+            float(centroids.square().mean()),
+            _apart(centroids) / _apart(latents),
+            _apart(images) / _apart(drawn),
+            float((seen == torch.arange(len(seen))).float().mean()),
+        )
+    ]
+
+
+def train_judge(data: ImageSet, test: ImageSet, steps: int) -> tuple[nn.Module, float]:
+    """Return a small network that tells the classes apart, and its accuracy on the test split."""
+    import torch
+    from torch.nn import functional
+
+    from common.models.initial import initial_model
+    from common.run.config import RunConfig
+
+    settings = RunConfig.from_flat({"method": "fedavg", "model": "cnn", "seed": 0})
+    network = initial_model(settings, data.shape, len(data.classes)).train()
+    optimizer = torch.optim.Adam(network.parameters(), lr=2e-3)
+    order, labels = np.random.default_rng(0), np.asarray(data.labels)
+    for _ in range(steps):
+        chosen = order.integers(len(data), size=JUDGE_BATCH)
+        loss = functional.cross_entropy(network(data.fetch(chosen)), torch.from_numpy(labels[chosen]))
+        optimizer.zero_grad()
+        loss.backward()  # type: ignore[no-untyped-call]
+        optimizer.step()
+    network.eval()
+    chosen = order.permutation(len(test))[:2000]
+    with torch.no_grad():
+        right = network(test.fetch(chosen)).argmax(1).numpy() == np.asarray(test.labels)[chosen]
+    return network, float(right.mean())
+
+
+def rows(found: Ablation) -> list[Row]:
+    """Return a row for each variant; accuracies in per cent."""
+
+    def of(pairs: Sequence[Pairs], name: str, digits: int = 2) -> float | None:
+        return round(mean(getattr(p, name) for p in pairs), digits) if pairs else None
+
+    return [
+        {
+            "part": f"transfer, {SHOTS} shots",
+            "method": label,
+            "seeds": len(runs),
+            "clients": round(accuracies(runs, "mean"), 1),
+            "best": round(accuracies(runs, "mean", best=True), 1),
+            "by_seed": " ".join(f"{100 * (m.last.mean or 0.0):.1f}" for m in runs),
+            "latent_square": of(found.pairs.get(label, []), "latent"),
+            "centroid_square": of(found.pairs.get(label, []), "centroid"),
+            "centroids_apart": of(found.pairs.get(label, []), "apart"),
+            "images_apart": of(found.pairs.get(label, []), "images_apart"),
+            "class_shown": of(found.pairs.get(label, []), "shown"),
+            "status": "; ".join(sorted({m.status for m in runs})),
+        }
+        for label, runs in found.runs.items()
+    ]
+
+
+def targets(found: Ablation) -> list[Target]:
+    """Judge what the authors' clipping is worth, and whether pairs help when their images are the data's own."""
+    judged = []
+    for name, better, base in (
+        ("the authors' clip-norm=100 over 1, without pairs", MU0, CLIPPED),
+        ("pairs of real images over no pairs", ORACLE, MU0),
+    ):
+        value = accuracies(found.runs[better], "mean") - accuracies(found.runs[base], "mean")
+        judged.append(Target(f"transfer: {name}, points, above 0", value, 0.0, value > 0))
+    return judged
+
+
+def notes(found: Ablation) -> list[str]:
+    """Return what a reader must know."""
+    return [
+        "transfer: latent_square and centroid_square are mean squares of the generator's latents and of the last "
+        "round's centroids; apart is the mean distance between two of them, or their images, over that between two "
+        "random ones; class_shown is the share of images in which a judge (which knows "
+        f"{100 * found.judge:.1f} % of the test split) sees the class that they stand for",
+    ]
+
+
+def _apart(values: Tensor) -> float:
+    import torch
+
+    flat = values.flatten(1)
+    return float(torch.pdist(flat).mean())
