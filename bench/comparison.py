@@ -96,15 +96,20 @@ class Measured:
     ----------
     record : RunRecord
         Its report.
-    bytes : dict[str, int]
-        Payload bytes of training, both ways, by link.
+    sent : dict[int, dict[str, int]]
+        Payload bytes of training up to each window, both ways, by link.
     grid : np.ndarray
         Its last sample grid, uint8 [H, W] or [H, W, 3].
     """
 
     record: RunRecord
-    bytes: dict[str, int]
+    sent: dict[int, dict[str, int]]
     grid: np.ndarray
+
+    @property
+    def bytes(self) -> dict[str, int]:
+        """Payload bytes of all training, both ways, by link."""
+        return self.sent[max(self.sent)]
 
     @property
     def last(self) -> Evaluation:
@@ -210,8 +215,8 @@ class Comparison:
         ]
 
 
-def training_bytes(record: RunRecord, events: Path) -> dict[str, int]:
-    """Return the payload bytes of training, both ways, by link.
+def training_bytes(record: RunRecord, events: Path) -> dict[int, dict[str, int]]:
+    """Return the payload bytes of training up to each window, both ways, by link.
 
     The ledger goes on while clients answer for an evaluation; "window-end" is written before that.
     """
@@ -220,11 +225,12 @@ def training_bytes(record: RunRecord, events: Path) -> dict[str, int]:
         event = json.loads(line)
         if event["event"] == "window-end":
             ends[event["window"]] = event["links"]
-    total = dict.fromkeys(LINKS, 0)
-    for link in LINKS:
-        before = 0
-        for window in record.windows:
-            end = ends[window.window][link]
-            total[link] += end["up_bytes"] + end["down_bytes"] - before
-            before += window.links[link].up_bytes + window.links[link].down_bytes
-    return total
+    found = {}
+    total, before = dict.fromkeys(LINKS, 0), dict.fromkeys(LINKS, 0)
+    for window in record.windows:
+        for link in LINKS:
+            end, own = ends[window.window][link], window.links[link]
+            total[link] += end["up_bytes"] + end["down_bytes"] - before[link]
+            before[link] += own.up_bytes + own.down_bytes
+        found[window.window] = dict(total)
+    return found

@@ -164,6 +164,7 @@ def _train_round(device: Device, task: Task) -> RecordDict:
         steps=result.steps,
         loss=result.loss,
         seconds=result.seconds,
+        cpu_seconds=result.cpu_seconds,
         metrics=result.metrics | local.metrics | {"lr-sum": result.lr_sum},
     )
     method.describe_reply(objective, task.model, report)

@@ -323,7 +323,7 @@ class SignedStatement(_message.Message):
     def __init__(self, statement: _Optional[bytes] = ..., signature: _Optional[bytes] = ...) -> None: ...
 
 class ClientReport(_message.Message):
-    __slots__ = ("schema", "run", "window", "round", "client", "samples", "steps", "loss", "seconds", "up_bytes", "layout", "metrics", "table", "architecture", "signed")
+    __slots__ = ("schema", "run", "window", "round", "client", "samples", "steps", "loss", "seconds", "up_bytes", "layout", "metrics", "table", "architecture", "signed", "cpu_seconds")
     class MetricsEntry(_message.Message):
         __slots__ = ("key", "value")
         KEY_FIELD_NUMBER: _ClassVar[int]
@@ -346,6 +346,7 @@ class ClientReport(_message.Message):
     TABLE_FIELD_NUMBER: _ClassVar[int]
     ARCHITECTURE_FIELD_NUMBER: _ClassVar[int]
     SIGNED_FIELD_NUMBER: _ClassVar[int]
+    CPU_SECONDS_FIELD_NUMBER: _ClassVar[int]
     schema: int
     run: str
     window: int
@@ -361,7 +362,8 @@ class ClientReport(_message.Message):
     table: ClassTable
     architecture: ArchitectureSpec
     signed: SignedStatement
-    def __init__(self, schema: _Optional[int] = ..., run: _Optional[str] = ..., window: _Optional[int] = ..., round: _Optional[int] = ..., client: _Optional[str] = ..., samples: _Optional[int] = ..., steps: _Optional[int] = ..., loss: _Optional[float] = ..., seconds: _Optional[float] = ..., up_bytes: _Optional[int] = ..., layout: _Optional[_Union[Layout, _Mapping]] = ..., metrics: _Optional[_Mapping[str, float]] = ..., table: _Optional[_Union[ClassTable, _Mapping]] = ..., architecture: _Optional[_Union[ArchitectureSpec, _Mapping]] = ..., signed: _Optional[_Union[SignedStatement, _Mapping]] = ...) -> None: ...
+    cpu_seconds: float
+    def __init__(self, schema: _Optional[int] = ..., run: _Optional[str] = ..., window: _Optional[int] = ..., round: _Optional[int] = ..., client: _Optional[str] = ..., samples: _Optional[int] = ..., steps: _Optional[int] = ..., loss: _Optional[float] = ..., seconds: _Optional[float] = ..., up_bytes: _Optional[int] = ..., layout: _Optional[_Union[Layout, _Mapping]] = ..., metrics: _Optional[_Mapping[str, float]] = ..., table: _Optional[_Union[ClassTable, _Mapping]] = ..., architecture: _Optional[_Union[ArchitectureSpec, _Mapping]] = ..., signed: _Optional[_Union[SignedStatement, _Mapping]] = ..., cpu_seconds: _Optional[float] = ...) -> None: ...
 
 class Fault(_message.Message):
     __slots__ = ("tier", "node", "kind", "detail", "window", "round")

@@ -331,13 +331,14 @@ def _trainings(strategy: WindowStrategy) -> dict[str, dict[str, float]]:
     records = [record for report in strategy.outcome.reports.values() for record in report.rounds]
     for record in sorted(records, key=lambda record: record.round):
         for client in record.clients:
-            before = found.get(client.client, {"rounds": 0, "total_seconds": 0.0})
+            before = found.get(client.client, {"rounds": 0, "total_seconds": 0.0, "total_cpu_seconds": 0.0})
             found[client.client] = {
                 "loss": client.loss,
                 "steps": client.steps,
                 "seconds": client.seconds,
                 "rounds": before["rounds"] + 1,
                 "total_seconds": before["total_seconds"] + client.seconds,
+                "total_cpu_seconds": before["total_cpu_seconds"] + client.cpu_seconds,
             }
     return found
 

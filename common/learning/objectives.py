@@ -114,6 +114,8 @@ class LocalResult:
         Sum of the learning rates of the steps (what SCAFFOLD's K * eta is with a schedule).
     seconds : float
         Wall time of the training.
+    cpu_seconds : float
+        Processor time of this process meanwhile, all its threads together.
     metrics : dict of str to float
         Further scalars of the objective's terms; the caller fills them with what `Objective.end` returns.
     """
@@ -123,6 +125,7 @@ class LocalResult:
     loss: float
     lr_sum: float
     seconds: float
+    cpu_seconds: float = 0.0
     metrics: dict[str, float] = field(default_factory=dict)
 
 

@@ -79,7 +79,7 @@ def train_private(
         raise TrainingError(f"round {local.round}: this client has no images to train on")
     device = torch.device(device)
     model.to(device).train()
-    started = time.perf_counter()
+    started, worked = time.perf_counter(), time.process_time()
     generator = torch.Generator(device=device).manual_seed(seed)
     sampling = np.random.default_rng((seed, 1))
     labels = np.asarray(data.labels)
@@ -127,6 +127,7 @@ def train_private(
         loss=loss_sum / seen if seen else math.nan,
         lr_sum=lr_sum,
         seconds=time.perf_counter() - started,
+        cpu_seconds=time.process_time() - worked,
     )
 
 

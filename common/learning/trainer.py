@@ -92,7 +92,7 @@ def train_local(
         raise TrainingError(f"round {local.round}: this client has no images to train on")
     device = torch.device(device)
     model.to(device).train()
-    started = time.perf_counter()
+    started, worked = time.perf_counter(), time.process_time()
     generator = torch.Generator(device=device).manual_seed(seed)
     order = np.random.default_rng(seed)
     parameters = [p for p in model.parameters() if p.requires_grad]
@@ -143,6 +143,7 @@ def train_local(
         loss=loss_sum.item() / seen,
         lr_sum=lr_sum,
         seconds=time.perf_counter() - started,
+        cpu_seconds=time.process_time() - worked,
     )
 
 

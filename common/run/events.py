@@ -37,7 +37,8 @@ class EventLog:
     - ``progress``: edge, window, round, training, done, loss, bytes: {up_bytes, down_bytes, messages}
     - ``window-end``: window, losses: {round: loss}, rho, mu, links: {link: {up_bytes, down_bytes, messages}},
       assignments: {client: cluster or level} where the method groups clients,
-      clients: {name: {loss, steps, seconds, rounds, total_seconds}}, of each one's last round and in all
+      clients: {name: {loss, steps, seconds, rounds, total_seconds, total_cpu_seconds}}, of each one's last round
+      and in all
     - ``evaluation``: window, round, frechet, inception_score, kid, features, floor, noise
     - ``accuracy``: window, round, models: {name: {accuracy, loss, classes}}, clients: {client: accuracy}, mean,
       worst10, samples

@@ -1,0 +1,142 @@
+"""How much of a window is training: its processor time against that of all processes of a tree."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Mapping
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import psutil
+
+from bench.report import Outcome, Target, run
+from common.run.events import EVENTS_FILE, read_from
+from common.run.processes import espalier_command, espalier_env
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+ABOUT = "Share of training in the processor time of windows: FedPhD on digits, 2 edges, 4 clients each"
+CLIENTS = 8
+#: Evaluations are no part of a window; of the last window only what is before its end counts.
+SETTINGS = ["rounds=30", "rg=5", "eval-every=1000", "eval-samples=16", "sample-steps=1"]
+TINY = ["rounds=2", "rg=1", "prune-at=1", "local-steps=2", *SETTINGS[2:]]
+LIMIT_SECONDS = 900.0
+TRAINING = "training"
+
+
+@dataclass
+class Spent:
+    """Processor seconds of all processes by tier since their start, when a window ended; those of training in it."""
+
+    window: int
+    at: float
+    by_tier: dict[str, float]
+    training: float
+
+
+def measure(tiny: bool) -> Outcome:
+    """Run `espalier demo`, and look at its processes whenever a window has ended."""
+    ends = watch(TINY if tiny else SETTINGS, 2 if tiny else CLIENTS)
+    first, last = ends[0], ends[-1]
+    spent = {tier: seconds - first.by_tier.get(tier, 0.0) for tier, seconds in last.by_tier.items()}
+    training = sum(end.training for end in ends[1:])
+    whole = sum(spent.values())
+    parts = {TRAINING: training, **spent, "clients": spent["clients"] - training}
+    outcome = Outcome()
+    outcome.rows = [
+        {"part": part, "cpu_s": seconds, "share": seconds / whole} for part, seconds in parts.items()
+    ]
+    outcome.rows.append({"part": "all", "cpu_s": whole, "share": 1.0, "wall_s": last.at - first.at})
+    outcome.targets = [Target.at_least("training's share of all processor time", training / whole, 0.85)]
+    outcome.notes = [
+        f"From the end of window {first.window} to that of window {last.window}, with what is between two windows; "
+        "evaluations left out. clients: what their processes did beside training. demo: the command that "
+        "starts the tree and shows the run.",
+    ]
+    outcome.plots["window"] = lambda figure: draw(figure, parts)
+    return outcome
+
+
+def watch(settings: list[str], clients: int) -> list[Spent]:
+    """Run the demonstration to its end; return what was spent when each window ended.
+
+    Raises
+    ------
+    RuntimeError
+        If it failed, with its last words, or too few windows were seen.
+    """
+    with tempfile.TemporaryDirectory(prefix="window-") as name:
+        folder = Path(name)
+        out, log = folder / "run", folder / "log"
+        command = espalier_command("demo", "--clients", str(clients), "--edges", "2", "--out", str(out))
+        command += [word for setting in settings for word in ("-c", setting)]
+        # Its own registry of clouds, so that it meets no other of this user's.
+        env = {**os.environ, **espalier_env(), "XDG_STATE_HOME": name}
+        found: list[Spent] = []
+        with log.open("wb") as stream:
+            demo = subprocess.Popen(command, env=env, stdout=stream, stderr=subprocess.STDOUT)
+            try:
+                _look(psutil.Process(demo.pid), out / EVENTS_FILE, found)
+                demo.wait(60)
+            finally:
+                if demo.poll() is None:
+                    demo.terminate()
+                    demo.wait(60)
+        if demo.returncode != 0 or len(found) < 2:
+            raise RuntimeError(f"the demonstration failed: {log.read_text(encoding='utf-8')[-800:]}")
+        return found
+
+
+def _look(demo: psutil.Process, events: Path, found: list[Spent]) -> None:
+    """Take down what the processes have spent each time a window ends, until the run does."""
+    position, deadline = 0, time.monotonic() + LIMIT_SECONDS
+    while demo.is_running() and demo.status() != psutil.STATUS_ZOMBIE and time.monotonic() < deadline:
+        new, position = read_from(events, position)
+        for event in new:
+            if event["event"] == "window-end":
+                clients: Mapping[str, Any] = event["clients"]
+                trained = sum(float(c["total_cpu_seconds"]) for c in clients.values())
+                found.append(Spent(int(event["window"]), time.monotonic(), by_tier(demo), trained))
+        time.sleep(0.02)
+
+
+def by_tier(demo: psutil.Process) -> dict[str, float]:
+    """Return the processor seconds of a demonstration's processes, those that ended in their parents'."""
+    spent = {"cloud": 0.0, "edges": 0.0, "clients": 0.0, "demo": 0.0}
+    for process in (demo, *demo.children(recursive=True)):
+        with suppress(psutil.NoSuchProcess):
+            times = process.cpu_times()
+            own = times.user + times.system
+            gone = times.children_user + times.children_system
+            spent[_tier(process, demo)] += own + (gone if process != demo else 0.0)
+    return spent
+
+
+def _tier(process: psutil.Process, demo: psutil.Process) -> str:
+    if process == demo:
+        return "demo"
+    words = process.cmdline()
+    return "edges" if "edge" in words else "clients" if "client" in words else "cloud"
+
+
+def draw(figure: Figure, parts: Mapping[str, float]) -> None:
+    """Draw where the processor time went."""
+    figure.set_size_inches(7, 1.9)
+    axes = figure.subplots()
+    left = 0.0
+    for part, seconds in parts.items():
+        axes.barh(["processor time"], [seconds], left=left, label=f"{part} {seconds:.1f} s")
+        left += seconds
+    axes.set_xlabel("seconds")
+    figure.legend(loc="outside lower center", ncols=5, fontsize="small")
+
+
+if __name__ == "__main__":
+    sys.exit(run("window", measure, ABOUT))
