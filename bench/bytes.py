@@ -50,7 +50,7 @@ PAPER, OURS = 0.88, 0.95
 NOTES = (
     "below_MB, above_MB: of the links below and above the edges. star, tree, all: shares of bytes saved against "
     "FedAvg at E=1 and E=5. star: of those to the cloud, where flat FedAvg has no edges and all its clients' bytes go "
-    "there. tree: of those to the cloud, where edges add FedAvg up every round. all: of both links' against the star's.",
+    "there. tree: of those to the cloud, where edges add FedAvg up every round. all: of both links, against the star.",
     "Bytes are those of training, both ways, plans and reports included, up to the first evaluation at the distance "
     "that every row reaches; evaluations are five rounds at E=1 apart.",
     "At the paper's sizes (dense 143.0 MB, pruned 81.4 MB, 2 edges, rg=5) -88 % comes out against FedAvg E=5 in a star "
