@@ -6,7 +6,7 @@ import math
 import secrets
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import cached_property, lru_cache
+from functools import cache, cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -245,7 +245,7 @@ class Device:
         return np.random.default_rng(secrets.randbits(128))
 
 
-@lru_cache(maxsize=64)
+@cache  # as many as the process has clients
 def _device(
     name: str,
     data: str,

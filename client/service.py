@@ -94,20 +94,26 @@ def run_client(
 
 
 def own_app(config: Mapping[str, bool | int | float | str], threads: int | None) -> ClientApp:
-    """Return our ClientApp with its data opened: a fault in them shows before a round is lost to it."""
+    """Return our ClientApp with its data opened."""
     import torch
 
     from client.app import app
-    from client.device import Device
-    from client.speed import measured_speed
 
     if threads:
         torch.set_num_threads(threads)
+    open_device(config)
+    return app
+
+
+def open_device(config: Mapping[str, bool | int | float | str]) -> None:
+    """Open a device's data and measure its speed: a fault shows before a round is lost to it."""
+    from client.device import Device
+    from client.speed import measured_speed
+
     device = Device.from_node_config(config)
     log.info("%d images, labels %s", len(device.images), device.labels.astype(int).tolist())
     # Now and not in the first hello, whose round trip the edge measures.
     log.info("%.1f x 1e9 multiply-adds a second", measured_speed(device.torch_device))
-    return app
 
 
 def load_app(reference: str) -> ClientApp:

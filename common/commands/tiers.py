@@ -134,6 +134,12 @@ def client(
         typer.Option("--node-config", metavar="'K=V …'", help="Settings for that ClientApp."),
     ] = None,
     threads: Annotated[int | None, typer.Option(min=1, help="Threads of torch on a CPU.")] = None,
+    replicas: Annotated[
+        int | None,
+        typer.Option(
+            min=1, metavar="N", help="For test beds: N clients NAME-000… with N shares of the data."
+        ),
+    ] = None,
     root_certificates: Roots = None,
     insecure: Insecure = False,
     metrics_port: MetricsPort = None,
@@ -181,6 +187,14 @@ def client(
                 f"--privacy-budget {privacy_budget:g} is not above 0; give e.g. --privacy-budget 8"
             )
         config["privacy-budget"] = privacy_budget
+
+    if replicas is not None:
+        if key is not None or user_app is not None or metrics is not None:
+            raise ConfigError("--replicas goes without --key, --app and --metrics-port; leave them out")
+        from client.replicas import plan_replicas, run_replicas
+
+        run_replicas(plan_replicas(name, data, state, replicas), edges, device, config, security, threads)
+        return
 
     from client.service import run_client
 

@@ -34,6 +34,7 @@ from flwr.supercore.primitives.asymmetric import public_key_to_bytes
 from flwr.supercore.run import Run
 
 from common.flower.backoff import Backoff
+from common.flower.crew import Channels
 from common.flower.homes import (
     POLLER_HEADER,
     Home,
@@ -41,12 +42,12 @@ from common.flower.homes import (
     HomeRefused,
     HomeUnavailable,
     KeyRefused,
-    Line,
     MessageGone,
     NodeForgotten,
     flower_code,
     outcome,
 )
+from common.flower.line import Line
 from common.flower.payloads import Packed, tree_ids, unpack
 from common.run.timeouts import CALL, HEARTBEAT_CALL, PULL
 
@@ -73,15 +74,25 @@ class FleetClient:
         The node's key; its calls are signed with it.
     stopped : threading.Event
         Ends every wait.
+    channels : Channels, optional
+        Shared with other nodes; by default this one has two connections to itself, so that a heartbeat never waits
+        behind a payload.
     """
 
-    def __init__(self, home: Home, key: ec.EllipticCurvePrivateKey, stopped: threading.Event) -> None:
+    def __init__(
+        self,
+        home: Home,
+        key: ec.EllipticCurvePrivateKey,
+        stopped: threading.Event,
+        channels: Channels | None = None,
+    ) -> None:
         self.home = home
         self._key = key
         self._public_key = public_key_to_bytes(key.public_key())
         self._stopped = stopped
-        self._line = Line(home, key)
-        self._beat_line = Line(home, key)  # its own: a heartbeat never waits behind a payload
+        self._channels = channels or Channels()
+        self._line = Line(home, key, self._channels)
+        self._beat_line = Line(home, key, self._channels)
         self._poller = ((POLLER_HEADER, secrets.token_hex(8)),)
         self._poll: Any = None
         self.node_id = 0
@@ -145,25 +156,33 @@ class FleetClient:
                     self._beat_line.begin("DeactivateNode", DeactivateNodeRequest(node_id=self.node_id), 2.0)
                 )
 
-    def beat(self) -> None:
-        """Send one heartbeat.
+    def beat(self, ended: Callable[[HomeFault | None], None]) -> None:
+        """Send one heartbeat, and tell its outcome from another thread: None, or what went wrong.
 
         Raises
         ------
-        HomeFault
-            NodeForgotten if the server does not know this node.
+        HomeUnavailable
+            If the connection was closed.
         """
         request = SendNodeHeartbeatRequest(node=self._node, heartbeat_interval=HEARTBEAT_MIN_INTERVAL)
-        answer = outcome(self._beat_line.begin("SendNodeHeartbeat", request, HEARTBEAT_CALL))
-        if not answer.success:
-            raise NodeForgotten("the server does not know this node")
+        call = self._beat_line.begin("SendNodeHeartbeat", request, HEARTBEAT_CALL)
+
+        def done(call: Any) -> None:
+            try:
+                known = outcome(call).success
+            except HomeFault as fault:
+                ended(fault)
+            else:
+                ended(None if known else NodeForgotten("the server does not know this node"))
+
+        call.add_done_callback(done)
 
     def hang_up(self) -> None:
         """End the calls under way with HomeUnavailable; later ones use a new connection.
 
         A server whose machine lost power never closes a connection, so a call could wait for ever.
         """
-        dead, self._line = self._line, Line(self.home, self._key)
+        dead, self._line = self._line, Line(self.home, self._key, self._channels)
         dead.close()
 
     def close(self) -> None:

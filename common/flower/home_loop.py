@@ -17,6 +17,7 @@ from flwr.common.constant import ErrorCode
 
 from common.errors import StateError
 from common.flower.backoff import Backoff, PollPace
+from common.flower.crew import Crew
 from common.flower.fleet_client import FleetClient, Pulled
 from common.flower.homes import (
     Home,
@@ -34,6 +35,7 @@ from common.flower.run_info import RUN_RECORD, RunInfo, UserConfig, parse_run_re
 from common.run.timeouts import HEARTBEAT, SILENCE
 
 BACKOFF_CAP = 10.0
+LINGER = 5.0  # seconds that a working thread waits for the next message
 
 T = TypeVar("T")
 App = Callable[[Message, Context], Message]
@@ -49,6 +51,7 @@ class Desk:
     key: ec.EllipticCurvePrivateKey
     ids: HomeIds
     contexts: ContextStates
+    crew: Crew
     tell: Callable[[str, dict[str, Any]], None]
     stopped: threading.Event = field(default_factory=threading.Event)
     lane: threading.Lock = field(default_factory=threading.Lock)  # one call at a time
@@ -63,7 +66,7 @@ class Desk:
 
 
 class HomeLoop:
-    """One home: a thread that polls, one that sends heartbeats and one that works.
+    """One home: a thread that polls, one that works while there is work, and heartbeats.
 
     Parameters
     ----------
@@ -76,7 +79,7 @@ class HomeLoop:
     def __init__(self, desk: Desk, home: Home) -> None:
         self.desk = desk
         self.home = home
-        self.client = FleetClient(home, desk.key, desk.stopped)
+        self.client = FleetClient(home, desk.key, desk.stopped, desk.crew.channels)
         self.runs = RunInfo(self.client)
         self.connected = False
         self._told = False
@@ -84,18 +87,19 @@ class HomeLoop:
         self._forgotten = threading.Event()
         self._queue: deque[tuple[int, Message]] = deque()
         self._busy = False
+        self._serving = False
+        self._answered_at = time.monotonic()
         self._work = threading.Condition()
         self._session = 0
         self._sweeper = Sweeper()
-        self._threads = [
-            threading.Thread(target=self._guard, args=(target,), name=f"{name} {home.address}", daemon=True)
-            for name, target in (("poll", self._poll), ("beat", self._beat), ("work", self._serve))
-        ]
+        self._poller = threading.Thread(
+            target=self._guard, args=(self._poll,), name=f"poll {home.address}", daemon=True
+        )
 
     def start(self) -> None:
-        """Start the threads."""
-        for thread in self._threads:
-            thread.start()
+        """Start polling, and the heartbeats."""
+        self._poller.start()
+        self.desk.crew.pulse.after(random.uniform(0.5, 1.0), self._beat)
 
     def _guard(self, target: Callable[[], None]) -> None:
         """Start a thread's work again after a fault that nobody foresaw: a node that only seems alive is worst."""
@@ -112,9 +116,10 @@ class HomeLoop:
         with self._work:
             self._work.notify_all()
         end = time.monotonic() + patience
-        for thread in self._threads:
-            if thread.ident is not None:
-                thread.join(max(0.0, end - time.monotonic()))
+        if self._poller.ident is not None:
+            self._poller.join(max(0.0, patience))
+        with self._work:
+            self._work.wait_for(lambda: not self._serving, max(0.0, end - time.monotonic()))
 
     def _tell(self, kind: str, **facts: Any) -> None:
         self.desk.tell(kind, {"home": self.home.address, **facts})
@@ -215,35 +220,44 @@ class HomeLoop:
             self._busy = True
             self._queue.append((self._session, message))
             self._work.notify_all()
+            if not self._serving:
+                self._serving = True
+                threading.Thread(target=self._serve, name=f"work {self.home.address}", daemon=True).start()
 
     # Heartbeat ----------------------------------------------------------------------------------
 
     def _beat(self) -> None:
-        stopped = self.desk.stopped
-        wait = 1.0
-        answered = time.monotonic()
-        while not stopped.wait(wait):
-            if not self.client.node_id or self._forgotten.is_set():
-                wait = 0.5
-                answered = time.monotonic()
-                continue
-            try:
-                self.client.beat()
-                wait = HEARTBEAT * random.uniform(0.9, 1.0)
-                answered = time.monotonic()
-            except NodeForgotten:
-                self._forgotten.set()
-                self.client.end_poll()
-                wait = 0.5
-            except HomeFault:
-                wait = 2.0
-                if time.monotonic() - answered > SILENCE and not stopped.is_set():
-                    self.client.hang_up()
-                    answered = time.monotonic()
+        if self.desk.stopped.is_set():
+            return
+        if not self.client.node_id or self._forgotten.is_set():
+            self._answered_at = time.monotonic()
+            self.desk.crew.pulse.after(0.5, self._beat)
+            return
+        try:
+            self.client.beat(self._beaten)
+        except HomeFault as fault:
+            self._beaten(fault)
+
+    def _beaten(self, fault: HomeFault | None) -> None:
+        """Take the outcome of a heartbeat, in a thread of gRPC's."""
+        pulse = self.desk.crew.pulse
+        if fault is None:
+            self._answered_at = time.monotonic()
+            pulse.after(HEARTBEAT * random.uniform(0.9, 1.0), self._beat)
+        elif isinstance(fault, NodeForgotten):
+            self._forgotten.set()
+            self.client.end_poll()
+            pulse.after(0.5, self._beat)
+        else:
+            pulse.after(2.0, self._beat)
+            if time.monotonic() - self._answered_at > SILENCE and not self.desk.stopped.is_set():
+                self._answered_at = time.monotonic()
+                pulse.after(0.0, self.client.hang_up)
 
     # Serving ------------------------------------------------------------------------------------
 
     def _serve(self) -> None:
+        """Work off the queue, and stay a while for what comes next: threads cost an idle node memory."""
         desk = self.desk
         while True:
             with self._work:
@@ -251,12 +265,17 @@ class HomeLoop:
                 if not self._busy:
                     with desk.lane_free:
                         desk.lane_free.notify_all()
-                    self._work.wait_for(lambda: self._queue or desk.stopped.is_set())
-                if desk.stopped.is_set():
+                    self._work.wait_for(lambda: self._queue or desk.stopped.is_set(), LINGER)
+                if desk.stopped.is_set() or not self._queue:
+                    self._serving = False
+                    self._work.notify_all()
                     return
                 session, message = self._queue.popleft()
             size = array_bytes(message)
-            self._answer(message, session, side=False)
+            try:
+                self._answer(message, session, side=False)
+            except Exception:
+                logging.getLogger(__name__).exception("%s: unforeseen fault; going on", self.home.address)
             del message
             self._sweeper.dropped(size)
 
@@ -274,7 +293,7 @@ class HomeLoop:
             if side:
                 reply, packed = self._call_app(message, run_key, config, side=True)
             else:
-                with self.desk.lane:
+                with self.desk.lane, self.desk.crew.turn(metadata.message_type):
                     if moot():
                         raise MessageGone("nobody waits for it any more")
                     began = time.monotonic()

@@ -1,19 +1,13 @@
-"""A server that a node connects to, the channels to it, and what its errors mean for what to do next."""
+"""A server that a node connects to, and what its errors mean for what to do next."""
 
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import grpc
-from cryptography.hazmat.primitives.asymmetric import ec
-from flwr.client.grpc_rere_client.node_auth_client_interceptor import NodeAuthClientInterceptor
-from flwr.proto.fleet_pb2_grpc import FleetStub
 from flwr.supercore.error import ApiErrorCode, FlowerError
-from flwr.supercore.grpc import GRPC_MAX_MESSAGE_LENGTH
-from flwr.supercore.runtime_version_compatibility import RuntimeVersionMetadata
 
 #: Metadata of a poll: which process it comes from, as a copy of a device may use the same key.
 POLLER_HEADER = "espalier-poller"
@@ -78,76 +72,6 @@ class Home:
     address: str
     root_certificates: bytes | None = None
     insecure: bool = False
-
-
-class _VersionInterceptor(grpc.UnaryUnaryClientInterceptor):
-    """Says which Flower version this is, as a SuperNode does.
-
-    Flower's own interceptor ends the whole process when a server refuses the version; here it is one home's fault.
-    """
-
-    def __init__(self) -> None:
-        self._metadata = RuntimeVersionMetadata.from_local_component("SuperNode")
-
-    def intercept_unary_unary(
-        self, continuation: Callable[[Any, Any], Any], details: Any, request: Any
-    ) -> Any:
-        metadata = self._metadata.append_to_grpc_metadata(details.metadata)
-        return continuation(details._replace(metadata=metadata), request)
-
-
-class Line:
-    """A connection to a home of its own, whose calls are signed with the node's key.
-
-    Every call is begun under a lock that closing takes too: gRPC crashes the process when a call is begun on a channel
-    that was closed meanwhile.
-    """
-
-    def __init__(self, home: Home, key: ec.EllipticCurvePrivateKey) -> None:
-        options = [
-            ("grpc.max_send_message_length", GRPC_MAX_MESSAGE_LENGTH),
-            ("grpc.max_receive_message_length", GRPC_MAX_MESSAGE_LENGTH),
-            # Without it gRPC gives every channel to one address the same connection.
-            ("grpc.use_local_subchannel_pool", 1),
-            ("grpc.initial_reconnect_backoff_ms", 200),
-            ("grpc.min_reconnect_backoff_ms", 200),
-            ("grpc.max_reconnect_backoff_ms", 5000),
-        ]
-        if home.insecure:
-            channel = grpc.insecure_channel(home.address, options=options)
-        else:
-            credentials = grpc.ssl_channel_credentials(home.root_certificates)
-            channel = grpc.secure_channel(home.address, credentials, options=options)
-        self._channel = channel
-        signed = NodeAuthClientInterceptor(key, key.public_key())
-        self._stub = FleetStub(grpc.intercept_channel(channel, _VersionInterceptor(), signed))
-        self._lock = threading.Lock()
-        self._closed = False
-
-    def begin(
-        self,
-        method: str,
-        request: Any,
-        timeout: float | None = None,
-        metadata: Sequence[tuple[str, str]] | None = None,
-    ) -> Any:
-        """Begin a call of the Fleet service and return it; see :func:`outcome`.
-
-        Raises
-        ------
-        HomeUnavailable
-            If the line was closed.
-        """
-        with self._lock:
-            if self._closed:
-                raise HomeUnavailable("the connection was closed")
-            return getattr(self._stub, method).future(request, timeout=timeout, metadata=metadata)
-
-    def close(self) -> None:
-        """End the calls under way with HomeUnavailable, and refuse later ones."""
-        with self._lock:
-            self._closed = True
-            self._channel.close()
 
 
 def outcome(call: Any) -> Any:

@@ -12,6 +12,7 @@ from typing import Any
 from flwr.supercore.fab import Fab
 
 from common.errors import StateError
+from common.flower.crew import Crew
 from common.flower.home_loop import App, Desk, HomeLoop
 from common.flower.homes import Home, HomeFault, HomeRefused, MessageGone
 from common.flower.node_state import ContextStates, HomeIds, StateLock, load_key, load_or_make_key
@@ -40,6 +41,8 @@ class ResidentNode:
         Private EC key (PEM or OpenSSH); by default ``state/node.key``, made on the first start.
     side_types : frozenset of str
         Message types that are served while a long call runs, e.g. ``{"query.progress"}``.
+    crew : Crew, optional
+        What it shares with other nodes of this process; by default nothing.
     on_event : callable, optional
         Called, from several threads, with a kind and its facts (all with "home"): connected (node_id), disconnected
         (reason), unreachable (reason, untrusted), refused (reason, by_key), message (message_type, run_id, group_id,
@@ -63,6 +66,7 @@ class ResidentNode:
         node_config: Mapping[str, bool | int | float | str],
         key: Path | None = None,
         side_types: frozenset[str] = frozenset(),
+        crew: Crew | None = None,
         on_event: Callable[[str, dict[str, Any]], None] | None = None,
     ) -> None:
         if not homes or len({home.address for home in homes}) < len(homes):
@@ -76,11 +80,13 @@ class ResidentNode:
                 key=load_key(key) if key else load_or_make_key(state / "node.key"),
                 ids=HomeIds(state / "homes.json"),
                 contexts=ContextStates(state / "runs"),
+                crew=crew or Crew(),
                 tell=on_event or (lambda kind, facts: None),
             )
         except StateError:
             self._lock_file.release()
             raise
+        self._own_crew = crew is None
         # Not an Event: a signal may come while this thread holds an Event's own lock, and then waits for ever.
         self._stop_asked: queue.SimpleQueue[None] = queue.SimpleQueue()
         self._homes = {home.address: HomeLoop(self._desk, home) for home in homes}
@@ -88,20 +94,30 @@ class ResidentNode:
     def run(self) -> None:
         """Serve until :meth:`stop`; the failure of one home never ends it."""
         try:
-            for loop in self._homes.values():
-                loop.start()
+            self.start()
             while True:
                 with contextlib.suppress(queue.Empty):
                     # A signal that another thread took is only seen when this one wakes.
                     self._stop_asked.get(timeout=1.0)
                     break
         finally:
-            self._desk.stopped.set()
-            self._desk.wake()
-            end = time.monotonic() + STOP_CALL
-            for loop in self._homes.values():
-                loop.close(max(0.0, end - time.monotonic()))
-            self._lock_file.release()
+            self.close()
+
+    def start(self) -> None:
+        """Connect to the homes and serve them, in threads."""
+        for loop in self._homes.values():
+            loop.start()
+
+    def close(self) -> None:
+        """Leave the homes; a call under way is waited for a few seconds."""
+        self._desk.stopped.set()
+        self._desk.wake()
+        end = time.monotonic() + STOP_CALL
+        for loop in self._homes.values():
+            loop.close(max(0.0, end - time.monotonic()))
+        if self._own_crew:
+            self._desk.crew.stop()
+        self._lock_file.release()
 
     def stop(self) -> None:
         """Make :meth:`run` return, from any thread or signal handler; a call is waited for a few seconds."""

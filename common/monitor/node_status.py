@@ -44,6 +44,8 @@ class NodeStatus:
         Addresses of its servers.
     then : callable, optional
         Told every event after this one.
+    alone : bool
+        Whether it gives signs of life by a thread of its own; else somebody calls :meth:`touch` often enough.
 
     Attributes
     ----------
@@ -57,7 +59,9 @@ class NodeStatus:
         Payload sent to and got from the servers.
     """
 
-    def __init__(self, state: Path, homes: list[str], then: Listener | None = None) -> None:
+    def __init__(
+        self, state: Path, homes: list[str], then: Listener | None = None, *, alone: bool = True
+    ) -> None:
         self.path = state / STATUS_FILE
         self.homes = {home: HomeStatus() for home in homes}
         self.answered: Counter[str] = Counter()
@@ -68,16 +72,18 @@ class NodeStatus:
         self._then = then
         self._lock = threading.Lock()
         self._ended = threading.Event()
-        self._thread = threading.Thread(target=self._live, name="status", daemon=True)
+        self._thread = threading.Thread(target=self._live, name="status", daemon=True) if alone else None
 
     def __enter__(self) -> NodeStatus:
         self._write()
-        self._thread.start()
+        if self._thread is not None:
+            self._thread.start()
         return self
 
     def __exit__(self, *_: object) -> None:
         self._ended.set()
-        self._thread.join()
+        if self._thread is not None:
+            self._thread.join()
         self.path.unlink(missing_ok=True)
 
     def __call__(self, kind: str, facts: Mapping[str, Any]) -> None:
@@ -116,8 +122,12 @@ class NodeStatus:
 
     def _live(self) -> None:
         while not self._ended.wait(SIGN_OF_LIFE):
-            with contextlib.suppress(OSError):
-                os.utime(self.path)
+            self.touch()
+
+    def touch(self) -> None:
+        """Give a sign of life."""
+        with contextlib.suppress(OSError):
+            os.utime(self.path)
 
     def _write(self) -> None:
         with self._lock:

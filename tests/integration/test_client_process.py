@@ -11,10 +11,12 @@ import pytest
 from flwr.app import ConfigRecord
 
 from bench.stock import SuperLink, wait_until
+from common.data.spec import open_data
 from common.flower.inline import InlineFleet
+from common.flower.node_state import load_key
 from common.names import NameRegistry
 from edge.roster import Roster
-from tests.tree import LiveTree, espalier, process_environment, start_client
+from tests.tree import LiveTree, espalier, live_tree, process_environment, start_client
 
 MB = 1 << 20
 
@@ -53,6 +55,26 @@ def test_idle_client_is_one_small_process(tmp_path: Path) -> None:
         fleet.stop()
 
 
+def test_replicas_take_part_as_many_clients(tmp_path: Path) -> None:
+    """Four clients in one process: each known by its own name, key and share, and all of them train."""
+    with live_tree(tmp_path, edges=1, clients=0) as tree:
+        options = ["--replicas", "4"]
+        with start_client(tree, "r", "digits:8/16", list(tree.edges), *options):
+            run = tree.run(
+                "replicas", method="fedavg", model="cnn", rounds=2, rg=1, min_edges=1, min_clients=4
+            )
+    record = run.chronicle.record
+    assert record.faults == []
+    names = [f"r-{i:03d}" for i in range(4)]
+    for window in record.windows:
+        assert sorted(p.client for p in window.rounds[0].participants) == names
+        assert all(p.signed for p in window.rounds[0].participants)
+    keys = [load_key(tmp_path / "r" / name / "node.key") for name in names]
+    assert len({key.private_numbers().private_value for key in keys}) == 4
+    shares = [len(open_data(f"digits:{8 + i}/16")) for i in range(4)]
+    assert [record.clients[name].samples for name in names] == shares
+
+
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
@@ -62,6 +84,8 @@ def test_idle_client_is_one_small_process(tmp_path: Path) -> None:
         (["--data", "digits", "--edge", "nonsense"], "nonsense"),
         (["--data", "digits", "--edge", "192.0.2.7:9093"], "--insecure"),
         (["--app", "client.app:app"], "rename yours"),
+        (["--data", "digits", "--replicas", "2", "--key", "k"], "--replicas goes without"),
+        (["--data", "digits:1/4", "--replicas", "4"], "need 5 shares, not 4"),
         (["--app", "no_such_module:app"], "no_such_module"),
         (["--app", "json:dumps"], "not a flwr ClientApp"),
     ],

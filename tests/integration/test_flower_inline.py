@@ -204,7 +204,7 @@ def test_a_node_that_is_gone_is_not_waited_for(tmp_path: Path) -> None:
 def test_silence_after_a_pause_of_the_server_is_not_taken_for_death(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(FleetClient, "beat", lambda self: None)
+    monkeypatch.setattr(FleetClient, "beat", lambda self, ended: None)
     with fleet() as server, resident(app, tmp_path, address(server)):
         grid = server.open_run()
         nodes = online(server, 1)

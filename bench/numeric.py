@@ -1,0 +1,122 @@
+"""Clients without training, as a process: `python -m bench.numeric STATE COUNT HOST:PORT…`.
+
+They answer a plan with what they were sent, a little changed, so that what a round costs is the tree's own. Hellos,
+reports and signatures are a client's. A process holds COUNT nodes as `espalier client --replicas` does, each with its
+own key and state, dealt to the edges in turn; once all are connected it writes STATE/ready.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import queue
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+from flwr.app import ConfigRecord, Context, Message, RecordDict
+
+from client.device import Device
+from client.replicas import AT_ONCE, LINES, Replicas
+from client.reply import pack_reply
+from common.flower.crew import Crew
+from common.flower.resident import Home, ResidentNode
+from common.run.stopping import stop_on_signals
+from common.wire import control
+from common.wire.hello import device_facts
+from common.wire.payload import Weights
+from proto import espalier_pb2 as pb
+
+#: What every client says it holds: one image of digits' shape, of the first of its classes.
+SHAPE, CLASSES = (1, 8, 8), tuple("0123456789")
+#: A question that a client answers with the time (Unix seconds) at which it came.
+WAKE = "query.wake"
+
+
+class NumericClient:
+    """A client whose update is what it received, scaled by a factor of its own.
+
+    Every update is thus another object: none is there already when it is to be sent.
+
+    Parameters
+    ----------
+    name : str
+        Its name.
+    state : Path
+        Folder of its node key.
+    number : int
+        Which client of the process it is.
+    """
+
+    def __init__(self, name: str, state: Path, number: int) -> None:
+        self._device = Device(name, data="", device="cpu", state=None, key=state / "node.key")
+        self._factor = np.float32(1.0 - 1e-6 * (1 + number))
+
+    def __call__(self, message: Message, context: Context) -> Message:
+        """Answer a hello, a question when it came, or a plan."""
+        if message.metadata.message_type == WAKE:
+            return Message(RecordDict({"came": ConfigRecord({"at": time.time()})}), reply_to=message)
+        if message.metadata.message_type == control.HELLO:
+            return Message(control.control_content(self._hello()), reply_to=message)
+        plan = control.decode(pb.RoundPlan, control.plan_bytes(message), "edge")
+        weights = control.read_weights(message, control.plan_layout(plan, "edge"), "edge")
+        update = Weights(
+            weights.layout, {kind: flat * self._factor for kind, flat in weights.buffers.items()}
+        )
+        report = pb.ClientReport(
+            schema=control.SCHEMA,
+            run=plan.run,
+            window=plan.window,
+            round=plan.round,
+            client=self._device.name,
+            samples=1,
+            steps=1,
+            metrics={"lr-sum": 1.0},
+        )
+        return Message(pack_reply(self._device, plan, report, update), reply_to=message)
+
+    def _hello(self) -> pb.ClientHello:
+        counts = [1.0] + [0.0] * (len(CLASSES) - 1)
+        return pb.ClientHello(
+            schema=control.SCHEMA,
+            name=self._device.name,
+            samples=1,
+            histogram=pb.LabelHistogram(counts=counts),
+            facts=facts(),
+            image_shape=SHAPE,
+            classes=CLASSES,
+            data="numeric",
+        )
+
+
+@functools.cache
+def facts() -> pb.DeviceFacts:
+    """Describe this machine once for all clients of the process."""
+    return device_facts("cpu")
+
+
+def main() -> None:
+    """Serve until SIGTERM."""
+    folder, count, edges = Path(sys.argv[1]), int(sys.argv[2]), sys.argv[3:]
+    stopped: queue.SimpleQueue[None] = queue.SimpleQueue()
+    stop_on_signals(lambda: stopped.put(None))
+    crew = Crew(LINES, one_at_a_time=True, at_once=AT_ONCE)
+    nodes = []
+    for number in range(count):
+        state = folder / f"{number:04d}"
+        app = NumericClient(f"{folder.name}-{number:04d}", state, number)
+        homes = [Home(edges[number % len(edges)], insecure=True)]
+        nodes.append(ResidentNode(app, homes, state, node_config={}, crew=crew))
+    with Replicas(nodes, crew):
+        for node in nodes:
+            node.wait_connected(60)
+        (folder / "ready").touch()
+        while True:
+            with contextlib.suppress(queue.Empty):
+                stopped.get(timeout=1.0)
+                return
+
+
+if __name__ == "__main__":
+    main()
