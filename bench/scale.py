@@ -87,25 +87,31 @@ def numeric(folder: Path, clients: int, edges: Sequence[str]) -> Iterator[psutil
 
 
 @contextmanager
-def tree(folder: Path, clients: int, edges: int) -> Iterator[Tree]:
-    """Run a stock SuperLink, edge processes and the clients; the cloud's ServerApp is this process."""
+def edge_processes(folder: Path, cloud: str, count: int) -> Iterator[tuple[list[psutil.Process], list[str]]]:
+    """Run edges below a cloud; yield their processes and addresses."""
     with ExitStack() as stack:
-        link = stack.enter_context(superlink(folder / "link"))
-        addresses, processes = [], []
-        for number in range(1, edges + 1):
+        files, processes = [], []
+        for number in range(1, count + 1):
             name = f"edge-{number}"
             state = folder / name
-            command = espalier_command("edge", "--name", name, "--cloud", link.fleet)
+            command = espalier_command("edge", "--name", name, "--cloud", cloud)
             command += ["--listen", "127.0.0.1:0", "--state", str(state)]
             process = stack.enter_context(
                 running(command, folder / f"{name}.log", environment(folder / "home", **espalier_env()))
             )
             processes.append(psutil.Process(process.pid))
-            addresses.append(state / "address")
-        wait_until(lambda: all(a.exists() and a.read_text().endswith("\n") for a in addresses), 120, "edges")
-        below = stack.enter_context(
-            numeric(folder / "c", clients, [address.read_text().strip() for address in addresses])
-        )
+            files.append(state / "address")
+        wait_until(lambda: all(f.exists() and f.read_text().endswith("\n") for f in files), 120, "the edges")
+        yield processes, [file.read_text().strip() for file in files]
+
+
+@contextmanager
+def tree(folder: Path, clients: int, edges: int) -> Iterator[Tree]:
+    """Run a stock SuperLink, edge processes and the clients; the cloud's ServerApp is this process."""
+    with ExitStack() as stack:
+        link = stack.enter_context(superlink(folder / "link"))
+        processes, addresses = stack.enter_context(edge_processes(folder, link.fleet, edges))
+        below = stack.enter_context(numeric(folder / "c", clients, addresses))
         tiers = {"edges": processes, "clients": [below], "link": [psutil.Process(link.pid)]}
         yield Tree(folder, link, tiers | {"cloud": [psutil.Process()]})
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import random
 import threading
 import time
 from collections import deque
@@ -19,6 +18,7 @@ from common.errors import StateError
 from common.flower.backoff import Backoff, PollPace
 from common.flower.crew import Crew
 from common.flower.fleet_client import FleetClient, Pulled
+from common.flower.heartbeat import Heartbeat
 from common.flower.homes import (
     Home,
     HomeFault,
@@ -32,7 +32,6 @@ from common.flower.memory import Sweeper
 from common.flower.node_state import ContextStates, HomeIds
 from common.flower.payloads import Packed, PayloadError, array_bytes, pack
 from common.flower.run_info import RUN_RECORD, RunInfo, UserConfig, parse_run_record
-from common.run.timeouts import HEARTBEAT, SILENCE
 
 BACKOFF_CAP = 10.0
 LINGER = 5.0  # seconds that a working thread waits for the next message
@@ -84,11 +83,10 @@ class HomeLoop:
         self.connected = False
         self._told = False
         self._refusal = ""
-        self._forgotten = threading.Event()
+        self._heartbeat = Heartbeat(self.client, desk.crew.pulse, desk.stopped)
         self._queue: deque[tuple[int, Message]] = deque()
         self._busy = False
         self._serving = False
-        self._answered_at = time.monotonic()
         self._work = threading.Condition()
         self._session = 0
         self._sweeper = Sweeper()
@@ -99,7 +97,7 @@ class HomeLoop:
     def start(self) -> None:
         """Start polling, and the heartbeats."""
         self._poller.start()
-        self.desk.crew.pulse.after(random.uniform(0.5, 1.0), self._beat)
+        self._heartbeat.start()
 
     def _guard(self, target: Callable[[], None]) -> None:
         """Start a thread's work again after a fault that nobody foresaw: a node that only seems alive is worst."""
@@ -145,7 +143,7 @@ class HomeLoop:
         stopped = self.desk.stopped
         while not stopped.is_set():
             try:
-                if self._forgotten.is_set() or not joined:
+                if self._heartbeat.forgotten.is_set() or not joined:
                     joined = False
                     self._join()
                     joined = True
@@ -183,7 +181,7 @@ class HomeLoop:
     def _join(self) -> None:
         node_id = self.client.join(self.desk.ids.get(self.home.address))
         self._session += 1
-        self._forgotten.clear()
+        self._heartbeat.forgotten.clear()
         self.desk.ids.set(self.home.address, node_id)
         self._set_connected(True)
 
@@ -223,36 +221,6 @@ class HomeLoop:
             if not self._serving:
                 self._serving = True
                 threading.Thread(target=self._serve, name=f"work {self.home.address}", daemon=True).start()
-
-    # Heartbeat ----------------------------------------------------------------------------------
-
-    def _beat(self) -> None:
-        if self.desk.stopped.is_set():
-            return
-        if not self.client.node_id or self._forgotten.is_set():
-            self._answered_at = time.monotonic()
-            self.desk.crew.pulse.after(0.5, self._beat)
-            return
-        try:
-            self.client.beat(self._beaten)
-        except HomeFault as fault:
-            self._beaten(fault)
-
-    def _beaten(self, fault: HomeFault | None) -> None:
-        """Take the outcome of a heartbeat, in a thread of gRPC's."""
-        pulse = self.desk.crew.pulse
-        if fault is None:
-            self._answered_at = time.monotonic()
-            pulse.after(HEARTBEAT * random.uniform(0.9, 1.0), self._beat)
-        elif isinstance(fault, NodeForgotten):
-            self._forgotten.set()
-            self.client.end_poll()
-            pulse.after(0.5, self._beat)
-        else:
-            pulse.after(2.0, self._beat)
-            if time.monotonic() - self._answered_at > SILENCE and not self.desk.stopped.is_set():
-                self._answered_at = time.monotonic()
-                pulse.after(0.0, self.client.hang_up)
 
     # Serving ------------------------------------------------------------------------------------
 

@@ -50,10 +50,19 @@ def test_channels_are_shared_and_one_that_was_left_gets_nobody_new() -> None:
 
 
 def test_a_pulse_calls_in_time_and_outlives_a_fault() -> None:
-    pulse, said = Pulse(), []
+    pulse = Pulse()
+    said: list[str] = []
     done = threading.Event()
-    pulse.after(0.2, lambda: (said.append("late"), done.set()))
-    pulse.after(0.0, lambda: 1 // 0)
+
+    def late() -> None:
+        said.append("late")
+        done.set()
+
+    def fail() -> None:
+        raise RuntimeError("nobody foresaw this")
+
+    pulse.after(0.2, late)
+    pulse.after(0.0, fail)
     pulse.after(0.01, lambda: said.append("early"))
     assert done.wait(5)
     assert said == ["early", "late"]

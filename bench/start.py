@@ -1,0 +1,136 @@
+"""Measures starts: the demonstration until its first training step, a client until it is connected."""
+
+from __future__ import annotations
+
+import os
+import re
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import psutil
+
+from bench.report import Outcome, Row, Target, run
+from bench.stock import environment, running, wait_until
+from common.flower.inline import InlineFleet
+from common.run.processes import espalier_command, espalier_env
+
+ABOUT = "Seconds from a command to what it is for"
+LIMIT_SECONDS = 300.0
+TRAINED = re.compile(r"round 1: trained (\d+\.\d) s")
+TIERS = {"espalier edge": "edge.service", "torch alone": "torch", "espalier client": "client.app"}
+
+
+def imports(module: str) -> float:
+    """Return the seconds of a process that imports a module and ends."""
+    began = time.perf_counter()
+    env = {**os.environ, **espalier_env()}
+    subprocess.run([sys.executable, "-c", f"import {module}"], check=True, env=env)
+    return time.perf_counter() - began
+
+
+def client(folder: Path) -> tuple[float, float]:
+    """Return wall and processor seconds from `espalier client` until its edge counts it as connected."""
+    server = InlineFleet("127.0.0.1:0")
+    server.start()
+    try:
+        command = espalier_command("client", "--name", "c", "--edge", f"127.0.0.1:{server.port}")
+        command += ["--data", "digits:0/4", "--state", str(folder / "state"), "--device", "cpu"]
+        began = time.perf_counter()
+        with running(command, folder / "log", environment(folder, **espalier_env())) as process:
+            wait_until(server.nodes, LIMIT_SECONDS, "the client")
+            took = time.perf_counter() - began
+            times = psutil.Process(process.pid).cpu_times()
+            return took, times.user + times.system
+    finally:
+        server.stop(0.2)
+
+
+def demo(folder: Path, clients: int) -> tuple[float, float]:
+    """Return wall seconds from `espalier demo` to its first training step, and processor seconds by then.
+
+    A client logs the end of its first training and how long that took, to a tenth of a second.
+    """
+    out = folder / "run"
+    command = espalier_command("demo", "--clients", str(clients), "--out", str(out), "-c", "rounds=1")
+    command += ["-c", "rg=1", "-c", "prune-at=1", "-c", "eval-samples=16", "-c", "sample-steps=1"]
+    env = {**os.environ, **espalier_env(), "XDG_STATE_HOME": str(folder)}
+    began = time.perf_counter()
+    first: list[float] = []
+    spent = [0.0]
+    with running(command, folder / "log", env) as process:
+        tree = psutil.Process(process.pid)
+
+        def trained() -> bool:
+            if process.poll() is not None:
+                raise RuntimeError(f"the demonstration ended: {(folder / 'log').read_text()[-800:]}")
+            for log in (out / "processes").glob("client-*.log"):
+                if found := TRAINED.search(log.read_text(encoding="utf-8", errors="replace")):
+                    spent[0] = _processor_seconds(tree)
+                    first.append(time.perf_counter() - began - float(found[1]))
+            return bool(first)
+
+        wait_until(trained, LIMIT_SECONDS, "the first training")
+    return min(first), spent[0]
+
+
+def _processor_seconds(tree: psutil.Process) -> float:
+    total = 0.0
+    for process in (tree, *tree.children(recursive=True)):
+        times = process.cpu_times()
+        total += times.user + times.system
+    return total
+
+
+def measure(tiny: bool) -> Outcome:
+    """Time each start several times; the first client, which fills the caches of files, does not count."""
+    outcome = Outcome()
+    times = 1 if tiny else 3
+    for name, module in list(TIERS.items())[: 1 if tiny else None]:
+        outcome.rows.append(row(f"import for {name}", [imports(module) for _ in range(times)], []))
+    with tempfile.TemporaryDirectory(prefix="start-") as name:
+        folder = Path(name)
+        found = []
+        for number in range(times + (not tiny)):
+            (folder / str(number)).mkdir()
+            found.append(client(folder / str(number)))
+        found = found[not tiny :]
+        outcome.rows.append(row("espalier client, connected", *_columns(found)))
+        connected = statistics.median(wall for wall, _ in found)
+        outcome.targets.append(Target.at_most("espalier client to connected, s", connected, 4.0))
+        if not tiny:
+            demos = []
+            for number in range(2):
+                (folder / f"demo{number}").mkdir()
+                demos.append(demo(folder / f"demo{number}", 4))
+            outcome.rows.append(row("espalier demo, first training step", *_columns(demos)))
+            stepped = statistics.median(wall for wall, _ in demos)
+            outcome.targets.append(Target.at_most("espalier demo to first training step, s", stepped, 25.0))
+    outcome.notes = [
+        "cpu_s: processor time of the processes by then; of the demonstration, by the end of its first training",
+    ]
+    return outcome
+
+
+def _columns(found: Sequence[tuple[float, float]]) -> tuple[list[float], list[float]]:
+    return [wall for wall, _ in found], [cpu for _, cpu in found]
+
+
+def row(what: str, walls: Sequence[float], cpus: Sequence[float]) -> Row:
+    """Return the row of a start."""
+    return {
+        "start": what,
+        "times": len(walls),
+        "median_s": statistics.median(walls),
+        "min_s": min(walls),
+        "max_s": max(walls),
+        "cpu_s": statistics.median(cpus) if cpus else None,
+    }
+
+
+if __name__ == "__main__":
+    sys.exit(run("start", measure, ABOUT))
