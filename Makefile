@@ -48,6 +48,11 @@ soak: setup
 test-docker:
 	$(PYTHON) docker/check.py
 
+# Whole runs, one after the other; they need the machine for themselves. `make bench BENCHES=overhead` runs one.
+BENCHES ?= overhead payload aggregate security
+bench: setup
+	for name in $(BENCHES); do $(BIN)/python -m bench.$$name --out runs/bench || exit 1; done
+
 proto: setup
 	$(BIN)/python -m proto.generate
 

@@ -6,176 +6,193 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable
+from contextlib import ExitStack
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
-import psutil
-from flwr.app import ArrayRecord, Message, RecordDict
+from flwr.app import Array, ArrayRecord, Message, RecordDict
 from flwr.serverapp import Grid
 
-from bench.report import Outcome, Target, run
-from bench.stock import app_bundle, environment, running, serverapp_grid, superlink, supernode, wait_until
-from common.flower.arrays import array_from_numpy
+from bench.report import Outcome, Row, Target, run
+from bench.rounds import DEADLINE, client, one_tensor, plan_of, random_weights, setup, unet_layout
+from bench.stock import app_bundle, serverapp_grid, superlink, supernode, wait_until
 from common.flower.cloud_grid import TreeGrid
-from common.flower.inline import InlineFleet, InlineGrid
+from common.wire import control
+from common.wire.payload import Layout, Weights
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-ABOUT = "Wall time of a round with a ClientApp that only sends its arrays back"
+ABOUT = "Wall time of a round of clients that do not train, but send other numbers than they got"
 SMALL, BIG = 4096, 10_000_000  # bytes
-DEADLINE = 300.0
+EDGE, TLS, MIXED = "edge, residents", "edge, residents, TLS", "SuperLink, residents"
+STOCK, LISTED = "all stock, one array", "all stock, an array a tensor"
 CLIENT = """
-from flwr.app import Message, MetricRecord, RecordDict
+import numpy as np
+from flwr.app import Array, ArrayRecord, Message, MetricRecord, RecordDict
 from flwr.clientapp import ClientApp
 
 app = ClientApp()
 
 @app.train()
 def train(message, context):
-    content = RecordDict({"arrays": message.content["arrays"], "metrics": MetricRecord({"num-examples": 1})})
-    return Message(content, reply_to=message)
+    own = np.float32(1 + context.node_id % 4096 / 4096)
+    arrays = ArrayRecord({name: Array(array.numpy() + own) for name, array in message.content["arrays"].items()})
+    return Message(RecordDict({"arrays": arrays, "metrics": MetricRecord({"num-examples": 1})}), reply_to=message)
 """
 
-Exchange = Callable[[list[Message]], Sequence[Message]]
+
+@dataclass(frozen=True)
+class Case:
+    """What is sent to how many clients, and how often for ours, for our nodes at a SuperLink, and for all stock."""
+
+    clients: int
+    layout: Layout
+    ours: int
+    mixed: int
+    stock: int
+    listed: int = 0
+
+    @property
+    def size(self) -> int:
+        """Bytes of the payload, as it is called."""
+        return SMALL if self.layout.nbytes <= SMALL else BIG
 
 
-@contextmanager
-def residents(folder: Path, address: str, count: int) -> Iterator[list[int]]:
-    """Run resident nodes, each a process; yield their process ids."""
-    root = str(Path(__file__).parents[1])
-    with ExitStack() as stack:
-        pids = []
-        for number in range(count):
-            own = folder / f"client-{number}"
-            own.mkdir(parents=True)
-            command = [sys.executable, "-m", "bench.echo_client", str(own / "state"), address]
-            process = stack.enter_context(running(command, own / "log", environment(own, PYTHONPATH=root)))
-            pids.append(process.pid)
-        yield pids
-
-
-def rounds(grid: Grid, exchange: Exchange, size: int, count: int, warm: int) -> list[float]:
-    """Time `count` rounds, after `warm` untimed ones, with a fresh payload of `size` bytes each; seconds."""
-    nodes = sorted(grid.get_node_ids())
-    generator = np.random.default_rng(0)
-    seconds = []
-    for number in range(warm + count):
-        values = generator.standard_normal(size // 4).astype(np.float32)
-        began = time.perf_counter()
-        content = RecordDict({"arrays": ArrayRecord({"flat": array_from_numpy(values)})})
-        messages = [Message(content, node, "train", ttl=DEADLINE) for node in nodes]
-        replies = exchange(messages)
-        taken = time.perf_counter() - began
-        good = [reply for reply in replies if reply.has_content()]
-        if len(good) != len(nodes):
-            raise RuntimeError(f"{len(good)} of {len(nodes)} clients answered")
-        if number >= warm:
-            seconds.append(taken)
-    return seconds
-
-
-def streamed(grid: TreeGrid | InlineGrid) -> Exchange:
-    """Return a round over a grid that yields replies as they arrive."""
-    return lambda messages: list(grid.exchange(messages, deadline=DEADLINE))
-
-
-def at_our_edge(folder: Path, clients: int, plan: dict[int, int]) -> dict[int, tuple[list[float], float]]:
+def at_our_edge(folder: Path, case: Case, *, tls: bool) -> tuple[list[float], float]:
     """Time rounds at an inline Fleet server; also the server's processor seconds per client and round."""
-    server = InlineFleet("127.0.0.1:0")
-    server.start()
-    try:
-        with residents(folder, f"127.0.0.1:{server.port}", clients):
-            wait_until(lambda: len(server.nodes()) == clients, 120, "the clients")
-            grid = server.open_run()
-            measured = {}
-            for size, count in plan.items():
-                rounds(grid, streamed(grid), size, 0, 2)
-                before = _processor_seconds()
-                seconds = rounds(grid, streamed(grid), size, count, 0)
-                measured[size] = (seconds, (_processor_seconds() - before) / clients / count)
-            grid.close()
-            return measured
-    finally:
-        server.stop(0.2)
+    with setup(folder, case.clients, tls=tls) as edge:
+        for number in range(2):
+            edge.round(number, random_weights(case.layout, number))
+        rounds = [edge.round(2 + n, random_weights(case.layout, 2 + n)) for n in range(case.ours)]
+    return [r.seconds for r in rounds], statistics.mean(r.server for r in rounds) / case.clients
 
 
-def at_a_stock_superlink(
-    folder: Path, clients: int, plan: dict[int, int], *, stock_nodes: bool, warm: int
-) -> dict[int, list[float]]:
-    """Time rounds at a stock SuperLink, with stock SuperNodes or with ours."""
+def with_residents(folder: Path, case: Case) -> list[float]:
+    """Time rounds of our nodes at a stock SuperLink."""
     with ExitStack() as stack:
         link = stack.enter_context(superlink(folder / "superlink"))
         http = stack.enter_context(serverapp_grid(link, app_bundle(CLIENT)))
-        if stock_nodes:
-            for number in range(clients):
-                stack.enter_context(supernode(folder / f"node-{number}", link.fleet))
-        else:
-            stack.enter_context(residents(folder, link.fleet, clients))
-        wait_until(lambda: len(list(http.get_node_ids())) == clients, 180, "the clients")
-        exchange: Exchange
-        if stock_nodes:
-            exchange = lambda messages: list(http.send_and_receive(messages, timeout=DEADLINE))  # noqa: E731
-        else:
-            exchange = streamed(TreeGrid(http))
-        return {size: rounds(http, exchange, size, count, warm) for size, count in plan.items()}
+        for number in range(case.clients):
+            stack.enter_context(client(folder / f"client-{number}", link.fleet))
+        wait_until(lambda: len(list(http.get_node_ids())) == case.clients, 180, "the clients")
+        grid = TreeGrid(http)
+
+        def content(weights: Weights) -> RecordDict:
+            return control.plan_content(plan_of(0, "client", case.layout), weights.to_record())
+
+        def exchange(messages: list[Message]) -> list[Message]:
+            return list(grid.exchange(messages, deadline=DEADLINE))
+
+        return timed(http, exchange, content, case.layout, case.mixed)
+
+
+def all_stock(folder: Path, case: Case, count: int, *, listed: bool) -> list[float]:
+    """Time rounds of stock SuperNodes at a stock SuperLink, with one Array or one a tensor."""
+    with ExitStack() as stack:
+        link = stack.enter_context(superlink(folder / "superlink"))
+        http = stack.enter_context(serverapp_grid(link, app_bundle(CLIENT)))
+        for number in range(case.clients):
+            stack.enter_context(supernode(folder / f"node-{number}", link.fleet))
+        wait_until(lambda: len(list(http.get_node_ids())) == case.clients, 180, "the clients")
+
+        def content(weights: Weights) -> RecordDict:
+            arrays = weights.views() if listed else weights.buffers
+            return RecordDict({"arrays": ArrayRecord({n: Array(np.asarray(a)) for n, a in arrays.items()})})
+
+        def exchange(messages: list[Message]) -> list[Message]:
+            return list(http.send_and_receive(messages, timeout=DEADLINE))
+
+        return timed(http, exchange, content, case.layout, count)
+
+
+def timed(
+    grid: Grid,
+    exchange: Callable[[list[Message]], list[Message]],
+    content: Callable[[Weights], RecordDict],
+    layout: Layout,
+    count: int,
+) -> list[float]:
+    """Time rounds after a first one that is not counted; seconds."""
+    nodes = sorted(grid.get_node_ids())
+    seconds = []
+    for number in range(1 + count):
+        weights = random_weights(layout, number)
+        began = time.perf_counter()
+        shared = content(weights)
+        replies = exchange([Message(shared, node, "train", ttl=DEADLINE) for node in nodes])
+        seconds.append(time.perf_counter() - began)
+        good = [reply for reply in replies if reply.has_content()]
+        if len(good) != len(nodes):
+            raise RuntimeError(f"{len(good)} of {len(nodes)} clients answered")
+        del replies, good
+    return seconds[1:]
 
 
 def measure(tiny: bool) -> Outcome:
     """Measure everything; with `tiny` two clients and the small payload only."""
+    small = one_tensor(SMALL)
+    if tiny:
+        cases = [Case(2, small, 10, 0, 1)]
+    else:
+        big = unet_layout(BIG)
+        cases = [
+            Case(2, small, 30, 10, 4),
+            Case(2, big, 20, 5, 3, listed=2),
+            Case(8, small, 20, 5, 2),
+            Case(8, big, 10, 3, 2),
+        ]
     outcome = Outcome()
     medians: dict[tuple[str, int, int], float] = {}
-    for clients in (2,) if tiny else (2, 8):
-        few = 1 if tiny else (4 if clients == 2 else 2)
+    for case in cases:
         with tempfile.TemporaryDirectory(prefix="overhead-") as name:
             folder = Path(name)
-            many = {SMALL: 10} if tiny else {SMALL: 30, BIG: 10}
-            ours = at_our_edge(folder / "edge", clients, many)
-            mixed = {}
-            if not tiny:
-                mixed = at_a_stock_superlink(
-                    folder / "mixed", clients, {SMALL: 10, BIG: 5}, stock_nodes=False, warm=1
-                )
-            sizes = {SMALL: few} if tiny else {SMALL: few, BIG: few}
-            stock = at_a_stock_superlink(
-                folder / "stock", clients, sizes, stock_nodes=True, warm=0 if tiny else 1
-            )
-        for size in many:
-            kinds = {"edge, residents": ours[size][0], "all stock": stock[size]}
-            if mixed:
-                kinds["SuperLink, residents"] = mixed[size]
-            for kind, seconds in kinds.items():
-                medians[kind, clients, size] = statistics.median(seconds)
-                outcome.rows.append(
-                    {  # stock_x: all stock over this; cpu_ms: the server's processor time per client and round
-                        "setup": kind,
-                        "clients": clients,
-                        "bytes": size,
-                        "median_s": statistics.median(seconds),
-                        "min_s": min(seconds),
-                        "max_s": max(seconds),
-                        "stock_x": statistics.median(stock[size]) / statistics.median(seconds),
-                        "cpu_ms": 1000 * ours[size][1] if kind.startswith("edge") else None,
-                    }
-                )
-    edge, all_stock = (
-        medians["edge, residents", 2, SMALL],
-        medians["all stock", 2, SMALL],
-    )
-    outcome.targets = [
-        Target.at_most("median round, 2 clients, 4 KB, s", edge, 0.1),
-        Target.at_least("all stock over it, ratio", all_stock / edge, 20.0),
+            found: dict[str, list[float]] = {}
+            found[EDGE], work = at_our_edge(folder / "edge", case, tls=False)
+            found[TLS], work_tls = at_our_edge(folder / "tls", case, tls=True)
+            if case.mixed:
+                found[MIXED] = with_residents(folder / "mixed", case)
+            found[STOCK] = all_stock(folder / "stock", case, case.stock, listed=False)
+            if case.listed:
+                found[LISTED] = all_stock(folder / "listed", case, case.listed, listed=True)
+        stock = statistics.median(found[STOCK])
+        for kind, seconds in found.items():
+            median = medians[kind, case.clients, case.size] = statistics.median(seconds)
+            row: Row = {
+                "setup": kind,
+                "clients": case.clients,
+                "bytes": case.size,
+                "median_s": median,
+                "min_s": min(seconds),
+                "max_s": max(seconds),
+                "stock_x": stock / median,
+                "cpu_ms": 1000 * {EDGE: work, TLS: work_tls}[kind] if kind in (EDGE, TLS) else None,
+            }
+            outcome.rows.append(row)
+    outcome.notes = [
+        "stock_x: the round of all stock with one array over this one",
+        "cpu_ms: the edge process's processor time per client and round",
+        "an array a tensor: the U-Net's 10 MB as stock Flower sends a state_dict, an object for each of its tensors",
     ]
+    outcome.targets = targets(medians)
     outcome.plots["overhead"] = lambda figure: _draw(figure, medians)
     return outcome
 
 
-def _processor_seconds() -> float:
-    times = psutil.Process().cpu_times()
-    return float(times.user + times.system)
+def targets(medians: dict[tuple[str, int, int], float]) -> list[Target]:
+    """Hold what was measured against what is asked for."""
+    found = []
+    for clients, limit in ((2, 0.05), (8, 0.15)):
+        if (edge := medians.get((EDGE, clients, SMALL))) is not None:
+            found.append(Target.at_most(f"median round, {clients} clients, 4 KB, s", edge, limit))
+            ratio = medians[STOCK, clients, SMALL] / edge
+            found.append(Target.at_least(f"all stock over it, {clients} clients, ratio", ratio, 100.0))
+    if (edge := medians.get((EDGE, 2, BIG))) is not None:
+        found.append(Target.at_most("median round, 2 clients, 10 MB of the U-Net's tensors, s", edge, 0.2))
+    return found
 
 
 def _draw(figure: Figure, medians: dict[tuple[str, int, int], float]) -> None:

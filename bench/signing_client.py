@@ -6,14 +6,13 @@ import argparse
 import signal
 from pathlib import Path
 
-import numpy as np
-from flwr.app import ArrayRecord, Context, Message
+from flwr.app import Context, Message
 
-from common.flower.arrays import array_from_numpy, numpy_view
 from common.flower.node_state import load_key
 from common.flower.payloads import content_id
 from common.flower.resident import Home, ResidentNode
 from common.wire import control
+from common.wire.payload import Weights
 from common.wire.signature import sign, statement_of
 from proto import espalier_pb2 as pb
 
@@ -29,10 +28,11 @@ def answer(message: Message, context: Context) -> Message:
         client=plan.client,
         samples=1,
     )
-    received = message.content[control.ARRAYS]
-    assert isinstance(received, ArrayRecord)
-    # Other values than were sent: objects that the server has it would not be sent again.
-    record = ArrayRecord({n: array_from_numpy(numpy_view(a) + np.float32(1)) for n, a in received.items()})
+    received = control.read_weights(message, control.plan_layout(plan, "edge"), "edge")
+    # Other numbers than were sent, and than other clients send: objects that the server has are not sent again.
+    own = 1 + context.node_id % 4096 / 4096
+    sent = {n: a + a.dtype.type(own) for n, a in received.views().items()}
+    record = Weights.fill(received.layout, sent).to_record()
     if key := context.node_config.get("key"):
         report.signed.CopyFrom(sign(statement_of(plan, report, content_id(record)), load_key(Path(str(key)))))
     return Message(control.report_content(report, record, 1, 0.0), reply_to=message)

@@ -141,6 +141,7 @@ class EdgeApp:
             if plan.inquiry:
                 return self._window_content(*window.inquire())
             report, tally = window.run()
+        del window  # its sums are in what it reports
         self.roster.refresh(grid, self._request, CLIENT_HELLO)
         report.roster.CopyFrom(self._edge_hello())
         return self._window_content(report, tally)

@@ -191,6 +191,7 @@ class EdgeWindow:
             record.clients.append(_brief(report))
             labels.append(update.labels)
             self._count(report)
+            del answer, update  # before the next one comes in
         record.seconds = time.monotonic() - start
         if len(record.clients) < max(self.plan.quorum, 1):
             detail = f"{len(record.clients)} usable replies, quorum {self.plan.quorum}"
@@ -215,6 +216,7 @@ class EdgeWindow:
         self.server.round = round_
         if round_ != self.plan.rounds[-1].round:
             self.method.step(self.server, tally)
+            self.server.weights = self.server.weights.frozen()
         self.tally = self.method.gather(self.tally, tally)
 
     def _start(self, participant: pb.Participant) -> pb.Version:

@@ -7,7 +7,7 @@ import secrets
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -285,20 +285,19 @@ class FleetClient:
             return True
 
         ordered = [object_id for object_id in packed.objects if object_id in wanted]
-        in_flight = CHUNKS_IN_FLIGHT if len(ordered) > 2 * OBJECTS_IN_FLIGHT else OBJECTS_IN_FLIGHT
-        self._all("PushObject", ordered, request, took, give_up_at, in_flight)
+        self._all("PushObject", ordered, request, took, give_up_at)
         return bool(wanted)
 
     def _all(
         self,
         method: str,
-        object_ids: Iterable[str],
+        object_ids: Sequence[str],
         request: Callable[[str], Any],
         took: Callable[[str, Any], bool],
         give_up_at: float,
-        in_flight: int = OBJECTS_IN_FLIGHT,
     ) -> None:
         """Call `method` for each object, a few at a time; repeat what fails for now or `took` declines."""
+        in_flight = CHUNKS_IN_FLIGHT if len(object_ids) > 2 * OBJECTS_IN_FLIGHT else OBJECTS_IN_FLIGHT
         waiting = deque(object_ids)
         flying: deque[tuple[str, Any]] = deque()
         backoff = Backoff(first=0.05, cap=0.5)

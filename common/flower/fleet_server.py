@@ -35,31 +35,30 @@ from flwr.server.superlink.fleet.message_handler import message_handler
 from flwr.server.superlink.linkstate import LinkStateFactory
 from flwr.supercore.constant import FLWR_IN_MEMORY_DB_NAME
 from flwr.supercore.object_store import ObjectStoreFactory
-from flwr.supercore.object_store.in_memory_object_store import InMemoryObjectStore
 from flwr.supercore.utils import get_metadata_bytes
 from flwr.superlink.federation.noop_federation_manager import NoOpFederationManager
 
 from common.flower.mailboxes import Mailboxes, MailState, poller_of
+from common.flower.payload_store import PayloadStore
 from common.flower.payloads import PayloadError, count_chunks, tree_ids
 from common.flower.uploads import Upload, Uploads
 
 UPLOADS_WAITING = 400
 REDELIVERIES = 3
 BIG_CHUNKS = 2  # more than one chunk of 5 MiB
+HUGE_CHUNKS = 13  # more than 60 MiB: a second one costs more memory than it saves time
 
 
 class Links:
     """State, store and wake-ups that the servicer and the grids of one server share."""
 
     def __init__(self, upload_slots: int) -> None:
+        self.store = PayloadStore()
         self.store_factory = ObjectStoreFactory(FLWR_IN_MEMORY_DB_NAME)
-        store = self.store_factory.store()
-        if not isinstance(store, InMemoryObjectStore):
-            raise TypeError("Flower did not make an in-memory object store")
+        self.store_factory.store_instance = self.store
         federation = NoOpFederationManager()
         self.state_factory = LinkStateFactory(FLWR_IN_MEMORY_DB_NAME, federation, self.store_factory)
-        self.state = self.state_factory.state_instance = MailState(federation, store)
-        self.store: InMemoryObjectStore = store
+        self.state = self.state_factory.state_instance = MailState(federation, self.store)
         self.mail = Mailboxes()
         self.uploads = Uploads(upload_slots)
         self.lock = threading.RLock()
@@ -212,8 +211,8 @@ class InlineFleetServicer(FleetServicer):
         if links.uploads.waiting >= UPLOADS_WAITING:
             context.abort(grpc.StatusCode.UNAVAILABLE, "too many uploads wait for their turn")
         links.give_up_upload(instruction_id)
-        big = count_chunks(request.message_object_trees[0]) >= BIG_CHUNKS
-        upload = Upload(node_id, instruction_id, big)
+        chunks = count_chunks(request.message_object_trees[0])
+        upload = Upload(node_id, instruction_id, chunks >= BIG_CHUNKS, chunks >= HUGE_CHUNKS)
         if not links.uploads.admit(upload, lambda: links.wants(instruction_id) and context.is_active()):
             if not links.wants(instruction_id):
                 links.refused_late(metadata.run_id)

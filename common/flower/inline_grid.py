@@ -7,6 +7,7 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
 from copy import deepcopy
+from functools import partial
 
 from flwr.app import Error, Message, RecordDict
 from flwr.app.constants import DEFAULT_TTL
@@ -123,6 +124,7 @@ class InlineGrid(Grid):
             if reply is None and sent.metadata.created_at + sent.metadata.ttl < now().timestamp():
                 reply = self._abandon(sent, ErrorCode.MESSAGE_UNAVAILABLE, "the message has expired")
             if reply is not None:
+                self._links.give_up_upload(message_id)
                 self._pulled_by_hand.pop(message_id, None)
                 with self._lock:
                     self._complete.discard(message_id)
@@ -212,8 +214,11 @@ class InlineGrid(Grid):
                 if quorum is not None and came == quorum:
                     end = min(end, time.monotonic() + grace)
                 size = array_bytes(reply)
-                yield reply
-                del reply
+                try:
+                    yield reply
+                finally:
+                    del reply
+                    self._links.give_up_upload(message_id)  # its slot: the next one may come now
                 sweeper.dropped(size)
         finally:
             for sent in waiting.values():
@@ -259,7 +264,7 @@ class InlineGrid(Grid):
         packed = pack(message)
         # Objects first: whoever is given the message finds all of them.
         for object_id in store.preregister(self._run_id, packed.tree):
-            store.put(object_id, packed.content(object_id))
+            store.offer(object_id, partial(packed.content, object_id))
         light = make_message(metadata=deepcopy(message.metadata), content=RecordDict())
         light.metadata.delivered_at = ""
         with links.lock:
@@ -271,7 +276,7 @@ class InlineGrid(Grid):
         return packed.message_id
 
     def _take(self, sent: Message) -> Message | None:
-        """Take a complete reply out of the store; None if it was given up meanwhile."""
+        """Take a complete reply out of the store, which keeps its upload slot; None if it was given up meanwhile."""
         links, state, store = self._links, self._links.state, self._links.store
         message_id = sent.metadata.message_id
         with state.lock:
@@ -290,7 +295,7 @@ class InlineGrid(Grid):
         except PayloadError as fault:
             return _error(sent, ErrorCode.REPLY_MESSAGE_UNAVAILABLE, f"its reply is refused: {fault}")
         finally:
-            self._forget(message_id)  # its slot too, now that only one copy is left
+            self._forget(message_id, but_slot=True)
         # What the objects say of sender and run is the sender's word; what was checked is the announcement.
         own = reply.metadata.__dict__
         own["_src_node_id"], own["_dst_node_id"] = sent.metadata.dst_node_id, SUPERLINK_NODE_ID
@@ -316,13 +321,14 @@ class InlineGrid(Grid):
             self.abandoned += 1
         return _error(sent, code, reason)
 
-    def _forget(self, message_id: str) -> None:
-        """Delete a message, its reply and the objects of both, and free its upload slot."""
+    def _forget(self, message_id: str, *, but_slot: bool = False) -> None:
+        """Delete a message, its reply and the objects of both, and free its upload slot unless that is still held."""
         links = self._links
         with links.lock:
             links.outstanding.pop(message_id, None)
             links.redelivered.pop(message_id, None)
-        links.give_up_upload(message_id)
+        if not but_slot:
+            links.give_up_upload(message_id)
         links.state.delete_messages({message_id})
         links.store.delete(message_id)
         links.uploads.wake()

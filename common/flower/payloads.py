@@ -7,7 +7,7 @@ import json
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import cast
+from io import BytesIO
 
 from flwr.app import Array, ArrayRecord, Message, RecordDict
 from flwr.app.message.arraychunk import ArrayChunk
@@ -29,7 +29,7 @@ class PayloadError(ValueError):
     """The objects of a received message do not fit together."""
 
 
-def _chunk_head(size: int) -> bytes:
+def chunk_head(size: int) -> bytes:
     """Return the header that Flower puts before a chunk of `size` bytes."""
     head = f"{ArrayChunk.__qualname__}{HEAD_VALUE_DIVIDER}{HEAD_VALUE_DIVIDER}{size}"
     return head.encode() + HEAD_BODY_DIVIDER
@@ -43,7 +43,7 @@ def _slice(array: Array) -> None:
     view = memoryview(array.data)
     for start in range(0, len(view), FLWR_PRIVATE_MAX_ARRAY_CHUNK_SIZE):
         piece = view[start : start + FLWR_PRIVATE_MAX_ARRAY_CHUNK_SIZE]
-        digest = hashlib.sha256(_chunk_head(len(piece)))
+        digest = hashlib.sha256(chunk_head(len(piece)))
         digest.update(piece)
         chunks.append((digest.hexdigest(), ArrayChunk(piece)))
     array.__dict__["_chunks"] = chunks
@@ -61,7 +61,7 @@ class Packed:
         """Serialise one object."""
         held = self.objects[object_id]
         if isinstance(held, ArrayChunk):
-            return b"".join((_chunk_head(len(held.data)), held.data))
+            return b"".join((chunk_head(len(held.data)), held.data))
         return held.deflate()
 
 
@@ -172,7 +172,7 @@ class _Inflation:
         self._contents = contents
         self._verified = verified
         self._done: dict[str, InflatableObject] = {}
-        # Equal chunks are one object, so several Arrays may need it.
+        # Equal chunks are one object, so several Arrays, or one several times, may need it.
         self._uses = Counter(
             child
             for content in contents.values()
@@ -185,28 +185,51 @@ class _Inflation:
         if depth > MAX_DEPTH:
             raise ValueError("the object tree is deeper than any message")
         content = self._contents.pop(object_id)
-        kind, child_ids, size = get_object_head_values_from_object_content(content)
-        body = memoryview(content)[content.index(HEAD_BODY_DIVIDER) + len(HEAD_BODY_DIVIDER) :]
-        if len(body) != size:
-            raise ValueError(f"a {kind} has {len(body)} bytes and claims {size}")
+        kind, child_ids, body = _parts(content)
         cls = inflatable_class_registry[kind]
         held: InflatableObject
-        if cls is ArrayChunk:
-            held = ArrayChunk(body)
+        if cls is Array:
+            held = self._join(body, child_ids)
         else:
             children = {child: self.inflate(child, depth + 1) for child in child_ids}
-            if cls is Array:
-                held = _join(body, children)
-                for child in children:
-                    self._uses[child] -= 1
-                    if not self._uses[child]:
-                        del self._done[child]
-            else:
-                held = cls.inflate(content, children=children)
-            if self._verified and isinstance(held, ArrayRecord):
-                _keep_ids(held, object_id, json.loads(bytes(body)))
+            held = cls.inflate(content, children=children)
+        if self._verified and isinstance(held, ArrayRecord):
+            _keep_ids(held, object_id, json.loads(bytes(body)))
         self._done[object_id] = held
         return held
+
+    def _join(self, body: memoryview, child_ids: list[str]) -> Array:
+        """Build an Array from its chunks with one copy (Flower's own inflation makes three), chunk by chunk."""
+        described = json.loads(bytes(body))
+        order = [child_ids[int(index)] for index in described["arraychunk_ids"]]
+        if set(order) != set(child_ids) or any(int(index) < 0 for index in described["arraychunk_ids"]):
+            raise ValueError("an Array does not name each of its chunks")
+        last = {child: place for place, child in enumerate(order)}
+        joined = BytesIO()
+        for place, child in enumerate(order):
+            kind, _, chunk = _parts(self._contents[child])
+            if inflatable_class_registry[kind] is not ArrayChunk:
+                raise ValueError("an Array has children that are no chunks")
+            joined.write(chunk)
+            if place == last[child]:
+                self._uses[child] -= 1
+                if not self._uses[child]:
+                    del chunk, self._contents[child]
+        return Array(
+            dtype=str(described["dtype"]),
+            shape=tuple(int(n) for n in described["shape"]),
+            stype=str(described["stype"]),
+            data=joined.getvalue(),  # the buffer itself: BytesIO shares it
+        )
+
+
+def _parts(content: bytes) -> tuple[str, list[str], memoryview]:
+    """Return the type, the children's ids and the body of an object."""
+    kind, child_ids, size = get_object_head_values_from_object_content(content)
+    body = memoryview(content)[content.index(HEAD_BODY_DIVIDER) + len(HEAD_BODY_DIVIDER) :]
+    if len(body) != size:
+        raise ValueError(f"a {kind} has {len(body)} bytes and claims {size}")
+    return kind, child_ids, body
 
 
 def _keep_ids(record: ArrayRecord, object_id: str, array_ids: Mapping[str, str]) -> None:
@@ -214,20 +237,3 @@ def _keep_ids(record: ArrayRecord, object_id: str, array_ids: Mapping[str, str])
     for name, array in record.items():  # the record's own copies, not what it was inflated from
         array.__dict__["_object_id"], array.is_dirty = array_ids[name], False
     record.__dict__["_object_id"], record.is_dirty = object_id, False
-
-
-def _join(body: memoryview, children: Mapping[str, InflatableObject]) -> Array:
-    """Build an Array from its chunks with one copy (Flower's own inflation makes three)."""
-    described = json.loads(bytes(body))
-    chunks = list(children.values())
-    if not all(isinstance(chunk, ArrayChunk) for chunk in chunks):
-        raise ValueError("an Array has children that are no chunks")
-    order = [int(index) for index in described["arraychunk_ids"]]
-    if set(order) != set(range(len(chunks))):
-        raise ValueError("an Array does not name each of its chunks")
-    return Array(
-        dtype=str(described["dtype"]),
-        shape=tuple(int(n) for n in described["shape"]),
-        stype=str(described["stype"]),
-        data=b"".join(cast(ArrayChunk, chunks[index]).data for index in order),
-    )

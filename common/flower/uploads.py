@@ -17,6 +17,7 @@ class Upload:
     node_id: int
     instruction_id: str
     big: bool
+    huge: bool = False
     reply_id: str = ""
     session_id: str = ""
     pending: set[str] = field(default_factory=set)
@@ -29,10 +30,10 @@ class Upload:
 
 
 class Uploads:
-    """The uploads of a server, at most `slots` big ones at a time.
+    """The uploads of a server, at most `slots` big ones, or a single huge one, at a time.
 
-    A big upload holds its slot from before its first byte until the reply is taken out of the store, or
-    given up.
+    A big upload holds its slot, a huge one all of them, from before its first byte until whoever asked for the reply
+    is done with it, or it is given up.
 
     Parameters
     ----------
@@ -43,7 +44,7 @@ class Uploads:
     """
 
     def __init__(self, slots: int, stall: float = UPLOAD_STALL) -> None:
-        self._free = slots
+        self._slots = self._free = slots
         self._stall = stall
         self._lock = threading.Condition()
         self._by_instruction: dict[str, Upload] = {}
@@ -66,19 +67,19 @@ class Uploads:
         """
         with self._lock:
             self._drop_locked(upload.instruction_id)
-            if upload.big:
+            needed = self._needed(upload)
+            if needed:
                 self._waiting += 1
                 try:
-                    while wanted() and self._free == 0:
+                    while wanted() and self._free < needed:
                         self._lock.wait(1.0)
                 finally:
                     self._waiting -= 1
-                if self._free == 0:
+                if self._free < needed:
                     return False
             if not wanted():
                 return False
-            if upload.big:
-                self._free -= 1
+            self._free -= needed
             upload.progress_at = time.monotonic()
             self._by_instruction[upload.instruction_id] = upload
             return True
@@ -108,10 +109,13 @@ class Uploads:
         with self._lock:
             return self._drop_locked(instruction_id)
 
+    def _needed(self, upload: Upload) -> int:
+        return self._slots if upload.huge else int(upload.big)
+
     def _drop_locked(self, instruction_id: str) -> Upload | None:
         upload = self._by_instruction.pop(instruction_id, None)
-        if upload is not None and upload.big:
-            self._free += 1
+        if upload is not None:
+            self._free += self._needed(upload)
         self._lock.notify_all()
         return upload
 

@@ -127,17 +127,17 @@ class Tally:
 
     def means(self, former: Arrays) -> dict[str, np.ndarray]:
         """Return the mean of every tensor that somebody held; its other coordinates are the former ones."""
-        found = {}
-        for name, total in self._weighted.items():
-            weight = self._weights[name]
-            held = weight > 0
-            mean = total
-            if total.dtype.kind == "f":
-                mean = total / np.where(held, weight, 1).astype(total.dtype)
-            if not held.all():
-                mean = np.where(held, mean, former[name])
-            found[name] = mean.astype(STORED_AS[self._server[name].dtype], copy=False)
-        return found
+        return {name: self._mean(name, former) for name in self._weighted}
+
+    def _mean(self, name: str, former: Arrays) -> np.ndarray:
+        total, weight = self._weighted[name], self._weights[name]
+        held = weight > 0
+        mean = total
+        if total.dtype.kind == "f":
+            mean = total / np.where(held, weight, 1).astype(total.dtype)
+        if not held.all():
+            mean = np.where(held, mean, former[name])
+        return mean.astype(STORED_AS[self._server[name].dtype], copy=False)
 
     def held(self, name: str) -> np.ndarray:
         """Return which coordinates of a tensor somebody held; bool, broadcasts to the tensor's shape."""
@@ -165,9 +165,8 @@ class Tally:
 
         Coordinates of a mean that nobody held are those of `former`, or else what changes neither sum nor maximum.
         """
-        nothing = {n: np.full(v.shape, _lowest(v.dtype)) for n, v in self._weighted.items()}
-        arrays = dict(self.means(former or nothing))
-        arrays |= {
+        means = Layout(tuple(self._server[n] for n in self._weighted))
+        arrays = {
             WEIGHT + name: np.array(weight)
             for name, weight in self._weights.items()
             if not (weight.size == 1 and float(weight.flat[0]) == self.weight)
@@ -180,7 +179,15 @@ class Tally:
         }
         arrays |= {ROWS + name: array for name, array in self.stacked_rows().items()}
         scalars = {NOMINAL: self.weight} | {COUNT + name: value for name, value in self.counts.items()}
-        return Weights.pack(arrays), scalars
+        others = Layout.of(arrays)
+        whole = Weights.empty(Layout((*means.tensors, *others.tensors)))
+        views = whole.views()
+        # One mean at a time: all of them beside the tally and the report would be a third model.
+        for name, total in self._weighted.items():
+            views[name][...] = self._mean(name, former or {name: _lowest(total.dtype)})
+        for name, array in arrays.items():
+            views[name][...] = array
+        return whole, scalars
 
     def absorb(self, report: Weights, scalars: Mapping[str, float], scale: float = 1.0) -> None:
         """Merge an edge's report.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 
 import numpy as np
@@ -153,10 +153,13 @@ class Weights:
         What lies where.
     buffers : dict[str, np.ndarray]
         One 1-D array per dtype of the layout, of exactly its length.
+    record : ArrayRecord or None
+        What the buffers are read-only views of, so that they can be sent on without a copy.
     """
 
     layout: Layout
     buffers: dict[str, np.ndarray]
+    record: ArrayRecord | None = field(default=None, compare=False, repr=False)
 
     @classmethod
     def pack(cls, arrays: Mapping[str, np.ndarray]) -> Weights:
@@ -164,9 +167,14 @@ class Weights:
         return cls.fill(Layout.of(arrays), arrays)
 
     @classmethod
+    def empty(cls, layout: Layout) -> Weights:
+        """Return buffers of a layout, to be filled."""
+        return cls(layout, {d: np.empty(n, STORED_AS[d]) for d, n in layout.lengths.items()})
+
+    @classmethod
     def fill(cls, layout: Layout, arrays: Mapping[str, np.ndarray]) -> Weights:
         """Copy arrays into new buffers of a given layout (bfloat16 tensors come as their uint16 bits)."""
-        weights = cls(layout, {d: np.empty(n, STORED_AS[d]) for d, n in layout.lengths.items()})
+        weights = cls.empty(layout)
         for name, view in weights.views().items():
             np.copyto(view, arrays[name], casting="no")
         return weights
@@ -187,8 +195,15 @@ class Weights:
         return sum(b.nbytes for b in self.buffers.values())
 
     def to_record(self) -> ArrayRecord:
-        """Return an ArrayRecord with one flat Array per dtype."""
+        """Return an ArrayRecord with one flat Array per dtype; it is not to be changed."""
+        if self.record is not None:
+            return self.record
         return ArrayRecord({dtype: array_from_numpy(buffer) for dtype, buffer in self.buffers.items()})
+
+    def frozen(self) -> Weights:
+        """Return the same numbers as read-only views of what is sent, so that they lie in memory once."""
+        record = self.to_record()
+        return Weights(self.layout, {dtype: numpy_view(record[dtype]) for dtype in self.buffers}, record)
 
     @classmethod
     def from_record(cls, record: ArrayRecord, layout: Layout, sender: str) -> Weights:
@@ -224,7 +239,7 @@ class Weights:
             if buffer.shape != (length,):
                 raise WireError(sender, f"the {dtype} buffer has shape {buffer.shape}, expected ({length},)")
             buffers[dtype] = buffer
-        weights = cls(layout, buffers)
+        weights = cls(layout, buffers, record)
         if fault := weights.not_finite():
             raise WireError(sender, fault)
         return weights

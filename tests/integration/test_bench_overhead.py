@@ -14,9 +14,13 @@ def test_overhead() -> None:
     assert done.returncode == 0, done.stderr
     result = json.loads(done.stdout)
     assert result["bench"] == "overhead"
-    edge, stock = result["rows"]
-    assert (edge["clients"], edge["bytes"]) == (stock["clients"], stock["bytes"]) == (2, 4096)
-    targets = {target["name"]: target for target in result["targets"]}
-    # The absolute target, 0.1 s, is for a machine that does nothing else; the ratio holds on any.
-    assert targets["median round, 2 clients, 4 KB, s"]["limit"] == 0.1
-    assert targets["all stock over it, ratio"]["holds"], result
+    rows = {row["setup"]: row for row in result["rows"]}
+    assert set(rows) == {"edge, residents", "edge, residents, TLS", "all stock, one array"}
+    assert all((row["clients"], row["bytes"]) == (2, 4096) for row in rows.values())
+    limits = {target["name"]: target["limit"] for target in result["targets"]}
+    # The targets are for a machine that does nothing else; here only that there is a wide gap.
+    assert limits == {
+        "median round, 2 clients, 4 KB, s": 0.05,
+        "all stock over it, 2 clients, ratio": 100.0,
+    }
+    assert rows["edge, residents"]["stock_x"] > 20, result

@@ -1,0 +1,136 @@
+"""A process whose memory is measured while it adds up replies: `python -m bench.aggregating edge|fedavg …`.
+
+``edge STATE CLIENTS BYTES TENSORS`` prints its port, waits for its clients, serves one window of one round by the
+edge's own code, and prints what that took. ``fedavg CLIENTS BYTES TENSORS`` aggregates replies that it makes itself.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+import psutil
+from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Message, MetricRecord, RecordDict
+from flwr.supercore.task_identity import TaskIdentity
+
+from bench.stock import wait_until
+from common.wire import control
+from common.wire.payload import Layout, TensorSpec, Weights
+from proto import espalier_pb2 as pb
+
+#: Seconds an edge waits for its clients and its round.
+PATIENCE = 600.0
+
+
+def layout_of(size: int, tensors: int) -> Layout:
+    """Return the layout of `tensors` equal tensors of `size` bytes together."""
+    return Layout(tuple(TensorSpec(f"block{i}", "float32", (size // 4 // tensors,)) for i in range(tensors)))
+
+
+def start_of(layout: Layout) -> Weights:
+    """Return what a round starts from."""
+    numbers = np.random.default_rng(1).random(layout.lengths["float32"], np.float32)
+    return Weights(layout, {"float32": numbers})
+
+
+def peak() -> int:
+    """Return the largest resident memory of this process since :func:`forget_peak`, in bytes."""
+    status = Path("/proc/self/status").read_text()
+    return 1024 * int(status.partition("VmHWM:")[2].split()[0])
+
+
+def forget_peak() -> int:
+    """Forget the peak so far; return the resident memory now."""
+    Path("/proc/self/clear_refs").write_text("5")
+    return int(psutil.Process().memory_info().rss)
+
+
+def edge(state: Path, clients: int, size: int, tensors: int) -> dict[str, Any]:
+    """Serve one round as `espalier edge` does, without the link to a cloud."""
+    from common.flower.inline import InlineFleet
+    from common.flower.local import LocalCloud
+    from common.run.config import RunConfig
+    from edge.app import EdgeApp
+
+    TaskIdentity.task_id, TaskIdentity.run_id, TaskIdentity.node_id = 1, 1, 1
+    fleet = InlineFleet("127.0.0.1:0")
+    fleet.start()
+    print(fleet.port, flush=True)
+    app = EdgeApp("edge", fleet, state, LocalCloud())
+    wait_until(lambda: len(fleet.nodes()) == clients, PATIENCE, "the clients")
+    context = Context(run_id=1, node_id=1, node_config={}, state=RecordDict(), run_config={})
+    layout = layout_of(size, tensors)
+    hello = app(
+        _message(control.HELLO, RecordDict({control.CONFIG: ConfigRecord({"run": "bench"})})), context
+    )
+    known = control.read_control(pb.EdgeHello, hello, "edge")
+    plan = pb.WindowPlan(
+        schema=control.SCHEMA,
+        run="bench",
+        window=1,
+        settings=RunConfig.from_flat(
+            {"method": "fedavg", "model": "cnn", "require-signatures": False}
+        ).to_struct(),
+        architecture=pb.ArchitectureSpec(tensors=layout.to_proto().tensors),
+        round_deadline=PATIENCE,
+        quorum=clients,
+        population=clients,
+    )
+    schedule = plan.rounds.add(round=1)
+    for client in known.clients:
+        schedule.participants.add(client=client.name, edge="edge")
+    # As it comes from a link: one Array, of which the edge holds nothing but views.
+    message = _message(control.TRAIN, control.plan_content(plan, start_of(layout).to_record()))
+    idle = forget_peak()
+    began, worked = time.perf_counter(), time.process_time()
+    reply = app(message, context)
+    took = {"seconds": time.perf_counter() - began, "cpu_s": time.process_time() - worked}
+    highest = peak()
+    report = control.read_control(pb.EdgeReport, reply, "edge")
+    if len(report.rounds[0].clients) != clients:
+        raise RuntimeError(
+            f"{len(report.rounds[0].clients)} of {clients} replies were added up: {report.faults}"
+        )
+    app.close()
+    fleet.stop(0.2)
+    return {"idle": idle, "peak": highest, **took}
+
+
+def fedavg(clients: int, size: int, tensors: int) -> dict[str, Any]:
+    """Aggregate replies by Flower's FedAvg, all of which it needs at once."""
+    from flwr.serverapp.strategy import FedAvg
+
+    TaskIdentity.task_id, TaskIdentity.run_id, TaskIdentity.node_id = 1, 1, 1
+    layout = layout_of(size, tensors)
+    asked = _message(control.TRAIN, RecordDict())
+    idle = forget_peak()
+    replies = []
+    for _ in range(clients):
+        arrays = ArrayRecord({name: Array(np.asarray(a)) for name, a in start_of(layout).views().items()})
+        content = RecordDict({"arrays": arrays, "metrics": MetricRecord({"num-examples": 10})})
+        replies.append(Message(content, reply_to=asked))
+    began, worked = time.perf_counter(), time.process_time()
+    FedAvg().aggregate_train(1, replies)
+    took = {"seconds": time.perf_counter() - began, "cpu_s": time.process_time() - worked}
+    return {"idle": idle, "peak": peak(), **took}
+
+
+def _message(kind: str, content: RecordDict) -> Message:
+    return Message(content, 1, kind, ttl=2 * PATIENCE)
+
+
+def main() -> None:
+    """Measure as the arguments say; the last line printed is a JSON object."""
+    if sys.argv[1] == "edge":
+        found = edge(Path(sys.argv[2]), *cast(Any, map(int, sys.argv[3:])))
+    else:
+        found = fedavg(*cast(Any, map(int, sys.argv[2:])))
+    print(json.dumps(found), flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,124 @@
+"""Many clients that do not train, in one process: `python -m bench.crowd STATE COUNT HOST:PORT`.
+
+Their replies are views of one buffer, each from another place on, so that a crowd with big payloads fits a machine;
+and all of them are ready before the first is sent.
+"""
+
+from __future__ import annotations
+
+import signal
+import sys
+import threading
+from hashlib import sha256
+from io import BytesIO
+from pathlib import Path
+
+import numpy as np
+from flwr.app import Array, ArrayRecord, Context, Message, RecordDict
+from flwr.app.message.arraychunk import ArrayChunk
+from flwr.common.constant import FLWR_PRIVATE_MAX_ARRAY_CHUNK_SIZE, SType
+
+from common.flower.payloads import chunk_head
+from common.flower.resident import Home, ResidentNode
+from common.wire import control
+from common.wire.hello import device_facts
+from proto import espalier_pb2 as pb
+
+#: Numbers between the beginnings of two clients' views, in the buffer of their process.
+APART = 1024
+SAMPLES = 10
+DTYPE = "float32"
+
+
+class Crowd:
+    """What the clients of a process share."""
+
+    def __init__(self, count: int) -> None:
+        self._ready = threading.Barrier(count)
+        self._count = count
+        self._lock = threading.Lock()
+        self._numbers = np.zeros(0, np.float32)
+        self._facts = device_facts("cpu")
+
+    def answer(self, number: int, name: str, message: Message) -> Message:
+        """Answer a hello or a plan as client `number`."""
+        if message.metadata.message_type == control.HELLO:
+            hello = pb.ClientHello(
+                schema=control.SCHEMA,
+                name=name,
+                samples=SAMPLES,
+                histogram=pb.LabelHistogram(counts=[SAMPLES]),
+                facts=self._facts,
+                image_shape=(1, 8, 8),
+                classes=["0"],
+            )
+            return Message(control.control_content(hello), reply_to=message)
+        plan = control.decode(pb.RoundPlan, control.plan_bytes(message), "edge")
+        weights = control.read_weights(message, control.plan_layout(plan, "edge"), "edge")
+        record = self._record(number, weights.buffers[DTYPE].size)
+        message.content = RecordDict()  # what was received is not needed while the others get ready
+        del weights
+        report = pb.ClientReport(
+            schema=control.SCHEMA,
+            run=plan.run,
+            window=plan.window,
+            round=plan.round,
+            client=plan.client,
+            samples=SAMPLES,
+            steps=1,
+        )
+        self._ready.wait()
+        return Message(control.report_content(report, record, SAMPLES, 0.0), reply_to=message)
+
+    def _record(self, number: int, length: int) -> ArrayRecord:
+        """Return a payload whose bytes are a view; its header is a chunk of its own."""
+        with self._lock:
+            if self._numbers.size != length + self._count * APART:
+                drawn = np.random.default_rng().random(length + self._count * APART, np.float32)
+                self._numbers = drawn
+        values = self._numbers[number * APART :][:length]
+        head = BytesIO()
+        np.lib.format.write_array_header_1_0(head, np.lib.format.header_data_from_array_1_0(values))
+        body = values.view(np.uint8).data
+        size = FLWR_PRIVATE_MAX_ARRAY_CHUNK_SIZE
+        pieces = [ArrayChunk(memoryview(head.getvalue()))]
+        pieces += [ArrayChunk(body[start : start + size]) for start in range(0, len(body), size)]
+        record = ArrayRecord({DTYPE: Array(dtype=DTYPE, shape=(length,), stype=SType.NUMPY, data=b"")})
+        chunks = []
+        for piece in pieces:
+            digest = sha256(chunk_head(len(piece.data)))
+            digest.update(piece.data)
+            chunks.append((digest.hexdigest(), piece))
+        record[DTYPE].__dict__["_chunks"] = chunks
+        return record
+
+
+def main() -> None:
+    """Serve until SIGTERM."""
+    folder, count, edge = Path(sys.argv[1]), int(sys.argv[2]), sys.argv[3]
+    crowd = Crowd(count)
+    nodes = []
+    for number in range(count):
+        name = f"{folder.name}-{number}"
+
+        def app(message: Message, context: Context, number: int = number, name: str = name) -> Message:
+            del context
+            return crowd.answer(number, name, message)
+
+        nodes.append(ResidentNode(app, [Home(edge, insecure=True)], folder / str(number), node_config={}))
+
+    def stop(*_: object) -> None:
+        for node in nodes:
+            node.stop()
+
+    signal.signal(signal.SIGTERM, stop)
+    threads = [threading.Thread(target=node.run) for node in nodes]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        while thread.is_alive():
+            thread.join(1.0)  # so that signals are seen
+
+
+if __name__ == "__main__":
+    main()

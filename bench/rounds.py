@@ -1,0 +1,201 @@
+"""Rounds of an edge whose clients do not train: what benches of links and payloads time."""
+
+from __future__ import annotations
+
+import datetime
+import ipaddress
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import psutil
+from cryptography import x509
+from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.hazmat.primitives.hashes import SHA256
+from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat
+from flwr.app import ArrayRecord, Message
+
+from bench.stock import environment, running, wait_until
+from common.flower.inline import InlineFleet, InlineGrid
+from common.flower.payloads import content_id
+from common.wire import control
+from common.wire.payload import Layout, TensorSpec, Weights
+from common.wire.signature import check
+from proto import espalier_pb2 as pb
+
+DEADLINE = 300.0
+ROOT = Path(__file__).parents[1]
+
+
+@dataclass(frozen=True)
+class Round:
+    """What a round took.
+
+    Attributes
+    ----------
+    seconds : float
+        Wall time, from the tensors at the edge to the last reply, checked, as tensors.
+    server, clients : float
+        Processor seconds of the edge's process and of all its clients'.
+    """
+
+    seconds: float
+    server: float
+    clients: float
+
+
+@dataclass
+class Setup:
+    """An edge's Fleet server in this process, and its clients.
+
+    Attributes
+    ----------
+    server, grid : InlineFleet, InlineGrid
+        The edge's own.
+    signs : bool
+        Whether the clients sign their replies; then the signatures are checked.
+    processes : list of psutil.Process
+        The clients'.
+    """
+
+    server: InlineFleet
+    grid: InlineGrid
+    signs: bool
+    processes: list[psutil.Process]
+
+    def round(self, number: int, weights: Weights) -> Round:
+        """Do a round as an edge does, without adding anything up."""
+        nodes = {node.node_id: node.public_key for node in self.server.nodes()}
+        server, clients = worked([psutil.Process()]), worked(self.processes)
+        began = time.perf_counter()
+        record = weights.to_record()
+        plans = {node: plan_of(number, f"client-{node}", weights.layout) for node in nodes}
+        messages = [
+            Message(control.plan_content(plan, record), node, control.TRAIN) for node, plan in plans.items()
+        ]
+        answered = 0
+        for reply in self.grid.exchange(messages, deadline=DEADLINE):
+            node = reply.metadata.src_node_id
+            report = control.read_control(pb.ClientReport, reply, plans[node].client)
+            received = reply.content[control.ARRAYS]
+            assert isinstance(received, ArrayRecord)
+            if self.signs:
+                check(plans[node], report, content_id(received), nodes[node])
+            control.read_weights(reply, weights.layout, plans[node].client).views()
+            answered += 1
+        taken = time.perf_counter() - began
+        if answered != len(nodes):
+            raise RuntimeError(f"{answered} of {len(nodes)} clients answered")
+        return Round(taken, worked([psutil.Process()]) - server, worked(self.processes) - clients)
+
+
+@contextmanager
+def setup(folder: Path, clients: int, *, tls: bool = False, signs: bool = False) -> Iterator[Setup]:
+    """Run an edge's Fleet server and its clients, each a process."""
+    folder.mkdir(parents=True)
+    pair = certificate() if tls else None
+    roots = folder / "root.pem"
+    more = ["--sign"] if signs else []
+    if pair is not None:
+        roots.write_bytes(pair[0])
+        more += ["--root-certificates", str(roots)]
+    server = InlineFleet("127.0.0.1:0", certificates=None if pair is None else (pair[0], *pair))
+    server.start()
+    try:
+        with ExitStack() as stack:
+            processes = []
+            for number in range(clients):
+                process = stack.enter_context(
+                    client(folder / f"client-{number}", f"127.0.0.1:{server.port}", *more)
+                )
+                processes.append(process)
+            wait_until(lambda: len(server.nodes()) == clients, 120, "the clients")
+            grid = server.open_run()
+            yield Setup(server, grid, signs, processes)
+            grid.close()
+    finally:
+        server.stop(0.2)
+
+
+@contextmanager
+def client(folder: Path, address: str, *more: str) -> Iterator[psutil.Process]:
+    """Run one client without training."""
+    folder.mkdir(parents=True)
+    command = [sys.executable, "-m", "bench.signing_client", str(folder / "state"), address, *more]
+    with running(command, folder / "log", environment(folder, PYTHONPATH=str(ROOT))) as process:
+        yield psutil.Process(process.pid)
+
+
+def worked(processes: list[psutil.Process]) -> float:
+    """Return the processor seconds of processes so far."""
+    return sum(times.user + times.system for times in (p.cpu_times() for p in processes))
+
+
+def certificate() -> tuple[bytes, bytes]:
+    """Return a self-signed certificate of 127.0.0.1 and its private key, PEM."""
+    key = ec.generate_private_key(ec.SECP256R1())
+    name = x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, "bench")])
+    now = datetime.datetime.now(datetime.UTC)
+    builder = x509.CertificateBuilder(name, name, key.public_key(), 1, now, now + datetime.timedelta(days=1))
+    here = x509.SubjectAlternativeName([x509.IPAddress(ipaddress.ip_address("127.0.0.1"))])
+    builder = builder.add_extension(here, critical=False)
+    builder = builder.add_extension(x509.BasicConstraints(ca=True, path_length=None), critical=True)
+    private = key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption())
+    return builder.sign(key, SHA256()).public_bytes(Encoding.PEM), private
+
+
+def plan_of(number: int, client: str, layout: Layout) -> pb.RoundPlan:
+    """Return the plan of a round; a client's statement covers the tensors of its architecture."""
+    architecture = pb.ArchitectureSpec(family="unet", tensors=layout.to_proto().tensors)
+    return pb.RoundPlan(
+        schema=control.SCHEMA,
+        run="bench",
+        window=1,
+        round=number + 1,
+        client=client,
+        edge="edge",
+        architecture=architecture,
+        nonce=b"\1" * 16,
+    )
+
+
+# --- payloads ------------------------------------------------------------------------------------------
+
+
+def one_tensor(size: int, dtype: str = "float32") -> Layout:
+    """Return the layout of a single tensor of `size` bytes."""
+    return Layout((TensorSpec("flat", dtype, (size // np.dtype(dtype).itemsize,)),))
+
+
+def unet_layout(size: int | None = None, dtype: str = "float32") -> Layout:
+    """Return the tensor list of FedPhD's U-Net for CIFAR-10, all of it or shrunk.
+
+    Parameters
+    ----------
+    size : int, optional
+        Bytes: every tensor keeps its share of them, flat. By default the tensors are whole (143 MB in float32).
+    dtype : str
+        Of all tensors.
+    """
+    import torch
+
+    from common.models.unet import unet
+
+    with torch.device("meta"):
+        shapes = {name: tuple(t.shape) for name, t in unet("unet-paper", 3, 32).state_dict().items()}
+    whole = Layout(tuple(TensorSpec(name, dtype, shape) for name, shape in shapes.items()))
+    if size is None:
+        return whole
+    share = size / whole.nbytes
+    return Layout(tuple(TensorSpec(t.name, dtype, (max(1, round(t.size * share)),)) for t in whole.tensors))
+
+
+def random_weights(layout: Layout, seed: int) -> Weights:
+    """Return other numbers for every seed, for a layout of one floating dtype."""
+    [(dtype, length)] = layout.lengths.items()
+    values = np.random.default_rng(seed).random(length, np.float32)
+    return Weights(layout, {dtype: values.astype(dtype, copy=False)})

@@ -1,0 +1,38 @@
+"""The benches of big payloads run: rounds beside a plain stream, and updates added up in a process of its own."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+
+def tiny(name: str) -> dict[str, Any]:
+    command = [sys.executable, "-m", f"bench.{name}", "--tiny", "--json"]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parents[2], timeout=200)
+    assert done.returncode == 0, done.stderr
+    result: dict[str, Any] = json.loads(done.stdout)
+    assert result["bench"] == name
+    return result
+
+
+def test_payload() -> None:
+    rows = {row["setup"]: row for row in tiny("payload")["rows"]}
+    timed = ["plain gRPC stream", "plain gRPC stream, TLS", "edge", "edge, TLS", "edge, fp16"]
+    assert list(rows)[:5] == timed
+    assert all(0 < rows[setup]["min_s"] <= rows[setup]["max_s"] for setup in timed)
+    assert rows["edge, fp16"]["bytes"] * 2 == rows["edge"]["bytes"]
+    steps = [row for setup, row in rows.items() if setup.startswith("step: ")]
+    assert len(steps) == 9
+    assert all(row["median_s"] > 0 for row in steps)
+
+
+def test_aggregate() -> None:
+    result = tiny("aggregate")
+    edges = [row for row in result["rows"] if row["by"] == "edge"]
+    assert [row["updates"] for row in edges] == [2, 4]
+    assert all(row["idle_mb"] < row["peak_mb"] for row in edges)
+    # Whether four models suffice can be told for models that are larger than an interpreter.
+    assert [target["limit"] for target in result["targets"]] == [4.0, 0.6]
