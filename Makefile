@@ -49,7 +49,7 @@ test-docker:
 	$(PYTHON) docker/check.py
 
 # Whole runs, one after the other; they need the machine for themselves. `make bench BENCHES=overhead` runs one.
-BENCHES ?= overhead payload aggregate security
+BENCHES ?= overhead payload aggregate security memory start scale
 bench: setup
 	for name in $(BENCHES); do $(BIN)/python -m bench.$$name --out runs/bench || exit 1; done
 
