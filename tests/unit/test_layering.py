@@ -72,3 +72,27 @@ def test_a_process_imports_only_what_its_tier_needs(module: str, absent: list[st
     code = f"import sys, {module}; print(' '.join(m for m in {absent!r} if m in sys.modules))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)
     assert done.stdout.strip() == ""
+
+
+def test_an_edge_makes_methods_without_torch() -> None:
+    code = """
+import sys
+import edge.service
+from common.errors import ConfigError
+from common.methods.registry import create_method, method_names
+from common.models.presets import classifiers
+from common.run.config import RunConfig
+
+for name in method_names():
+    for model in ("unet-tiny", *classifiers()):
+        try:
+            create_method(RunConfig.from_flat({"method": name, "model": model}))
+        except ConfigError:
+            continue
+        break
+    else:
+        print("no model goes with", name)
+print([m for m in ("torch", "diffusers", "sklearn") if m in sys.modules])
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)
+    assert done.stdout == "[]\n"
