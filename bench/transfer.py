@@ -13,7 +13,7 @@ import numpy as np
 
 from bench.cells import Cell, Measured, Setup, run_cell, surroundings
 from bench.claims import Values, accuracies
-from bench.exchanges import TRANSFER, Generators, alone, cloud_edge_cells
+from bench.exchanges import AS_AUTHORS, HEAVY, Generators, alone, cloud_edge_cells
 from bench.report import Row, Target
 
 if TYPE_CHECKING:
@@ -32,7 +32,7 @@ VARIANTS: Mapping[str, Values] = {
     CLIPPED: {"clip-norm": 1.0},
     "FedKTL": {},
     "FedKTL, clip-norm=1": {"clip-norm": 1.0},
-    "FedKTL, a tenth of mu": {"transfer-weight": TRANSFER / 10},
+    AS_AUTHORS: {"transfer-weight": HEAVY},
     ORACLE: {},
 }
 #: Steps and batch that a judge of images takes on the whole training split; MNIST's then knows 97 %.

@@ -13,6 +13,8 @@ from typing import Any, Literal
 Mode = Literal["open", "slow", "lossy", "cut", "partition"]
 
 CHUNK = 1 << 16
+#: Connections of a proxy; more are a loop or a leak, which shall not take the other proxies' file descriptors.
+MOST = 200
 
 
 class Proxy:
@@ -73,13 +75,15 @@ class Proxy:
     def _run(self) -> None:
         asyncio.set_event_loop(self._loop)
 
-        async def listen() -> None:
+        async def listen() -> asyncio.Server:
             server = await asyncio.start_server(self._accept, "127.0.0.1", 0)
             self.port = server.sockets[0].getsockname()[1]
             self._ready.set()
+            return server
 
-        self._loop.run_until_complete(listen())
+        server = self._loop.run_until_complete(listen())
         self._loop.run_forever()
+        server.close()
         tasks = asyncio.all_tasks(self._loop)
         for task in tasks:
             task.cancel()
@@ -96,11 +100,14 @@ class Proxy:
         try:
             while self.mode == "partition":
                 await asyncio.sleep(0.05)
-            if self.mode == "cut":
+            if self.mode == "cut" or len(self._writers) > MOST:
                 return
             far_reader, far_writer = await asyncio.open_connection(*self._target)
             self._writers.add(far_writer)
+            # A port of the kernel's choice that nobody listens at may be the very one the connection is made from.
             try:
+                if far_writer.get_extra_info("sockname") == far_writer.get_extra_info("peername"):
+                    raise ConnectionRefusedError
                 await asyncio.gather(self._pump(reader, far_writer), self._pump(far_reader, writer))
             finally:
                 self._writers.discard(far_writer)

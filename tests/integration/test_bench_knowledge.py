@@ -57,6 +57,7 @@ def test_one_client_without_a_federation(tmp_path: Path, capsys: pytest.CaptureF
         ("23 shots", "local only"),
         ("23 shots", "FedKTL, mu=0"),
         ("23 shots", "FedKTL"),
+        ("23 shots", "FedKTL, mu=50"),
     ]
     assert {row["status"] for row in said["rows"]} == {"finished"}
     names = [target["name"].partition(":")[0] for target in said["targets"]]
