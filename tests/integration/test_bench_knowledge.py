@@ -53,7 +53,7 @@ def test_one_client_without_a_federation(tmp_path: Path, capsys: pytest.CaptureF
     parts = ["--parts", "cloud-edge", "transfer"]
     assert main(["--json", "--tiny", "--clients", "1", *parts, "--out", str(tmp_path)]) == 0
     said = json.loads(capsys.readouterr().out)
-    assert [(row["part"], row["method"]) for row in said["rows"][:3]] == [
+    assert [(row["part"], row["method"]) for row in said["rows"][:4]] == [
         ("23 shots", "local only"),
         ("23 shots", "FedKTL, mu=0"),
         ("23 shots", "FedKTL"),
