@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import json
 from collections.abc import Iterator, Mapping
@@ -11,6 +12,7 @@ import grpc
 import pytest
 from rich.console import Console
 
+from bench.stock import wait_until
 from common.errors import AddressError, ConfigError
 from common.monitor.ask import as_dict, ask_status, watch
 from common.monitor.health import check_health
@@ -237,9 +239,17 @@ def test_watching_and_its_bounds(server: MonitorServer) -> None:
     with pytest.raises(AddressError, match=r"interval 0\.01 s"):
         next(watch(server.address, Security(), 0.01))
     with grpc.insecure_channel(server.address) as channel:
-        calls = [MonitorStub(channel).Watch(mpb.WatchRequest(interval=30)) for _ in range(WATCHERS)]
-        for call in calls:
-            next(call)
+        calls: list[Any] = []
+
+        def all_watch() -> bool:
+            """Open one more; the server takes note of the end of the first stream when it next has news for it."""
+            call = MonitorStub(channel).Watch(mpb.WatchRequest(interval=30))
+            with contextlib.suppress(grpc.RpcError):
+                next(call)
+                calls.append(call)
+            return len(calls) == WATCHERS
+
+        wait_until(all_watch, 30, "as many watchers as there may be")
         with pytest.raises(AddressError, match=f"{WATCHERS} watch already"):
             next(watch(server.address, Security(), 1))
         assert ask_status(server.address, Security()).run.run == "r-1"  # single answers still come
