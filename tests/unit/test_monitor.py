@@ -12,7 +12,6 @@ import grpc
 import pytest
 from rich.console import Console
 
-from bench.stock import wait_until
 from common.errors import AddressError, ConfigError
 from common.monitor.ask import as_dict, ask_status, watch
 from common.monitor.health import check_health
@@ -22,6 +21,7 @@ from common.monitor.view import TreeView
 from common.security import Security
 from proto import monitor_pb2 as mpb
 from proto.monitor_pb2_grpc import MonitorStub
+from tests.support import wait_until
 
 PARTS = [{"client": "c1", "edge": "e1"}, {"client": "c2", "edge": "e1"}, {"client": "c3", "edge": "e2"}]
 VERSIONS = {"espalier": "0.1.0", "flwr": "1.39.0"}
