@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 DEMO_OUT ?= runs/demo
 
-.PHONY: setup demo test lint unit integration chaos test-chaos soak test-docker proto bench clean
+.PHONY: setup demo test lint unit integration chaos test-chaos fuzz test-fuzz soak test-docker proto bench clean
 
 setup: $(VENV)/.installed
 
@@ -19,7 +19,7 @@ $(VENV)/.installed: pyproject.toml
 demo: setup
 	$(BIN)/espalier demo --method fedphd --edges 2 --clients 4 --data digits --out $(DEMO_OUT)
 
-test: lint unit integration chaos
+test: lint unit integration chaos fuzz
 
 lint: setup
 	$(BIN)/ruff check .
@@ -40,6 +40,14 @@ chaos: setup
 CHAOS ?= 50
 test-chaos: setup
 	CHAOS=$(CHAOS) CHAOS_FROM=$(or $(CHAOS_FROM),1) CHAOS_SEED=$(CHAOS_SEED) $(BIN)/python -m pytest tests/chaos
+
+# A few hundred mutated messages here; `make test-fuzz` throws FUZZ of them, other ones with another FUZZ_SEED.
+fuzz: setup
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/fuzz
+
+FUZZ ?= 10000
+test-fuzz: setup
+	OMP_NUM_THREADS=1 FUZZ=$(FUZZ) FUZZ_SEED=$(FUZZ_SEED) $(BIN)/python -m pytest -s --timeout=1800 tests/fuzz
 
 soak: setup
 	$(BIN)/python -m tests.chaos.soak --windows 200

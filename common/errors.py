@@ -50,3 +50,12 @@ class WireError(EspalierError):
         super().__init__(f"message of {sender!r} refused: {fault}")
         self.sender = sender
         self.fault = fault
+
+
+#: What a method's arithmetic raises over numbers that make no sense: ValueError where it looked, else the others.
+UNSOUND = (ValueError, ArithmeticError, LookupError, TypeError)
+
+
+def unsound(error: Exception) -> str:
+    """Return what an `UNSOUND` error says of a message: its own words, and its kind where it was not foreseen."""
+    return str(error) if isinstance(error, ValueError) else f"{type(error).__name__}: {error}"

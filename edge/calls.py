@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 from flwr.app import ArrayRecord, ConfigRecord, Message, RecordDict
 
-from common.errors import WireError
+from common.errors import UNSOUND, WireError, unsound
 from common.flower.arrays import payload_bytes
 from common.flower.inline import InlineGrid
 from common.flower.outcomes import fault_kind
@@ -21,7 +21,7 @@ from common.methods.views import Sent, answer_layout, buffers_of, whole_view
 from common.run.reproducible import in_order
 from common.wire import control
 from common.wire.codec import Codec, create_codec
-from common.wire.payload import Layout
+from common.wire.payload import Layout, fault_of
 from common.wire.sent import SentForm
 from common.wire.signature import UNSIGNED, check
 from common.wire.update import UpdateForm
@@ -283,6 +283,8 @@ class Caller:
         told = [] if untold else [report.loss]
         if not np.isfinite([*told, *report.metrics.values()]).all():
             raise WireError(name, "a loss or another metric that is not a number")
+        # No signature covers it, and it is added up: nobody sends more than what came.
+        report.up_bytes = min(report.up_bytes, payload_bytes(reply.content))
         return report
 
     def _check_signature(
@@ -317,8 +319,8 @@ class Caller:
                 if plan.inquiry
                 else self.method.reply_layout(sent.architecture, sent.weights.layout, sent.returns, report)
             )
-        except ValueError as error:
-            raise WireError(name, str(error)) from error
+        except UNSOUND as error:
+            raise WireError(name, unsound(error)) from error
         form = UpdateForm(
             returned, sent.weights.layout, buffers_of(sent.architecture), None if plan.inquiry else self.codec
         )
@@ -326,6 +328,9 @@ class Caller:
         if fault := form.wire.difference(claimed):
             raise WireError(name, fault)
         arrays = form.decode(control.read_weights(reply, form.wire, name), received, name)
+        for tensor in form.coded.names:
+            if fault := fault_of(arrays[tensor]):
+                raise WireError(name, f"tensor {tensor!r} comes to {fault}")
         own = [n for n in arrays if n in received]
         return Update(
             name=name,

@@ -9,11 +9,13 @@ from typing import Any, TypeVar
 import numpy as np
 from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
 
-from common.errors import WireError
+from common.errors import UNSOUND, WireError, unsound
 from common.flower.arrays import array_from_numpy, numpy_view
 from common.flower.inline import InlineGrid
 from common.flower.resident import RUN_RECORD
 from common.wire.control import NUM_EXAMPLES
+from common.wire.hello import MAX_SAMPLES
+from common.wire.payload import fault_of
 
 R = TypeVar("R", ArrayRecord, MetricRecord, ConfigRecord)
 
@@ -57,28 +59,37 @@ class ReplySum:
         if examples is None or self._equal is not None:
             self._add_equal(content, sender, examples)
             return
-        arrays = {
-            name: {key: numpy_view(array) for key, array in record.items()}
-            for name, record in _of_type(content, ArrayRecord).items()
-        }
-        metrics = {name: dict(record) for name, record in _of_type(content, MetricRecord).items()}
-        configs = _of_type(content, ConfigRecord)
-        self._check(arrays, metrics, configs, sender)
-        first = self.replies == 0
-        for name, record in arrays.items():
-            sums = self._arrays.setdefault(name, {})
-            for key, value in record.items():
-                scaled = value * examples
-                sums[key] = scaled if first else sums[key] + scaled
-        for name, metric in metrics.items():
-            totals = self._metrics.setdefault(name, {})
-            for key, number in metric.items():
-                weight = 1 if key == NUM_EXAMPLES else examples
-                part = np.asarray(number) * weight
-                totals[key] = part if first else totals[key] + part
+        try:
+            arrays = {
+                name: {key: numpy_view(array) for key, array in record.items()}
+                for name, record in _of_type(content, ArrayRecord).items()
+            }
+            metrics = {name: dict(record) for name, record in _of_type(content, MetricRecord).items()}
+            configs = _of_type(content, ConfigRecord)
+            self._check(arrays, metrics, configs, sender)
+            # All of it first: what is refused half-way must not be in the sums.
+            sums = {n: self._added(r, self._arrays.get(n, {}), examples) for n, r in arrays.items()}
+            totals = {n: self._added(r, self._metrics.get(n, {}), examples) for n, r in metrics.items()}
+        except UNSOUND as error:
+            raise WireError(sender, unsound(error)) from error
+        self._arrays, self._metrics = sums, totals
         self._configs = configs
         self.examples += examples
         self.replies += 1
+
+    @staticmethod
+    def _added(values: Mapping[str, Any], sums: Mapping[str, Any], examples: float) -> dict[str, np.ndarray]:
+        """Return sums with a reply's values in them; raises ValueError where they cannot be added up."""
+        found = {}
+        for key, value in values.items():
+            part = np.asarray(value)
+            if part.dtype.kind not in "fiub" or (part.dtype.kind == "f" and (fault := fault_of(part))):
+                raise ValueError(f"{key!r} holds {fault if part.dtype.kind == 'f' else part.dtype}")
+            scaled = part * (1 if key == NUM_EXAMPLES else examples)
+            found[key] = sums[key] + scaled if key in sums else scaled
+            if found[key].shape != part.shape:
+                raise ValueError(f"{key!r} has another length than the others'")
+        return found
 
     def content(self) -> RecordDict:
         """Return the one reply that stands for all.
@@ -86,12 +97,14 @@ class ReplySum:
         Raises
         ------
         WireError
-            If nobody replied.
+            If nobody replied, or nobody with an example.
         """
         if self.replies == 0:
             raise WireError("clients", "none of them gave a usable reply")
         if self._equal is not None:
             return self._equal
+        if not self.examples:
+            raise WireError("clients", f"all of their replies have {NUM_EXAMPLES}=0, so they have no mean")
         result = RecordDict()
         for name, sums in self._arrays.items():
             result[name] = ArrayRecord({k: self._array(v / self.examples) for k, v in sums.items()})
@@ -118,8 +131,8 @@ class ReplySum:
         found = [r[NUM_EXAMPLES] for r in metrics.values() if NUM_EXAMPLES in r]
         if not found:
             return None
-        if len(found) > 1 or not isinstance(found[0], int | float) or not found[0] >= 0:
-            raise WireError(sender, f"{NUM_EXAMPLES} is {found}, expected one number >= 0")
+        if len(found) > 1 or not isinstance(found[0], int | float) or not 0 <= found[0] <= MAX_SAMPLES:
+            raise WireError(sender, f"{NUM_EXAMPLES} is {found}, expected one number from 0 to {MAX_SAMPLES}")
         return float(found[0])
 
     def _add_equal(self, content: RecordDict, sender: str, examples: float | None) -> None:
@@ -200,7 +213,7 @@ def relay(
             if reply.has_error():
                 raise WireError(sender, f"an error instead of a reply: {reply.error.reason}")
             total.add(reply.content, sender)
-        except (WireError, ValueError, TypeError) as error:
+        except WireError as error:
             faults.append(str(error))
     faults += [f"node {n}: no reply within {deadline:g} s" for n in nodes if n not in answered]
     if total.replies == 0 and faults:

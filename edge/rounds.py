@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from common.errors import ConfigError, EspalierError, WireError
+from common.errors import UNSOUND, ConfigError, EspalierError, WireError, unsound
 from common.flower.inline import InlineGrid
 from common.methods.registry import create_method
 from common.methods.selection import rating, shares, top
@@ -185,8 +185,8 @@ class EdgeWindow:
             report, update = answer.report, answer.update
             try:
                 self.method.add(tally, update, self.server)
-            except ValueError as error:
-                self.caller.fault(update.name, "refused", str(error), round_)
+            except UNSOUND as error:
+                self.caller.fault(update.name, "refused", unsound(error), round_)
                 continue
             record.clients.append(_brief(report))
             labels.append(update.labels)

@@ -17,7 +17,7 @@ from common.homogeneity import sh_score
 from common.methods.base import CloudState, Method
 from common.methods.planning import Member, Round
 from common.methods.selection import Answer
-from common.methods.tally import Tally, stacked
+from common.methods.tally import ROWS, Tally, stacked
 from common.methods.views import answer_layout, buffers_of
 from common.run.ledger import CLIENT_EDGE, EDGE_CLOUD
 from common.run.reproducible import in_order
@@ -276,6 +276,8 @@ class WindowStrategy(Strategy):
         given = {p.client for r in self._sent.rounds for p in r.participants if p.edge == name}
         if foreign := {c for c, _, _ in stacked(payload)} - given:
             raise WireError(name, f"tensors of {sorted(foreign)[:3]}, which it was not given")
+        if not self._sent.inquiry:
+            self._check_passed(payload)
         self.outcome.signatures.add(checked)
         return report, payload
 
@@ -288,6 +290,14 @@ class WindowStrategy(Strategy):
         form = UpdateForm(layout, received.layout, buffers, codec)
         payload = control.read_weights(reply, form.wire, name)
         return Weights.fill(layout, form.decode(payload, received.views(), name))
+
+    def _check_passed(self, payload: Weights) -> None:
+        """Have the method look at what the edge passes on beside its sums; raises ValueError."""
+        stacks: dict[str, dict[str, np.ndarray]] = {}
+        for client, tensor, array in stacked(payload):
+            stacks.setdefault(client, {})[tensor] = array
+        rows = {n.removeprefix(ROWS): a for n, a in payload.views().items() if n.startswith(ROWS)}
+        self.method.check_passed(stacks, rows, self.state)
 
     def _labels(self, report: pb.EdgeReport, name: str) -> np.ndarray:
         classes, counts = len(self.tree.classes), report.labels.counts

@@ -403,8 +403,12 @@ class Tree:
         found = {}
         for reply in self.grid.exchange(messages, deadline=WATCH_CALL):
             node_id = reply.metadata.src_node_id
-            if not reply.has_error():
-                found[node_id] = control.read_control(pb.Progress, reply, f"node {node_id}")
+            if reply.has_error():
+                continue
+            try:
+                found[node_id] = control.read_control(pb.Progress, reply, self.name_of(node_id))
+            except WireError as error:  # the others' are as good as before
+                log.warning("%s", error)
         return found
 
     def dismiss(self) -> None:

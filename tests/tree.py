@@ -95,7 +95,7 @@ def call_between(run: TreeRun, action: Callable[[TreeRun], None]) -> None:
 
 
 @contextmanager
-def start_edge(tree: LiveTree, name: str) -> Iterator[str]:
+def start_edge(tree: LiveTree, name: str, *more: str) -> Iterator[str]:
     """Run an edge process; yields its address."""
     state = tree.folder / name
     state.mkdir(parents=True, exist_ok=True)
@@ -105,6 +105,7 @@ def start_edge(tree: LiveTree, name: str) -> Iterator[str]:
     command = espalier(
         "edge", "--name", name, "--cloud", tree.link.fleet, "--listen", listen, "--state", str(state)
     )
+    command += more
     with running(command, tree.folder / f"{name}.log", process_environment(tree.folder)) as process:
 
         def ready() -> bool:

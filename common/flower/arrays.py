@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import tokenize
 from io import BytesIO
 from typing import Any
 
@@ -67,25 +69,43 @@ def numpy_view(array: Array) -> npt.NDArray[Any]:
     if array.stype != SType.NUMPY:
         raise ValueError(f"serialisation {array.stype!r} is not supported, only {SType.NUMPY!r}")
     stream = BytesIO(array.data)  # shares the bytes
-    version = np.lib.format.read_magic(stream)
-    if version == (1, 0):
-        shape, fortran, dtype = np.lib.format.read_array_header_1_0(stream)
-    elif version == (2, 0):
-        shape, fortran, dtype = np.lib.format.read_array_header_2_0(stream)
-    else:
-        raise ValueError(f"npy version {version} is not supported")
+    shape, fortran, dtype = _read_header(stream)
     if dtype.hasobject:
         raise ValueError(f"an array of dtype {dtype} is refused: it holds Python objects")
     if str(dtype) != array.dtype or tuple(shape) != tuple(array.shape):
         raise ValueError(
             f"header says {dtype}{list(shape)}, the Array claims {array.dtype}{list(array.shape)}"
         )
-    count = int(np.prod(shape, dtype=np.int64))
+    count = math.prod(shape)
     offset = stream.tell()
     if len(array.data) - offset != count * dtype.itemsize:
         raise ValueError(f"{len(array.data) - offset} bytes of data, expected {count * dtype.itemsize}")
     flat = np.frombuffer(array.data, dtype=dtype, count=count, offset=offset)
     return flat.reshape(shape, order="F" if fortran else "C")
+
+
+def _read_header(stream: BytesIO) -> tuple[tuple[int, ...], bool, np.dtype[Any]]:
+    """Read what an ``.npy`` header says; raises ValueError whatever is wrong with it."""
+    version = np.lib.format.read_magic(stream)
+    if version not in ((1, 0), (2, 0)):
+        raise ValueError(f"npy version {version} is not supported")
+    read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+    try:
+        shape, fortran, dtype = read(stream)
+    # numpy parses the header as a Python literal, and lets through most of what a parser raises.
+    except (
+        tokenize.TokenError,
+        SyntaxError,
+        TypeError,
+        LookupError,
+        ArithmeticError,
+        RecursionError,
+        MemoryError,
+    ) as error:
+        raise ValueError(f"its header is none ({type(error).__name__})") from error
+    if any(type(n) is not int or n < 0 for n in shape):
+        raise ValueError(f"its header says the shape {shape}")
+    return shape, fortran, dtype
 
 
 def payload_bytes(content: RecordDict) -> int:

@@ -20,9 +20,13 @@ from flwr.supercore.inflatable.inflatable_object import (
     no_object_id_recompute,
 )
 from flwr.supercore.inflatable.inflatable_utils import inflatable_class_registry
+from google.protobuf.message import DecodeError
 
 # Message, RecordDict, record, Array, chunk: nothing that Flower builds is deeper.
 MAX_DEPTH = 5
+#: Equal chunks travel once, so a message may be larger than what came of it: by so much, in bytes, and so many times.
+#: (A payload of nothing but zeros is one chunk; no more than this of them is any model's.)
+MAX_REPEATED, MAX_TIMES = 2**30, 16
 
 
 class PayloadError(ValueError):
@@ -155,7 +159,15 @@ def unpack(message_id: str, contents: dict[str, bytes], *, verified: bool = Fals
     """
     try:
         message = _Inflation(contents, verified).inflate(message_id, 1)
-    except (KeyError, IndexError, ValueError, TypeError, AttributeError) as fault:
+    except (
+        LookupError,
+        ValueError,
+        TypeError,
+        AttributeError,
+        RecursionError,
+        ArithmeticError,
+        DecodeError,
+    ) as fault:
         raise PayloadError(f"its objects do not fit together ({type(fault).__name__}: {fault})") from fault
     if not isinstance(message, Message):
         raise PayloadError(f"its root object is a {type(message).__name__}, not a Message")
@@ -172,6 +184,7 @@ class _Inflation:
         self._contents = contents
         self._verified = verified
         self._done: dict[str, InflatableObject] = {}
+        self._room = MAX_REPEATED + MAX_TIMES * sum(len(content) for content in contents.values())
         # Equal chunks are one object, so several Arrays, or one several times, may need it.
         self._uses = Counter(
             child
@@ -204,6 +217,9 @@ class _Inflation:
         order = [child_ids[int(index)] for index in described["arraychunk_ids"]]
         if set(order) != set(child_ids) or any(int(index) < 0 for index in described["arraychunk_ids"]):
             raise ValueError("an Array does not name each of its chunks")
+        self._room -= sum(len(self._contents[child]) for child in order)
+        if self._room < 0:  # a few characters may name a chunk a million times
+            raise ValueError("an Array repeats its chunks until no memory holds it")
         last = {child: place for place, child in enumerate(order)}
         joined = BytesIO()
         for place, child in enumerate(order):

@@ -58,7 +58,10 @@ def parse_run_record(values: Any) -> tuple[str, dict[str, bool | int | float | s
         raise ValueError("the record espalier.run has no run id")
     if not isinstance(raw, bytes):
         raise ValueError("the record espalier.run has no configuration")
-    config = json.loads(raw)
+    try:
+        config = json.loads(raw)
+    except RecursionError as error:
+        raise ValueError("the configuration in espalier.run is nested without end") from error
     if not isinstance(config, dict):
         raise ValueError("the configuration in espalier.run is no JSON object")
     for key, value in config.items():

@@ -10,7 +10,7 @@ import numpy as np
 from common.methods.planning import AtRandom, ByHomogeneity, EdgeChoice, Fixed, Member
 from common.methods.selection import Selection, create_selection
 from common.methods.state import CloudState, ServerState, architecture_layout, build_model
-from common.methods.tally import Tally
+from common.methods.tally import Arrays, Tally
 from common.methods.updates import Deployed, Inquiry, Update
 from common.run.config import FlatValue, RunConfig
 from common.wire.payload import Layout, TensorSpec, Weights
@@ -271,6 +271,39 @@ class Method:
     def contribute(self, tally: Tally, update: Update, server: ServerState) -> None:
         """Add what a client sent to a server's sums."""
         tally.mean(update.arrays, self.weight_of(update))
+
+    def check_passed(self, stacks: Mapping[str, Arrays], rows: Arrays, server: ServerState) -> None:
+        """Look at what an edge passes on beside its sums before the cloud takes it.
+
+        Parameters
+        ----------
+        stacks : mapping of str to mapping of str to array
+            Forwarded tensors by client.
+        rows : mapping of str to array
+            Stacked rows.
+        server : ServerState
+            The cloud's state.
+
+        Raises
+        ------
+        ValueError
+            If a step could not be taken over it. By default, if there are rows, or gradients that are none of the
+            network.
+        """
+        if rows:
+            raise ValueError(f"rows {sorted(rows)[:3]}, which nobody asked for")
+        head = "gradient/"
+        known = {head + t.name: t for t in server.architecture.tensors}
+        for client, stack in stacks.items():
+            for name, array in stack.items():
+                if not name.startswith(head):
+                    continue
+                spec = known.get(name)
+                fits = spec is not None and array.ndim == len(spec.shape) and array.dtype.kind == "f"
+                if not fits or any(
+                    n > m for n, m in zip(array.shape, spec.shape if spec else (), strict=False)
+                ):
+                    raise ValueError(f"{name!r} of {client}, which is no gradient of the network")
 
     def step(self, server: ServerState, tally: Tally) -> None:
         """Move a server's tensors on: an edge's between its rounds, the cloud's after a window."""

@@ -10,7 +10,7 @@ import numpy as np
 from common.methods.base import CloudState, Deployed, Inquiry, Method, ServerState, Update
 from common.methods.clustering import bipartition, cosine_matrix, gram_matrix, should_split, update_norms
 from common.methods.planning import Member
-from common.methods.tally import Tally
+from common.methods.tally import MAX_WEIGHT, Arrays, Tally
 from common.wire.payload import Weights
 from proto import espalier_pb2 as pb
 
@@ -78,6 +78,28 @@ class CFL(Method):
         change = {n.partition("/")[2]: a - update.received[n] for n, a in update.arrays.items()}
         tally.forward(update.name, about | change)
 
+    def check_passed(self, stacks: Mapping[str, Arrays], rows: Arrays, server: ServerState) -> None:
+        """Refuse a Δ that is none of its cluster's model, or without its cluster and weight."""
+        super().check_passed(stacks, rows, server)
+        for client, stack in stacks.items():
+            weight, cluster = stack.get(WEIGHT), stack.get(CLUSTER)
+            if (
+                weight is None
+                or cluster is None
+                or weight.shape
+                or cluster.shape
+                or cluster.dtype.kind != "i"
+            ):
+                raise ValueError(f"an update of {client} without its cluster and weight")
+            if not 0 < float(weight) <= MAX_WEIGHT:
+                raise ValueError(f"an update of {client} of the weight {float(weight)}")
+            whole = server.section(f"cluster{int(cluster)}")
+            plain = {n: a for n, a in stack.items() if "/" not in n}
+            if not whole or {n: (a.dtype, a.shape) for n, a in plain.items()} != {
+                n: (a.dtype, a.shape) for n, a in whole.items()
+            }:
+                raise ValueError(f"an update of {client} that is none of a model of cluster {int(cluster)}")
+
     def step(self, server: ServerState, tally: Tally) -> None:
         """Move every cluster's model by the mean update of its clients."""
         self._move(server, tally, {c: int(stack[CLUSTER]) for c, stack in tally.stacks.items()})
@@ -108,7 +130,7 @@ class CFL(Method):
     @staticmethod
     def _move(server: ServerState, tally: Tally, member: Mapping[str, int]) -> None:
         """Give every cluster where its clients started from plus the mean of what they changed."""
-        started, moved = tally.means(server.tensors), {}
+        started, moved = server.tensors | tally.means(server.tensors), {}
         for cluster, clients in _groups(member).items():
             stacks = [tally.stacks[c] for c in clients]
             total = sum(float(s[WEIGHT]) for s in stacks)

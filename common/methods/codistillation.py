@@ -6,12 +6,13 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
+from google.protobuf.message import DecodeError
 
 from common.methods.base import CloudState, ServerState, Update
 from common.methods.own_models import OwnModels
 from common.methods.planning import Member
 from common.methods.state import architecture_layout
-from common.methods.tally import Tally
+from common.methods.tally import Arrays, Tally
 from common.wire.payload import Layout, TensorSpec, Weights
 from proto import espalier_pb2 as pb
 
@@ -89,15 +90,37 @@ class CoDistillation(OwnModels):
             copy = {n.removeprefix(COPY): a for n, a in update.extra.items()}
             tally.forward(update.name, {SPEC: spec, **copy})
 
+    def check_passed(self, stacks: Mapping[str, Arrays], rows: Arrays, server: ServerState) -> None:
+        """Refuse a copy that is not what its description says."""
+        super().check_passed(stacks, rows, server)
+        for client, stack in stacks.items():
+            spec = _described(client, stack)
+            copy = {n: a for n, a in stack.items() if n != SPEC}
+            if fault := architecture_layout(spec).difference(
+                architecture_layout(spec).in_order(Layout.of(copy))
+            ):
+                raise ValueError(f"a copy of {client}'s network: {fault}")
+
     def step(self, server: ServerState, tally: Tally) -> None:
         """Put the new copies in the place of the old ones."""
         tensors = dict(server.tensors)
         for client, stack in sorted(tally.stacks.items()):
-            spec = pb.ArchitectureSpec.FromString(stack[SPEC].tobytes())
+            spec = _described(client, stack)
             tensors = {n: a for n, a in tensors.items() if not n.startswith(_key(client, ""))}
             tensors |= {_key(client, t.name): stack[t.name] for t in architecture_layout(spec).tensors}
             server.peers[client] = spec
         server.weights = Weights.pack(tensors)
+
+
+def _described(client: str, stack: Arrays) -> pb.ArchitectureSpec:
+    """Return the description beside a copy; raises ValueError where it is none."""
+    data = stack.get(SPEC)
+    if data is None or data.dtype != np.uint8:
+        raise ValueError(f"a copy of {client}'s network without a description")
+    try:
+        return pb.ArchitectureSpec.FromString(data.tobytes())
+    except DecodeError as error:
+        raise ValueError(f"a copy of {client}'s network with a description that is truncated") from error
 
 
 def _key(client: str, name: str) -> str:

@@ -54,7 +54,7 @@ def seed_labels(
 def seeds_layout(metrics: Mapping[str, float], image_shape: Sequence[int], settings: RunConfig) -> Layout:
     """Return the layout of a client's seeds; raises ValueError for an absurd number of them."""
     count = metrics.get("seeds", -1)
-    if count != int(count) or not 0 <= count <= 10_000:
+    if not 0 <= count <= 10_000 or count != int(count):
         raise ValueError(f"{count:g} seed images")
     shape = (int(count), *image_shape)
     return Layout((TensorSpec(SEED_IMAGES, "uint8", shape), TensorSpec(SEED_LABELS, "int64", (int(count),))))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -12,8 +12,9 @@ from common.errors import ConfigError
 from common.methods.base import CloudState, Inquiry, ServerState, Update
 from common.methods.own_models import OwnModels
 from common.methods.tables import table_in, table_layout, table_of
-from common.methods.tally import Tally
+from common.methods.tally import Arrays, Tally
 from common.seeds import seed_for
+from common.wire.class_table import TOLERANCE
 from common.wire.pairs import Pairs, to_pixels
 from common.wire.payload import Layout, Weights
 from proto import espalier_pb2 as pb
@@ -87,6 +88,21 @@ class FedKTL(OwnModels):
         table = table_in(update, "unit-prototype", classes, classes)
         tally.mean({}, 1.0)
         tally.rows({"labels": table.labels, "vectors": table.vectors})
+
+    def check_passed(self, stacks: Mapping[str, Arrays], rows: Arrays, server: ServerState) -> None:
+        """Refuse rows that are no prototypes of the run's classes."""
+        super().check_passed(stacks, {}, server)
+        if not rows:
+            return
+        labels, vectors = rows.get("labels"), rows.get("vectors")
+        if set(rows) != {"labels", "vectors"} or labels is None or vectors is None:
+            raise ValueError(f"rows {sorted(rows)[:3]}, labels and vectors are wanted")
+        if labels.dtype != np.int64 or labels.ndim != 1 or ((labels < 0) | (labels >= self.classes)).any():
+            raise ValueError("labels that are none of the run's classes")
+        if vectors.dtype != np.float32 or vectors.shape != (len(labels), self.classes):
+            raise ValueError(f"prototypes {vectors.dtype}{list(vectors.shape)} for {len(labels)} labels")
+        if (np.abs(np.linalg.norm(vectors.astype(np.float64), axis=1) - 1) > TOLERANCE).any():
+            raise ValueError("a prototype that is not of norm 1")
 
     def step(self, server: ServerState, tally: Tally) -> None:
         """Leave the pairs as they are: an edge has no generator."""

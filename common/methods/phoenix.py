@@ -11,7 +11,7 @@ from common.methods.base import CloudState, Inquiry, ServerState, Update
 from common.methods.listed import matches
 from common.methods.personal import SHARED, PersonalLayers
 from common.methods.planning import Member
-from common.methods.tally import Tally
+from common.methods.tally import Arrays, Tally
 from common.seeds import rng_for
 from common.wire.payload import Weights
 from proto import espalier_pb2 as pb
@@ -119,11 +119,22 @@ class Phoenix(PersonalLayers):
             raise ValueError(f"its loss {loss:.4g} is above {limit:.4g}, so it is left out of this round")
         super().contribute(tally, update, server)
 
+    def check_passed(self, stacks: Mapping[str, Arrays], rows: Arrays, server: ServerState) -> None:
+        """Refuse what is no loss, or no word on whether its update counts."""
+        super().check_passed(stacks, rows, server)
+        for client, stack in stacks.items():
+            loss, left_out = stack.get(LOSS), stack.get(LEFT_OUT)
+            if loss is None or loss.shape != (1,) or loss.dtype.kind != "f" or not np.isfinite(loss[0]):
+                raise ValueError(f"a note on {client} without its loss")
+            if left_out is None or left_out.shape != (1,) or left_out.dtype.kind != "b":
+                raise ValueError(f"a note on {client} that does not say whether its update counts")
+
     def central_step(self, state: CloudState, tally: Tally) -> None:
         """Move on, set the next limit, and note who has the shared images."""
         super().central_step(state, tally)
         losses = [float(stack[LOSS][0]) for stack in tally.stacks.values()]
-        state.assign({LIMIT: np.array([self.settings.quality_threshold * np.median(losses)])})
+        if losses:  # an edge may have passed none on
+            state.assign({LIMIT: np.array([self.settings.quality_threshold * np.median(losses)])})
         # The state of a client that was left out goes back to before the round, the images with it.
         counted = (client for client, stack in tally.stacks.items() if not stack[LEFT_OUT][0])
         state.extra |= {GIVEN + client: np.ones(1) for client in counted}

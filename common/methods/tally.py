@@ -18,6 +18,10 @@ NOMINAL, COUNT = "weight", "count/"
 
 Arrays = Mapping[str, np.ndarray]
 
+#: Largest weight of one update, and of an edge's sum: times the largest number that is let in
+#: (`common.wire.payload.fault_of`) a float32 still holds it.
+MAX_WEIGHT, MAX_TOTAL = 1e15, 1e18
+
 
 class Tally:
     """Sums over updates that merge: edge tallies absorbed at the cloud are the tally over all clients.
@@ -78,9 +82,9 @@ class Tally:
         ------
         ValueError
             If a tensor is none of the server's, larger than the server's or of another kind of number, or
-            the weight is negative or not finite. Then nothing was added.
+            the weight is negative, absurdly large or not finite. Then nothing was added.
         """
-        if not (weight >= 0 and math.isfinite(weight)):
+        if not 0 <= weight <= MAX_WEIGHT:  # NaN fails here, too
             raise ValueError(f"the aggregation weight {weight}")
         self._check(arrays)
         if weight == 0:
@@ -111,13 +115,15 @@ class Tally:
 
     def rows(self, arrays: Arrays) -> None:
         """Stack rows of a client under those of others, without its name; all arrays have as many."""
-        if len({len(a) for a in arrays.values()}) > 1 or (self._rows and set(arrays) != set(self._rows)):
+        if len({a.shape[:1] for a in arrays.values()}) > 1 or (self._rows and set(arrays) != set(self._rows)):
             raise ValueError(f"rows {sorted(arrays)} that do not go together")
         for name, array in arrays.items():
-            former = self._rows.setdefault(name, [])
-            if former and (former[0].dtype != array.dtype or former[0].shape[1:] != array.shape[1:]):
+            former = self._rows.get(name)
+            alike = not former or (former[0].dtype == array.dtype and former[0].shape[1:] == array.shape[1:])
+            if not array.ndim or not alike:
                 raise ValueError(f"rows {name!r} of {array.dtype}{list(array.shape[1:])}, unlike the others")
-            former.append(array)
+        for name, array in arrays.items():
+            self._rows.setdefault(name, []).append(array)
 
     def forward(self, client: str, arrays: Arrays) -> None:
         """Pass a client's tensors on to the cloud as they are."""
@@ -211,15 +217,18 @@ class Tally:
             section = next((s for s in (WEIGHT, SUM, ROWS, STACK) if name.startswith(s)), "")
             parts[section][name.removeprefix(section)] = array
         nominal = scalars.get(NOMINAL, 0.0)
-        if not (nominal >= 0 and math.isfinite(nominal * scale)):
+        if not (0 <= nominal <= MAX_TOTAL and 0 <= nominal * scale <= MAX_TOTAL):
             raise ValueError(f"the aggregation weight {nominal}")
         self._check(parts[""], whole=True)
         self._check(parts[SUM], whole=True)
         if bad := [n for n, v in scalars.items() if n.startswith(COUNT) and not math.isfinite(v)]:
             raise ValueError(f"the count {bad[0].removeprefix(COUNT)!r} is not finite")
         weights = {
-            n: _checked_weight(n, a, parts[WEIGHT].get(n, np.asarray(nominal))) for n, a in parts[""].items()
+            n: _checked_weight(n, a, parts[WEIGHT].get(n, np.asarray(nominal)), scale)
+            for n, a in parts[""].items()
         }
+        if parts[ROWS]:  # what they refuse must come before anything was added
+            self.rows(parts[ROWS])
         for name, array in parts[""].items():
             self._add_mean(name, array, weights[name] * scale)
         self.weight += nominal * scale
@@ -227,8 +236,6 @@ class Tally:
         for name, value in scalars.items():
             if name.startswith(COUNT):
                 self.count(name.removeprefix(COUNT), value)
-        if parts[ROWS]:
-            self.rows(parts[ROWS])
         for name, array in parts[STACK].items():
             client, _, tensor = name.partition("/")
             self.forward(client, {tensor: array})
@@ -331,14 +338,17 @@ def _holders(
     return found
 
 
-def _checked_weight(name: str, array: np.ndarray, weight: np.ndarray) -> np.ndarray:
+def _checked_weight(name: str, array: np.ndarray, weight: np.ndarray, scale: float) -> np.ndarray:
     fits = weight.ndim in (0, array.ndim) and all(
         w == 1 or (w == a and i < 2) for i, (w, a) in enumerate(zip(weight.shape, array.shape, strict=False))
     )
     if not fits:
         raise ValueError(f"the weights of tensor {name!r} have shape {list(weight.shape)}")
-    if not (np.isfinite(weight).all() and (weight >= 0).all()):
-        raise ValueError(f"the weights of tensor {name!r} are negative or not finite")
+    if (
+        weight.dtype.kind != "f"
+        or not ((weight >= 0) & (weight <= MAX_TOTAL) & (weight * scale <= MAX_TOTAL)).all()
+    ):
+        raise ValueError(f"the weights of tensor {name!r} are negative, absurdly large or not finite")
     return weight
 
 

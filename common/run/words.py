@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 _BARS = "▁▂▃▄▅▆▇█"
@@ -16,7 +17,9 @@ def names(found: Sequence[str], most: int = 6) -> str:
 
 def spark(values: Sequence[float], width: int = 40) -> str:
     """Return the last values as a row of bars."""
-    values = values[-width:]
+    values = [value for value in values[-width:] if math.isfinite(value)]
+    if not values:
+        return ""
     low, high = min(values), max(values)
     return "".join(_BARS[round((value - low) / ((high - low) or 1.0) * (len(_BARS) - 1))] for value in values)
 
@@ -31,7 +34,9 @@ def size(count: float) -> str:
 
 
 def duration(seconds: float) -> str:
-    """Return a time span, e.g. ``2 min 05 s``."""
+    """Return a time span, e.g. ``2 min 05 s``; "?" for one that is not finite."""
+    if not math.isfinite(seconds):
+        return "?"
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return (

@@ -13,6 +13,8 @@ from proto import espalier_pb2 as pb
 
 #: A histogram or class list longer than this is no label set.
 MAX_CLASSES = 100_000
+#: More samples than any device holds; the sums of many such clients still fit every field that counts them.
+MAX_SAMPLES = 10**12
 
 
 def check_client_hello(hello: pb.ClientHello, sender: str) -> None:
@@ -33,8 +35,12 @@ def check_client_hello(hello: pb.ClientHello, sender: str) -> None:
         raise WireError(sender, f"a label histogram of {len(counts)} counts for {classes} classes")
     if not all(math.isfinite(c) and c >= 0 for c in counts):
         raise WireError(sender, "a label histogram with a negative or infinite count")
+    if not math.isfinite(sum(counts)):
+        raise WireError(sender, "a label histogram whose counts cannot be added up")
     if hello.samples == 0:
         raise WireError(sender, "no training sample: give the client data with --data")
+    if hello.samples > MAX_SAMPLES:
+        raise WireError(sender, f"{hello.samples} samples, more than {MAX_SAMPLES}")
     if not hello.histogram.noisy and round(sum(counts)) != hello.samples:
         raise WireError(sender, f"a label histogram of {sum(counts):g} counts for {hello.samples} samples")
     shape = hello.image_shape

@@ -35,6 +35,7 @@ STORED_AS: dict[str, np.dtype[np.generic]] = {
 #: No tensor list of a sane network is longer; a longer one is an attack on the receiver's memory.
 MAX_TENSORS = 20_000
 MAX_ELEMENTS = 4_000_000_000
+MAX_DIMENSIONS = 32
 
 
 @dataclass(frozen=True)
@@ -69,11 +70,19 @@ class Layout:
         Raises
         ------
         WireError
-            If a dtype is unknown, a name is empty or repeated, or the list is absurdly large.
+            If a dtype is unknown, a name is empty or repeated, or the list or a tensor is absurdly large.
         """
-        tensors = tuple(TensorSpec(s.name, s.dtype, tuple(s.shape)) for s in specs)
-        if len(tensors) > MAX_TENSORS:
-            raise WireError(sender, f"a layout of {len(tensors)} tensors, more than {MAX_TENSORS}")
+        found = list(specs)
+        if len(found) > MAX_TENSORS:
+            raise WireError(sender, f"a layout of {len(found)} tensors, more than {MAX_TENSORS}")
+        for spec in found:
+            # Before anything is multiplied: the product of a million large numbers takes minutes.
+            if len(spec.shape) > MAX_DIMENSIONS:
+                raise WireError(sender, f"tensor {spec.name[:100]!r} has {len(spec.shape)} dimensions")
+            # A 0 among them makes no room for numbers that numpy refuses.
+            if math.prod(n for n in spec.shape if n) > MAX_ELEMENTS:
+                raise WireError(sender, f"tensor {spec.name[:100]!r} has more than {MAX_ELEMENTS} elements")
+        tensors = tuple(TensorSpec(s.name, s.dtype, tuple(s.shape)) for s in found)
         names = {t.name for t in tensors}
         if len(names) != len(tensors) or "" in names:
             raise WireError(sender, "a layout with an empty or repeated tensor name")
@@ -245,15 +254,30 @@ class Weights:
         return weights
 
     def not_finite(self) -> str:
-        """Name the first tensor with a NaN or an infinity ("" where all numbers are finite)."""
+        """Name the first tensor with a number that cannot be added up ("" where all can): see `fault_of`."""
         for dtype, buffer in self.buffers.items():
-            if buffer.dtype.kind != "f":
-                continue
-            # A finite sum proves finite terms and needs no mask as large as the model.
-            with np.errstate(over="ignore", invalid="ignore"):
-                total = np.sum(buffer, dtype=np.float64)
-            if not np.isfinite(total):
+            if buffer.dtype.kind == "f" and fault_of(buffer):
                 for name, view in self.views().items():
-                    if view.dtype == STORED_AS[dtype] and not np.isfinite(view).all():
-                        return f"tensor {name!r} holds a value that is not finite"
+                    if view.dtype == STORED_AS[dtype] and (fault := fault_of(view)):
+                        return f"tensor {name!r} holds {fault}"
+                return f"the {dtype} tensors together hold {TOO_LARGE}"
         return ""
+
+
+NOT_FINITE, TOO_LARGE = "a value that is not finite", "values too large to be added up"
+
+
+def fault_of(array: np.ndarray) -> str:
+    """Say what keeps floats from being added up: a NaN, an infinity, or a norm whose square is none of their type.
+
+    A number of 3e38 is finite, and twice that is not: whoever sends one would spoil the sum that all share. Below
+    1.8e19 there is room for more samples than anybody has.
+    """
+    flat = array.reshape(-1)
+    # One finite number proves all terms, and needs no mask as large as the model.
+    with np.errstate(over="ignore", invalid="ignore"):
+        wide = flat.dtype.itemsize >= 4
+        total = np.dot(flat, flat) if wide else np.sum(flat, dtype=np.float64)
+    if np.isfinite(total):
+        return ""
+    return TOO_LARGE if np.isfinite(flat).all() else NOT_FINITE

@@ -1,0 +1,219 @@
+"""Real exchanges of a small tree, played again to an edge or a cloud with one reply changed."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, cast
+from unittest import mock
+
+import numpy as np
+from flwr.app import Message, RecordDict
+from google.protobuf.struct_pb2 import Value
+
+from bench.local_tree import LocalClient, LocalTree
+from common.methods.base import CloudState
+from common.wire import control
+from common.wire.payload import Weights
+from edge.roster import Known, Roster
+from edge.rounds import EdgeProgress, EdgeWindow
+from proto import espalier_pb2 as pb
+from server.outcome import WindowOutcome
+from server.strategy import WindowStrategy
+
+CLIENTS = 3
+
+
+@dataclass
+class EdgeScene:
+    """One window at one edge: what it was sent, who is below it, and what they answered."""
+
+    edge: str
+    plan: pb.WindowPlan
+    weights: Weights
+    known: dict[str, Known]
+    replies: dict[tuple[int, str, str], RecordDict]
+
+    @property
+    def clients(self) -> list[str]:
+        """Those whose reply counts."""
+        mine = {p.client for r in self.plan.rounds for p in r.participants if p.edge == self.edge}
+        return sorted({c for _, c, inquiry in self.replies if c in mine and not inquiry})
+
+    def unsigned(self) -> EdgeScene:
+        """Return the same where nobody signs and nobody need to: all checks but the signature's are on trial."""
+        plan = pb.WindowPlan()
+        plan.CopyFrom(self.plan)
+        plan.settings.fields["require-signatures"].CopyFrom(Value(bool_value=False))
+        return EdgeScene(
+            self.edge, plan, self.weights, self.known, {k: bare(c) for k, c in self.replies.items()}
+        )
+
+    def play(self, client: str = "", content: RecordDict | None = None) -> tuple[pb.EdgeReport, Weights]:
+        """Run the window; a client named here answers with `content`, or not at all."""
+        replies = dict(self.replies)
+        for key in [k for k in replies if k[1] == client and not k[2]]:
+            del replies[key]
+            if content is not None:
+                replies[key] = content
+        grid, roster = Replay(replies), cast(Roster, Fixed(self.known))
+        return EdgeWindow(self.edge, self.plan, self.weights, cast(Any, grid), roster, EdgeProgress()).run()
+
+
+def bare(content: RecordDict) -> RecordDict:
+    """Return a reply's content without its signature."""
+    from flwr.app import ConfigRecord
+
+    report = pb.ClientReport.FromString(cast(bytes, content.config_records[control.REPORT][control.PLAN]))
+    report.ClearField("signed")
+    changed = RecordDict(dict(content.items()))
+    changed[control.REPORT] = ConfigRecord({control.PLAN: report.SerializeToString()})
+    return changed
+
+
+class Fixed:
+    """A roster that does not change."""
+
+    def __init__(self, known: dict[str, Known]) -> None:
+        self._known = known
+        self._names = {k.node_id: n for n, k in known.items()}
+
+    def clients(self) -> dict[str, Known]:
+        return self._known
+
+    def name_of(self, node_id: int) -> str:
+        return self._names.get(node_id, f"node {node_id}")
+
+
+class Replay:
+    """A grid that gives the kept answers."""
+
+    closed, late = False, 0
+
+    def __init__(self, replies: dict[tuple[int, str, str], RecordDict]) -> None:
+        self._replies = replies
+
+    def exchange(self, messages: Iterable[Message], **_: Any) -> Iterator[Message]:
+        for message in messages:
+            plan = pb.RoundPlan.FromString(control.plan_bytes(message) or b"")
+            content = self._replies.get((plan.round, plan.client, plan.inquiry))
+            if content is not None:
+                yield Message(content, reply_to=message)
+
+
+@dataclass
+class CloudScene:
+    """One window at the cloud: its strategy as it stood, and the edges' reports."""
+
+    strategy: WindowStrategy
+    sent: pb.WindowPlan
+    drawn: Any
+    state: CloudState
+    replies: dict[int, RecordDict]
+    tree: Any
+
+    def play(self, node: int = 0, content: RecordDict | None = None) -> tuple[WindowOutcome, CloudState, int]:
+        """Collect the window and move on; an edge named here answers with `content`, or not at all."""
+        strategy = copy.copy(self.strategy)
+        strategy.method = self.strategy.method
+        strategy.tree = copied(self.tree)
+        strategy._sent, strategy.drawn, strategy.outcome = self.sent, self.drawn, WindowOutcome()
+        strategy.state, strategy.reached = copy.deepcopy(self.state), dict(strategy.reached)
+        strategy.selection = copy.deepcopy(self.strategy.selection)
+        replies = dict(self.replies)
+        if node:
+            del replies[node]
+            if content is not None:
+                replies[node] = content
+        messages = [
+            Message(c, reply_to=Message(RecordDict(), n, control.TRAIN)) for n, c in sorted(replies.items())
+        ]
+        merged, samples = strategy.collect(messages)
+        strategy.move_on(merged, samples)
+        return strategy.outcome, strategy.state, samples
+
+
+def copied(tree: Any) -> Any:
+    """Return a tree of the same grid and registries whose tables are its own."""
+    twin = copy.copy(tree)
+    for name, value in vars(tree).items():
+        if isinstance(value, dict | list | set):
+            setattr(twin, name, copy.deepcopy(value) if name == "_untold" else copy.copy(value))
+    return twin
+
+
+@dataclass
+class Recording:
+    """A run's windows at its edges and at its cloud."""
+
+    settings: dict[str, Any]
+    edges: list[EdgeScene] = field(default_factory=list)
+    clouds: list[CloudScene] = field(default_factory=list)
+
+
+def record(folder: Path, **settings: Any) -> Recording:
+    """Run a tree of one edge with three clients and one with two, and keep what crossed its links."""
+    found = Recording(settings)
+    clients = [
+        LocalClient(f"c{i}", f"digits:{i}/40", (0,) if i < CLIENTS else (1,)) for i in range(CLIENTS + 2)
+    ]
+    tree = LocalTree(folder, clients, 2)
+    answers: dict[str, dict[tuple[int, str, str], RecordDict]] = {}
+    for below in tree.edges:
+        for node in below:
+            node.app = _kept(node.app, answers)
+    run_window, collect = EdgeWindow.run, WindowStrategy.collect
+
+    def run(self: EdgeWindow) -> tuple[pb.EdgeReport, Weights]:
+        weights, known = self.server.weights, self._roster.clients()
+        result = run_window(self)
+        rounds = {r.round for r in self.plan.rounds}
+        replies = {k: c for k, c in answers[self.edge].items() if k[0] in rounds}
+        found.edges.append(EdgeScene(self.edge, self.plan, weights, known, replies))
+        return result
+
+    def collected(self: WindowStrategy, replies: Iterable[Message]) -> Any:
+        kept = list(replies)
+        scene = CloudScene(
+            self,
+            self._sent,
+            copy.copy(self.drawn),
+            copy.deepcopy(self.state),
+            {m.metadata.src_node_id: m.content for m in kept},
+            copied(self.tree),
+        )
+        found.clouds.append(scene)
+        return collect(self, kept)
+
+    whole: dict[str, Any] = {
+        "model": "mlp",
+        "rounds": 2,
+        "rg": 1,
+        "min-edges": 2,
+        "min-clients": 5,
+        "batch-size": 16,
+    }
+    whole |= {"edge-choice": "random", "seed": 5, **settings}
+    with mock.patch.object(EdgeWindow, "run", run), mock.patch.object(WindowStrategy, "collect", collected):
+        tree.run("fuzz", whole)
+    return found
+
+
+def _kept(app: Any, answers: dict[str, dict[tuple[int, str, str], RecordDict]]) -> Any:
+    def answer(message: Message, context: Any) -> Message:
+        reply: Message = app(message, context)
+        data = control.plan_bytes(message)
+        if data is not None and reply.has_content():
+            plan = pb.RoundPlan.FromString(data)
+            content = RecordDict(dict(reply.content.items()))
+            answers.setdefault(plan.edge, {})[plan.round, plan.client, plan.inquiry] = content
+        return reply
+
+    return answer
+
+
+def finite(tensors: dict[str, np.ndarray]) -> bool:
+    """Whether every number is finite."""
+    return all(bool(np.isfinite(a).all()) for a in tensors.values() if a.dtype.kind == "f")
