@@ -85,10 +85,11 @@ class ReplySum:
             part = np.asarray(value)
             if part.dtype.kind not in "fiub" or (part.dtype.kind == "f" and (fault := fault_of(part))):
                 raise ValueError(f"{key!r} holds {fault if part.dtype.kind == 'f' else part.dtype}")
+            # Else numpy would repeat a number along a list, either way round.
+            if key in sums and sums[key].shape != part.shape:
+                raise ValueError(f"{key!r} has another shape than the others'")
             scaled = part * (1 if key == NUM_EXAMPLES else examples)
             found[key] = sums[key] + scaled if key in sums else scaled
-            if found[key].shape != part.shape:
-                raise ValueError(f"{key!r} has another length than the others'")
         return found
 
     def content(self) -> RecordDict:

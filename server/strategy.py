@@ -10,7 +10,7 @@ from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord
 from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Strategy
 
-from common.errors import EspalierError, WireError
+from common.errors import UNSOUND, EspalierError, WireError, unsound
 from common.flower.arrays import payload_bytes
 from common.flower.outcomes import fault_kind
 from common.homogeneity import sh_score
@@ -185,7 +185,7 @@ class WindowStrategy(Strategy):
                     share = self.method.edge_share(report.samples, report.last_round_samples, labels)
                     newest = max((r.round for r in report.rounds if r.clients), default=0)
                     merged.absorb(name, payload, report.metrics, share, newest)
-            except (WireError, ValueError) as error:
+            except (WireError, *UNSOUND) as error:
                 self._refuse(reply, name, error)
                 continue
             self._account(node, name, report)
@@ -323,8 +323,8 @@ class WindowStrategy(Strategy):
         )
         self.outcome.ledger.add(EDGE_CLOUD, up_bytes=report.up_bytes, messages=1)
 
-    def _refuse(self, reply: Message, name: str, error: WireError | ValueError) -> None:
-        self._fault(name, fault_kind(reply), error.fault if isinstance(error, WireError) else str(error))
+    def _refuse(self, reply: Message, name: str, error: Exception) -> None:
+        self._fault(name, fault_kind(reply), error.fault if isinstance(error, WireError) else unsound(error))
 
     def _note_silent(self, asked: set[str]) -> None:
         for silent in sorted(asked - set(self.outcome.reports) - {f.node for f in self.outcome.faults}):
@@ -410,7 +410,7 @@ class WindowStrategy(Strategy):
             try:
                 report, payload = self._read(reply, name)
                 answers = self._answers(kind, architecture, report, payload)
-            except WireError as error:
+            except (WireError, *UNSOUND) as error:
                 self._refuse(reply, name, error)
                 continue
             self._count_bytes(report)

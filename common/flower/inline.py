@@ -26,7 +26,7 @@ from grpc_health.v1.health_pb2 import HealthCheckResponse
 from grpc_health.v1.health_pb2_grpc import add_HealthServicer_to_server
 
 from common.errors import AddressError, StateError
-from common.flower.fleet_server import InlineFleetServicer, Links
+from common.flower.fleet_server import InlineFleetServicer, KnownMethods, Links
 from common.flower.inline_grid import InlineGrid
 from common.flower.memory import give_back_big_blocks
 from common.keys import canonical
@@ -110,6 +110,7 @@ class InlineFleet:
                 ("grpc.so_reuseport", 0),  # a second server on the port is a mistake
             ],
             interceptors=[
+                KnownMethods(),
                 RpcErrorTranslationServerInterceptor(),
                 NodeAuthServerInterceptor(self.links.state_factory),
                 create_fleet_runtime_version_server_interceptor(),

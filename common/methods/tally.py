@@ -19,7 +19,7 @@ NOMINAL, COUNT = "weight", "count/"
 Arrays = Mapping[str, np.ndarray]
 
 #: Largest weight of one update, and of an edge's sum: times the largest number that is let in
-#: (`common.wire.payload.fault_of`) a float32 still holds it.
+#: (`common.wire.payload.LARGEST`) a float32 still holds it.
 MAX_WEIGHT, MAX_TOTAL = 1e15, 1e18
 
 

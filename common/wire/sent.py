@@ -5,10 +5,11 @@ from __future__ import annotations
 import numpy as np
 from flwr.app import Message
 
+from common.errors import WireError
 from common.run.settings import Settings
 from common.wire import control
 from common.wire.codec import Codec, create_codec
-from common.wire.payload import Layout, Weights
+from common.wire.payload import Layout, Weights, fault_of
 from proto import espalier_pb2 as pb
 
 
@@ -57,11 +58,14 @@ class SentForm:
         return payload, self.decode(payload, "this server")
 
     def decode(self, payload: Weights, sender: str) -> Weights:
-        """Return the tensors; raises WireError where a code makes no sense."""
+        """Return the tensors; raises WireError where a code makes no sense, or stands for what cannot be added up."""
         if self._codec is None:
             return payload
         views = payload.views()
         code = self._codec.decode({n: views[n] for n in self._coded.names}, self._coded, sender)
+        for name, array in code.items():
+            if fault := fault_of(array):  # bfloat16 holds numbers that cannot be added up
+                raise WireError(sender, f"tensor {name!r} comes to {fault}")
         return Weights.fill(self._layout, views | code)
 
 

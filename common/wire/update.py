@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from common.wire.payload import Layout, TensorSpec, Weights
+from common.errors import WireError
+from common.wire.payload import Layout, TensorSpec, Weights, fault_of
 
 if TYPE_CHECKING:
     from common.wire.codec import Codec
@@ -82,5 +83,8 @@ class UpdateForm:
         code = {n.removeprefix(CODE): v for n, v in views.items() if n.startswith(CODE)}
         differences = self._codec.decode(code, self.coded, sender)
         arrays = {n: views[n] for n in self.plain.names}
-        arrays |= {n: received[n] + differences[n] for n in self.coded.names}
+        for name in self.coded.names:
+            arrays[name] = received[name] + differences[name]
+            if fault := fault_of(arrays[name]):  # a small code may stand for large numbers
+                raise WireError(sender, f"tensor {name!r} comes to {fault}")
         return {n: arrays[n] for n in self._returned.names}

@@ -113,9 +113,15 @@ class Attacker:
         if rng.random() < 0.1:
             method = rng.choice((method + "x", "/nobody/Knows", "/", "/flwr.proto.Control/StartRun"))
         channel = self._signed if rng.random() < 0.6 else self._plain
-        call: Any = channel.unary_unary(method, request_serializer=bytes, response_deserializer=bytes)
+        options: dict[str, Any] = {"request_serializer": bytes, "response_deserializer": bytes}
         try:
-            answer = call(data, timeout=LONGEST)
+            if method.endswith("/Watch"):  # goes on until the caller hangs up
+                stream: Any = self._plain.unary_stream(method, **options)(data, timeout=LONGEST)
+                answer = next(stream)
+                stream.cancel()
+            else:
+                call: Any = channel.unary_unary(method, **options)
+                answer = call(data, timeout=LONGEST)
         except grpc.RpcError as error:
             self.answers[f"refused {error.code().name}"] += 1
         except ValueError as error:  # a method name that gRPC does not send

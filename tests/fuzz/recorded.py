@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, cast
 from unittest import mock
 
 import numpy as np
-from flwr.app import Message, RecordDict
+from flwr.app import ConfigRecord, Message, RecordDict
 from google.protobuf.struct_pb2 import Value
 
 from bench.local_tree import LocalClient, LocalTree
@@ -64,8 +64,6 @@ class EdgeScene:
 
 def bare(content: RecordDict) -> RecordDict:
     """Return a reply's content without its signature."""
-    from flwr.app import ConfigRecord
-
     report = pb.ClientReport.FromString(cast(bytes, content.config_records[control.REPORT][control.PLAN]))
     report.ClearField("signed")
     changed = RecordDict(dict(content.items()))
@@ -134,6 +132,21 @@ class CloudScene:
         strategy.move_on(merged, samples)
         return strategy.outcome, strategy.state, samples
 
+    def unsigned(self) -> CloudScene:
+        """Return the same where nobody signs and nobody need to."""
+        strategy = copy.copy(self.strategy)
+        strategy.settings = strategy.settings.model_copy(update={"require_signatures": False})
+        replies = {}
+        for node, content in self.replies.items():
+            report = pb.EdgeReport.FromString(
+                cast(bytes, content.config_records[control.REPORT][control.PLAN])
+            )
+            for client in (c for r in report.rounds for c in r.clients):
+                client.ClearField("signed")
+            replies[node] = RecordDict(dict(content.items()))
+            replies[node][control.REPORT] = ConfigRecord({control.PLAN: report.SerializeToString()})
+        return replace(self, strategy=strategy, replies=replies)
+
 
 def copied(tree: Any) -> Any:
     """Return a tree of the same grid and registries whose tables are its own."""
@@ -145,12 +158,56 @@ def copied(tree: Any) -> Any:
 
 
 @dataclass
+class InquiryScene:
+    """One question of the cloud to the clients, and what the edges answered."""
+
+    strategy: WindowStrategy
+    question: tuple[Any, ...]
+    state: CloudState
+    tree: Any
+    plan: pb.WindowPlan = field(default_factory=pb.WindowPlan)
+    replies: dict[int, RecordDict] = field(default_factory=dict)
+
+    def play(self, node: int = 0, content: RecordDict | None = None) -> tuple[WindowOutcome, dict[str, Any]]:
+        """Put the question again; an edge named here answers with `content`, or not at all."""
+        strategy = copy.copy(self.strategy)
+        strategy.tree, strategy.state = copied(self.tree), copy.deepcopy(self.state)
+        strategy.outcome = WindowOutcome()
+        replies = self.replies | ({node: content} if node else {})
+        strategy.tree.grid = cast(Any, Answers(replies, self.tree.grid))
+        # The same question, for the answers are signed for it.
+        with mock.patch("server.strategy.inquiry_plan", return_value=self.plan):
+            found, _ = strategy._ask(*self.question)
+        return strategy.outcome, found
+
+
+class Answers:
+    """A cloud's grid that gives the kept answers; None is none."""
+
+    def __init__(self, replies: Mapping[int, RecordDict | None], grid: Any) -> None:
+        self._replies, self._grid = replies, grid
+
+    def get_nodes(self) -> Any:
+        return self._grid.get_nodes()
+
+    def get_node_ids(self) -> Any:
+        return self._grid.get_node_ids()
+
+    def exchange(self, messages: Iterable[Message], **_: Any) -> Iterator[Message]:
+        for message in messages:
+            content = self._replies.get(message.metadata.dst_node_id)
+            if content is not None:
+                yield Message(content, reply_to=message)
+
+
+@dataclass
 class Recording:
-    """A run's windows at its edges and at its cloud."""
+    """A run's windows and questions at its edges and at its cloud."""
 
     settings: dict[str, Any]
     edges: list[EdgeScene] = field(default_factory=list)
     clouds: list[CloudScene] = field(default_factory=list)
+    inquiries: list[InquiryScene] = field(default_factory=list)
 
 
 def record(folder: Path, **settings: Any) -> Recording:
@@ -187,6 +244,23 @@ def record(folder: Path, **settings: Any) -> Recording:
         found.clouds.append(scene)
         return collect(self, kept)
 
+    put = WindowStrategy._ask
+
+    def asked(self: WindowStrategy, *question: Any) -> Any:
+        scene = InquiryScene(copy.copy(self), question, copy.deepcopy(self.state), copied(self.tree))
+        found.inquiries.append(scene)
+        exchange = self.tree.grid.exchange
+
+        def listen(messages: Iterable[Message], **options: Any) -> Iterator[Message]:
+            for reply in exchange(messages, **options):
+                scene.replies[reply.metadata.src_node_id] = reply.content
+                yield reply
+
+        with mock.patch.object(self.tree.grid, "exchange", listen):
+            answers = put(self, *question)
+        scene.plan = self._sent
+        return answers
+
     whole: dict[str, Any] = {
         "model": "mlp",
         "rounds": 2,
@@ -196,7 +270,11 @@ def record(folder: Path, **settings: Any) -> Recording:
         "batch-size": 16,
     }
     whole |= {"edge-choice": "random", "seed": 5, **settings}
-    with mock.patch.object(EdgeWindow, "run", run), mock.patch.object(WindowStrategy, "collect", collected):
+    with (
+        mock.patch.object(EdgeWindow, "run", run),
+        mock.patch.object(WindowStrategy, "collect", collected),
+        mock.patch.object(WindowStrategy, "_ask", asked),
+    ):
         tree.run("fuzz", whole)
     return found
 

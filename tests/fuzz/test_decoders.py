@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ast
-import importlib
 import os
 import sys
 from collections import Counter
@@ -15,8 +14,9 @@ from typing import Any
 import pytest
 
 from tests.fuzz.campaign import Case, Tally, throw
-from tests.fuzz.decoders import RUNS, client_cases, tree_cases, wire_cases
+from tests.fuzz.decoders import client_cases, tree_cases, wire_cases
 from tests.fuzz.recorded import Recording, record
+from tests.fuzz.tree_cases import RUNS
 
 ROOT = Path(__file__).resolve().parents[2]
 #: How many messages in all; the ports' tests take a tenth of them.
@@ -63,44 +63,83 @@ def test_every_mutant_is_refused_or_sound(cases: list[Case]) -> None:
     assert sum(t.refused.total() for t in TALLIES) > 0.4 * sum(t.sent for t in TALLIES)
 
 
-def decoders() -> dict[tuple[str, str], str]:
-    """Return the functions of common/wire that judge what came: those that are told whom to name, or that refuse.
+#: Where what came over a link is read: all of common/wire, and what the tiers read themselves.
+READERS = (
+    *sorted((ROOT / "common" / "wire").glob("*.py")),
+    ROOT / "edge" / "calls.py",
+    ROOT / "edge" / "relay.py",
+    ROOT / "server" / "contributions.py",
+    ROOT / "server" / "strategy.py",
+)
 
-    By (file, name) as the interpreter tells them when they are called.
+
+def decoders() -> dict[str, tuple[str, list[range]]]:
+    """Return the functions that judge what came: they are told whom to name, refuse, or read tensors.
+
+    By the module's and the function's name: the file, and the lines of each statement on the way of what is accepted.
     """
     found = {}
-    for path in sorted((ROOT / "common" / "wire").glob("*.py")):
+    for path in READERS:
         for node in ast.walk(ast.parse(path.read_text())):
             if not isinstance(node, ast.FunctionDef):
                 continue
-            names = {a.arg for a in (*node.args.args, *node.args.kwonlyargs)}
-            refuses = any(
-                isinstance(n, ast.Raise)
-                and isinstance(n.exc, ast.Call)
-                and getattr(n.exc.func, "id", "") == "WireError"
-                for n in ast.walk(node)
-            )
-            protocol = len(node.body) == 1 and isinstance(node.body[0], ast.Expr)  # a docstring, no code
-            if (names & {"sender", "signer"} or refuses) and not protocol:
-                found[str(path), node.name] = f"{path.stem}.{node.name}"
+            told = {a.arg for a in (*node.args.args, *node.args.kwonlyargs)} & {"sender", "signer"}
+            if told or any(_judges(n) for n in ast.walk(node)):
+                found[f"{path.parent.name}/{path.stem}.{node.name}:{node.lineno}"] = (
+                    str(path),
+                    list(_accepting(node.body)),
+                )
     return found
 
 
-def test_the_table_has_every_decoder_of_the_wire(cases: list[Case]) -> None:
-    """A decoder is in the table if one of its cases really calls it; a new one that none calls fails here."""
-    expected, called = decoders(), set[tuple[str, str]]()
-    assert len(expected) > 15
+def _judges(node: ast.AST) -> bool:
+    """Whether a node refuses a message or reads its tensors."""
+    if isinstance(node, ast.Raise):
+        return isinstance(node.exc, ast.Call) and getattr(node.exc.func, "id", "") == "WireError"
+    return isinstance(node, ast.Attribute) and node.attr == "read_weights"
 
-    def profile(frame: FrameType, event: str, _: Any) -> None:
-        if event == "call":
-            called.add((frame.f_code.co_filename, frame.f_code.co_name))
 
-    for name in sorted({Path(path).stem for path, _ in expected}):
-        importlib.import_module(f"common.wire.{name}")
-    sys.setprofile(profile)
+def _accepting(body: list[ast.stmt]) -> Iterator[range]:
+    """Yield the lines of the statements that run for something sound: not what leads to a refusal."""
+    for node in body:
+        if isinstance(node, ast.Raise | ast.FunctionDef) or _is_text(node):
+            continue
+        blocks = [getattr(node, name, []) for name in ("body", "orelse", "finalbody")]
+        if not any(blocks):
+            yield range(node.lineno, (node.end_lineno or node.lineno) + 1)
+        for block in blocks:
+            if block and not isinstance(block[-1], ast.Raise):
+                yield from _accepting(block)
+
+
+def _is_text(node: ast.stmt) -> bool:
+    return isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant)
+
+
+def test_the_table_has_every_decoder(cases: list[Case]) -> None:
+    """What was really sent runs every statement of every decoder, but refusals; one that is in no case fails here."""
+    expected, ran = decoders(), set[tuple[str, int]]()
+    files = {str(path) for path in READERS}
+    assert len(expected) > 30
+
+    def trace(frame: FrameType, event: str, _: Any) -> Any:
+        if frame.f_code.co_filename not in files:
+            return None
+        if event == "line":
+            ran.add((frame.f_code.co_filename, frame.f_lineno))
+        return trace
+
+    former = sys.gettrace()
+    sys.settrace(trace)
     try:
         for case in cases:
             case.valid()
     finally:
-        sys.setprofile(None)
-    assert sorted(v for k, v in expected.items() if k not in called) == []
+        sys.settrace(former)
+    missing = [
+        f"{name}, line {lines.start}"
+        for name, (path, statements) in expected.items()
+        for lines in statements
+        if not any((path, line) in ran for line in lines)
+    ]
+    assert not missing, "\n".join(missing)

@@ -23,7 +23,7 @@ from common.wire import control
 from proto import espalier_pb2 as pb
 from server.run import TreeRun
 from tests.fuzz.attacks import Attacker, monitor_requests, requests
-from tests.fuzz.mutate import mutate_content
+from tests.fuzz.mutate_arrays import mutate_content
 from tests.integration.flower_helpers import fleet, online
 from tests.support import free_port, running, superlink, wait_until
 from tests.tree import LiveTree, espalier, process_environment, start_client, start_edge
@@ -87,7 +87,7 @@ def test_an_edge_and_its_live_view_under_attack(tmp_path: Path) -> None:
         settings: dict[str, bool | int | float | str] = {
             "method": "fedavg",
             "model": "mlp",
-            "rounds": 3,
+            "rounds": 2,
             "rg": 1,
             "min-edges": 1,
             "min-clients": 2,

@@ -71,7 +71,7 @@ def test_a_finite_number_that_spoils_a_sum() -> None:
     report, payload = edge.run()
     [fault] = report.faults
     assert (fault.node, fault.kind) == ("c2", "refused")
-    assert "values too large to be added up" in fault.detail
+    assert "a value too large to be added up" in fault.detail
     np.testing.assert_array_equal(means(report, payload)["w"], np.ones((2, 2)))
 
 
@@ -140,7 +140,7 @@ def test_an_absurd_number_of_seeds(seeds: float) -> None:
 
 def reply(**metrics: Any) -> RecordDict:
     arrays = ArrayRecord({"w": array_from_numpy(np.ones(2, np.float32))})
-    numbers: dict[str, Any] = {"num-examples": 10, "per": [1.0, 2.0]} | metrics
+    numbers: dict[str, Any] = {"num-examples": 10, "loss": 1.0, "per": [1.0, 2.0]} | metrics
     return RecordDict({"arrays": arrays, "metrics": MetricRecord(numbers)})
 
 
@@ -148,8 +148,12 @@ def reply(**metrics: Any) -> RecordDict:
     ("bad", "words"),
     [
         (reply(**{"num-examples": float("inf")}), "num-examples is"),
-        (reply(per=[1.0]), "could not be broadcast|another length"),  # its arrays were in the sum already
+        (reply(per=[1.0]), "could not be broadcast|another shape"),  # its arrays were in the sum already
         (reply(per=[1.0, float("nan")]), "not finite"),
+        (
+            reply(loss=[1.0, 1.0]),
+            "'loss' has another shape",
+        ),  # taken, and the next reply refused for it
     ],
 )
 def test_a_plain_apps_reply_is_added_up_whole_or_not_at_all(bad: RecordDict, words: str) -> None:

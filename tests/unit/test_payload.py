@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 from common.errors import WireError
-from common.wire.payload import Layout, TensorSpec, Weights
+from common.wire.payload import LARGEST, Layout, TensorSpec, Weights, fault_of
 from proto import espalier_pb2 as pb
 
 ARRAYS = st.dictionaries(
@@ -19,7 +19,7 @@ ARRAYS = st.dictionaries(
         lambda d: hnp.arrays(
             d,
             hnp.array_shapes(min_dims=0, max_dims=3, max_side=4),
-            elements={"min_value": -(2.0**59), "max_value": 2.0**59} if d.startswith("float") else None,
+            elements={"min_value": -LARGEST, "max_value": LARGEST} if d.startswith("float") else None,
         )
     ),
     max_size=6,
@@ -87,9 +87,18 @@ def test_bad_payload_is_refused_by_name(record: ArrayRecord, fault: str) -> None
 
 def test_huge_values_are_refused() -> None:
     """They are finite, and what they are added to is not."""
-    weights = Weights.pack({"v": np.full(3, 1e18, np.float32), "w": np.full(3, 3e38, np.float32)})
-    with pytest.raises(WireError, match="tensor 'w' holds values too large to be added up"):
+    weights = Weights.pack({"v": np.full(3, 2.0**60, np.float32), "w": np.full(3, 3e38, np.float32)})
+    with pytest.raises(WireError, match="tensor 'w' holds a value too large to be added up"):
         Weights.from_record(weights.to_record(), weights.layout, "me")
+
+
+def test_the_norm_only_clears_and_never_refuses() -> None:
+    """Many values at the largest that is let in have a square that no float32 holds."""
+    for dtype in (np.float32, np.float64):
+        assert fault_of(np.full(1000, -LARGEST, dtype)) == ""
+        assert "too large" in fault_of(np.full(1, -np.nextafter(dtype(LARGEST), dtype(np.inf)), dtype))
+    assert fault_of(np.full(100_000, np.finfo(np.float16).max, np.float16)) == ""
+    assert "not finite" in fault_of(np.array([1, -np.inf], np.float16))
 
 
 def test_cut_bytes_are_refused() -> None:

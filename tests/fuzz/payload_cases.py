@@ -1,0 +1,217 @@
+"""Decoders of tensors: layouts, payloads, codes, class tables, image-vector pairs."""
+
+from __future__ import annotations
+
+from random import Random
+from typing import Any, cast
+
+import numpy as np
+from flwr.app import Message, RecordDict
+
+from common.flower.arrays import array_from_numpy, numpy_view
+from common.run.config import RunConfig
+from common.run.settings import Settings
+from common.wire import control
+from common.wire.bitpack import pack as pack_bits
+from common.wire.bitpack import unpack as unpack_bits
+from common.wire.class_table import ClassTable, given_arrays, given_table, merge
+from common.wire.codec import create_codec
+from common.wire.pairs import Pairs
+from common.wire.payload import STORED_AS, Layout, Weights
+from common.wire.sent import SentForm, read_sent
+from common.wire.update import UpdateForm
+from proto import espalier_pb2 as pb
+from tests.fuzz.campaign import Case
+from tests.fuzz.examples import LAYOUT, MODEL, RNG, content_of, fits
+from tests.fuzz.mutate import mutate_bytes, mutate_proto
+from tests.fuzz.mutate_arrays import mutate_array, mutate_arrays, mutate_content
+
+
+def layout_case() -> Case:
+    plan = pb.RoundPlan(schema=1, run="r", window=1, round=1, client="c", edge="e", layout=LAYOUT.to_proto())
+    plan.architecture.tensors.extend(LAYOUT.to_proto().tensors)
+
+    def feed(changed: pb.RoundPlan) -> Layout:
+        layout = control.plan_layout(changed, "edge-1")
+        if layout.nbytes <= 2**20:  # what comes of one whose bytes would really be sent
+            Weights(layout, {d: np.zeros(n, STORED_AS[d]) for d, n in layout.lengths.items()}).views()
+        return layout
+
+    def unsound(changed: Any, layout: Layout) -> str:
+        if any(len(t.shape) > 32 or t.dtype not in STORED_AS or not t.name for t in layout.tensors):
+            return "a tensor that numpy cannot have"
+        return "" if layout.nbytes < 2**36 else f"a layout of {layout.nbytes} bytes"
+
+    return Case("all: Layout", lambda rng: mutate_proto(plan, rng), feed, unsound, lambda: feed(plan))
+
+
+def weights_case() -> Case:
+    content = content_of(Weights.pack(MODEL).to_record()).content
+
+    def feed(changed: RecordDict) -> Weights:
+        return control.read_weights(Message(changed, 1, "train"), LAYOUT, "c0")
+
+    def unsound(changed: RecordDict, made: Weights) -> str:
+        return fits(LAYOUT, made.views())
+
+    return Case(
+        "all: Weights", lambda rng: mutate_content(content, rng), feed, unsound, lambda: feed(content)
+    )
+
+
+def view_case() -> Case:
+    array = array_from_numpy(MODEL["w"])
+
+    def unsound(changed: Any, made: np.ndarray) -> str:
+        return "" if not made.dtype.hasobject and made.nbytes <= len(changed.data) else "objects, or too much"
+
+    return Case(
+        "all: numpy_view",
+        lambda rng: mutate_array(array, rng),
+        numpy_view,
+        unsound,
+        lambda: numpy_view(array),
+        (ValueError,),
+    )
+
+
+def codec_case(**settings: Any) -> Case:
+    codec = create_codec(RunConfig.from_flat(settings))
+    update = {n: a for n, a in MODEL.items() if a.dtype == np.float32}
+    like, rng_ = Layout.of(update), np.random.default_rng(1)
+    form = UpdateForm(LAYOUT, LAYOUT, frozenset(), codec)
+    payload, _ = form.encode(MODEL, {n: np.zeros_like(a) for n, a in MODEL.items()}, rng_)
+    coded = codec.encode(update, rng_)
+    record = RecordDict({control.ARRAYS: payload.to_record()})
+
+    def mutant(rng: Random) -> Any:
+        return mutate_content(record, rng) if rng.random() < 0.4 else mutate_arrays(dict(coded), rng)
+
+    def feed(changed: Any) -> dict[str, np.ndarray]:
+        if not isinstance(changed, RecordDict):
+            return codec.decode(changed, like, "c0")
+        got = control.read_weights(Message(changed, 1, "train"), form.wire, "c0")
+        return form.decode(got, MODEL, "c0")
+
+    def unsound(changed: Any, made: dict[str, np.ndarray]) -> str:
+        # What a codec alone makes of a code is looked at where it is added.
+        return fits(LAYOUT, made) if isinstance(changed, RecordDict) else fits(like, made, np.inf)
+
+    return Case(
+        f"edge: codec {codec.name} {settings.get('codec-keep', '')}".rstrip(),
+        mutant,
+        feed,
+        unsound,
+        lambda: (feed(coded), feed(record)),
+    )
+
+
+def bits_case() -> Case:
+    packed = pack_bits(np.arange(13, dtype=np.uint16) * 70, 10)
+
+    def mutant(rng: Random) -> tuple[np.ndarray, int, int]:
+        data = np.frombuffer(mutate_bytes(packed.tobytes(), rng), np.uint8)
+        return data, rng.choice((13, 12, 0, 10**6)), rng.choice((10, 9, 1, 24))
+
+    def unsound(changed: Any, made: np.ndarray) -> str:
+        return "" if len(made) == changed[1] and (made < 1 << changed[2]).all() else "other codes than wanted"
+
+    def feed(changed: tuple[np.ndarray, int, int]) -> np.ndarray:
+        return unpack_bits(*changed)
+
+    return Case("edge: bitpack", mutant, feed, unsound, lambda: feed((packed, 13, 10)), (ValueError,))
+
+
+def table_case() -> Case:
+    soft = np.array([[0.5, 0.25, 0.25], [0, 1, 0]], np.float32)
+    table = ClassTable.of("soft-label", 3, [0, 2], soft)
+
+    def mutant(rng: Random) -> Any:
+        proto, vectors = table.to_proto(), table.vectors
+        if rng.random() < 0.6:
+            proto = cast(pb.ClassTable, mutate_proto(proto, rng))
+        else:
+            vectors = mutate_arrays({"v": vectors}, rng).get("v", np.zeros((0, 3), np.float32))
+        return proto, vectors
+
+    def feed(changed: Any) -> ClassTable:
+        made = ClassTable.from_proto(changed[0], changed[1], "c0").validate(
+            "c0", kind="soft-label", classes=3
+        )
+        return merge([made, table]).without(table)
+
+    def unsound(changed: Any, made: ClassTable) -> str:
+        sums = made.vectors.sum(1)
+        good = np.isfinite(made.vectors).all() and np.allclose(sums, 1, atol=1e-3) and (made.counts > 0).all()
+        return "" if good else "no distribution"
+
+    return Case("edge: ClassTable", mutant, feed, unsound, lambda: feed((table.to_proto(), table.vectors)))
+
+
+def given_case() -> Case:
+    table = ClassTable.of("prototype", 3, [0, 2], RNG.normal(size=(2, 4)).astype(np.float32))
+    arrays = given_arrays(table, 3)
+    zeros = {n: np.zeros_like(a) for n, a in arrays.items()}  # nothing was given yet
+
+    def feed(changed: dict[str, np.ndarray]) -> ClassTable | None:
+        return given_table(changed, "prototype", 3, "edge-1")
+
+    def unsound(changed: Any, made: ClassTable | None) -> str:
+        good = made is None or (np.isfinite(made.vectors).all() and np.isfinite(made.counts).all())
+        return "" if good else "a table that is not finite"
+
+    return Case(
+        "client: class table",
+        lambda rng: mutate_arrays(arrays, rng),
+        feed,
+        unsound,
+        lambda: [feed(a) for a in (arrays, {}, zeros)],
+    )
+
+
+def pairs_case() -> Case:
+    images = RNG.uniform(-1, 1, size=(2, 1, 8, 8)).astype(np.float32)
+    arrays = Pairs(images, RNG.normal(size=(2, 4)).astype(np.float32)).arrays()
+
+    def feed(changed: dict[str, np.ndarray]) -> Pairs | None:
+        return Pairs.received(changed, (1, 8, 8), "edge-1")
+
+    def unsound(changed: Any, made: Pairs | None) -> str:
+        if made is None:
+            return ""
+        floats = made.floats()
+        good = (
+            floats.shape[1:] == (1, 8, 8) and np.isfinite(floats).all() and len(floats) == len(made.centroids)
+        )
+        return "" if good else "pairs that do not fit"
+
+    return Case(
+        "client: image-vector pairs",
+        lambda rng: mutate_arrays(arrays, rng),
+        feed,
+        unsound,
+        lambda: [feed(a) for a in (arrays, {})],
+    )
+
+
+def sent_case(downlink: str) -> Case:
+    """Return the case of what a server sends in half precision."""
+    settings = Settings.model_validate({"downlink": downlink})
+    plan = pb.RoundPlan(schema=1, layout=LAYOUT.to_proto())
+    plan.architecture.tensors.extend(plan.layout.tensors)
+    payload, _ = SentForm(LAYOUT, plan.architecture, settings).encode(Weights.pack(MODEL))
+    content = content_of(payload.to_record()).content
+
+    def feed(changed: RecordDict) -> Weights:
+        return read_sent(Message(changed, 1, "train"), plan, settings, "edge-1")
+
+    def unsound(changed: RecordDict, made: Weights) -> str:
+        return fits(LAYOUT, made.views())
+
+    return Case(
+        f"edge, client: tensors sent as {downlink}",
+        lambda rng: mutate_content(content, rng),
+        feed,
+        unsound,
+        lambda: feed(content),
+    )
