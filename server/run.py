@@ -69,7 +69,7 @@ class TreeRun:
         self.method: Method = create_method(settings)
         by_hand = self.method.has_levels and settings.level_choice == "device"
         smallest = min(parse_levels(settings.levels)) if by_hand else 0.0
-        names, keys = edge_names(state), ClientKeys(state)
+        names, keys = edge_names(state), ClientKeys(state, keys_only=bool(os.environ.get(KEYS_ONLY)))
         epsilon = settings.histogram_epsilon
         self.tree = Tree(grid, names, self.run_id, epsilon, keys, smallest, settings.reproducible)
         self.chronicle = Chronicle(settings, self.run_id, out)

@@ -288,7 +288,8 @@ class SecureTree:
         self.do("certs", "edge", "--name", "edge-1", "--host", "localhost")
         for name in ("c0", "c1"):
             self.do("certs", "client", "--name", name)
-            self.do("clients", "add", name, f"certs/{name}/node.pub", "--state", "edge-1")
+            for state in ("edge-1", "cloud"):
+                self.do("clients", "add", name, f"certs/{name}/node.pub", "--state", state)
         self.do("edges", "add", "edge-1", "certs/edge-1/node.pub", "--state", "cloud")
         control = ("--control", f"127.0.0.1:{control_port}")
         listen = ("--listen", f"127.0.0.1:{self.fleet}", "--state", "cloud")

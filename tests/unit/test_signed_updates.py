@@ -382,6 +382,19 @@ def test_the_first_key_of_a_client_stays_bound_to_it(tmp_path: Path) -> None:
     assert ClientKeys(tmp_path).in_force() == {"c": public(STRANGER)}
 
 
+def test_a_cloud_that_enforces_keys_trusts_no_first_one(tmp_path: Path) -> None:
+    ClientKeys(tmp_path).claim("c", public(STRANGER))  # seen when keys were not enforced
+    keys = ClientKeys(tmp_path, keys_only=True)
+    assert keys.in_force() == {}
+    with pytest.raises(
+        WireError, match="'c' refused: no client's key is registered at the cloud; there: espalier"
+    ):
+        keys.claim("c", public(STRANGER))
+    KeyRegistry(tmp_path / CLIENT_KEYS).add("c", public(STRANGER))
+    keys.claim("c", public(STRANGER))
+    assert set(keys.in_force()) == {"c"}
+
+
 def test_a_registry_goes_before_what_was_seen(tmp_path: Path) -> None:
     keys = ClientKeys(tmp_path)
     keys.claim("seen", public(STRANGER))
