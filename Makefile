@@ -57,7 +57,7 @@ test-docker:
 	$(PYTHON) docker/check.py
 
 # Whole runs, one after the other; they need the machine for themselves. `make bench BENCHES=overhead` runs one.
-BENCHES ?= overhead payload aggregate security memory start scale
+BENCHES ?= overhead payload aggregate window bytes train memory scale start security
 bench: setup
 	for name in $(BENCHES); do $(BIN)/python -m bench.$$name --out runs/bench || exit 1; done
 
