@@ -35,6 +35,7 @@ from common.flower.run_info import RUN_RECORD, RunInfo, UserConfig, parse_run_re
 
 BACKOFF_CAP = 10.0
 LINGER = 5.0  # seconds that a working thread waits for the next message
+BESIDE = 0.5  # seconds between two polls of a home that answers at once, while the app works
 
 T = TypeVar("T")
 App = Callable[[Message, Context], Message]
@@ -155,7 +156,7 @@ class HomeLoop:
                 self._set_connected(True)
                 backoff.reset()
                 if pulled is None:
-                    stopped.wait(pace.after(time.monotonic() - began))
+                    self._rest(pace, time.monotonic() - began)
                     continue
                 self._receive(pulled)
                 pace.activity()
@@ -190,11 +191,25 @@ class HomeLoop:
         if self.desk.side_types:
             return True
         with self.desk.lane_free:
-            if self._busy or self.desk.lane.locked():
+            if self._occupied():
                 self.desk.lane_free.wait(1.0)
                 pace.activity()
                 return False
         return True
+
+    def _occupied(self) -> bool:
+        return self._busy or self.desk.lane.locked()
+
+    def _rest(self, pace: PollPace, took: float) -> None:
+        """Wait until the next poll: beside a call of the app only small messages come, and they have time."""
+        wait, stopped = pace.after(took), self.desk.stopped
+        if not wait or not self._occupied():
+            stopped.wait(wait)
+            return
+        with self.desk.lane_free:
+            free = self.desk.lane_free.wait_for(lambda: not self._occupied() or stopped.is_set(), BESIDE)
+        if free:
+            pace.activity()
 
     def _receive(self, pulled: Pulled) -> None:
         metadata = pulled.message.metadata

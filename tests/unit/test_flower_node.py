@@ -8,7 +8,10 @@ import stat
 import subprocess
 import sys
 import threading
+import time
 from pathlib import Path
+from types import SimpleNamespace
+from typing import cast
 
 import pytest
 from cryptography.hazmat.primitives import serialization
@@ -17,6 +20,7 @@ from flwr.app import ConfigRecord, RecordDict
 
 from common.errors import StateError
 from common.flower.backoff import Backoff, PollPace
+from common.flower.home_loop import BESIDE, Desk, HomeLoop
 from common.flower.node_state import (
     ContextStates,
     HomeIds,
@@ -208,3 +212,40 @@ def test_the_reserved_record() -> None:
 def test_a_malformed_reserved_record(record: dict[str, str | bytes], fault: str) -> None:
     with pytest.raises(ValueError, match=fault):
         parse_run_record(ConfigRecord(dict(record)))
+
+
+class _Busy(HomeLoop):
+    """A home's loop without a home, in the middle of a call of the app."""
+
+    def __init__(self) -> None:
+        self.desk = cast(
+            Desk,
+            SimpleNamespace(
+                stopped=threading.Event(), lane=threading.Lock(), lane_free=threading.Condition()
+            ),
+        )
+        self._busy = True
+
+
+def test_a_node_polls_seldom_beside_a_call_and_at_once_when_it_is_done() -> None:
+    loop, pace = _Busy(), PollPace(fast=0.001, slow=60.0, warm=60.0)
+    began = time.monotonic()
+    loop._rest(pace, 0.0)
+    assert time.monotonic() - began >= BESIDE
+    cold = PollPace(fast=0.001, slow=60.0, warm=0.0)
+    for _ in range(40):
+        cold.after(0.0)
+    resting = threading.Thread(target=loop._rest, args=(cold, 0.0))
+    resting.start()
+    with loop.desk.lane_free:
+        loop._busy = False
+        loop.desk.lane_free.notify_all()
+    resting.join(10)
+    assert not resting.is_alive()
+    # Its pace begins anew: not at the minute that it had come to.
+    assert cold.after(0.0) < 0.01
+    # A server that holds polls is asked again at once.
+    loop._busy = True
+    began = time.monotonic()
+    loop._rest(pace, 1.0)
+    assert time.monotonic() - began < BESIDE
