@@ -82,6 +82,9 @@ def read_task(device: Device, plan: pb.RoundPlan, message: Message) -> Task:
     settings = settings_of(plan)
     check_plan(device, plan, settings)
     received = read_sent(message, plan, settings, plan.edge)
+    known = {*received.layout.names, *(t.name for t in plan.architecture.tensors)}
+    if strange := set(plan.returns) - known:  # before anything is trained, or spent
+        raise WireError(plan.edge, f"the tensor {min(strange)!r} is to come back, and was not sent")
     state = device.load_state(plan.run, plan.start, exact=settings.reproducible)
     local = local_round(device, settings, plan.round, received.views(), state)
     local.data = device.images_for(plan.run)
@@ -306,7 +309,10 @@ def _plain_model(
 ) -> tuple[RunConfig, nn.Module]:
     settings = RunConfig.from_flat(run_config)
     model = initial_model(settings, device.images.shape, classes=len(device.images.classes))
-    tensors = {name: to_tensor(numpy_view(array)) for name, array in record.items()}
+    try:
+        tensors = {name: to_tensor(numpy_view(array)) for name, array in record.items()}
+    except (ValueError, TypeError) as error:  # no array, or of a dtype that torch does not have
+        raise WireError("server", f"tensors that cannot be read ({error})") from error
     # A strategy such as FedAdam computes in float64; the model keeps its own dtypes.
     own = model.state_dict()
     try:

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
 
+from client.training import evaluate_plain, train_round
 from common.errors import WireError
 from common.flower.arrays import array_from_numpy, numpy_view
 from common.flower.payloads import PayloadError, pack, unpack
@@ -28,6 +29,7 @@ from edge.relay import ReplySum
 from proto import espalier_pb2 as pb
 from server.client_keys import ClientKeys
 from server.tree import Tree
+from tests.unit.calls import call, device
 from tests.unit.test_edge_rounds import NODES, SAMPLES, add_one, means, reply_to, window
 
 SPEC = pb.TensorSpec(name="w", dtype="float32", shape=[2])
@@ -257,3 +259,25 @@ def test_one_edges_bad_progress_hides_nobody_elses(tmp_path: Path) -> None:
     tree = Tree(cast(Any, Grid()), NameRegistry(tmp_path / "e.json"), "r", 0.0, ClientKeys(tmp_path))
     tree._edges = {1: pb.EdgeHello(name="edge-1"), 2: pb.EdgeHello(name="edge-2")}
     assert list(tree.progress(1)) == [2]
+
+
+def test_a_tensor_that_is_to_come_back_and_was_not_sent(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It was a bare ValueError, and only after the client had trained."""
+    made = call(device(), method="fedavg", model="mlp")
+    plan = made.plan()
+    plan.returns.extend([*made.sent.layout.names, "\u202e"])
+    monkeypatch.setattr("client.training.train", lambda *_, **__: pytest.fail("it trains"))
+    with pytest.raises(WireError, match="'edge-1' refused: the tensor .* is to come back, and was not sent"):
+        train_round(made.device, plan, made.message(plan, control.TRAIN))
+
+
+@pytest.mark.parametrize(
+    "bad",
+    [
+        Array("float32", (2,), "pickle", b""),
+        array_from_numpy(np.array(["a", "b"])),  # torch has no such dtype
+    ],
+)
+def test_a_plain_servers_array_that_cannot_be_read(bad: Array) -> None:
+    with pytest.raises(WireError, match="'server' refused: tensors that cannot be read"):
+        evaluate_plain(device(), ArrayRecord({"w": bad}), 1, {"method": "fedavg", "model": "mlp"})
