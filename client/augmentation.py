@@ -6,8 +6,9 @@ import numpy as np
 from flwr.app import Message
 
 from client.device import Device
+from client.training import check_address, settings_of
 from common.data.imageset import to_uint8
-from common.errors import ConfigError, WireError
+from common.errors import WireError
 from common.methods.faug import SEED_IMAGES, SEED_LABELS, seed_labels, targets
 from common.run.config import RunConfig
 from common.seeds import rng_for, seed_for
@@ -27,12 +28,8 @@ def answer_augmentation(
     WireError
         If the plan is another client's, or its settings or generator do not fit.
     """
-    if plan.client != device.name:
-        raise WireError(plan.edge, f"a plan for client {plan.client!r}, this is {device.name!r}")
-    try:
-        settings = RunConfig.from_struct(plan.settings)
-    except ConfigError as error:
-        raise WireError(plan.edge, f"settings this client does not take ({error})") from error
+    check_address(device, plan)
+    settings = settings_of(plan)
     report = pb.ClientReport(
         schema=control.SCHEMA,
         run=plan.run,

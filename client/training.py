@@ -28,6 +28,7 @@ from common.models.arrays import model_arrays, to_tensor
 from common.models.initial import initial_model
 from common.privacy import Mechanism
 from common.run.config import RunConfig
+from common.run.names import NAME_RULE, is_name
 from common.run.reproducible import is_reproducible
 from common.seeds import rng_for, seed_for
 from common.wire import control
@@ -77,8 +78,7 @@ def read_task(device: Device, plan: pb.RoundPlan, message: Message) -> Task:
     WireError
         If the plan is another client's, or its settings, architecture or payload do not fit.
     """
-    if plan.client != device.name:
-        raise WireError(plan.edge, f"a plan for client {plan.client!r}, this is {device.name!r}")
+    check_address(device, plan)
     settings = settings_of(plan)
     check_plan(device, plan, settings)
     received = read_sent(message, plan, settings, plan.edge)
@@ -96,6 +96,14 @@ def read_task(device: Device, plan: pb.RoundPlan, message: Message) -> Task:
     except (ValueError, RuntimeError, KeyError) as error:
         raise WireError(plan.edge, f"an architecture that cannot be built ({error})") from error
     return Task(plan, method, received, local, model)
+
+
+def check_address(device: Device, plan: pb.RoundPlan) -> None:
+    """Raise WireError where a plan is another client's, or the name of its run is none, for it may name a file."""
+    if plan.client != device.name:
+        raise WireError(plan.edge, f"a plan for client {plan.client!r}, this is {device.name!r}")
+    if not is_name(plan.run):
+        raise WireError(plan.edge, f"a plan of run {plan.run[:64]!r}; a name is {NAME_RULE}")
 
 
 def settings_of(plan: pb.RoundPlan) -> RunConfig:

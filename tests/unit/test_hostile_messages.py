@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
 
+from client.inquiry import answer
 from client.training import evaluate_plain, train_round
 from common.errors import WireError
 from common.flower.arrays import array_from_numpy, numpy_view
@@ -267,8 +268,18 @@ def test_a_tensor_that_is_to_come_back_and_was_not_sent(monkeypatch: pytest.Monk
     plan = made.plan()
     plan.returns.extend([*made.sent.layout.names, "\u202e"])
     monkeypatch.setattr("client.training.train", lambda *_, **__: pytest.fail("it trains"))
-    with pytest.raises(WireError, match="'edge-1' refused: the tensor .* is to come back, and was not sent"):
+    with pytest.raises(WireError, match=r"'edge-1' refused: the tensor .+ and was not sent"):
         train_round(made.device, plan, made.message(plan, control.TRAIN))
+
+
+def test_a_plan_of_a_run_whose_name_is_none(tmp_path: Path) -> None:
+    """It was a StateError, which blames the device's own folder and not its edge."""
+    made = call(device(state=tmp_path), method="fedavg", model="mlp")
+    for inquiry in ("", "loss", "seeds"):
+        plan = made.plan(run="../x", inquiry=inquiry)
+        message = made.message(plan, control.INQUIRY if inquiry else control.TRAIN)
+        with pytest.raises(WireError, match=re.escape("'edge-1' refused: a plan of run '../x'; a name is")):
+            (answer if inquiry else train_round)(made.device, plan, message)
 
 
 @pytest.mark.parametrize(
