@@ -8,6 +8,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable
+from contextlib import ExitStack
 from pathlib import Path
 
 from flwr.app import Context, Message, RecordDict
@@ -82,17 +83,18 @@ def test_a_node_that_is_connected_twice_counts_once(tmp_path: Path) -> None:
             [node] = online(server, 1)
             shutil.copytree(tmp_path / "first", tmp_path / "copy", ignore=shutil.ignore_patterns("lock"))
             refused: list[str] = []
-            with (
-                resident(named("copy"), tmp_path / "copy", address) as copy,
-                resident(
-                    named("other"),
-                    tmp_path / "other",
-                    address,
-                    key=tmp_path / "first" / "node.key",
-                    on_event=lambda kind, facts: refused.append(kind),
-                ),
-            ):
+            with resident(named("copy"), tmp_path / "copy", address) as copy, ExitStack() as later:
+                # Only then the third: between the end of the first one's lease and the copy's it would be let in.
                 assert copy.wait_connected(20)
+                later.enter_context(
+                    resident(
+                        named("other"),
+                        tmp_path / "other",
+                        address,
+                        key=tmp_path / "first" / "node.key",
+                        on_event=lambda kind, facts: refused.append(kind),
+                    )
+                )
                 wait_until(lambda: "refused" in refused, 20, "a refusal of the same key")
                 assert online(server, 1) == [node]
                 grid = server.open_run()
