@@ -31,9 +31,10 @@ from server.assessment import Assessment
 from server.chronicle import Chronicle
 from server.client_keys import ClientKeys
 from server.evaluation import create_evaluator
+from server.exchange import TRIES
 from server.outcome import CentralTally
 from server.snapshot import Snapshot
-from server.strategy import TRIES, WindowStrategy
+from server.strategy import WindowStrategy
 from server.tree import Tree
 from server.watch import Watch, stop_requested
 

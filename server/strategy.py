@@ -10,25 +10,18 @@ from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord
 from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Strategy
 
-from common.errors import UNSOUND, EspalierError, WireError, unsound
-from common.flower.arrays import payload_bytes
-from common.flower.outcomes import fault_kind
+from common.errors import UNSOUND, WireError
 from common.homogeneity import sh_score
 from common.methods.base import CloudState, Method
 from common.methods.planning import Member, Round
 from common.methods.selection import Answer
-from common.methods.tally import ROWS, Tally, stacked
-from common.methods.views import answer_layout, buffers_of
-from common.run.ledger import CLIENT_EDGE, EDGE_CLOUD
+from common.methods.tally import Tally
 from common.run.reproducible import in_order
-from common.run.timeouts import INQUIRY_MARGIN
 from common.wire import control
-from common.wire.codec import create_codec
-from common.wire.payload import Layout, Weights
-from common.wire.sent import SentForm
-from common.wire.update import UpdateForm
+from common.wire.payload import Weights
 from proto import espalier_pb2 as pb
-from server.contributions import check_contributions
+from server.exchange import Exchange
+from server.inquiries import ask, spread
 from server.outcome import CentralTally, WindowOutcome
 from server.plans import Version, WindowDraw, draw_window, inquiry_plan, window_plan
 from server.tree import Tree
@@ -74,9 +67,7 @@ class WindowStrategy(Strategy):
         self.selection.restore(
             {k.removeprefix(head): v for k, v in state.extra.items() if k.startswith(head)}
         )
-        self._sent: pb.WindowPlan = pb.WindowPlan()
-        #: The network's tensors as the edges read them, which their reports may be differences to.
-        self._received = Weights.pack({})
+        self._exchange = self._exchange_of(pb.WindowPlan(), Weights.pack({}))
 
     @property
     def plan(self) -> list[Round]:
@@ -124,29 +115,18 @@ class WindowStrategy(Strategy):
     def configure_train(
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
     ) -> Iterable[Message]:
-        """Yield the plan and the state's tensors to every edge that has a part in it.
+        """Send the plan and the state's tensors to every edge that has a part in it.
 
-        All edges get one and the same content, so it is stored and hashed once. `arrays` are not looked at: the
-        state has the same tensors, and more.
+        `arrays` are not looked at: the state has the same tensors, and more.
         """
-        self._sent = window_plan(
+        plan = window_plan(
             self.method, self.state, self.run, self.drawn, self.reached, self.checkpoint_window
         )
-        yield from self._to_edges(self._sent, self.state.weights, self.drawn.edges, control.TRAIN)
+        self._exchange = self._exchange_of(plan, self.state.weights)
+        return self._exchange.send()
 
-    def _to_edges(
-        self, plan: pb.WindowPlan, weights: Weights, edges: Sequence[str], kind: str
-    ) -> Iterator[Message]:
-        form = SentForm(weights.layout, plan.architecture, self.settings)
-        coded, self._received = form.encode(weights)
-        content = control.plan_content(plan, coded.to_record())
-        size, nodes = payload_bytes(content), self.tree.edges()
-        for edge in edges:
-            if edge not in nodes:
-                self._fault(edge, "lost", "went away before its part was sent")
-                continue
-            self.outcome.ledger.add(EDGE_CLOUD, down_bytes=size, messages=1)
-            yield Message(content, nodes[edge], kind, group_id=str(plan.window))
+    def _exchange_of(self, plan: pb.WindowPlan, weights: Weights) -> Exchange:
+        return Exchange(self.method, self.state, self.tree, self.outcome, plan, weights)
 
     # --- up ----------------------------------------------------------------------------------------
 
@@ -172,27 +152,28 @@ class WindowStrategy(Strategy):
         int
             Training samples behind them.
         """
+        exchange = self._exchange
         merged = CentralTally(self.state.weights.layout, self.method.newest_only)
         samples = 0
-        found: Iterable[tuple[int, str, Message]] = self._named(replies)
+        found: Iterable[tuple[int, str, Message]] = exchange.named(replies)
         if self.settings.reproducible:
-            found = in_order(((name, (node, name, reply)) for node, name, reply in found), self.drawn.edges)
+            found = in_order(((name, (node, name, reply)) for node, name, reply in found), exchange.edges)
         for node, name, reply in found:
             try:
-                report, payload = self._read(reply, name)
+                report, payload = exchange.read(reply, name)
                 labels = self._labels(report, name)
                 if report.samples:
                     share = self.method.edge_share(report.samples, report.last_round_samples, labels)
                     newest = max((r.round for r in report.rounds if r.clients), default=0)
                     merged.absorb(name, payload, report.metrics, share, newest)
             except (WireError, *UNSOUND) as error:
-                self._refuse(reply, name, error)
+                exchange.refuse(reply, name, error)
                 continue
             self._account(node, name, report)
             if report.samples:
                 samples += report.samples
                 self.outcome.mu[name] = sh_score(labels, self.settings.homogeneity_form)
-        self._note_silent(set(self.drawn.edges))
+        exchange.note_silent()
         return merged, samples
 
     def lacking(self) -> list[str]:
@@ -256,49 +237,6 @@ class WindowStrategy(Strategy):
                 round_, metrics, {c: g for c, g in gradients.items() if c in metrics and g}
             )
 
-    def _named(self, replies: Iterable[Message]) -> Iterator[tuple[int, str, Message]]:
-        for reply in replies:
-            node = reply.metadata.src_node_id
-            yield node, self.tree.name_of(node), reply
-
-    def _read(self, reply: Message, name: str) -> tuple[pb.EdgeReport, Weights]:
-        report = control.read_control(pb.EdgeReport, reply, name)
-        if report.edge != name:
-            raise WireError(name, f"a report in the name of {report.edge!r}")
-        control.check_same_run(self._sent, report, name)
-        if report.HasField("roster") and report.roster.name != name:
-            raise WireError(name, f"a list of clients in the name of {report.roster.name!r}")
-        checked = check_contributions(
-            self._sent, report, self.tree.keys.in_force().get, required=self.settings.require_signatures
-        )
-        payload = self._tensors(reply, Layout.from_proto(report.layout.tensors, name), name)
-        # Not only of those it lists: a method may want to know of an update that it left out (Phoenix).
-        given = {p.client for r in self._sent.rounds for p in r.participants if p.edge == name}
-        if foreign := {c for c, _, _ in stacked(payload)} - given:
-            raise WireError(name, f"tensors of {sorted(foreign)[:3]}, which it was not given")
-        if not self._sent.inquiry:
-            self._check_passed(payload)
-        self.outcome.signatures.add(checked)
-        return report, payload
-
-    def _tensors(self, reply: Message, layout: Layout, name: str) -> Weights:
-        """Read a report's tensors; of the network's it may hold coded differences."""
-        s, received = self.settings, self._received
-        if s.edge_codec == "none":
-            return control.read_weights(reply, layout, name)
-        codec, buffers = create_codec(s, s.edge_codec), buffers_of(self._sent.architecture)
-        form = UpdateForm(layout, received.layout, buffers, codec)
-        payload = control.read_weights(reply, form.wire, name)
-        return Weights.fill(layout, form.decode(payload, received.views(), name))
-
-    def _check_passed(self, payload: Weights) -> None:
-        """Have the method look at what the edge passes on beside its sums; raises ValueError."""
-        stacks: dict[str, dict[str, np.ndarray]] = {}
-        for client, tensor, array in stacked(payload):
-            stacks.setdefault(client, {})[tensor] = array
-        rows = {n.removeprefix(ROWS): a for n, a in payload.views().items() if n.startswith(ROWS)}
-        self.method.check_passed(stacks, rows, self.state)
-
     def _labels(self, report: pb.EdgeReport, name: str) -> np.ndarray:
         classes, counts = len(self.tree.classes), report.labels.counts
         if len(counts) not in (0, classes) or not all(np.isfinite(c) and c >= 0 for c in counts):
@@ -311,30 +249,9 @@ class WindowStrategy(Strategy):
 
     def _account(self, node: int, name: str, report: pb.EdgeReport) -> None:
         self.outcome.reports[name] = report
-        self._count_bytes(report)
+        self._exchange.count(report)
         if report.HasField("roster"):
             self.tree.learn(node, report.roster)
-
-    def _count_bytes(self, report: pb.EdgeReport) -> None:
-        self.outcome.faults.extend(report.faults)
-        down = report.client_edge
-        self.outcome.ledger.add(
-            CLIENT_EDGE, up_bytes=down.up_bytes, down_bytes=down.down_bytes, messages=down.messages
-        )
-        self.outcome.ledger.add(EDGE_CLOUD, up_bytes=report.up_bytes, messages=1)
-
-    def _refuse(self, reply: Message, name: str, error: Exception) -> None:
-        self._fault(name, fault_kind(reply), error.fault if isinstance(error, WireError) else unsound(error))
-
-    def _note_silent(self, asked: set[str]) -> None:
-        for silent in sorted(asked - set(self.outcome.reports) - {f.node for f in self.outcome.faults}):
-            self._fault(silent, "straggler", "no report of the window before its deadline")
-
-    def _fault(self, node: str, kind: str, detail: str) -> None:
-        log.warning("window %d: %s %s: %s", self.state.window + 1, node, kind, detail)
-        self.outcome.faults.append(
-            pb.Fault(tier="cloud", node=node, kind=kind, detail=detail, window=self.state.window + 1)
-        )
 
     # --- beside training ---------------------------------------------------------------------------
 
@@ -347,8 +264,6 @@ class WindowStrategy(Strategy):
         keys: Mapping[str, str] | None = None,
     ) -> dict[str, Answer]:
         """Ask clients about a network, through their edges; who does not answer is left out.
-
-        In a reproducible run everybody must answer what training hangs on, so the question is put again.
 
         Parameters
         ----------
@@ -366,78 +281,25 @@ class WindowStrategy(Strategy):
         Raises
         ------
         EspalierError
-            If somebody did not answer it in a reproducible run, however often it was put.
+            Like `inquiries.ask`, in a reproducible run.
         """
-        for _ in range(TRIES):
-            found, asked = self._ask(kind, architecture, weights, clients, keys)
-            silent = sorted(asked - set(found))
-            if not (silent and self.settings.reproducible) or kind in MEASURES:
-                return found
-            self.tree.gather(self.settings, lambda: False)
-        raise EspalierError(
-            f"{', '.join(silent)} did not answer a question ({kind}) in {TRIES} tries, so the run is not "
-            "reproducible; see to them and resume it"
-        )
 
-    def _ask(
-        self,
-        kind: str,
-        architecture: pb.ArchitectureSpec,
-        weights: Weights,
-        clients: Sequence[str] | None,
-        keys: Mapping[str, str] | None,
-    ) -> tuple[dict[str, Answer], set[str]]:
-        """Ask once; return the answers in the order of the clients' names, and who was asked."""
-        reach = {m.name: m.edges for m in self.tree.members() if clients is None or m.name in clients}
-        # Clients of several edges are spread over them by their place in the order of names.
-        where = {name: edges[i % len(edges)] for i, (name, edges) in enumerate(sorted(reach.items()))}
-        self._sent = inquiry_plan(
-            self.method,
-            self.state,
-            self.run,
-            kind,
-            architecture,
-            weights.layout,
-            where,
-            keys or {},
-            self.reached,
-            self.checkpoint_window,
-        )
-        messages = self._to_edges(self._sent, weights, sorted(set(where.values())), control.INQUIRY)
-        found: dict[str, Answer] = {}
-        deadline = self.settings.round_deadline + INQUIRY_MARGIN
-        for _, name, reply in self._named(self.tree.grid.exchange(messages, deadline=deadline)):
-            try:
-                report, payload = self._read(reply, name)
-                answers = self._answers(kind, architecture, report, payload)
-            except (WireError, *UNSOUND) as error:
-                self._refuse(reply, name, error)
-                continue
-            self._count_bytes(report)
-            found |= answers
-        return dict(sorted(found.items())), set(where)
+        def pose() -> Exchange:
+            plan = inquiry_plan(
+                self.method,
+                self.state,
+                self.run,
+                kind,
+                architecture,
+                weights.layout,
+                spread(self.tree.members(), clients),
+                keys or {},
+                self.reached,
+                self.checkpoint_window,
+            )
+            return self._exchange_of(plan, weights)
 
-    def _answers(
-        self, kind: str, architecture: pb.ArchitectureSpec, report: pb.EdgeReport, payload: Weights
-    ) -> dict[str, Answer]:
-        """Read what an edge's clients answered; raises WireError naming the edge."""
-        arrays: dict[str, dict[str, np.ndarray]] = {}
-        for sender, tensor, array in stacked(payload):
-            arrays.setdefault(sender, {})[tensor] = array
-        found = {}
-        for client in (c for record in report.rounds for c in record.clients):
-            own, metrics = arrays.get(client.client, {}), dict(client.metrics)
-            try:
-                expected = answer_layout(
-                    kind, architecture, self.settings, self.state.population, metrics, self.tree.image_shape
-                )
-            except ValueError as error:
-                raise WireError(report.edge, f"an answer of {client.client}: {error}") from error
-            if fault := expected.difference(expected.in_order(Layout.of(own))):
-                raise WireError(report.edge, f"an answer of {client.client}: {fault}")
-            tensors = {n.partition("/")[2]: a for n, a in own.items()}
-            found[client.client] = Answer({"loss": client.loss, **metrics}, tensors)
-        return found
+        return ask(pose)
 
     def configure_evaluate(
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
@@ -448,9 +310,3 @@ class WindowStrategy(Strategy):
     def aggregate_evaluate(self, server_round: int, replies: Iterable[Message]) -> MetricRecord | None:
         """Return nothing."""
         return None
-
-
-#: How often a window is sent, or a question put, before a reproducible run that lacks somebody's part is ended.
-TRIES = 3
-#: Questions whose answers are only reported.
-MEASURES = frozenset({"accuracy", "samples"})

@@ -20,6 +20,8 @@ from common.wire.payload import Weights
 from edge.roster import Known, Roster
 from edge.rounds import EdgeProgress, EdgeWindow
 from proto import espalier_pb2 as pb
+from server.exchange import Exchange
+from server.inquiries import put
 from server.outcome import WindowOutcome
 from server.strategy import WindowStrategy
 
@@ -106,7 +108,7 @@ class CloudScene:
     """One window at the cloud: its strategy as it stood, and the edges' reports."""
 
     strategy: WindowStrategy
-    sent: pb.WindowPlan
+    exchange: Exchange
     drawn: Any
     state: CloudState
     replies: dict[int, RecordDict]
@@ -115,11 +117,17 @@ class CloudScene:
     def play(self, node: int = 0, content: RecordDict | None = None) -> tuple[WindowOutcome, CloudState, int]:
         """Collect the window and move on; an edge named here answers with `content`, or not at all."""
         strategy = copy.copy(self.strategy)
-        strategy.method = self.strategy.method
         strategy.tree = copied(self.tree)
-        strategy._sent, strategy.drawn, strategy.outcome = self.sent, self.drawn, WindowOutcome()
+        strategy.drawn, strategy.outcome = self.drawn, WindowOutcome()
         strategy.state, strategy.reached = copy.deepcopy(self.state), dict(strategy.reached)
         strategy.selection = copy.deepcopy(self.strategy.selection)
+        strategy._exchange = replace(
+            self.exchange,
+            method=strategy.method,
+            state=strategy.state,
+            tree=strategy.tree,
+            outcome=strategy.outcome,
+        )
         replies = dict(self.replies)
         if node:
             del replies[node]
@@ -135,7 +143,9 @@ class CloudScene:
     def unsigned(self) -> CloudScene:
         """Return the same where nobody signs and nobody need to."""
         strategy = copy.copy(self.strategy)
+        strategy.method = copy.copy(strategy.method)
         strategy.settings = strategy.settings.model_copy(update={"require_signatures": False})
+        strategy.method.settings = strategy.settings
         replies = {}
         for node, content in self.replies.items():
             report = pb.EdgeReport.FromString(
@@ -161,24 +171,19 @@ def copied(tree: Any) -> Any:
 class InquiryScene:
     """One question of the cloud to the clients, and what the edges answered."""
 
-    strategy: WindowStrategy
-    question: tuple[Any, ...]
+    exchange: Exchange
     state: CloudState
     tree: Any
-    plan: pb.WindowPlan = field(default_factory=pb.WindowPlan)
     replies: dict[int, RecordDict] = field(default_factory=dict)
 
     def play(self, node: int = 0, content: RecordDict | None = None) -> tuple[WindowOutcome, dict[str, Any]]:
         """Put the question again; an edge named here answers with `content`, or not at all."""
-        strategy = copy.copy(self.strategy)
-        strategy.tree, strategy.state = copied(self.tree), copy.deepcopy(self.state)
-        strategy.outcome = WindowOutcome()
+        tree, outcome = copied(self.tree), WindowOutcome()
         replies = self.replies | ({node: content} if node else {})
-        strategy.tree.grid = cast(Any, Answers(replies, self.tree.grid))
-        # The same question, for the answers are signed for it.
-        with mock.patch("server.strategy.inquiry_plan", return_value=self.plan):
-            found, _ = strategy._ask(*self.question)
-        return strategy.outcome, found
+        tree.grid = cast(Any, Answers(replies, self.tree.grid))
+        # The same plan, for the answers are signed for it.
+        found, _ = put(replace(self.exchange, tree=tree, state=copy.deepcopy(self.state), outcome=outcome))
+        return outcome, found
 
 
 class Answers:
@@ -235,7 +240,7 @@ def record(folder: Path, **settings: Any) -> Recording:
         kept = list(replies)
         scene = CloudScene(
             self,
-            self._sent,
+            self._exchange,
             copy.copy(self.drawn),
             copy.deepcopy(self.state),
             {m.metadata.src_node_id: m.content for m in kept},
@@ -244,22 +249,19 @@ def record(folder: Path, **settings: Any) -> Recording:
         found.clouds.append(scene)
         return collect(self, kept)
 
-    put = WindowStrategy._ask
-
-    def asked(self: WindowStrategy, *question: Any) -> Any:
-        scene = InquiryScene(copy.copy(self), question, copy.deepcopy(self.state), copied(self.tree))
+    def asked(exchange: Exchange) -> Any:
+        tree = exchange.tree
+        scene = InquiryScene(exchange, copy.deepcopy(exchange.state), copied(tree))
         found.inquiries.append(scene)
-        exchange = self.tree.grid.exchange
+        through = tree.grid.exchange
 
         def listen(messages: Iterable[Message], **options: Any) -> Iterator[Message]:
-            for reply in exchange(messages, **options):
+            for reply in through(messages, **options):
                 scene.replies[reply.metadata.src_node_id] = reply.content
                 yield reply
 
-        with mock.patch.object(self.tree.grid, "exchange", listen):
-            answers = put(self, *question)
-        scene.plan = self._sent
-        return answers
+        with mock.patch.object(tree.grid, "exchange", listen):
+            return put(exchange)
 
     whole: dict[str, Any] = {
         "model": "mlp",
@@ -273,7 +275,7 @@ def record(folder: Path, **settings: Any) -> Recording:
     with (
         mock.patch.object(EdgeWindow, "run", run),
         mock.patch.object(WindowStrategy, "collect", collected),
-        mock.patch.object(WindowStrategy, "_ask", asked),
+        mock.patch("server.inquiries.put", asked),
     ):
         tree.run("fuzz", whole)
     return found

@@ -68,8 +68,7 @@ READERS = (
     *sorted((ROOT / "common" / "wire").glob("*.py")),
     ROOT / "edge" / "calls.py",
     ROOT / "edge" / "relay.py",
-    ROOT / "server" / "contributions.py",
-    ROOT / "server" / "strategy.py",
+    *(ROOT / "server" / f"{name}.py" for name in ("contributions", "exchange", "inquiries", "strategy")),
 )
 
 
