@@ -75,7 +75,8 @@ def draw_rounds(figure: Figure, results: Table) -> None:
             runs = [m for m in results.get((regime, name), ()) if m.points]
             rounds = [p.round for p in runs[0].points] if runs else []
             means = [average(m.points[i].mean for m in runs if i < len(m.points)) for i in range(len(rounds))]
-            axes.plot(rounds, [percent(v) for v in means], color=f"C{place}", marker=".", label=name)
+            colour = f"C{place}" if place < 10 else "black"  # there are ten of the former
+            axes.plot(rounds, [percent(v) for v in means], color=colour, marker=".", label=name)
         axes.set_title(regime)
         axes.set_xlabel("round")
         axes.grid(alpha=0.3)
