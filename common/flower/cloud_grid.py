@@ -23,7 +23,7 @@ from flwr.supercore.run import Run
 from flwr.superlink.grid.http_grid import HttpGrid
 
 from common.flower.memory import Sweeper
-from common.flower.payloads import PayloadError, array_bytes, tree_ids, unpack
+from common.flower.payloads import PayloadError, tree_ids, unpack
 from common.run.timeouts import CLOUD_UPLOAD_STALL, TTL_MARGIN
 
 FASTEST = 0.02
@@ -196,10 +196,10 @@ class TreeGrid(Grid):
                     came += reply.has_content()
                     if quorum is not None and came == quorum:
                         end = min(end, time.monotonic() + grace)
-                    size = array_bytes(reply)
+                    sweeper.sweep()  # the reply before this one: whoever asked has dropped it by now
+                    sweeper.expect(reply)
                     yield reply
                     del reply
-                    sweeper.dropped(size)
                 for message_id, sent in list(waiting.items()):
                     if lost is not None and (reason := lost(sent.metadata.dst_node_id)):
                         del waiting[message_id]

@@ -254,13 +254,13 @@ class HomeLoop:
                     self._work.notify_all()
                     return
                 session, message = self._queue.popleft()
-            size = array_bytes(message)
+            self._sweeper.expect(message)
             try:
                 self._answer(message, session, side=False)
             except Exception:
                 logging.getLogger(__name__).exception("%s: unforeseen fault; going on", self.home.address)
             del message
-            self._sweeper.dropped(size)
+            self._sweeper.sweep()
 
     def _answer(self, message: Message, session: int, *, side: bool) -> None:
         """Call the app and send its reply, unless nobody waits for it any more."""

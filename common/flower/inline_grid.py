@@ -22,7 +22,7 @@ from flwr.supercore.run import Run
 
 from common.flower.fleet_server import Links
 from common.flower.memory import Sweeper
-from common.flower.payloads import PayloadError, array_bytes, pack, tree_ids, unpack
+from common.flower.payloads import PayloadError, pack, tree_ids, unpack
 from common.run.timeouts import OFFLINE_GRACE, TTL_MARGIN
 
 TICK = 0.5
@@ -213,13 +213,13 @@ class InlineGrid(Grid):
                 came += reply.has_content()
                 if quorum is not None and came == quorum:
                     end = min(end, time.monotonic() + grace)
-                size = array_bytes(reply)
+                sweeper.sweep()  # the reply before this one: whoever asked has dropped it by now
+                sweeper.expect(reply)
                 try:
                     yield reply
                 finally:
                     del reply
                     self._links.give_up_upload(message_id)  # its slot: the next one may come now
-                sweeper.dropped(size)
         finally:
             for sent in waiting.values():
                 self._abandon(sent, ErrorCode.REPLY_MESSAGE_UNAVAILABLE, "abandoned")

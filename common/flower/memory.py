@@ -5,6 +5,9 @@ from __future__ import annotations
 import ctypes
 import functools
 import gc
+import weakref
+
+from flwr.app import ArrayRecord, Message
 
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD, _M_ARENA_MAX = -1, -3, -8  # malloc.h of glibc
 BIG_BLOCK = 8 << 20
@@ -31,25 +34,36 @@ def give_back_big_blocks() -> bool:
 
 
 class Sweeper:
-    """Collects cyclic garbage once enough payload may be in it.
+    """Collects cyclic garbage where payloads are left in it.
 
     ``RecordDict.array_records`` and its like build an object that refers to itself and to the whole content, so a
     message that was read through them is not freed when it is dropped, but when Python next looks for cycles: many
-    payloads later.
+    payloads later. Our own code does not read so, but a user's app may. To look for cycles costs a process with torch
+    some tenths of a second, so it is done only for payloads that outlive their message.
 
     Parameters
     ----------
     every : int
-        Bytes of payload between two collections.
+        Bytes of payload left behind between two collections.
     """
 
     def __init__(self, every: int = 32_000_000) -> None:
         self._every = every
-        self._seen = 0
+        self._left = 0
+        self._dropped: list[tuple[weakref.ref[ArrayRecord], int]] = []
 
-    def dropped(self, size: int) -> None:
-        """Note that a message with `size` bytes of payload was dropped."""
-        self._seen += size
-        if self._seen >= self._every:
-            self._seen = 0
+    def expect(self, message: Message) -> None:
+        """Note a message that is about to be dropped."""
+        records = message.content.values() if message.has_content() else ()
+        for record in records:
+            if isinstance(record, ArrayRecord):
+                size = sum(len(array.data) for array in record.values())
+                self._dropped.append((weakref.ref(record), size))
+
+    def sweep(self) -> None:
+        """Collect, if enough of what was dropped by now is still there."""
+        self._left += sum(size for record, size in self._dropped if record() is not None)
+        self._dropped.clear()
+        if self._left >= self._every:
+            self._left = 0
             gc.collect()

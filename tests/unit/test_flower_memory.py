@@ -1,0 +1,72 @@
+"""What was read through Flower's views is collected soon; what was not costs no collection."""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Iterator
+from contextlib import contextmanager
+from weakref import ref
+
+import numpy as np
+from flwr.app import ArrayRecord, RecordDict
+from flwr.app.message.message import make_message
+from flwr.app.metadata import Metadata
+
+from common.flower.arrays import array_from_numpy
+from common.flower.memory import Sweeper
+
+SIZE = 4000
+
+
+def message_of(size: int = SIZE) -> tuple[RecordDict, Metadata]:
+    record = ArrayRecord({"flat": array_from_numpy(np.zeros(size // 4, np.float32))})
+    metadata = Metadata(1, "", 1, 2, "", "", 0.0, 60.0, "train")
+    return RecordDict({"arrays": record}), metadata
+
+
+@contextmanager
+def collections() -> Iterator[list[int]]:
+    """Count the collections of all generations; none happens by itself."""
+    found: list[int] = []
+
+    def count(phase: str, facts: dict[str, int]) -> None:
+        if phase == "start" and facts["generation"] == 2:
+            found.append(1)
+
+    gc.collect()
+    gc.disable()
+    gc.callbacks.append(count)
+    try:
+        yield found
+    finally:
+        gc.callbacks.remove(count)
+        gc.enable()
+
+
+def test_what_outlives_its_message_is_collected_once_it_is_much() -> None:
+    sweeper = Sweeper(every=3 * SIZE)
+    alive = []
+    with collections() as found:
+        for number in range(1, 4):
+            content, metadata = message_of()
+            message = make_message(metadata=metadata, content=content)
+            alive.append(ref(content["arrays"]))
+            assert len(message.content.array_records) == 1  # makes the cycle
+            sweeper.expect(message)
+            del message, content
+            sweeper.sweep()
+            assert len(found) == (number == 3)
+    assert [record() for record in alive] == [None, None, None]
+
+
+def test_what_goes_with_its_message_costs_no_collection() -> None:
+    sweeper = Sweeper(every=SIZE)
+    with collections() as found:
+        for _ in range(5):
+            content, metadata = message_of()
+            message = make_message(metadata=metadata, content=content)
+            assert isinstance(message.content["arrays"], ArrayRecord)
+            sweeper.expect(message)
+            del message, content
+            sweeper.sweep()
+    assert not found
