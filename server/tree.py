@@ -26,6 +26,8 @@ log = logging.getLogger("espalier.cloud")
 
 #: Seconds between two looks for edges and clients that are yet to join.
 PATIENCE = 0.5
+#: Seconds between looks for an answer that no window waits for.
+UNHURRIED = 0.3
 
 
 class Node(Protocol):
@@ -401,7 +403,7 @@ class Tree:
             Message(RecordDict({control.CONFIG: about}), n, control.PROGRESS) for n in self.edges().values()
         ]
         found = {}
-        for reply in self.grid.exchange(messages, deadline=WATCH_CALL):
+        for reply in self.grid.exchange(messages, deadline=WATCH_CALL, first_wait=UNHURRIED):
             node_id = reply.metadata.src_node_id
             if reply.has_error():
                 continue

@@ -128,6 +128,7 @@ class TreeGrid(Grid):
         grace: float = 0.0,
         cancelled: Callable[[], bool] | None = None,
         lost: Callable[[int], str] | None = None,
+        first_wait: float = FASTEST,
     ) -> Iterator[Message]:
         """Send messages and yield the replies as they arrive.
 
@@ -145,6 +146,8 @@ class TreeGrid(Grid):
             Asked again and again; once it says True the outstanding ones are abandoned.
         lost : callable, optional
             Asked again and again with the node of an outstanding message: why it will not answer, or "".
+        first_wait : float
+            Seconds between the first two looks for a reply; each look is an HTTP call, and later ones are rarer.
 
         Yields
         ------
@@ -166,7 +169,7 @@ class TreeGrid(Grid):
         end = time.monotonic() + deadline
         waiting: dict[str, Message] = {}
         arriving: dict[str, _Arriving] = {}
-        wait, came = FASTEST, 0
+        wait, came = first_wait, 0
         sweeper = Sweeper()
         try:
             failed = []
@@ -208,7 +211,7 @@ class TreeGrid(Grid):
                 left = end - time.monotonic()
                 if left <= 0 or (cancelled is not None and cancelled()):
                     break
-                wait = FASTEST if moved else min(SLOWEST, wait * 1.3)
+                wait = first_wait if moved else min(SLOWEST, wait * 1.3)
                 if waiting or arriving:
                     time.sleep(min(wait, left))
         finally:
