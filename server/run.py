@@ -21,6 +21,7 @@ from common.methods.base import CloudState, Method
 from common.methods.levels import parse_levels
 from common.methods.planning import AtRandom, mean_homogeneity, plan_window
 from common.methods.registry import create_method
+from common.models.initial import import_ahead
 from common.monitor.logs import bind
 from common.names import EDGE_NAMES, Claims, NameRegistry
 from common.run.config import RunConfig
@@ -106,6 +107,7 @@ class TreeRun:
         resumed = self.chronicle.resume()
         if resumed is not None:
             self.tree.settle(resumed.members)
+        import_ahead(s)  # while edges and clients are still on their way, and not once all of them wait
         self.tree.gather(s, self._stopping)
         self._check_stop()
         self.method.meet(self.tree.image_shape, len(self.tree.classes))

@@ -16,6 +16,7 @@ from common.run.config import FlatValue
 from common.run.events import EVENTS_FILE
 from common.run.processes import Group, espalier_command, espalier_env, free_ports, listens, signals_interrupt
 from common.run.progress import RunView
+from common.security import Address
 
 #: Settings of the demonstration where they differ from the defaults: a run of minutes on two cores.
 DEMO: dict[str, FlatValue] = {
@@ -62,15 +63,21 @@ def run_demo(edges: int, clients: int, data: str, out: Path, settings: Mapping[s
     _set_aside(out, view)
     config = prepare({**DEMO, **tree, **settings}, out)
     with signals_interrupt(), Group() as group:
-        cloud = _start_cloud(group, out / "processes")
-        _start_tree(group, out / "processes", cloud, edges, clients, data)
+        # No core idles and the run's own process, the slowest to start, has not to wait for the others: edges
+        # start beside the cloud, and clients while the run that waits for them does.
+        folder = out / "processes"
+        name, listen, control = _start_cloud(group, folder)
+        addresses = _start_edges(group, folder, listen, edges)
+        cloud = _ready_cloud(group, name, listen, control)
         reported: set[str] = set()
 
         def check(view: RunView) -> None:
             _check(group, view, reported)
 
         with view:
-            status = run_to_end(cloud, config, view, check)
+            status = run_to_end(
+                cloud, config, view, check, lambda: _start_clients(group, folder, addresses, clients, data)
+            )
     view.say(describe_result(out, status))
     return status
 
@@ -89,38 +96,37 @@ def _set_aside(out: Path, view: RunView) -> None:
     view.say(f"the earlier run in {out} is now {aside}")
 
 
-def _start_cloud(group: Group, folder: Path) -> Cloud:
-    fleet, control = free_ports(2)
+def _start_cloud(group: Group, folder: Path) -> tuple[str, Address, Address]:
+    """Start the cloud; return its name and where edges and commands reach it."""
+    fleet, control = (Address("127.0.0.1", port) for port in free_ports(2))
     name = f"demo-{uuid.uuid4().hex[:6]}"
-    arguments = ["--listen", f"127.0.0.1:{fleet}", "--control", f"127.0.0.1:{control}"]
-    group.start(
-        "cloud",
-        espalier_command("cloud", *arguments, "--state", str(folder / "cloud"), "--name", name),
-        folder / "cloud.log",
-        espalier_env(),
-    )
+    arguments = ["--listen", str(fleet), "--control", str(control), "--name", name]
+    command = espalier_command("cloud", *arguments, "--state", str(folder / "cloud"))
+    group.start("cloud", command, folder / "cloud.log", espalier_env())
+    return name, fleet, control
 
+
+def _ready_cloud(group: Group, name: str, fleet: Address, control: Address) -> Cloud:
     def ready() -> bool:
         named = any(cloud.name == name for cloud in running_clouds())
-        return named and listens("127.0.0.1", fleet) and listens("127.0.0.1", control)
+        return named and listens(*fleet) and listens(*control)
 
     group.wait_until(ready, "the cloud", READY_SECONDS)
     return find_cloud(name)
 
 
-def _start_tree(group: Group, folder: Path, cloud: Cloud, edges: int, clients: int, data: str) -> None:
-    env = espalier_env()
-    addresses = []
+def _start_edges(group: Group, folder: Path, cloud: Address, edges: int) -> list[Path]:
+    """Start the edges; return the files in which each writes what port it got."""
     for number in range(1, edges + 1):
         name = f"edge-{number}"
-        addresses.append(folder / name / "address")  # where the edge writes what port it got
-        arguments = ["--name", name, "--cloud", cloud.listen, "--listen", "127.0.0.1:0"]
-        group.start(
-            name,
-            espalier_command("edge", *arguments, "--state", str(folder / name)),
-            folder / f"{name}.log",
-            env,
-        )
+        arguments = ["--name", name, "--cloud", str(cloud), "--listen", "127.0.0.1:0"]
+        command = espalier_command("edge", *arguments, "--state", str(folder / name))
+        group.start(name, command, folder / f"{name}.log", espalier_env())
+    return [folder / f"edge-{number}" / "address" for number in range(1, edges + 1)]
+
+
+def _start_clients(group: Group, folder: Path, addresses: list[Path], clients: int, data: str) -> None:
+    """Start the clients, as soon as every edge has written its address."""
     threads = max(1, (os.cpu_count() or 1) // clients)
     group.wait_until(
         lambda: all(path.exists() and path.read_text().endswith("\n") for path in addresses),
@@ -132,21 +138,9 @@ def _start_tree(group: Group, folder: Path, cloud: Cloud, edges: int, clients: i
     for number in range(clients):
         name = f"client-{number + 1}"
         share = ":".join(filter(None, [source, f"{number}/{clients}", scheme]))
-        arguments = [
-            "--name",
-            name,
-            *homes,
-            "--data",
-            share,
-            "--threads",
-            str(threads),
-        ]
-        group.start(
-            name,
-            espalier_command("client", *arguments, "--state", str(folder / name)),
-            folder / f"{name}.log",
-            env,
-        )
+        arguments = ["--name", name, *homes, "--data", share, "--threads", str(threads)]
+        command = espalier_command("client", *arguments, "--state", str(folder / name))
+        group.start(name, command, folder / f"{name}.log", espalier_env())
 
 
 def _check(group: Group, view: RunView, reported: set[str]) -> None:

@@ -70,6 +70,7 @@ def run_to_end(
     settings: Mapping[str, FlatValue],
     view: RunView,
     check: Callable[[RunView], None] = lambda view: None,
+    submitted: Callable[[], None] = lambda: None,
 ) -> str:
     """Submit a run, show it, and return its status once it has ended: "finished" or "stopped".
 
@@ -79,6 +80,8 @@ def run_to_end(
     ----------
     check : callable
         Called with the view several times a second; what it raises ends the run.
+    submitted : callable
+        Called once, as soon as the cloud has the run.
 
     Raises
     ------
@@ -90,6 +93,7 @@ def run_to_end(
     submission = submit(cloud, settings)
     with signals_interrupt():
         try:
+            submitted()
             return _follow(cloud, submission, view, check)
         except KeyboardInterrupt:
             view.say(f"stopping run {submission.run} …")

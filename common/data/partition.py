@@ -1,8 +1,8 @@
 """Who holds which sample: seeded partitions of a labelled data set, the same in every process.
 
 A client computes the partition by itself from (data name, number of clients, scheme): nobody hands shares
-out. flwr-datasets draws iid, Dirichlet and pathological partitions; FedPhD's own layouts and SCAFFOLD's
-similarity are here.
+out. flwr-datasets draws Dirichlet and pathological partitions; FedPhD's own layouts and SCAFFOLD's similarity
+are here, and iid, whose blocks are flwr-datasets' without the seconds that it takes to import.
 """
 
 from __future__ import annotations
@@ -29,6 +29,8 @@ from common.seeds import rng_for, seed_for
 log = logging.getLogger(__name__)
 
 SCHEMES = "iid, dirichlet=ALPHA, pathological=CLASSES, fedphd or fedphd=CLASSES, similarity=PERCENT"
+#: Those that flwr-datasets draws.
+_FLOWERS = ("dirichlet", "pathological")
 _OPTIONS = "seed=S and, for dirichlet, min=SAMPLES"
 
 
@@ -150,6 +152,8 @@ def assign(labels: NDArray[np.int64], clients: int, scheme: Scheme, *, name: str
     elif scheme.kind == "similarity":
         rng = rng_for(scheme.seed, name, 0, purpose)
         owner = _similarity(labels, clients, scheme.value / 100, rng)
+    elif scheme.kind == "iid":
+        owner = _iid(len(labels), clients, seed_for(scheme.seed, name, 0, purpose))
     else:
         owner = _flower(labels, clients, scheme, seed_for(scheme.seed, name, 0, purpose), where)
     sizes = np.bincount(owner[owner >= 0], minlength=clients)
@@ -159,6 +163,19 @@ def assign(labels: NDArray[np.int64], clients: int, scheme: Scheme, *, name: str
     if left_out:
         log.warning("%s: classes %s belong to no client", where, left_out)
     return owner
+
+
+def _iid(samples: int, clients: int, seed: int) -> NDArray[np.int64]:
+    """Cut shuffled samples in blocks that differ by one at most, as flwr-datasets' IidPartitioner cuts rows."""
+    owner = np.empty(samples, np.int64)
+    for client, part in enumerate(np.array_split(_shuffled(samples, seed), clients)):
+        owner[part] = client
+    return owner
+
+
+def _shuffled(samples: int, seed: int) -> NDArray[np.int64]:
+    """Return the samples in a drawn order: data sets often lie sorted by class."""
+    return np.random.default_rng(seed).permutation(samples)
 
 
 def _flower(
@@ -175,7 +192,6 @@ def _flower(
             "(pip install 'espalier[testbed]')"
         ) from error
     made: dict[str, Callable[[], flower.Partitioner]] = {
-        "iid": lambda: flower.IidPartitioner(clients),
         "dirichlet": lambda: flower.DirichletPartitioner(
             clients, "label", scheme.value, min_partition_size=scheme.min_size, shuffle=False, seed=seed
         ),
@@ -184,8 +200,7 @@ def _flower(
             clients, "label", int(scheme.value), "first-deterministic", shuffle=False, seed=seed
         ),
     }
-    # Flower's IidPartitioner cuts the rows as they lie; data sets often lie sorted by class.
-    order = np.random.default_rng(seed).permutation(len(labels))
+    order = _shuffled(len(labels), seed)
     owner = np.full(len(labels), -1, np.int64)
     try:
         partitioner = made[scheme.kind]()
@@ -288,7 +303,7 @@ _REMEMBERED = 8
 
 
 def _assign_apart(labels: NDArray[np.int64], clients: int, scheme: Scheme, name: str) -> NDArray[np.int64]:
-    if scheme.kind in ("fedphd", "similarity") or "flwr_datasets" in sys.modules:
+    if scheme.kind not in _FLOWERS or "flwr_datasets" in sys.modules:
         return assign(labels, clients, scheme, name=name)
     stdin = io.BytesIO()
     np.save(stdin, labels, allow_pickle=False)

@@ -7,6 +7,7 @@ import logging
 import os
 import tempfile
 from collections.abc import Iterator
+from functools import cached_property
 from pathlib import Path
 from typing import Protocol
 
@@ -61,7 +62,7 @@ def open_features(
     cache: Path | None = None,
     download: bool | None = None,
 ) -> Features:
-    """Return the feature network of a kind, trained or loaded.
+    """Return the feature network of a kind; a classifier is trained when features are first asked for.
 
     Parameters
     ----------
@@ -115,7 +116,7 @@ class _Classifier(nn.Module):
 
 
 class ClassifierFeatures:
-    """Features of a small classifier trained on the data set at hand.
+    """Features of a small classifier trained on the data set at hand, when they are first asked for.
 
     Parameters
     ----------
@@ -146,6 +147,12 @@ class ClassifierFeatures:
             )
         self.name = f"{train.name} features"
         self.device = torch.device(device)
+        self._train, self._seed, self._cache = train, seed, cache
+
+    @cached_property
+    def model(self) -> nn.Module:
+        """The network: loaded, or trained now, which takes seconds that no client waits for before its training."""
+        train, seed, cache = self._train, self._seed, self._cache
         chosen = np.arange(len(train), dtype=np.int64)
         if len(train) > _MAX_TRAINING:
             chosen = np.sort(
@@ -158,19 +165,18 @@ class ClassifierFeatures:
         channels, size, _ = train.shape
         with torch.random.fork_rng(devices=[]):  # a seed of our own, and nobody else's draws disturbed
             torch.manual_seed(seed_for(seed, train.name, 0, "features/init"))
-            self.model = _Classifier(channels, size, len(train.classes)).to(self.device)
+            model = _Classifier(channels, size, len(train.classes)).to(self.device)
             file = cache / f"{_key(pixels, labels, len(train.classes), seed)}.safetensors" if cache else None
-            if file is None or not _load(self.model, file):
-                _fit(
-                    self.model, pixels, labels, rng_for(seed, train.name, 0, "features/batches"), self.device
-                )
+            if file is None or not _load(model, file):
+                _fit(model, pixels, labels, rng_for(seed, train.name, 0, "features/batches"), self.device)
                 if file is not None:
-                    _save(self.model, file)
-        self.model.eval().requires_grad_(False)
+                    _save(model, file)
+        return model.eval().requires_grad_(False)
 
     def extract(self, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Map images [N, C, H, W] in [-1, 1] to features [N, 64] and logits [N, K], float64 on the CPU."""
-        return _extract(images, lambda part: self.model(part.to(self.device)))
+        model = self.model  # trained before inference mode begins
+        return _extract(images, lambda part: model(part.to(self.device)))
 
 
 class InceptionFeatures:

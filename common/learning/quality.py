@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib.util
 import warnings
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +22,7 @@ from common.torchvision_shim import import_torchvision
 _MAX_REAL = 10_000
 _KID_SUBSETS = 100
 _KID_SUBSET_SIZE = 1000
+_NO_METRICS = "measuring quality needs torchmetrics: pip install 'espalier[cloud]'"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -81,6 +84,9 @@ class Scores:
 class Quality:
     """Measures generated images against a reference set.
 
+    What takes long, training a feature network above all, is put off to the first measurement: by then clients
+    have trained, who else would wait for it.
+
     Parameters
     ----------
     reference : ImageSet
@@ -114,7 +120,8 @@ class Quality:
         device: torch.device | str = "cpu",
         cache: Path | None = None,
     ) -> None:
-        _metrics()
+        if importlib.util.find_spec("torchmetrics") is None:
+            raise ConfigError(_NO_METRICS)
         for role, data in (("reference", reference), ("training", train)):
             if len(data) < 2:
                 raise DataError(f"quality needs at least 2 {role} images of {data.name!r}, not {len(data)}")
@@ -123,10 +130,16 @@ class Quality:
         self._seed = seed
         self._train = train
         self.network: Features = open_features(features, train, seed=seed, device=device, cache=cache)
-        real = _choice(reference, _MAX_REAL, rng_for(seed, reference.name, 0, "quality/reference"))
-        self._real, logits = self.network.extract(real)
-        self._real_score = inception_score(logits, seed=self._draw_seed("score"))
+        self._reference = reference
         self._marks: dict[int, dict[str, Mark]] = {}
+
+    @cached_property
+    def _real(self) -> tuple[torch.Tensor, float]:
+        """Features and Inception Score of the reference images."""
+        data = self._reference
+        chosen = _choice(data, _MAX_REAL, rng_for(self._seed, data.name, 0, "quality/reference"))
+        features, logits = self.network.extract(chosen)
+        return features, inception_score(logits, seed=self._draw_seed("score"))
 
     def measure(self, images: torch.Tensor) -> Scores:
         """Score generated images.
@@ -164,7 +177,7 @@ class Quality:
             floor=marks["floor"].frechet,
             noise=marks["noise"].frechet,
             gaussian=marks["gaussian"].frechet,
-            inception_score_real=self._real_score,
+            inception_score_real=self._real[1],
             marks=marks,
             samples=len(images),
             caption="FID" if self.network.is_inception else f"Fréchet distance ({self.network.name})",
@@ -172,9 +185,9 @@ class Quality:
 
     def _figures(self, features: torch.Tensor, logits: torch.Tensor) -> Mark:
         return Mark(
-            frechet=frechet_distance(self._real, features),
+            frechet=frechet_distance(self._real[0], features),
             inception_score=inception_score(logits, seed=self._draw_seed("score")),
-            kid=kernel_distance(self._real, features, seed=self._draw_seed("kid")),
+            kid=kernel_distance(self._real[0], features, seed=self._draw_seed("kid")),
         )
 
     def _marks_for(self, count: int) -> dict[str, Mark]:
@@ -284,10 +297,7 @@ def _metrics() -> Any:
         import torchmetrics.image.inception
         import torchmetrics.image.kid
     except ImportError as error:
-        raise ConfigError(
-            "measuring quality needs torchmetrics: install Espalier with its 'cloud' extra "
-            "(pip install 'espalier[cloud]')"
-        ) from error
+        raise ConfigError(_NO_METRICS) from error
     return torchmetrics.image
 
 

@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
 from common.errors import ConfigError
-from common.models.presets import MAX_SIZE, MIN_SIZE, PRESETS, Preset
+from common.models.presets import MAX_SIZE, MIN_SIZE, PRESETS, Preset, task_of
 from common.run.config import RunConfig
 from common.seeds import seed_for
 
@@ -54,6 +54,14 @@ def initial_model(
 
         model: nn.Module = unet(settings.model, channels, size)
         return model
+
+
+def import_ahead(settings: RunConfig) -> None:
+    """Import what the run's model will be built with, where that takes long: for a U-Net seconds."""
+    if task_of(settings.model) == "diffusion":
+        from common.models.unet import network_class
+
+        network_class()
 
 
 def feature_width(settings: RunConfig, image_shape: tuple[int, int, int], classes: int) -> int:

@@ -114,7 +114,12 @@ def unet(preset: str, channels: int, size: int) -> UNet2DModel:
         raise ConfigError(
             f"model: {preset} needs an image size that is a multiple of {chosen.multiple}, not {size}{advice}"
         )
+    return network_class()(**chosen.config(channels, size)).train()
+
+
+def network_class() -> type[UNet2DModel]:
+    """Import diffusers' U-Net, which takes seconds in a fresh process."""
     import_torchvision()
     from diffusers import UNet2DModel
 
-    return UNet2DModel(**chosen.config(channels, size)).train()
+    return UNet2DModel

@@ -10,6 +10,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from datasets import Dataset
+from flwr_datasets.partitioner import IidPartitioner
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
@@ -21,7 +23,9 @@ from common.data.partition import Scheme, assign, assign_apart
 from common.data.sources import NAMED, Source
 from common.data.spec import known_data, open_data, parse_spec, sharing_sources
 from common.errors import DataError
+from common.seeds import seed_for
 
+ROOT = Path(__file__).resolve().parents[2]
 SHARED = Path(__file__).resolve().parents[3] / "shared" / "data"
 
 
@@ -260,6 +264,28 @@ def test_the_draw_depends_on_name_number_scheme_and_seed() -> None:
     assert assign(labels, 4, Scheme("dirichlet", 0.1), name="a").tolist() != base.tolist()
 
 
+@pytest.mark.parametrize(("samples", "clients"), [(1437, 4), (10, 3), (7, 7), (5, 1)])
+def test_iid_blocks_are_those_of_flwr_datasets(samples: int, clients: int) -> None:
+    labels = np.zeros(samples, np.int64)
+    order = np.random.default_rng(seed_for(0, "toy", 0, f"partition/{clients}/iid")).permutation(samples)
+    theirs = IidPartitioner(clients)
+    theirs.dataset = Dataset.from_dict({"index": order})
+    owner = assign(labels, clients, Scheme("iid"), name="toy")
+    for client in range(clients):
+        assert set(np.flatnonzero(owner == client)) == set(theirs.load_partition(client)["index"])
+
+
+def test_an_iid_share_starts_no_process_and_imports_no_flwr_datasets() -> None:
+    code = """
+import subprocess, sys
+from common.data.spec import open_data
+subprocess.run = subprocess.Popen = None
+print(len(open_data("digits:0/4")), "flwr_datasets" in sys.modules)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)
+    assert done.stdout == "360 False\n"
+
+
 def test_another_process_draws_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
     text = "dirichlet=0.123456789,seed=5"
     labels = labels_of([30, 20, 25, 10])
@@ -304,7 +330,7 @@ def test_unowned_classes_are_logged(caplog: pytest.LogCaptureFixture) -> None:
 def test_a_missing_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "flwr_datasets", None)
     with pytest.raises(DataError, match="'testbed' extra"):
-        partition.assign(labels_of([4, 4]), 2, Scheme("iid"), name="toy")
+        partition.assign(labels_of([4, 4]), 2, Scheme("dirichlet", 1.0), name="toy")
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(DataError, match="'testbed' extra"):
         open_data("digits")

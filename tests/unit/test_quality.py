@@ -173,6 +173,8 @@ def test_a_classifier_is_the_same_by_seed_and_kept_by_content(
     torch.manual_seed(1)
     state = torch.random.get_rng_state()
     first = ClassifierFeatures(toy(), seed=1, cache=tmp_path)
+    assert not list(tmp_path.iterdir())  # nothing is trained before it is needed
+    assert isinstance(first.model, torch.nn.Module)
     assert torch.equal(torch.random.get_rng_state(), state)
     again = ClassifierFeatures(toy(), seed=1)
     assert torch.equal(first.extract(images)[0], again.extract(images)[0])
@@ -193,13 +195,23 @@ def test_a_classifier_is_the_same_by_seed_and_kept_by_content(
     loaded = ClassifierFeatures(toy(), seed=1, cache=tmp_path)
     assert torch.equal(first.extract(images)[0], loaded.extract(images)[0])
     assert not trainings
-    ClassifierFeatures(toy(seed=1), seed=1, cache=tmp_path)  # other pixels
+    assert ClassifierFeatures(toy(seed=1), seed=1, cache=tmp_path).model  # other pixels
     assert len(trainings) == 1
     for file in tmp_path.iterdir():
         file.write_bytes(b"damaged")
     mended = ClassifierFeatures(toy(), seed=1, cache=tmp_path)
     assert torch.equal(first.extract(images)[0], mended.extract(images)[0])
     assert "trained again" in caplog.text
+
+
+def test_no_feature_network_is_trained_before_the_first_measurement(monkeypatch: pytest.MonkeyPatch) -> None:
+    trainings: list[int] = []
+    monkeypatch.setattr(features_module, "_fit", lambda *_: trainings.append(1))
+    quality = Quality(toy(), train=toy(), seed=0)  # clients wait for this one before they train
+    assert not trainings
+    for _ in range(2):
+        quality.measure(to_float(toy(count=3, seed=5).pixels))
+    assert len(trainings) == 1
 
 
 def test_what_cannot_be_measured_is_refused() -> None:
