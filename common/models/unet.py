@@ -122,4 +122,5 @@ def network_class() -> type[UNet2DModel]:
     import_torchvision()
     from diffusers import UNet2DModel
 
-    return UNet2DModel
+    network: type[UNet2DModel] = UNet2DModel
+    return network

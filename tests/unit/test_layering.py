@@ -64,8 +64,22 @@ def test_every_module_says_why_it_exists() -> None:
 @pytest.mark.parametrize(
     ("module", "absent"),
     [
+        ("common.commands.demo", ["flwr", "torch"]),
         ("edge.service", ["torch", "torch_pruning", "diffusers", "sklearn"]),
-        ("client.service, client.app", ["torch_pruning", "sklearn", "torchmetrics", "matplotlib"]),
+        (
+            "client.service, client.app",
+            [
+                "torch_pruning",
+                "sklearn",
+                "torchmetrics",
+                "matplotlib",
+                "diffusers",
+                "torchvision",
+                "flwr_datasets",
+            ],
+        ),
+        ("server.cloud", ["torch", "torchvision", "diffusers", "sqlalchemy", "matplotlib"]),
+        ("server.app", ["torch_pruning", "sklearn", "torchmetrics", "torchvision", "flwr_datasets"]),
     ],
 )
 def test_a_process_imports_only_what_its_tier_needs(module: str, absent: list[str]) -> None:
