@@ -14,6 +14,7 @@ from flwr.app import ConfigRecord, Context, Message, RecordDict
 from common.errors import EspalierError, WireError
 from common.flower.arrays import payload_bytes
 from common.flower.inline import InlineFleet, InlineGrid
+from common.flower.memory import give_back_freed
 from common.flower.resident import Fab
 from common.monitor.logs import bind
 from common.names import CLIENT_NAMES, Claims, NameRegistry
@@ -142,6 +143,7 @@ class EdgeApp:
                 return self._window_content(*window.inquire())
             report, tally = window.run()
         del window  # its sums are in what it reports
+        give_back_freed()
         self.roster.refresh(grid, self._request, CLIENT_HELLO)
         report.roster.CopyFrom(self._edge_hello())
         return self._window_content(report, tally)

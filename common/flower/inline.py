@@ -35,6 +35,9 @@ from common.monitor.telling_health import TellingHealth
 __all__ = ["InlineFleet", "InlineGrid"]
 
 WORKERS = 4000  # most of them hold polls; threads are only made when calls need them
+# Bytes that a connection has room for before they come. gRPC keeps room for as much as came at once, up to a whole
+# chunk of 5 MiB, at every connection and for good: after K big replies 4 MB times K.
+READ_AHEAD = 256 << 10
 TICK = 0.5
 PAUSE = 5.0  # a longer gap between ticks means that this process was stopped
 AFTER_PAUSE = 15.0  # by then every living node has sent a heartbeat
@@ -107,6 +110,7 @@ class InlineFleet:
                 ("grpc.max_concurrent_streams", WORKERS),
                 ("grpc.keepalive_time_ms", 210_000),
                 ("grpc.http2.max_pings_without_data", 0),
+                ("grpc.experimental.tcp_max_read_buffer_size", READ_AHEAD),
                 ("grpc.so_reuseport", 0),  # a second server on the port is a mistake
             ],
             interceptors=[

@@ -6,6 +6,8 @@ import ctypes
 import functools
 import gc
 import weakref
+from collections.abc import Callable
+from typing import cast
 
 from flwr.app import ArrayRecord, Message
 
@@ -31,6 +33,27 @@ def give_back_big_blocks() -> bool:
     mallopt.argtypes, mallopt.restype = (ctypes.c_int, ctypes.c_int), ctypes.c_int
     wanted = ((_M_MMAP_THRESHOLD, BIG_BLOCK), (_M_TRIM_THRESHOLD, KEPT), (_M_ARENA_MAX, 1))
     return bool(sum(mallopt(option, value) for option, value in wanted) == len(wanted))
+
+
+@functools.cache
+def _trim() -> Callable[[int], int] | None:
+    try:
+        trim = ctypes.CDLL(None).malloc_trim
+    except (OSError, AttributeError):
+        return None
+    trim.argtypes, trim.restype = (ctypes.c_size_t,), ctypes.c_int
+    return cast("Callable[[int], int]", trim)
+
+
+def give_back_freed() -> None:
+    """Give every whole page of freed blocks back to the system, also those between blocks in use.
+
+    By itself the allocator only gives back what lies above its last block in use. Elsewhere than on glibc nothing is
+    done.
+    """
+    trim = _trim()
+    if trim is not None:
+        trim(0)
 
 
 class Sweeper:

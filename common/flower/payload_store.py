@@ -49,6 +49,12 @@ class PayloadStore(InMemoryObjectStore):
                 self._recent.popitem(last=False)
             return cast(bytes, made)
 
+    def put(self, object_id: str, object_content: bytes) -> None:
+        """Put what another has sent into the store, verified as in Flower's own."""
+        with self.lock_store:
+            self._recent.clear()  # who answers has what was sent, and the room is needed
+        super().put(object_id, object_content)
+
     def delete(self, object_id: str) -> None:
         """Delete an object and its descendants that nothing else refers to."""
         with self.lock_store:

@@ -22,6 +22,8 @@ from flwr.supercore.inflatable.inflatable_object import (
 from flwr.supercore.inflatable.inflatable_utils import inflatable_class_registry
 from google.protobuf.message import DecodeError
 
+from common.flower.memory import KEPT, give_back_freed
+
 # Message, RecordDict, record, Array, chunk: nothing that Flower builds is deeper.
 MAX_DEPTH = 5
 #: Equal chunks travel once, so a message may be larger than what came of it: by so much, in bytes, and so many times.
@@ -217,20 +219,27 @@ class _Inflation:
         order = [child_ids[int(index)] for index in described["arraychunk_ids"]]
         if set(order) != set(child_ids) or any(int(index) < 0 for index in described["arraychunk_ids"]):
             raise ValueError("an Array does not name each of its chunks")
-        self._room -= sum(len(self._contents[child]) for child in order)
+        chunks: dict[str, memoryview] = {}
+        for child in child_ids:
+            kind, _, chunks[child] = _parts(self._contents[child])
+            if inflatable_class_registry[kind] is not ArrayChunk:
+                raise ValueError("an Array has children that are no chunks")
+        size = sum(len(chunks[child]) for child in order)
+        self._room -= size
         if self._room < 0:  # a few characters may name a chunk a million times
             raise ValueError("an Array repeats its chunks until no memory holds it")
         last = {child: place for place, child in enumerate(order)}
-        joined = BytesIO()
+        # Zeros that nobody has touched take no memory yet; and what need not grow is never moved.
+        joined = BytesIO(bytes(size))
         for place, child in enumerate(order):
-            kind, _, chunk = _parts(self._contents[child])
-            if inflatable_class_registry[kind] is not ArrayChunk:
-                raise ValueError("an Array has children that are no chunks")
-            joined.write(chunk)
+            if size > KEPT:
+                give_back_freed()  # or the chunks' pages would stay beside the Array: a second copy
+            joined.write(chunks[child])
             if place == last[child]:
+                del chunks[child]
                 self._uses[child] -= 1
                 if not self._uses[child]:
-                    del chunk, self._contents[child]
+                    del self._contents[child]
         return Array(
             dtype=str(described["dtype"]),
             shape=tuple(int(n) for n in described["shape"]),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -84,3 +85,43 @@ def test_300_rounds_with_stragglers_leave_nothing_at_a_stock_superlink(tmp_path:
             time.sleep(0.1)
         assert grid.late > 0
         assert memory[-1] - memory[5] < 12 * MB, memory
+
+
+JOINING = """
+import sys
+from pathlib import Path
+import numpy as np
+from common.flower.arrays import array_from_numpy
+from common.flower.memory import give_back_big_blocks
+from common.flower.payloads import pack, unpack
+from flwr.app import ArrayRecord, Message, RecordDict
+from flwr.supercore.task_identity import TaskIdentity
+
+def status(key):
+    return 1024 * int(Path("/proc/self/status").read_text().partition(key)[2].split()[0])
+
+give_back_big_blocks()
+TaskIdentity.task_id, TaskIdentity.run_id, TaskIdentity.node_id = 1, 1, 1
+numbers = np.random.default_rng(0).random(int(sys.argv[1]) // 4, np.float32)
+packed = pack(Message(RecordDict({"w": ArrayRecord({"w": array_from_numpy(numbers)})}), 1, "train"))
+message_id, contents = packed.message_id, {i: packed.content(i) for i in packed.objects}
+beyond = np.ones(1 << 18)  # behind the chunks, so that the heap does not end with them
+del packed
+Path("/proc/self/clear_refs").write_text("5")
+before = status("VmRSS:")
+message = unpack(message_id, contents)
+assert len(message.content["w"]["w"].data) > numbers.nbytes
+print(status("VmHWM:") - before)
+"""
+
+
+def test_a_big_payload_is_joined_without_a_second_copy() -> None:
+    size = 120 * MB
+    done = subprocess.run(
+        [sys.executable, "-c", JOINING, str(size)],
+        capture_output=True,
+        text=True,
+        cwd=Path(__file__).parents[2],
+        check=True,
+    )
+    assert int(done.stdout) < size / 4  # the chunks' pages go back while the Array grows

@@ -42,6 +42,18 @@ def test_an_offered_object_is_made_for_those_who_ask_and_forgotten_with_its_mess
     assert not store._recent
 
 
+def test_nothing_is_kept_ready_while_replies_come() -> None:
+    store, (sent, content), (received, reply) = PayloadStore(), object_of(1), object_of(2)
+    for object_id in (sent, received):
+        store.preregister(1, ObjectTree(object_id=object_id))
+    store.offer(sent, lambda: content)
+    assert store.get(sent) == content
+    assert store._recent
+    store.put(received, reply)
+    assert not store._recent
+    assert store.get(sent) == content  # made anew
+
+
 def test_what_others_put_into_the_store_is_still_verified() -> None:
     store = PayloadStore()
     (object_id, content), (_, other) = object_of(1), object_of(2)
