@@ -16,16 +16,24 @@ from pathlib import Path
 
 import numpy as np
 from flwr.app import ConfigRecord, Context, Message, RecordDict
+from google.protobuf.struct_pb2 import Struct
 
 from client.device import Device
 from client.replicas import AT_ONCE, LINES, Replicas
 from client.reply import pack_reply
 from common.flower.crew import Crew
 from common.flower.resident import Home, ResidentNode
+from common.methods.registry import create_method
+from common.methods.views import buffers_of
+from common.run.config import RunConfig
 from common.run.stopping import stop_on_signals
+from common.seeds import rng_for
 from common.wire import control
+from common.wire.codec import Codec, create_codec
 from common.wire.hello import device_facts
 from common.wire.payload import Weights
+from common.wire.sent import read_sent
+from common.wire.update import UpdateForm
 from proto import espalier_pb2 as pb
 
 #: What every client says it holds: one image of digits' shape, of the first of its classes.
@@ -60,10 +68,15 @@ class NumericClient:
         if message.metadata.message_type == control.HELLO:
             return Message(control.control_content(self._hello()), reply_to=message)
         plan = control.decode(pb.RoundPlan, control.plan_bytes(message), "edge")
-        weights = control.read_weights(message, control.plan_layout(plan, "edge"), "edge")
+        settings, codec = settings_of(plan.settings.SerializeToString(deterministic=True))
+        received = read_sent(message, plan, settings, "edge")
         update = Weights(
-            weights.layout, {kind: flat * self._factor for kind, flat in weights.buffers.items()}
+            received.layout, {kind: flat * self._factor for kind, flat in received.buffers.items()}
         )
+        if codec is not None:
+            form = UpdateForm(update.layout, received.layout, buffers_of(plan.architecture), codec)
+            rng = rng_for(settings.seed, self._device.name, plan.round, "codec")
+            update, _ = form.encode(update.views(), received.views(), rng)
         report = pb.ClientReport(
             schema=control.SCHEMA,
             run=plan.run,
@@ -88,6 +101,14 @@ class NumericClient:
             classes=CLASSES,
             data="numeric",
         )
+
+
+@functools.lru_cache(maxsize=2)
+def settings_of(data: bytes) -> tuple[RunConfig, Codec | None]:
+    """Read a plan's settings, once for all clients of the process, and the codec of their updates."""
+    settings = RunConfig.from_struct(Struct.FromString(data))
+    name = create_method(settings).chosen(settings, "codec")
+    return settings, None if name == "none" else create_codec(settings, name)
 
 
 @functools.cache

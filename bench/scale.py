@@ -8,7 +8,7 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,7 +22,7 @@ from bench.report import Outcome, Row, Target, run
 from bench.stock import SuperLink, app_bundle, environment, running, serverapp_grid, superlink, wait_until
 from common.flower.cloud_grid import TreeGrid
 from common.flower.inline import InlineFleet
-from common.run.config import RunConfig
+from common.run.config import FlatValue, RunConfig
 from common.run.processes import espalier_command, espalier_env
 from server.run import TreeRun
 from server.snapshot import Snapshot
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 ABOUT = "Virtual clients without training over edge processes: a round, idle time, wake-ups, memory"
-SETTINGS = {"method": "fedavg", "model": "cnn"}
+SETTINGS: Mapping[str, FlatValue] = {"method": "fedavg", "model": "cnn"}
 MB = 1 << 20
 
 
@@ -70,6 +70,28 @@ class Tree:
         return float(sum(p.memory_full_info().uss for p in self.tiers[tier]))
 
 
+@dataclass(frozen=True)
+class Rounds:
+    """What windows of one round took, all but the first.
+
+    Attributes
+    ----------
+    seconds : list of float
+        From one window's checkpoint to the next.
+    work : dict of str to float
+        Processor seconds of each tier in a window.
+    trained : list of float
+        Seconds of the windows themselves: without evaluation, sample images and checkpoint.
+    nbytes : int
+        Bytes of the model.
+    """
+
+    seconds: list[float]
+    work: dict[str, float]
+    trained: list[float]
+    nbytes: int
+
+
 @contextmanager
 def numeric(folder: Path, clients: int, edges: Sequence[str]) -> Iterator[psutil.Process]:
     """Run `clients` numeric clients in one process; yield it once all are connected."""
@@ -106,13 +128,20 @@ def edge_processes(folder: Path, cloud: str, count: int) -> Iterator[tuple[list[
 
 
 @contextmanager
-def tree(folder: Path, clients: int, edges: int) -> Iterator[Tree]:
-    """Run a stock SuperLink, edge processes and the clients; the cloud's ServerApp is this process."""
+def tree(folder: Path, clients: int, edges: int, *, apart: bool = False) -> Iterator[Tree]:
+    """Run a stock SuperLink, edge processes and the clients; the cloud's ServerApp is this process.
+
+    The clients share one process, or have one each if they are to be `apart`.
+    """
     with ExitStack() as stack:
         link = stack.enter_context(superlink(folder / "link"))
         processes, addresses = stack.enter_context(edge_processes(folder, link.fleet, edges))
-        below = stack.enter_context(numeric(folder / "c", clients, addresses))
-        tiers = {"edges": processes, "clients": [below], "link": [psutil.Process(link.pid)]}
+        crowds = [(1, [addresses[n % edges]]) for n in range(clients)] if apart else [(clients, addresses)]
+        below = [
+            stack.enter_context(numeric(folder / f"c{number}", count, homes))
+            for number, (count, homes) in enumerate(crowds)
+        ]
+        tiers = {"edges": processes, "clients": below, "link": [psutil.Process(link.pid)]}
         yield Tree(folder, link, tiers | {"cloud": [psutil.Process()]})
 
 
@@ -124,13 +153,15 @@ def idle(tree: Tree, seconds: float) -> dict[str, float]:
     return {tier: (after - before[tier]) / took for tier, after in tree.cpu().items()}
 
 
-def rounds(tree: Tree, clients: int, size: Size) -> tuple[list[float], dict[str, float]]:
-    """Run windows of one round; return the seconds of all but the first, and each tier's share of them in CPU time."""
+def rounds(
+    tree: Tree, clients: int, edges: int, windows: int, settings: Mapping[str, FlatValue] = SETTINGS
+) -> Rounds:
+    """Run windows of one round."""
     ends: list[float] = []
     spent: list[dict[str, float]] = []
     config = RunConfig.from_flat(
-        {**SETTINGS, "run-id": f"scale-{clients}", "rounds": size.windows, "rg": 1}
-        | {"min-edges": size.edges, "min-clients": clients}
+        {**settings, "run-id": f"scale-{clients}", "rounds": windows, "rg": 1}
+        | {"min-edges": edges, "min-clients": clients}
     )
     out = tree.folder / "run"
     out.mkdir()
@@ -150,7 +181,9 @@ def rounds(tree: Tree, clients: int, size: Size) -> tuple[list[float], dict[str,
         raise RuntimeError(f"not all clients took part: {took} of {clients}")
     seconds = [later - earlier for earlier, later in itertools.pairwise(ends)]
     work = {tier: (spent[-1][tier] - spent[0][tier]) / len(seconds) for tier in spent[0]}
-    return seconds, work
+    assert served.state is not None
+    trained = [window.timings["train"] for window in served.chronicle.record.windows[1:]]
+    return Rounds(seconds, work, trained, served.state.weights.nbytes)
 
 
 def wake_ups(folder: Path, clients: int, count: int, pause: float) -> list[float]:
@@ -184,10 +217,10 @@ def measure(tiny: bool) -> Outcome:
             with tree(folder / "tree", clients, size.edges) as live:
                 memory = {tier: live.memory(tier) for tier in ("edges", "clients")}
                 idling = idle(live, size.idle)
-                seconds, work = rounds(live, clients, size)
+                found = rounds(live, clients, size.edges, size.windows)
             per_edge = -(-clients // size.edges)
             waking = wake_ups(folder / "w", per_edge, size.wakes, 0.0 if tiny else 0.2)
-        outcome.rows.append(row(clients, seconds, work, idling, memory, waking))
+        outcome.rows.append(row(clients, found.seconds, found.work, idling, memory, waking))
     _judge(outcome, size)
     outcome.notes = [
         f"{size.edges} edge processes, a stock SuperLink, the clients in one process, each at one edge; fedavg, rg=1",

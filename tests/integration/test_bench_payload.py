@@ -19,11 +19,17 @@ def tiny(name: str) -> dict[str, Any]:
 
 
 def test_payload() -> None:
-    rows = {row["setup"]: row for row in tiny("payload")["rows"]}
+    result = tiny("payload")
+    rows = {row["setup"]: row for row in result["rows"]}
+    assert [target["limit"] for target in result["targets"]] == [0.3]
     timed = ["plain gRPC stream", "plain gRPC stream, TLS", "edge", "edge, TLS", "edge, fp16"]
     assert list(rows)[:5] == timed
     assert all(0 < rows[setup]["min_s"] <= rows[setup]["max_s"] for setup in timed)
     assert rows["edge, fp16"]["bytes"] * 2 == rows["edge"]["bytes"]
+    tree = rows["tree 2x2, small"]
+    assert tree["bytes"] == 4 * 10 * (64 + 1)  # logistic regression on 8 x 8 pixels
+    assert tree["rounds"] == 2
+    assert tree["min_s"] > 0
     steps = [row for setup, row in rows.items() if setup.startswith("step: ")]
     assert len(steps) == 9
     assert all(row["median_s"] > 0 for row in steps)
