@@ -1,4 +1,4 @@
-"""Rounds of an edge whose clients do not train: what benches of links and payloads time."""
+"""Rounds of an edge whose clients do not train, or do: what benches of links and payloads time."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import psutil
@@ -18,6 +19,7 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.hashes import SHA256
 from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat
 from flwr.app import ArrayRecord, Message
+from google.protobuf.struct_pb2 import Struct
 
 from bench.stock import environment, running, wait_until
 from common.flower.inline import InlineFleet, InlineGrid
@@ -60,12 +62,15 @@ class Setup:
         Whether the clients sign their replies; then the signatures are checked.
     processes : list of psutil.Process
         The clients'.
+    trained : Trained, optional
+        What the clients train; by default they do not, and send other numbers than they got.
     """
 
     server: InlineFleet
     grid: InlineGrid
     signs: bool
     processes: list[psutil.Process]
+    trained: Trained | None = None
 
     def round(self, number: int, weights: Weights) -> Round:
         """Do a round as an edge does, without adding anything up."""
@@ -73,7 +78,7 @@ class Setup:
         server, clients = worked([psutil.Process()]), worked(self.processes)
         began = time.perf_counter()
         record = weights.to_record()
-        plans = {node: plan_of(number, f"client-{node}", weights.layout) for node in nodes}
+        plans = {node: self._plan(number, node, weights.layout) for node in nodes}
         messages = [
             Message(control.plan_content(plan, record), node, control.TRAIN) for node, plan in plans.items()
         ]
@@ -86,20 +91,40 @@ class Setup:
             if self.signs:
                 check(plans[node], report, content_id(received), nodes[node])
             control.read_weights(reply, weights.layout, plans[node].client).views()
+            if self.trained is not None and not report.steps:
+                raise RuntimeError(f"{plans[node].client} did not train")
             answered += 1
         taken = time.perf_counter() - began
         if answered != len(nodes):
             raise RuntimeError(f"{answered} of {len(nodes)} clients answered")
         return Round(taken, worked([psutil.Process()]) - server, worked(self.processes) - clients)
 
+    def _plan(self, number: int, node: int, layout: Layout) -> pb.RoundPlan:
+        plan = plan_of(number, f"client-{node}", layout)
+        if self.trained is not None:
+            plan.settings.CopyFrom(self.trained.settings)
+            plan.architecture.CopyFrom(self.trained.architecture)
+        return plan
+
+
+@dataclass(frozen=True)
+class Trained:
+    """A network that clients train for a round: a run's settings, and the network's architecture and tensors."""
+
+    settings: Struct
+    architecture: pb.ArchitectureSpec
+    weights: Weights
+
 
 @contextmanager
-def setup(folder: Path, clients: int, *, tls: bool = False, signs: bool = False) -> Iterator[Setup]:
+def setup(
+    folder: Path, clients: int, *, tls: bool = False, signs: bool = False, trained: Trained | None = None
+) -> Iterator[Setup]:
     """Run an edge's Fleet server and its clients, each a process."""
     folder.mkdir(parents=True)
     pair = certificate() if tls else None
     roots = folder / "root.pem"
-    more = ["--sign"] if signs else []
+    more = (["--sign"] if signs else []) + (["--train"] if trained else [])
     if pair is not None:
         roots.write_bytes(pair[0])
         more += ["--root-certificates", str(roots)]
@@ -115,7 +140,7 @@ def setup(folder: Path, clients: int, *, tls: bool = False, signs: bool = False)
                 processes.append(process)
             wait_until(lambda: len(server.nodes()) == clients, 120, "the clients")
             grid = server.open_run()
-            yield Setup(server, grid, signs, processes)
+            yield Setup(server, grid, signs, processes, trained)
             grid.close()
     finally:
         server.stop(0.2)
@@ -123,7 +148,7 @@ def setup(folder: Path, clients: int, *, tls: bool = False, signs: bool = False)
 
 @contextmanager
 def client(folder: Path, address: str, *more: str) -> Iterator[psutil.Process]:
-    """Run one client without training."""
+    """Run one client, without training if `more` does not ask for it."""
     folder.mkdir(parents=True)
     command = [sys.executable, "-m", "bench.signing_client", str(folder / "state"), address, *more]
     with running(command, folder / "log", environment(folder, PYTHONPATH=str(ROOT))) as process:
@@ -192,6 +217,18 @@ def unet_layout(size: int | None = None, dtype: str = "float32") -> Layout:
         return whole
     share = size / whole.nbytes
     return Layout(tuple(TensorSpec(t.name, dtype, (max(1, round(t.size * share)),)) for t in whole.tensors))
+
+
+def trained_network(model: str, **flat: Any) -> Trained:
+    """Return a network of a preset for the digits, and the settings to train it with."""
+    from common.methods.registry import create_method
+    from common.models.architecture import describe
+    from common.models.arrays import model_arrays
+    from common.run.config import RunConfig
+
+    settings = RunConfig.from_flat({"method": "fedavg", "model": model, **flat})
+    network = create_method(settings).initial((1, 8, 8), 10)
+    return Trained(settings.to_struct(), describe(network), Weights.pack(model_arrays(network)))
 
 
 def random_weights(layout: Layout, seed: int) -> Weights:

@@ -1,4 +1,4 @@
-"""A resident node that answers as a client does, without the training: `python -m bench.signing_client`."""
+"""A resident node that answers as a client does, without the training or with it: `python -m bench.signing_client`."""
 
 from __future__ import annotations
 
@@ -38,6 +38,15 @@ def answer(message: Message, context: Context) -> Message:
     return Message(control.report_content(report, record, 1, 0.0), reply_to=message)
 
 
+def train(message: Message, context: Context) -> Message:
+    """Answer with Espalier's own app: train on the digits, and sign, as a client does that has the plan's name."""
+    from client.app import app
+
+    name = f"client-{context.node_id}"
+    context.node_config = {**context.node_config, "name": name, "data": "digits:0/2", "device": "cpu"}
+    return app(message, context)
+
+
 def main() -> None:
     """Serve until SIGTERM."""
     parser = argparse.ArgumentParser(description=main.__doc__)
@@ -45,11 +54,16 @@ def main() -> None:
     parser.add_argument("address")
     parser.add_argument("--root-certificates", type=Path)
     parser.add_argument("--sign", action="store_true")
+    parser.add_argument("--train", action="store_true")
     arguments = parser.parse_args()
     roots = arguments.root_certificates and arguments.root_certificates.read_bytes()
     home = Home(arguments.address, root_certificates=roots, insecure=roots is None)
     config = {"key": str(arguments.state / "node.key")} if arguments.sign else {}
-    node = ResidentNode(answer, [home], arguments.state, node_config=config)
+    if arguments.train:
+        import torch
+
+        torch.set_num_threads(1)  # as a demonstration's clients on a machine of two cores
+    node = ResidentNode(train if arguments.train else answer, [home], arguments.state, node_config=config)
     signal.signal(signal.SIGTERM, lambda *_: node.stop())
     node.run()
 
