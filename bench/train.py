@@ -46,9 +46,9 @@ class Case:
 CASES = {
     "cpu": [
         Case("unet-tiny", (1, 8, 8), 32, 12, 7),
-        Case("unet-small", (1, 28, 28), 16, 3, 5),
-        Case("unet-paper", (3, 32, 32), 8, 1, 3),
-        Case("cnn", (1, 28, 28), 32, 40, 7),
+        Case("unet-small", (1, 28, 28), 16, 8, 5),
+        Case("unet-paper", (3, 32, 32), 8, 6, 3),
+        Case("cnn", (1, 28, 28), 32, 100, 7),
     ],
     "cuda": [
         Case("unet-paper", (3, 32, 32), 128, 20, 7),
