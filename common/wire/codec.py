@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, ClassVar, Protocol
 import numpy as np
 
 from common.errors import EspalierError, WireError
+from common.wire.half import from_half, to_half
 from common.wire.payload import STORED_AS, Layout, TensorSpec
 
 if TYPE_CHECKING:
@@ -94,12 +95,12 @@ class Float16:
         check_numbers(arrays)
         largest = np.finfo(np.float16).max.astype(np.float32)
         clipped = {name: np.clip(a, -largest, largest) for name, a in arrays.items()}
-        return {name: np.asarray(a, np.float16) for name, a in clipped.items()}
+        return {name: to_half(a) for name, a in clipped.items()}
 
     def decode(self, coded: Arrays, like: Layout, sender: str) -> dict[str, np.ndarray]:
         """Widen; exact."""
         check_coded(coded, self.layout(like), sender)
-        return {t.name: coded[t.name].astype(np.float32) for t in like.tensors}
+        return {t.name: from_half(coded[t.name]) for t in like.tensors}
 
     def layout(self, like: Layout) -> Layout:
         """Return the same names and shapes in float16."""

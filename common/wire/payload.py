@@ -12,6 +12,7 @@ from flwr.app import ArrayRecord
 
 from common.errors import WireError
 from common.flower.arrays import array_from_numpy, numpy_view
+from common.wire.half import is_finite
 from proto import espalier_pb2 as pb
 
 #: Dtypes a payload may hold. "bfloat16" has no numpy type and is stored as its 16 bits.
@@ -277,7 +278,7 @@ def fault_of(array: np.ndarray) -> str:
             # No value is larger than the norm: one quick pass, without a mask as large as the model, clears all.
             if np.dot(flat, flat) < LARGEST**2:
                 return ""
-        elif np.isfinite(np.sum(flat, dtype=np.float64)):  # float16 holds nothing too large
+        elif is_finite(flat):  # float16 holds nothing too large
             return ""
         if not np.isfinite(flat).all():
             return "a value that is not finite"
