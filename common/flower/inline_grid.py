@@ -213,7 +213,7 @@ class InlineGrid(Grid):
                 came += reply.has_content()
                 if quorum is not None and came == quorum:
                     end = min(end, time.monotonic() + grace)
-                sweeper.sweep()  # the reply before this one: whoever asked has dropped it by now
+                sweeper.sweep(but_last=True)
                 sweeper.expect(reply)
                 try:
                     yield reply

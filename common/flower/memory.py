@@ -73,20 +73,25 @@ class Sweeper:
     def __init__(self, every: int = 32_000_000) -> None:
         self._every = every
         self._left = 0
-        self._dropped: list[tuple[weakref.ref[ArrayRecord], int]] = []
+        self._dropped: list[list[tuple[weakref.ref[ArrayRecord], int]]] = []  # an item a message
 
     def expect(self, message: Message) -> None:
         """Note a message that is about to be dropped."""
         records = message.content.values() if message.has_content() else ()
-        for record in records:
-            if isinstance(record, ArrayRecord):
-                size = sum(len(array.data) for array in record.values())
-                self._dropped.append((weakref.ref(record), size))
+        payloads = [record for record in records if isinstance(record, ArrayRecord)]
+        self._dropped.append([(weakref.ref(p), sum(len(a.data) for a in p.values())) for p in payloads])
 
-    def sweep(self) -> None:
-        """Collect, if enough of what was dropped by now is still there."""
-        self._left += sum(size for record, size in self._dropped if record() is not None)
-        self._dropped.clear()
+    def sweep(self, *, but_last: bool = False) -> None:
+        """Collect, if enough of what was dropped by now is still there.
+
+        Parameters
+        ----------
+        but_last : bool
+            Leave the newest message out: a loop over replies holds it until the next one comes.
+        """
+        judged = self._dropped[:-1] if but_last else self._dropped
+        self._dropped = self._dropped[len(judged) :]
+        self._left += sum(size for payloads in judged for record, size in payloads if record() is not None)
         if self._left >= self._every:
             self._left = 0
             gc.collect()

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from weakref import ref
 
 import numpy as np
-from flwr.app import ArrayRecord, RecordDict
+from flwr.app import ArrayRecord, Message, RecordDict
 from flwr.app.message.message import make_message
 from flwr.app.metadata import Metadata
 
@@ -70,3 +70,24 @@ def test_what_goes_with_its_message_costs_no_collection() -> None:
             del message, content
             sweeper.sweep()
     assert not found
+
+
+def test_a_loop_over_replies_costs_no_collection_though_it_holds_the_last_one() -> None:
+    sweeper = Sweeper(every=SIZE)
+
+    def replies() -> Iterator[Message]:
+        for _ in range(5):
+            content, metadata = message_of()
+            message = make_message(metadata=metadata, content=content)
+            sweeper.sweep(but_last=True)
+            sweeper.expect(message)
+            yield message
+            del message, content
+
+    with collections() as found:
+        for reply in replies():
+            assert isinstance(reply.content["arrays"], ArrayRecord)
+        assert not found
+        for reply in replies():
+            assert len(reply.content.array_records) == 1  # makes the cycle
+        assert found
