@@ -35,7 +35,9 @@ from flwr.supercore.run import Run
 
 from common.flower.backoff import Backoff
 from common.flower.crew import Channels
+from common.flower.early import TAKEN, attach, detach, early_objects
 from common.flower.homes import (
+    GOT_HEADER,
     POLLER_HEADER,
     Home,
     HomeFault,
@@ -57,10 +59,11 @@ CHUNKS_IN_FLIGHT = 2  # of 5 MiB; both ends hold several copies of one that is u
 
 @dataclass
 class Pulled:
-    """A message as it was announced: metadata only, and the ids of its objects."""
+    """A message as it was announced: metadata only, the ids of its objects, and those objects that came along."""
 
     message: Message
     object_ids: list[str]
+    early: dict[str, bytes]
 
 
 class FleetClient:
@@ -93,8 +96,12 @@ class FleetClient:
         self._channels = channels or Channels()
         self._line = Line(home, key, self._channels)
         self._beat_line = Line(home, key, self._channels)
-        self._poller = ((POLLER_HEADER, secrets.token_hex(8)),)
+        self._poller = (POLLER_HEADER, secrets.token_hex(8))
         self._poll: Any = None
+        self._got = ""  # the message that a server of ours is not told of yet
+        self._ours = (
+            False  # whether the server takes objects with a reply's announcement: it sends them with its own
+        )
         self.node_id = 0
 
     def _call(self, method: str, request: Any, timeout: float | None = CALL) -> Any:
@@ -118,7 +125,7 @@ class FleetClient:
         HomeFault
             If the server does not answer or refuses; KeyRefused if it admits registered keys only.
         """
-        keys_only = False
+        keys_only, self._ours = False, False
         try:
             self._call("RegisterNode", RegisterNodeFleetRequest(public_key=self._public_key))
         except HomeRefused as refused:
@@ -196,14 +203,14 @@ class FleetClient:
     def pull(self) -> Pulled | None:
         """Ask for the next message; a server of ours holds the call until there is one, at most `POLL_HELD` seconds."""
         request = PullMessagesRequest(node=self._node)
-        self._poll = self._line.begin("PullMessages", request, PULL, self._poller)
+        self._poll = self._line.begin("PullMessages", request, PULL, (self._poller, (GOT_HEADER, self._got)))
         answer = outcome(self._poll)
         if not answer.messages_list:
             return None
         try:
-            return Pulled(
-                message_from_proto(answer.messages_list[0]), tree_ids(answer.message_object_trees[0])
-            )
+            announcement, object_ids = answer.messages_list[0], tree_ids(answer.message_object_trees[0])
+            early = detach(announcement, set(object_ids))
+            return Pulled(message_from_proto(announcement), object_ids, early)
         except (ValueError, IndexError) as fault:
             raise HomeRefused(f"the server announced a message that is none: {fault}") from fault
 
@@ -213,7 +220,7 @@ class FleetClient:
             self._poll.cancel()
 
     def fetch(self, pulled: Pulled, give_up_at: float) -> Message:
-        """Fetch the objects of a message, tell the server so, and put the message together.
+        """Fetch those objects of a message that did not come along, tell the server, and put the message together.
 
         Parameters
         ----------
@@ -231,7 +238,9 @@ class FleetClient:
             If the objects do not fit together.
         """
         metadata = pulled.message.metadata
-        contents: dict[str, bytes] = {}
+        contents = dict(pulled.early)
+        missing = [object_id for object_id in pulled.object_ids if object_id not in contents]
+        self._ours = bool(contents)  # at least the message itself is small
 
         def request(object_id: str) -> PullObjectRequest:
             return PullObjectRequest(node=self._node, run_id=metadata.run_id, object_id=object_id)
@@ -243,11 +252,14 @@ class FleetClient:
                 contents[object_id] = answer.object_content
             return bool(answer.object_available)
 
-        self._all("PullObject", pulled.object_ids, request, took, give_up_at)
-        confirm = ConfirmMessageReceivedRequest(
-            node=self._node, run_id=metadata.run_id, message_object_id=metadata.message_id
-        )
-        outcome(self._line.begin("ConfirmMessageReceived", confirm, CALL, self._poller))
+        self._all("PullObject", missing, request, took, give_up_at)
+        if self._ours:  # the next poll says it
+            self._got = metadata.message_id
+        else:
+            confirm = ConfirmMessageReceivedRequest(
+                node=self._node, run_id=metadata.run_id, message_object_id=metadata.message_id
+            )
+            outcome(self._line.begin("ConfirmMessageReceived", confirm, CALL, (self._poller,)))
         return unpack(metadata.message_id, contents)
 
     def push(self, reply: Message, packed: Packed, runtime: float, give_up_at: float) -> bool:
@@ -258,10 +270,12 @@ class FleetClient:
         bool
             False if the server had no use for any of it, as it refuses late replies.
         """
-        light = remove_content_from_message(reply)
+        light = message_to_proto(remove_content_from_message(reply))
+        if self._ours:
+            attach(light, early_objects(packed))
         announce = PushMessagesRequest(
             node=self._node,
-            messages_list=[message_to_proto(light)],
+            messages_list=[light],
             message_object_trees=[packed.tree],
             clientapp_runtime_list=[runtime],
         )
@@ -286,7 +300,7 @@ class FleetClient:
 
         ordered = [object_id for object_id in packed.objects if object_id in wanted]
         self._all("PushObject", ordered, request, took, give_up_at)
-        return bool(wanted)
+        return bool(wanted) or answer.results[reply.metadata.message_id] == TAKEN
 
     def _all(
         self,

@@ -7,9 +7,10 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import grpc
+from flwr.app.metadata import Metadata
 from flwr.common.constant import PUBLIC_KEY_HEADER
 from flwr.common.serde import message_from_proto
 from flwr.proto.fleet_pb2 import (
@@ -39,7 +40,9 @@ from flwr.supercore.object_store import ObjectStoreFactory
 from flwr.supercore.utils import get_metadata_bytes
 from flwr.superlink.federation.noop_federation_manager import NoOpFederationManager
 
-from common.flower.mailboxes import Mailboxes, MailState, poller_of
+from common.flower.early import TAKEN, attach, detach
+from common.flower.homes import GOT_HEADER
+from common.flower.mailboxes import Mailboxes, MailState, poller_of, said
 from common.flower.payload_store import PayloadStore
 from common.flower.payloads import PayloadError, count_chunks, tree_ids
 from common.flower.uploads import Upload, Uploads
@@ -66,12 +69,15 @@ class Links:
         # Instructions that a grid waits for, and whom to tell that the reply is complete.
         self.outstanding: dict[str, Callable[[str], None]] = {}
         self.redelivered: dict[str, int] = {}
+        # Objects of an instruction that go with its announcement to a node of ours.
+        self.early: dict[str, list[bytes]] = {}
         self.refused_late: Callable[[int], None] = lambda run_id: None
         self.nodes_changed = threading.Condition()
         self.generation = 0
         self.trust_after = 0.0  # monotonic time before which a silent node may be our own pause
         # What a node's process was given and has not confirmed; it is offered again if that one polls once more.
         self.unconfirmed: dict[tuple[int, str], str] = {}
+        self._given: dict[str, tuple[int, str]] = {}  # the same by message
 
     def node_change(self) -> None:
         """Wake whoever waits for nodes to come or go."""
@@ -107,10 +113,24 @@ class Links:
                 if message.metadata.dst_node_id == node_id:
                     self._offer_again(message_id)
 
-    def offer_unconfirmed(self, node_id: int, poller: str) -> None:
-        """Offer a process that polls again what it was given last, if it did not say that it got it."""
-        message_id = self.unconfirmed.pop((node_id, poller), None)
-        if message_id is not None:
+    def give(self, node_id: int, poller: str, message_id: str) -> None:
+        """Note that a node's process is being given a message."""
+        self.unconfirmed[node_id, poller] = message_id
+        self._given[message_id] = (node_id, poller)
+
+    def settle(self, message_id: str) -> None:
+        """Note that a message arrived, or that nobody waits for it any more."""
+        given = self._given.pop(message_id, None)
+        if given is not None and self.unconfirmed.get(given) == message_id:
+            self.unconfirmed.pop(given, None)
+
+    def offer_unconfirmed(self, node_id: int, poller: str, got: str) -> None:
+        """Offer a process that polls again what it was given last, if it does not say that it got it."""
+        message_id = self.unconfirmed.get((node_id, poller))
+        if message_id is None:
+            return
+        self.settle(message_id)
+        if message_id != got:
             with self.state.lock, self.lock:
                 self._offer_again(message_id)
 
@@ -196,14 +216,18 @@ class InlineFleetServicer(FleetServicer):
     ) -> PullMessagesResponse:
         """Answer a poll at once if there is a message, else hold it until there is one or its caller gives up."""
         links, node_id, poller = self._links, request.node.node_id, poller_of(context)
-        links.offer_unconfirmed(node_id, poller)
+        links.offer_unconfirmed(node_id, poller, said(context, GOT_HEADER))
         while links.mail.wait(node_id, context):
             links.mail.take(node_id)
             # Not Flower's own servicer, which writes every request out for its log, shown or not.
             answer: PullMessagesResponse = message_handler.pull_messages(request, links.state, links.store)
             if answer.messages_list:
                 links.mail.put(node_id)  # there may be more
-                links.unconfirmed[node_id, poller] = answer.messages_list[0].metadata.message_id
+                [announcement] = answer.messages_list
+                message_id = announcement.metadata.message_id
+                links.give(node_id, poller, message_id)
+                if poller:  # a stock SuperNode fetches everything
+                    attach(announcement, links.early.get(message_id, ()))
                 return answer
         return PullMessagesResponse()
 
@@ -214,7 +238,12 @@ class InlineFleetServicer(FleetServicer):
         links = self._links
         if len(request.messages_list) != 1 or len(request.message_object_trees) != 1:
             context.abort(grpc.StatusCode.INVALID_ARGUMENT, "one message and one object tree per call")
-        metadata = message_from_proto(request.messages_list[0]).metadata
+        announcement, tree = request.messages_list[0], request.message_object_trees[0]
+        try:
+            early = detach(announcement, tree_ids(tree))
+        except PayloadError as fault:
+            context.abort(grpc.StatusCode.INVALID_ARGUMENT, str(fault))
+        metadata = message_from_proto(announcement).metadata
         node_id, instruction_id = request.node.node_id, metadata.reply_to_message_id
         refused = PushMessagesResponse(results={metadata.message_id: 0})
         instruction = links.state.message_ins_store.get(instruction_id)
@@ -223,25 +252,27 @@ class InlineFleetServicer(FleetServicer):
             return refused
         if metadata.src_node_id != node_id or instruction.metadata.dst_node_id != node_id:
             context.abort(grpc.StatusCode.PERMISSION_DENIED, "this node was not asked")
-        try:
-            tree_ids(request.message_object_trees[0])
-        except PayloadError as fault:
-            context.abort(grpc.StatusCode.INVALID_ARGUMENT, str(fault))
         if links.uploads.waiting >= UPLOADS_WAITING:
             context.abort(grpc.StatusCode.UNAVAILABLE, "too many uploads wait for their turn")
         links.give_up_upload(instruction_id)
-        chunks = count_chunks(request.message_object_trees[0])
+        chunks = count_chunks(tree)
         upload = Upload(node_id, instruction_id, chunks >= BIG_CHUNKS, chunks >= HUGE_CHUNKS)
         if not links.uploads.admit(upload, lambda: links.wants(instruction_id) and context.is_active()):
             if not links.wants(instruction_id):
                 links.refused_late(metadata.run_id)
             return refused
-        return self._accept(request, context, upload, metadata.message_id)
+        return self._accept(request, context, upload, metadata, early)
 
     def _accept(
-        self, request: PushMessagesRequest, context: grpc.ServicerContext, upload: Upload, reply_id: str
+        self,
+        request: PushMessagesRequest,
+        context: grpc.ServicerContext,
+        upload: Upload,
+        metadata: Metadata,
+        early: Mapping[str, bytes],
     ) -> PushMessagesResponse:
-        links = self._links
+        """Store an admitted reply and those of its objects that came with it; ask for the others."""
+        links, reply_id = self._links, metadata.message_id
         accepted = False
         try:
             answer: PushMessagesResponse = super().PushMessages(request, context)
@@ -253,7 +284,17 @@ class InlineFleetServicer(FleetServicer):
             links.forget_session(answer.session_id)
             return answer
         upload.session_id = answer.session_id
-        upload.pending = set(answer.objects_to_push)
+        wanted = set(answer.objects_to_push)
+        stored = {
+            object_id
+            for object_id in wanted & early.keys()
+            if links.state.store_object(metadata.run_id, answer.session_id, object_id, early[object_id])
+        }
+        upload.pending = wanted - stored
+        if early:
+            del answer.objects_to_push[:]
+            answer.objects_to_push.extend(upload.pending)
+            answer.results[reply_id] = TAKEN
         upload.reply_id = reply_id
         if not links.wants(upload.instruction_id):  # abandoned meanwhile
             links.give_up_upload(upload.instruction_id)
@@ -282,7 +323,7 @@ class InlineFleetServicer(FleetServicer):
         """Keep a message's objects until it is answered: its node may be killed and ask again."""
         given = (request.node.node_id, poller_of(context))
         if self._links.unconfirmed.get(given) == request.message_object_id:
-            self._links.unconfirmed.pop(given, None)
+            self._links.settle(request.message_object_id)
         if self._links.wants(request.message_object_id):
             return ConfirmMessageReceivedResponse()
         answer: ConfirmMessageReceivedResponse = super().ConfirmMessageReceived(request, context)

@@ -11,6 +11,8 @@ from flwr.supercore.error import ApiErrorCode, FlowerError
 
 #: Metadata of a poll: which process it comes from, as a copy of a device may use the same key.
 POLLER_HEADER = "espalier-poller"
+#: Metadata of a poll: which message this process got last, so that a server of ours needs no call to be told.
+GOT_HEADER = "espalier-got"
 
 
 class HomeFault(Exception):  # noqa: N818 - an outcome to act upon

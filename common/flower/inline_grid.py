@@ -20,6 +20,7 @@ from flwr.supercore.constant import NodeStatus
 from flwr.supercore.date import now
 from flwr.supercore.run import Run
 
+from common.flower.early import early_objects
 from common.flower.fleet_server import Links
 from common.flower.memory import Sweeper
 from common.flower.payloads import PayloadError, pack, tree_ids, unpack
@@ -269,6 +270,7 @@ class InlineGrid(Grid):
         light.metadata.delivered_at = ""
         with links.lock:
             links.outstanding[packed.message_id] = tell
+            links.early[packed.message_id] = early_objects(packed)
         if state.store_message_ins(light) is None:
             self._forget(packed.message_id)
             return ""
@@ -327,6 +329,8 @@ class InlineGrid(Grid):
         with links.lock:
             links.outstanding.pop(message_id, None)
             links.redelivered.pop(message_id, None)
+            links.early.pop(message_id, None)
+        links.settle(message_id)
         if not but_slot:
             links.give_up_upload(message_id)
         links.state.delete_messages({message_id})

@@ -129,7 +129,12 @@ class Mailboxes:
 
 def poller_of(context: grpc.ServicerContext) -> str:
     """Return which process polls; "" if it does not say, as a stock SuperNode."""
-    return str(dict(context.invocation_metadata()).get(POLLER_HEADER, ""))
+    return said(context, POLLER_HEADER)
+
+
+def said(context: grpc.ServicerContext, header: str) -> str:
+    """Return what a caller put into a header, "" if nothing."""
+    return next((str(value) for key, value in context.invocation_metadata() if key == header), "")
 
 
 def patience(remaining: float | None) -> float:
