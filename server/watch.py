@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import logging
 import threading
+import time
+from collections.abc import Mapping
 from pathlib import Path
 
 from common.errors import WireError
 from common.flower.cloud_grid import LINK_LOST
 from common.run.events import STOP_FILE, EventLog
-from common.run.timeouts import WATCH
+from common.run.timeouts import PROGRESS, WATCH
 from proto import espalier_pb2 as pb
 from server.tree import Tree
 
@@ -29,7 +31,8 @@ class Watch:
     Parameters
     ----------
     tree : Tree
-        Edges to ask; each look costs a small message an edge.
+        Edges to ask. To see who is connected since when is one HTTP call; to ask the edges how far they are costs the
+        SuperLink seventeen, a window's largest part in its processor time, and is done more rarely.
     events : EventLog
         Where progress goes.
     window : int
@@ -40,6 +43,7 @@ class Watch:
         self._tree, self._events, self._window = tree, events, window
         self._since: dict[int, str] = {}
         self._without: dict[int, int] = {}
+        self._next_look = 0.0
         self._done = threading.Event()
         self._thread = threading.Thread(target=self._run, name="watch", daemon=True)
 
@@ -61,13 +65,26 @@ class Watch:
     def _run(self) -> None:
         while not self._done.wait(WATCH):
             try:
-                self.look()
+                self.tick()
             except (WireError, *LINK_LOST) as error:
                 log.warning("%s", error)
 
-    def look(self) -> None:
-        """Ask every edge how far it is, and note those that were started again and have no such window."""
+    def tick(self) -> None:
+        """See who is connected; look at the edges if it is time, or if one of them was started again."""
         since = self._tree.since()
+        again = any(since.get(node_id, at) != at for node_id, at in self._since.items())
+        if again or time.monotonic() >= self._next_look:
+            self._next_look = time.monotonic() + PROGRESS
+            self.look(since)
+
+    def look(self, since: Mapping[int, str]) -> None:
+        """Ask every edge how far it is, and note those that were started again and have no such window.
+
+        Parameters
+        ----------
+        since : mapping of int to str
+            Since when each node is connected.
+        """
         for node_id, progress in self._tree.progress(self._window).items():
             has_it = progress.run == self._tree.run and progress.window == self._window
             if since.get(node_id) == self._since.get(node_id) or has_it:

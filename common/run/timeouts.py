@@ -43,8 +43,10 @@ CLIENT_REFUSAL = 5.0
 EDGE_REFUSAL = 10.0
 
 # --- a window -------------------------------------------------------------------------------------
-#: Seconds between two looks at the edges while a window runs, and that each one may take.
+#: Seconds between two looks at who is connected while a window runs; between two questions how far the edges are, where
+#: none of them was started again; and that an answer may take.
 WATCH = 2.0
+PROGRESS = 6.0
 WATCH_CALL = 5.0
 #: Least seconds of a round deadline that follows the clients' speed.
 LEAST_ROUND = 10.0

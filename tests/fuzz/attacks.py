@@ -17,6 +17,7 @@ from flwr.proto.fab_pb2 import GetFabRequest
 from flwr.proto.node_pb2 import Node
 from google.protobuf.message import Message as Proto
 
+from common.flower.early import attach
 from proto import monitor_pb2 as mpb
 from tests.fuzz.mutate import mutate_bytes, mutate_proto
 
@@ -35,6 +36,7 @@ def requests() -> list[tuple[str, Proto]]:
             run_id=1, message_id="a" * 64, src_node_id=1234567, dst_node_id=1, reply_to_message_id="b" * 64
         )
     )
+    attach(message, [b"Message||4\x00none", bytes(200)])
     tree = message_pb2.ObjectTree(object_id="a" * 64, children=[message_pb2.ObjectTree(object_id="c" * 64)])
     push = fleet_pb2.PushMessagesRequest(node=node, messages_list=[message], message_object_trees=[tree])
     return [

@@ -6,6 +6,7 @@ import datetime
 import json
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -22,10 +23,13 @@ from grpc_health.v1.health_pb2 import HealthCheckRequest, HealthCheckResponse
 from grpc_health.v1.health_pb2_grpc import HealthStub
 
 from common.errors import AddressError, StateError
+from common.flower import fleet_client
 from common.flower.arrays import numpy_view
+from common.flower.early import MOST, early_objects
 from common.flower.fleet_client import FleetClient, Pulled
 from common.flower.homes import HomeRefused, HomeUnavailable
 from common.flower.inline import InlineFleet
+from common.flower.line import Line
 from common.flower.resident import RUN_RECORD, Home, ResidentNode
 from tests.integration.flower_helpers import (
     empty,
@@ -253,6 +257,51 @@ def test_a_message_that_did_not_arrive_is_given_again(
         assert reply.has_content()
         assert next(faults, None) is None
         assert not server.links.unconfirmed
+
+
+def test_a_small_message_and_its_reply_are_two_calls(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    begin, calls = Line.begin, []
+
+    def count(self: Line, method: str, *rest: Any) -> Any:
+        calls.append(method)
+        return begin(self, method, *rest)
+
+    with fleet() as server, resident(app, tmp_path, address(server)):
+        grid = server.open_run()
+        nodes = online(server, 1)
+        list(grid.exchange(instruct(grid, nodes), deadline=20))  # the run is asked for once
+        monkeypatch.setattr(Line, "begin", count)
+        for _ in range(3):
+            (reply,) = grid.exchange(instruct(grid, nodes), deadline=20)
+            assert reply.has_content()
+        assert sorted(set(calls)) == ["PullMessages", "PushMessages"]
+        assert calls.count("PushMessages") == 3
+        assert empty(server)
+
+
+@pytest.mark.parametrize(
+    "early",
+    [
+        lambda objects: [],
+        lambda objects: objects[1:],
+        lambda objects: [b"strange", *objects],
+        lambda objects: [objects[0] + b"\0", *objects[1:]],
+        lambda objects: [bytes(MOST), *objects],
+    ],
+    ids=["none", "not all", "a strange one", "a changed one", "too much"],
+)
+def test_what_did_not_come_with_a_reply_is_asked_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, early: Callable[[list[bytes]], list[bytes]]
+) -> None:
+    monkeypatch.setattr(fleet_client, "early_objects", lambda packed: early(early_objects(packed)))
+    with fleet() as server, resident(app, tmp_path, address(server)):
+        grid = server.open_run()
+        nodes = online(server, 1)
+        for _ in range(2):
+            (reply,) = grid.exchange(instruct(grid, nodes), deadline=20)
+            values = numpy_view(reply.content.array_records["w"]["flat"])
+            np.testing.assert_array_equal(values, np.full(256, 2, np.float32))
+        assert empty(server)
 
 
 def test_flowers_own_way_of_pushing_and_pulling(tmp_path: Path) -> None:

@@ -31,6 +31,7 @@ class FakeGrid:
         self.since = {1: "monday", 2: "monday"}
         self.mute: set[int] = set()
         self.hellos: list[int] = []
+        self.asked = 0
         self.windows = {1: 3, 2: 3}
 
     def get_nodes(self) -> list[Any]:
@@ -48,6 +49,7 @@ class FakeGrid:
             hello = message.metadata.message_type == control.HELLO
             if hello:
                 self.hellos.append(node)
+            self.asked += not hello
             if node in self.mute:
                 continue
             said: Any = pb.EdgeHello(schema=control.SCHEMA, name=f"edge-{node}")
@@ -106,9 +108,9 @@ def test_an_edge_that_lost_its_window_is_found(tree: Tree, tmp_path: Path) -> No
     with watch:
         grid = grid_of(tree)
         grid.since[2], grid.windows[2] = "tuesday", 0
-        watch.look()
+        watch.look(tree.since())
         assert watch.lost(2) == ""  # its message may be on its way
-        watch.look()
+        watch.look(tree.since())
         assert "started again" in watch.lost(2)
         assert watch.lost(1) == ""
     assert {e["edge"] for e in read_events(tmp_path / "events.jsonl")} == {"edge-1", "edge-2"}
@@ -121,16 +123,40 @@ def test_an_edge_that_was_started_again_and_then_got_the_window_is_waited_for(
     with watch:
         grid = grid_of(tree)
         grid.since[2], grid.windows[2] = "tuesday", 2
-        watch.look()
+        watch.look(tree.since())
         grid.windows[2] = 3
         for _ in range(3):
-            watch.look()
+            watch.look(tree.since())
         assert watch.lost(2) == ""
         # One that is slow to begin, without a restart, is no less waited for.
         grid.windows[1] = 0
         for _ in range(3):
-            watch.look()
+            watch.look(tree.since())
         assert watch.lost(1) == ""
+
+
+def test_edges_are_asked_now_and_then_and_at_once_when_one_was_started_again(
+    tree: Tree, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clock = [100.0]
+    monkeypatch.setattr("server.watch.time", SimpleNamespace(monotonic=lambda: clock[0]))
+    watch, grid = Watch(tree, EventLog(tmp_path / "events.jsonl"), 3), grid_of(tree)
+    asked = []
+    with watch:
+        for seconds in (2, 2, 2, 2):  # the first at once, the next one six seconds later
+            clock[0] += seconds
+            watch.tick()
+            asked.append(grid.asked)
+        assert asked == [2, 2, 2, 4]
+        grid.since[2], grid.windows[2] = "tuesday", 0
+        clock[0] += 2
+        watch.tick()
+        watch.tick()
+        assert grid.asked == 8
+        assert "started again" in watch.lost(2)
+        del grid.since[2]  # away, and not back: its lease will tell
+        watch.tick()
+        assert grid.asked == 8
 
 
 @pytest.mark.parametrize(
