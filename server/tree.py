@@ -330,20 +330,20 @@ class Tree:
             )
         if self._settled and (fault := self._settled[client.name].difference(client)):
             raise WireError(client.name, f"{fault}; bring its data back, or start a new run")
-        others = [c for n, c in self._clients.items() if n != client.name]
-        if not others:
+        other = next((c for n, c in self._clients.items() if n != client.name), None)
+        if other is None:
             return
-        if list(client.classes) != list(others[0].classes):
+        if list(client.classes) != list(other.classes):
             raise WireError(
                 client.name,
-                f"its classes {list(client.classes)[:5]}… are not those of {others[0].name} "
-                f"({list(others[0].classes)[:5]}…); name its data folders alike",
+                f"its classes {list(client.classes)[:5]}… are not those of {other.name} "
+                f"({list(other.classes)[:5]}…); name its data folders alike",
             )
-        if list(client.image_shape) != list(others[0].image_shape):
+        if list(client.image_shape) != list(other.image_shape):
             raise WireError(
                 client.name,
-                f"its images are {list(client.image_shape)}, those of {others[0].name} "
-                f"{list(others[0].image_shape)} (channels, height, width)",
+                f"its images are {list(client.image_shape)}, those of {other.name} "
+                f"{list(other.image_shape)} (channels, height, width)",
             )
 
     def _hellos(self, nodes: list[int]) -> Iterator[Message]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib.metadata
 import math
 import os
@@ -64,7 +65,8 @@ def device_facts(device: str) -> pb.DeviceFacts:
     )
 
 
-def own_versions() -> dict[str, str]:
+@functools.cache  # each is a file to be read, and they are compared with every client's
+def own_versions() -> Mapping[str, str]:
     """Return the versions of what must match between tiers, and of torch."""
     return {name: importlib.metadata.version(name) for name in ("espalier", "flwr", "torch")}
 

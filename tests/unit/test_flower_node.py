@@ -140,17 +140,18 @@ def test_backoff_grows_with_jitter_to_its_cap_and_starts_again() -> None:
     assert backoff.next() <= 0.3
 
 
-def test_the_pace_of_polls() -> None:
-    pace = PollPace(fast=0.01, slow=1.0, warm=60.0)
-    assert pace.after(took=1.0) == 0.0
+def test_the_pace_of_polls(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = [50.0]
+    monkeypatch.setattr("common.flower.backoff.time", SimpleNamespace(monotonic=lambda: clock[0]))
+    pace = PollPace(fast=0.01, slow=1.0, share=0.1)
+    assert pace.after(took=1.0) == 0.0  # it was held
+    waits = []
+    for idle in (0.0, 0.05, 0.5, 3.0, 60.0):
+        clock[0] = 50.0 + idle
+        waits.append(round(pace.after(took=0.002), 6))
+    assert waits == [0.01, 0.01, 0.05, 0.3, 1.0]
+    pace.activity()
     assert pace.after(took=0.002) == 0.01
-    cold = PollPace(fast=0.01, slow=1.0, warm=0.0)
-    waits = [cold.after(took=0.002) for _ in range(20)]
-    assert waits == sorted(waits)
-    assert waits[0] < 0.05
-    assert waits[-1] == 1.0
-    cold.activity()
-    assert cold.after(took=0.002) < 0.05
 
 
 def test_uploads_take_turns() -> None:
@@ -228,13 +229,13 @@ class _Busy(HomeLoop):
 
 
 def test_a_node_polls_seldom_beside_a_call_and_at_once_when_it_is_done() -> None:
-    loop, pace = _Busy(), PollPace(fast=0.001, slow=60.0, warm=60.0)
+    loop, pace = _Busy(), PollPace(fast=0.001, slow=60.0)
     began = time.monotonic()
     loop._rest(pace, 0.0)
     assert time.monotonic() - began >= BESIDE
-    cold = PollPace(fast=0.001, slow=60.0, warm=0.0)
-    for _ in range(40):
-        cold.after(0.0)
+    cold = PollPace(fast=0.001, slow=60.0)
+    cold._active_at -= 600.0
+    assert cold.after(0.0) > 50.0
     resting = threading.Thread(target=loop._rest, args=(cold, 0.0))
     resting.start()
     with loop.desk.lane_free:
@@ -243,7 +244,7 @@ def test_a_node_polls_seldom_beside_a_call_and_at_once_when_it_is_done() -> None
     resting.join(10)
     assert not resting.is_alive()
     # Its pace begins anew: not at the minute that it had come to.
-    assert cold.after(0.0) < 0.01
+    assert cold.after(0.0) < 1.0
     # A server that holds polls is asked again at once.
     loop._busy = True
     began = time.monotonic()
