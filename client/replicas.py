@@ -12,6 +12,7 @@ from pathlib import Path
 
 from client.service import open_device
 from common.data.spec import parse_spec, sharing_sources
+from common.diffusers_shim import leave_out_optional
 from common.errors import ConfigError
 from common.flower.crew import Crew
 from common.flower.home_loop import App
@@ -144,6 +145,7 @@ def run_replicas(
 
     from client.app import app
 
+    leave_out_optional()
     if threads:
         torch.set_num_threads(threads)
     roots = {edge: security.client_roots(edge) for edge in edges}

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from flwr.clientapp import ClientApp
 
+from common.diffusers_shim import leave_out_optional
 from common.errors import ConfigError
 from common.flower.resident import Home, ResidentNode
 from common.monitor.node_status import NodeStatus
@@ -99,6 +100,7 @@ def own_app(config: Mapping[str, bool | int | float | str], threads: int | None)
 
     from client.app import app
 
+    leave_out_optional()
     if threads:
         torch.set_num_threads(threads)
     open_device(config)

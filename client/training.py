@@ -26,6 +26,7 @@ from common.methods.views import buffers_of
 from common.models.architecture import describe
 from common.models.arrays import model_arrays, to_tensor
 from common.models.initial import initial_model
+from common.models.kept import give_back
 from common.privacy import Mechanism
 from common.run.config import RunConfig
 from common.run.names import NAME_RULE, is_name
@@ -187,6 +188,8 @@ def _train_round(device: Device, task: Task) -> RecordDict:
     report.metrics.update(further)
     privacy.describe(report)
     device.save_state(plan, local.state)
+    if privacy.training is None:  # DP-SGD wraps the layers
+        give_back(task.model)
     return pack_reply(device, plan, report, payload)
 
 
@@ -210,16 +213,15 @@ def as_read(
     What a codec rounded is what was decoded; a tensor that left under another name (a cluster's) or
     not at all is the trained one.
     """
+    aliases: dict[str, str] = {}
+    for sent in decoded:
+        aliases.setdefault(sent.rpartition("/")[2], sent)
     tensors = {}
     for name, tensor in model.state_dict().items():
-        sent = next((n for n in (name, *_aliases(name, decoded)) if n in decoded), None)
-        coded = sent is not None and sent in received
-        tensors[name] = to_tensor(decoded[sent]) if coded and sent else tensor.detach().cpu()
+        key = name if name in decoded else aliases.get(name)
+        coded = key is not None and key in received
+        tensors[name] = to_tensor(decoded[key]) if coded and key else tensor.detach().cpu()
     return tensors
-
-
-def _aliases(name: str, names: Mapping[str, np.ndarray]) -> list[str]:
-    return [n for n in names if n.endswith("/" + name)]
 
 
 def train_plain(

@@ -175,16 +175,18 @@ class Method:
     def network(self, local: LocalRound, architecture: pb.ArchitectureSpec) -> nn.Module:
         """Return the network that a client trains or answers about; `local.received` becomes its tensors.
 
+        After a training it may go back to `common.models.kept`, so nothing may hold on to it past the round.
+
         Raises
         ------
         ValueError
             If it cannot be built.
         """
-        from common.models.architecture import build_with
+        from common.models.kept import lend
 
         local.received = self.start(local)
-        # `build_with` copies, so training does not write into what was received.
-        return build_with(architecture, dict(local.received))
+        # `lend` copies, so training does not write into what was received.
+        return lend(architecture, dict(local.received))
 
     def objective_for(self, local: LocalRound) -> Objective:
         """Return the objective of a round in which the client was sent something that belongs to it."""

@@ -12,6 +12,7 @@ import hashlib
 import json
 import math
 from collections.abc import Mapping
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -81,10 +82,7 @@ def describe(model: nn.Module) -> pb.ArchitectureSpec:
     TypeError
         The network is of no registered family.
     """
-    name = next((name for name, family in FAMILIES.items() if family.matches(model)), None)
-    if name is None:
-        known = ", ".join(FAMILIES)
-        raise TypeError(f"no family describes a {type(model).__name__}; known families are {known}")
+    name = _family_of(model)
     family = FAMILIES[name]
     config = Struct()
     config.update(family.config(model))
@@ -101,6 +99,14 @@ def describe(model: nn.Module) -> pb.ArchitectureSpec:
         groups={path: m.num_groups for path, m in model.named_modules() if isinstance(m, nn.GroupNorm)},
         heads=family.heads(model),
     )
+
+
+def _family_of(model: nn.Module) -> str:
+    name = next((name for name, family in FAMILIES.items() if family.matches(model)), None)
+    if name is None:
+        known = ", ".join(FAMILIES)
+        raise TypeError(f"no family describes a {type(model).__name__}; known families are {known}")
+    return name
 
 
 def build(spec: pb.ArchitectureSpec) -> nn.Module:
@@ -132,7 +138,7 @@ def build(spec: pb.ArchitectureSpec) -> nn.Module:
         _set_shapes(model, spec, shapes)
         _set_widths(model, spec.groups)
         family.settle(model, spec.heads)
-        digest = hashlib.sha256(spec.SerializeToString(deterministic=True)).digest()
+        digest = digest_of(spec)
         if digest not in _proven:
             family.prove(model)
             while len(_proven) >= _PROVEN_KEPT:
@@ -164,6 +170,15 @@ def build_with(spec: pb.ArchitectureSpec, tensors: Mapping[str, Tensor]) -> nn.M
     """
     model = build(spec)
     expected = model.state_dict()
+    check_tensors(expected, tensors)
+    model.load_state_dict(
+        {name: tensors[name].detach().clone() for name in expected}, strict=True, assign=True
+    )
+    return model
+
+
+def check_tensors(expected: Mapping[str, Tensor], tensors: Mapping[str, Tensor]) -> None:
+    """Raise ValueError where tensors are not those that a network expects, in name, shape and dtype."""
     if missing := [name for name in expected if name not in tensors]:
         raise ValueError(f"tensor {missing[0]!r} is missing ({len(missing)} in all)")
     if extra := [name for name in tensors if name not in expected]:
@@ -175,18 +190,28 @@ def build_with(spec: pb.ArchitectureSpec, tensors: Mapping[str, Tensor]) -> nn.M
                 f"tensor {name!r} is {dtype_name(given.dtype)}{list(given.shape)}, "
                 f"the architecture says {dtype_name(like.dtype)}{list(like.shape)}"
             )
-    model.load_state_dict(
-        {name: tensors[name].detach().clone() for name in expected}, strict=True, assign=True
-    )
-    return model
+
+
+def digest_of(spec: pb.ArchitectureSpec) -> bytes:
+    """Return what tells a description from any other."""
+    return hashlib.sha256(spec.SerializeToString(deterministic=True)).digest()
 
 
 def is_reduced(model: nn.Module) -> bool:
     """Tell whether a tensor departs from what the configuration alone would build: pruned, scaled."""
-    spec = describe(model)
+    family = _family_of(model)
+    whole = _whole_shapes(family, json.dumps(FAMILIES[family].config(model), sort_keys=True))
+    return any(whole.get(name) != tuple(tensor.shape) for name, tensor in model.state_dict().items())
+
+
+@lru_cache(maxsize=64)
+def _whole_shapes(family: str, config: str) -> dict[str, tuple[int, ...]]:
+    """Return the shapes of an unpruned network; a client asks every round, and building one takes 20 ms."""
+    struct = Struct()
+    struct.update(json.loads(config))
     with torch.device("meta"):
-        whole = FAMILIES[spec.family].construct(arguments(spec)).state_dict()
-    return any(tuple(whole[t.name].shape) != tuple(t.shape) for t in spec.tensors)
+        model = FAMILIES[family].construct(_plain(MessageToDict(struct)))
+    return {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
 
 
 def to_json(spec: pb.ArchitectureSpec) -> str:

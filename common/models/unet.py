@@ -6,8 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from common.diffusers_shim import import_diffusers
 from common.errors import ConfigError
-from common.torchvision_shim import import_torchvision
 
 if TYPE_CHECKING:
     from diffusers import UNet2DModel
@@ -119,8 +119,5 @@ def unet(preset: str, channels: int, size: int) -> UNet2DModel:
 
 def network_class() -> type[UNet2DModel]:
     """Import diffusers' U-Net, which takes seconds in a fresh process."""
-    import_torchvision()
-    from diffusers import UNet2DModel
-
-    network: type[UNet2DModel] = UNet2DModel
+    network: type[UNet2DModel] = import_diffusers().UNet2DModel
     return network

@@ -10,8 +10,8 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor, nn
 
+from common.diffusers_shim import import_diffusers
 from common.models.checks import prove, validated
-from common.torchvision_shim import import_torchvision
 
 _DownBlock = Literal["DownBlock2D", "AttnDownBlock2D"]
 _UpBlock = Literal["UpBlock2D", "AttnUpBlock2D"]
@@ -82,11 +82,8 @@ def construct(arguments: dict[str, Any]) -> nn.Module:
     levels = {len(checked.down_block_types), len(checked.up_block_types), len(checked.block_out_channels)}
     if len(levels) > 1:
         raise ValueError("the unet's down blocks, up blocks and widths are not equally many")
-    import_torchvision()
-    from diffusers import UNet2DModel
-
     values = {k: tuple(v) if isinstance(v, list) else v for k, v in checked.model_dump().items()}
-    return cast(nn.Module, UNet2DModel(**values))
+    return cast(nn.Module, import_diffusers().UNet2DModel(**values))
 
 
 def heads(model: nn.Module) -> dict[str, int]:

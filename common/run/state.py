@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import re
 import shutil
+import threading
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -16,7 +18,61 @@ from common.run.tensors import read_tensors, write_tensors
 Version = tuple[int, int]
 """(window, round); (0, 0) is the state before anything was trained."""
 
+#: Bytes of states, over all stores of a process, that stay in memory beside their files.
+IN_MEMORY = 64 << 20
+
 _FILE = re.compile(r"w(\d+)-r(\d+)\.safetensors")
+
+
+class _Newest:
+    """States just written, each for the one that loads it next: a client goes on from what its last round left.
+
+    Whoever takes a state has it alone, and its file is what is left. So nothing is shared between two rounds, and a
+    round that fails goes back to the file.
+    """
+
+    def __init__(self, limit: int) -> None:
+        self._limit = limit
+        self._held: dict[Path, tuple[tuple[int, ...], dict[str, np.ndarray]]] = {}
+        self._lock = threading.Lock()
+
+    def put(self, path: Path, tensors: Mapping[str, np.ndarray]) -> None:
+        """Hold what was written to a file, and let go of the oldest where it is too much."""
+        with self._lock:
+            self._held.pop(path, None)
+            # As a file would give them back, or a sum might add up in another order.
+            whole = {n: np.ascontiguousarray(a).reshape(np.shape(a)) for n, a in tensors.items()}
+            self._held[path] = (_mark(path), whole)
+            while sum(_size(held) for _, held in self._held.values()) > self._limit:
+                self._held.pop(next(iter(self._held)))
+
+    def take(self, path: Path) -> dict[str, np.ndarray] | None:
+        """Return what was written to a file; None where it is not held, or somebody else wrote the file since."""
+        with self._lock:
+            mark, tensors = self._held.pop(path, ((), {}))
+        return tensors if mark and mark == _mark(path) else None
+
+    def drop(self, folder: Path) -> None:
+        """Let go of what belongs to a path, or to a folder."""
+        with self._lock:
+            for path in [p for p in self._held if p == folder or p.parent == folder]:
+                del self._held[path]
+
+
+def _mark(path: Path) -> tuple[int, ...]:
+    """Return what changes when a file is written or replaced; () where there is none."""
+    try:
+        found = os.stat(path)
+    except OSError:
+        return ()
+    return found.st_ino, found.st_size, found.st_mtime_ns
+
+
+def _size(tensors: Mapping[str, np.ndarray]) -> int:
+    return sum(array.nbytes for array in tensors.values())
+
+
+_newest = _Newest(IN_MEMORY)
 
 
 class StateStore:
@@ -64,7 +120,11 @@ class StateStore:
             if version > start:
                 self._remove(run, version)
         usable = [version for version in versions if (0, 0) < version <= start]
-        return read_tensors(self._path(run, usable[-1])) if usable else {}
+        if not usable:
+            return {}
+        path = self._path(run, usable[-1])
+        newest = _newest.take(path)
+        return read_tensors(path) if newest is None else newest
 
     def save(
         self, run: str, version: Version, tensors: Mapping[str, np.ndarray], *, checkpoint_window: int
@@ -82,7 +142,11 @@ class StateStore:
         """
         if version <= (0, 0) or min(version) < 0:
             raise ValueError(f"version {version} is not after (0, 0)")
-        write_tensors(self._path(run, version), tensors)
+        path = self._path(run, version)
+        write_tensors(path, tensors)
+        # Nobody goes on from an older version but who is told to go back, and then the file will do.
+        _newest.drop(path.parent)
+        _newest.put(path, tensors)
         versions = self.versions(run)
         older = [other for other in versions if other < version]
         keep = {version, *older[-1:]}
@@ -114,6 +178,7 @@ class StateStore:
         """Remove everything of a run; nothing happens when there is nothing."""
         folder = self._folder(run)
         try:
+            _newest.drop(folder)
             if folder.is_dir():
                 shutil.rmtree(folder)
         except OSError as error:
@@ -129,6 +194,7 @@ class StateStore:
 
     def _remove(self, run: str, version: Version) -> None:
         path = self._path(run, version)
+        _newest.drop(path)
         try:
             path.unlink(missing_ok=True)
         except OSError as error:

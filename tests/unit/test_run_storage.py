@@ -341,3 +341,85 @@ def test_what_is_no_record(tmp_path: Path, content: str | None) -> None:
         (tmp_path / "report.json").write_text(content)
     with pytest.raises(StateError, match=r"report\.json"):
         RunRecord.read(tmp_path)
+
+
+# --- a state in memory beside its file -----------------------------------------------------------
+
+
+@pytest.fixture
+def read_files(monkeypatch: pytest.MonkeyPatch) -> list[Path]:
+    """Note which files are read, and start with nothing in memory."""
+    from common.run import state
+
+    found: list[Path] = []
+
+    def read(path: Path) -> dict[str, np.ndarray]:
+        found.append(path)
+        return read_tensors(path)
+
+    monkeypatch.setattr(state, "_newest", state._Newest(1000))
+    monkeypatch.setattr(state, "read_tensors", read)
+    return found
+
+
+def test_the_newest_state_is_not_read_again(tmp_path: Path, read_files: list[Path]) -> None:
+    store = StateStore(tmp_path)
+    kept = {"m": np.arange(6.0).reshape(2, 3).T, "n": np.array(3), "half": np.ones(2, np.float16)}
+    store.save("run", (1, 1), kept, checkpoint_window=0)
+    held = store.load("run", (1, 1))
+    assert read_files == []
+    # What the file would have given, and the taker's own: the next one to ask gets the file's.
+    held["more"] = np.zeros(1)
+    again = store.load("run", (1, 1))
+    assert len(read_files) == 1
+    assert set(again) == set(kept)
+    for name, array in again.items():
+        assert array.dtype == held[name].dtype
+        assert array.shape == held[name].shape
+        assert array.strides == held[name].strides
+        assert np.array_equal(array, held[name])
+
+
+def test_a_kill_loses_nothing(
+    tmp_path: Path, read_files: list[Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from common.run import state
+
+    StateStore(tmp_path).save("run", (1, 1), tensors(7), checkpoint_window=0)
+    monkeypatch.setattr(state, "_newest", state._Newest(1000))  # another process
+    assert value_of(StateStore(tmp_path).load("run", (1, 1))) == 7
+    assert len(read_files) == 1
+
+
+def test_who_goes_back_gets_the_older_state(tmp_path: Path, read_files: list[Path]) -> None:
+    store = StateStore(tmp_path)
+    store.save("run", (1, 1), tensors(1), checkpoint_window=0)
+    store.save("run", (1, 2), tensors(2), checkpoint_window=0)
+    assert value_of(store.load("run", (1, 1))) == 1
+    assert store.load("run", (0, 0)) == {}
+    store.save("run", (1, 2), tensors(3), checkpoint_window=0)
+    assert value_of(store.load("run", (1, 2))) == 3
+    assert len(read_files) == 1
+
+
+def test_a_file_that_another_wrote_or_that_is_gone_counts(tmp_path: Path, read_files: list[Path]) -> None:
+    store = StateStore(tmp_path)
+    store.save("run", (1, 1), tensors(1), checkpoint_window=0)
+    write_tensors(tmp_path / "run" / "w000001-r000001.safetensors", tensors(5))
+    assert value_of(store.load("run", (1, 1))) == 5
+    store.save("run", (1, 1), tensors(1), checkpoint_window=0)
+    store.forget("run")
+    assert store.load("run", (1, 1)) == {}
+
+
+def test_memory_for_states_has_a_limit(tmp_path: Path, read_files: list[Path]) -> None:
+    small, large = {"m": np.zeros(50)}, {"m": np.zeros(200)}  # of 1000 bytes
+    stores = [StateStore(tmp_path / str(i)) for i in range(3)]
+    for store in stores:
+        store.save("run", (1, 1), small, checkpoint_window=0)
+    for store in stores:
+        store.load("run", (1, 1))
+    assert [path.parts[-3] for path in read_files] == ["0"]
+    stores[0].save("run", (1, 2), large, checkpoint_window=0)
+    assert stores[0].load("run", (1, 2))["m"].shape == (200,)
+    assert len(read_files) == 2
