@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 from flwr.app import Message
 
@@ -51,28 +53,54 @@ class SentForm:
         """
         if self._codec is None:
             return weights, weights
+        if weights.link is not None and weights.link.layout == self.wire:
+            return weights.link, weights  # rounding what was rounded before gives the same bits
         views = weights.views()
         # Rounding to nearest draws nothing from the generator.
         code = self._codec.encode({n: views[n] for n in self._coded.names}, np.random.default_rng(0))
-        payload = Weights.fill(self.wire, views | code)
+        payload = Weights.fill(self.wire, views | code).frozen()
         return payload, self.decode(payload, "this server")
 
     def decode(self, payload: Weights, sender: str) -> Weights:
         """Return the tensors; raises WireError where a code makes no sense, or stands for what cannot be added up."""
         if self._codec is None:
             return payload
-        views = payload.views()
-        code = self._codec.decode({n: views[n] for n in self._coded.names}, self._coded, sender)
-        for name, array in code.items():
+        came = payload.views()
+        found = Weights.empty(self._layout)
+        into = found.views()
+        coded = {n: into[n] for n in self._coded.names}
+        self._codec.decode({n: came[n] for n in coded}, self._coded, sender, coded)
+        for name, array in coded.items():
             if fault := fault_of(array):  # bfloat16 holds numbers that cannot be added up
                 raise WireError(sender, f"tensor {name!r} comes to {fault}")
-        return Weights.fill(self._layout, views | code)
+        for name, array in into.items():
+            if name not in coded:
+                np.copyto(array, came[name], casting="no")
+        return found
 
 
 def read_sent(
-    message: Message, plan: pb.WindowPlan | pb.RoundPlan, settings: Settings, sender: str
+    message: Message,
+    plan: pb.WindowPlan | pb.RoundPlan,
+    settings: Settings,
+    sender: str,
+    *,
+    send_on: bool = False,
 ) -> Weights:
     """Read the tensors that came with a plan.
+
+    Parameters
+    ----------
+    message : Message
+        What came.
+    plan : pb.WindowPlan or pb.RoundPlan
+        The plan in it.
+    settings : Settings
+        The run's.
+    sender : str
+        Whom an error names.
+    send_on : bool
+        Whether they will be sent on: then what came is kept beside them.
 
     Raises
     ------
@@ -80,4 +108,6 @@ def read_sent(
         Naming the sender, if they are not what the plan says.
     """
     form = SentForm(control.plan_layout(plan, sender), plan.architecture, settings)
-    return form.decode(control.read_weights(message, form.wire, sender), sender)
+    payload = control.read_weights(message, form.wire, sender)
+    found = form.decode(payload, sender)
+    return replace(found, link=payload) if send_on and found is not payload else found
