@@ -79,9 +79,8 @@ class UpdateForm:
         """Return the payload alone, for a sender who need not know what its receiver reads."""
         if not self._codec or not self.coded.tensors:
             return Weights.fill(self.wire, arrays)
-        differences = Weights.empty(
-            self.coded
-        ).views()  # one block: many small ones cost more than the numbers
+        # One block: many small ones cost more than the numbers.
+        differences = Weights.empty(self.coded).views()
         for name, difference in differences.items():
             np.subtract(arrays[name], received[name], out=difference)
         code = self._codec.encode(differences, rng)
