@@ -1,7 +1,8 @@
 """A client's local training against the loop that a person would write, and a pruned network against the dense one.
 
-Both sides train the same network on the same images in the same order with the same optimiser, turn about in one
-process; what is compared are images a second.
+All sides train the same network on as many images with the same optimiser, turn about in one process, in an order
+that is reversed from turn to turn. A ratio is the median over the turns of that within a turn: what slows a
+machine down for a minute slows both sides of it.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ import copy
 import statistics
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -29,7 +30,7 @@ RATIO = 0.2
 
 @dataclass(frozen=True)
 class Case:
-    """A network to train, and for how many steps a turn."""
+    """A network to train, for how many steps a turn, and how many turns (even: each order equally often)."""
 
     model: str
     shape: tuple[int, int, int]
@@ -45,15 +46,15 @@ class Case:
 
 CASES = {
     "cpu": [
-        Case("unet-tiny", (1, 8, 8), 32, 12, 7),
-        Case("unet-small", (1, 28, 28), 16, 8, 5),
-        Case("unet-paper", (3, 32, 32), 8, 6, 3),
-        Case("cnn", (1, 28, 28), 32, 100, 7),
+        Case("unet-tiny", (1, 8, 8), 32, 12, 24),
+        Case("unet-small", (1, 28, 28), 16, 8, 6),
+        Case("unet-paper", (3, 32, 32), 8, 6, 6),
+        Case("cnn", (1, 28, 28), 32, 100, 24),
     ],
     "cuda": [
-        Case("unet-paper", (3, 32, 32), 128, 20, 7),
-        Case("unet-small", (1, 28, 28), 128, 20, 7),
-        Case("cnn", (1, 28, 28), 128, 100, 7),
+        Case("unet-paper", (3, 32, 32), 128, 20, 8),
+        Case("unet-small", (1, 28, 28), 128, 20, 8),
+        Case("cnn", (1, 28, 28), 128, 100, 8),
     ],
 }
 TINY = [Case("unet-tiny", (1, 8, 8), 8, 2, 1)]
@@ -64,31 +65,74 @@ def measure(cases: list[Case], device: str) -> Outcome:
     outcome = Outcome()
     for case in cases:
         diffusion = case.model.startswith("unet")
-        rates = _rates(case, device)
-        loop = rates["client"] / rates["loop"]
+        wall, processor = _seconds(case, device)
+        rates = {n: case.batch * case.steps / statistics.median(taken) for n, taken in wall.items()}
+        loop = over(wall["client"], wall["loop"])
         row: dict[str, Any] = {
             "network": case.label,
             "device": device,
             "client_images_s": rates["client"],
             "loop_images_s": rates["loop"],
             "client_over_loop": loop,
+            "same_by_cpu_s": over(processor["client"], processor["loop"]),
         }
         outcome.targets.append(Target.at_least(f"{case.label}: client over plain loop", loop, 0.97))
         if diffusion:
-            pruned = rates["pruned"] / rates["client"]
+            pruned = over(wall["pruned"], wall["client"])
             row |= {"pruned_images_s": rates["pruned"], "pruned_over_dense": pruned}
             outcome.targets.append(
                 Target.at_least(f"{case.label}: pruned at {RATIO} over dense", pruned, 1.4)
             )
         outcome.rows.append(row)
     outcome.notes.append(
-        "one turn of each after the other, medians over the turns; pruned: our client on both sides"
+        "one turn of each after the other, the order reversed from turn to turn; ratios are medians of those "
+        "within a turn; pruned: our client on both sides"
     )
     return outcome
 
 
-def _rates(case: Case, device: str) -> dict[str, float]:
-    """Return the median images a second of every way to train a case."""
+def over(seconds: Sequence[float], others: Sequence[float]) -> float:
+    """Return how much faster one side is than another: the median over the turns of that within a turn."""
+    return statistics.median(other / own for own, other in zip(seconds, others, strict=True))
+
+
+def take_turns(
+    turns: Mapping[str, Callable[[int], None]], count: int, ready: Callable[[], None] = lambda: None
+) -> tuple[dict[str, list[float]], dict[str, list[float]]]:
+    """Let all sides take one turn after the other, `count` times, each time in the reverse of the last order.
+
+    Parameters
+    ----------
+    turns : mapping of str to callable
+        Each side's turn; it gets the turn's number.
+    count : int
+        Turns that count; one before them warms up.
+    ready : callable
+        Waits for what is still under way on a device.
+
+    Returns
+    -------
+    tuple of dict of str to list of float
+        Wall and processor seconds of every side's turns.
+    """
+    wall: dict[str, list[float]] = {name: [] for name in turns}
+    processor: dict[str, list[float]] = {name: [] for name in turns}
+    order = list(turns)
+    for number in range(count + 1):
+        for name in order:
+            ready()
+            began, worked = time.perf_counter(), time.process_time()
+            turns[name](number)
+            ready()
+            if number:
+                wall[name].append(time.perf_counter() - began)
+                processor[name].append(time.process_time() - worked)
+        order.reverse()
+    return wall, processor
+
+
+def _seconds(case: Case, device: str) -> tuple[dict[str, list[float]], dict[str, list[float]]]:
+    """Return the wall and processor seconds of every turn of every way to train a case."""
     import torch
 
     from common.learning.tasks import base_objective
@@ -114,20 +158,11 @@ def _rates(case: Case, device: str) -> dict[str, float]:
             if name != "loop"
         },
     }
-    seconds: dict[str, list[float]] = {name: [] for name in turns}
-    for number in range(case.turns + 1):
-        for name, turn in turns.items():
-            _wait(device)
-            began = time.perf_counter()
-            turn(number)
-            _wait(device)
-            if number:  # the first turn warms up
-                seconds[name].append(time.perf_counter() - began)
-    return {n: case.batch * case.steps / statistics.median(taken) for n, taken in seconds.items()}
+    return take_turns(turns, case.turns, lambda: _wait(device))
 
 
 class Client:
-    """Training as a client does it, its state kept from round to round."""
+    """Training as a client does it, its state kept from round to round; reading and writing files is left out."""
 
     def __init__(self, network: nn.Module, data: ImageSet, settings: RunConfig, device: str) -> None:
         self._network, self._data, self._settings, self._device = network, data, settings, device
@@ -139,7 +174,7 @@ class Client:
         from common.learning.tasks import base_objective
         from common.learning.trainer import train_local
 
-        local = LocalRound(settings=self._settings, round=number + 1, state=self._state)
+        local = LocalRound(settings=self._settings, round=number + 1, state=self._state, own_state=True)
         objective = base_objective(self._settings)
         train_local(self._network, objective, self._data, local, seed=number, device=self._device)
 

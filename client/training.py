@@ -299,7 +299,7 @@ def local_round(
     received: Mapping[str, np.ndarray],
     state: dict[str, np.ndarray],
 ) -> LocalRound:
-    """Return what this device knows when it trains or answers."""
+    """Return what this device knows when it trains or answers; the arrays of `state` are given away to it."""
     return LocalRound(
         settings=settings,
         round=round_,
@@ -311,6 +311,7 @@ def local_round(
         data=device.images,
         place=str(device.torch_device),
         optimizer=create_method(settings).own_optimizer if settings.optimizer == "auto" else "",
+        own_state=True,
     )
 
 

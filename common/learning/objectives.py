@@ -68,6 +68,9 @@ class LocalRound:
         Device to compute on, as torch names it.
     optimizer : str
         "adam" or "sgd" where the method demands one in spite of ``optimizer=auto``; else empty.
+    own_state : bool
+        Whether the arrays in `state` are the round's alone (read from disk for it, say), so that Adam may go on
+        in them instead of in copies. A round that fails leaves them half changed.
     """
 
     settings: RunConfig
@@ -84,6 +87,7 @@ class LocalRound:
     peers: Mapping[str, pb.ArchitectureSpec] = field(default_factory=dict)
     place: str = "cpu"
     optimizer: str = ""
+    own_state: bool = False
 
     def require_data(self) -> ImageSet:
         """Return the client's images.

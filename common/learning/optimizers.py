@@ -8,7 +8,7 @@ from collections.abc import MutableMapping, Sequence
 
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from common.learning.objectives import LocalRound
 from common.models.presets import task_of
@@ -104,7 +104,7 @@ class Adam(LocalOptimizer):
         kept = same and self._keep and _MEAN in state and _SQUARE in state
         self._moment_steps = int(state[_MOMENT_STEPS]) if kept else 0
         self._mean, self._square = (
-            torch.from_numpy(np.array(state[key], dtype=np.float32)).to(device)
+            _moments(state[key], device, own=local.own_state)
             if kept
             else torch.zeros(size, dtype=torch.float32, device=device)
             for key in (_MEAN, _SQUARE)
@@ -115,15 +115,16 @@ class Adam(LocalOptimizer):
             weight_decay=settings.weight_decay,
             fused=device.type in ("cpu", "cuda"),
         )
-        offset = 0
-        for parameter in parameters:
-            end = offset + parameter.numel()
+        # Cut up by one call each: a call a parameter is milliseconds a round, and on a GPU a copy to it.
+        sizes = [p.numel() for p in parameters]
+        steps = torch.full((len(sizes),), float(self._moment_steps), device=device).unbind()
+        means, squares = torch.split(self._mean, sizes), torch.split(self._square, sizes)
+        for parameter, step, mean, square in zip(parameters, steps, means, squares, strict=True):
             self._optimizer.state[parameter] = {
-                "step": torch.tensor(float(self._moment_steps), device=device),
-                "exp_avg": self._mean[offset:end].view_as(parameter),
-                "exp_avg_sq": self._square[offset:end].view_as(parameter),
+                "step": step,
+                "exp_avg": mean.view_as(parameter),
+                "exp_avg_sq": square.view_as(parameter),
             }
-            offset = end
 
     def step(self) -> float:
         """Apply the gradients and drop them; return the learning rate used."""
@@ -144,3 +145,12 @@ class Adam(LocalOptimizer):
         else:
             for key in (_MEAN, _SQUARE, _MOMENT_STEPS):
                 state.pop(key, None)
+
+
+def _moments(kept: np.ndarray, device: torch.device, *, own: bool) -> Tensor:
+    """Return kept moments as a buffer to go on in; `kept` itself where it is the round's own and on its device."""
+    array = np.asarray(kept, dtype=np.float32)
+    # The way to another device is a copy by itself.
+    if not array.flags.writeable or (device.type == "cpu" and not own):
+        array = array.copy()
+    return torch.from_numpy(array).to(device)

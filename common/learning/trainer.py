@@ -71,7 +71,8 @@ def train_local(
     data : ImageSet
         The client's own images.
     local : LocalRound
-        Settings and state; the state is replaced at the end, and only if training went well.
+        Settings and state; the state is replaced at the end, and only if training went well. Its arrays are
+        left as they are, unless ``own_state`` gives them away.
     seed : int
         Seed of order, noise and dropout; the result depends on nothing else that is random.
     device : torch.device or str
@@ -105,6 +106,7 @@ def train_local(
         apart = list(objective.apart())
         others = set(map(id, apart))
         together = [p for p in parameters if id(p) not in others]
+        clipped = [group for group in (together, apart) if group and settings.clip_norm > 0]
         optimizer = create_optimizer(parameters, local)
         for epoch in itertools.count(1):
             indices = order.permutation(count)
@@ -119,9 +121,8 @@ def train_local(
                     loss = objective.loss(model, images, batch_labels, generator)
                 loss.backward()  # type: ignore[no-untyped-call]
                 objective.after_backward(model)
-                if settings.clip_norm > 0:
-                    for group in (together, apart):
-                        nn.utils.clip_grad_norm_(group, settings.clip_norm)
+                for group in clipped:
+                    nn.utils.clip_grad_norm_(group, settings.clip_norm)
                 lr_sum += optimizer.step()
                 loss_sum += loss.detach() * len(chosen)
                 steps += 1

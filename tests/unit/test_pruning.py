@@ -13,6 +13,7 @@ from common.errors import ConfigError
 from common.models.cost import macs_and_params
 from common.models.pruning import prune
 from common.models.unet import PRESETS, unet
+from common.models.unet_family import heads
 
 
 @pytest.fixture(scope="module")
@@ -61,6 +62,16 @@ def test_widths_shrink_by_whole_groups_and_heads_stay(ratio: float, dense: Any) 
     assert attention.to_q.out_features == attention.heads * floor(preset.head_dim * (1 - ratio) + 1e-6)
     pruned(torch.zeros(2, 1, 8, 8), torch.tensor([1, 999])).sample.sum().backward()
     assert all(p.grad is not None for p in pruned.parameters())
+
+
+def test_the_small_preset_has_few_wide_heads_and_its_sizes() -> None:
+    """Attention costs by the head: heads of 8 took a third of a pruned network's step on a CPU."""
+    dense = unet("unet-small", 1, 28)
+    pruned = prune(dense, 0.2)
+    for model, width, size in ((dense, 16, 5_312_481), (pruned, 12, 3_027_373)):
+        layers = [cast(Any, model.get_submodule(path)) for path in heads(model)]
+        assert {layer.to_q.out_features // layer.heads for layer in layers} == {width}
+        assert macs_and_params(model)[1] == size
 
 
 def test_the_weakest_channels_of_a_group_go(dense: Any) -> None:

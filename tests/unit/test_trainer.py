@@ -166,6 +166,31 @@ def test_moments_and_warm_up_go_on_from_round_to_round() -> None:
     assert np.allclose(state["trainer/exp_avg"], moments.numpy(), atol=1e-7)
 
 
+def test_adam_goes_on_in_a_rounds_own_arrays_to_the_same_bits() -> None:
+    ends = []
+    for own in (False, True):
+        model, state = linear(), dict[str, np.ndarray]()
+        train(model, Fit(), LocalRound(settings(), 1, state=state))
+        held = {key: state[key] for key in ("trainer/exp_avg", "trainer/exp_avg_sq")}
+        train(model, Fit(), LocalRound(settings(), 2, state=state, own_state=own))
+        assert all(np.shares_memory(state[key], array) is own for key, array in held.items())
+        ends.append(
+            [p.detach().clone() for p in model.parameters()] + [torch.from_numpy(state[k]) for k in held]
+        )
+    assert all(torch.equal(one, other) for one, other in zip(*ends, strict=True))
+
+
+def test_own_arrays_that_cannot_be_written_are_copied() -> None:
+    state = dict[str, np.ndarray]()
+    train(linear(), Fit(), LocalRound(settings(), 1, state=state))
+    former = state["trainer/exp_avg"]
+    before = former.copy()
+    former.flags.writeable = False
+    train(linear(), Fit(), LocalRound(settings(), 2, state=state, own_state=True))
+    assert np.array_equal(former, before)
+    assert not np.array_equal(state["trainer/exp_avg"], before)
+
+
 def test_without_keeping_the_optimizer_only_the_warm_up_goes_on() -> None:
     state = dict[str, np.ndarray]()
     local = LocalRound(settings(), 1, state=state)
