@@ -40,6 +40,7 @@ class _Shell:
     model: nn.Module
     modules: tuple[nn.Module, ...]
     places: dict[str, _Place]
+    tensors: int
 
 
 #: Taken out while in use, so that two trainings never share one; single steps of a dict need no lock.
@@ -101,15 +102,20 @@ def _shell(digest: bytes, model: nn.Module) -> _Shell:
     for name, tensor in model.state_dict(keep_vars=True).items():
         path, _, leaf = name.rpartition(".")
         places[name] = _Place(model.get_submodule(path), leaf, tensor)
-    return _Shell(digest, model, tuple(model.modules()), places)
+    modules = tuple(model.modules())
+    # Counted as `_unchanged` does, biases that a layer does not have included.
+    tensors = sum(len(vars(m)["_parameters"]) + len(vars(m)["_buffers"]) for m in modules)
+    return _Shell(digest, model, modules, places, tensors)
 
 
 def _unchanged(shell: _Shell) -> bool:
     modules = tuple(shell.model.modules())
-    if len(modules) != len(shell.modules) or any(
-        a is not b for a, b in zip(modules, shell.modules, strict=True)
-    ):
+    if len(modules) != len(shell.modules):
         return False
-    if any(getattr(module, hooks) for module in modules for hooks in _HOOKS):
-        return False
-    return shell.model.state_dict().keys() == shell.places.keys()
+    tensors = 0
+    for module, built in zip(modules, shell.modules, strict=True):
+        held = vars(module)
+        if module is not built or any(held[hooks] for hooks in _HOOKS):
+            return False
+        tensors += len(held["_parameters"]) + len(held["_buffers"])
+    return tensors == shell.tensors

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.metadata
+from functools import lru_cache
 from typing import TypeVar
 
 from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
@@ -138,8 +139,16 @@ def read_weights(message: Message, layout: Layout, sender: str) -> Weights:
 
 def plan_layout(plan: pb.WindowPlan | pb.RoundPlan, sender: str) -> Layout:
     """Return the layout of a plan's payload: its own, or the architecture's tensors."""
-    specs = plan.layout.tensors if plan.HasField("layout") else plan.architecture.tensors
-    return Layout.from_proto(specs, sender)
+    kind, part = (
+        (pb.Layout, plan.layout) if plan.HasField("layout") else (pb.ArchitectureSpec, plan.architecture)
+    )
+    return _layout(kind, part.SerializeToString(deterministic=True), sender)
+
+
+@lru_cache(maxsize=16)
+def _layout(kind: type[pb.Layout] | type[pb.ArchitectureSpec], data: bytes, sender: str) -> Layout:
+    """Read the tensors of a plan, which is nearly always that of the round before."""
+    return Layout.from_proto(kind.FromString(data).tensors, sender)
 
 
 def reply_layout(report: pb.ClientReport | pb.EdgeReport, planned: Layout, sender: str) -> Layout:

@@ -123,3 +123,21 @@ def test_a_level_above_the_whole_is_refused() -> None:
     bad.level = 1.5
     with pytest.raises(WireError, match=r"the level 1\.5, expected a share"):
         check_client_hello(bad, "cam-7")
+
+
+def test_plans_with_one_layout_share_it_and_others_do_not() -> None:
+    one, two = pb.RoundPlan(round=1), pb.RoundPlan(round=2)
+    for plan in (one, two):
+        plan.layout.tensors.add(name="w", dtype="float32", shape=[2, 3])
+    first = control.plan_layout(one, "edge")
+    assert control.plan_layout(two, "edge") == first
+    two.layout.tensors[0].shape[0] = 4
+    assert control.plan_layout(two, "edge").tensors[0].shape == (4, 3)
+    # Without a layout it is the network's own.
+    two.ClearField("layout")
+    two.architecture.tensors.add(name="b", dtype="float32", shape=[5])
+    assert control.plan_layout(two, "edge").names == ("b",)
+    two.architecture.tensors.add(name="b", dtype="float32", shape=[5])
+    for _ in range(2):
+        with pytest.raises(WireError, match="repeated"):
+            control.plan_layout(two, "edge")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +15,13 @@ from torch import nn
 from client.training import as_read, train_round
 from common.errors import WireError
 from common.flower.arrays import payload_bytes
+from common.learning.objectives import TrainingError
 from common.methods.registry import create_method
 from common.methods.state import ServerState
 from common.methods.views import buffers_of
+from common.models import kept
 from common.models.arrays import model_arrays
+from common.run import state
 from common.wire import control
 from common.wire.codec import create_codec
 from common.wire.payload import Weights
@@ -69,15 +73,15 @@ def test_a_control_variate_is_made_of_what_the_edge_decodes(codec: str, tmp_path
     )
     content, report = trained(made)
     y, w = read_by_edge(made, content), made.sent.views()
-    kept = made.device.load_state("r", pb.Version(window=1, round=3))
-    head = next(iter(kept)).partition("/")[0]
+    left = made.device.load_state("r", pb.Version(window=1, round=3))
+    head = next(iter(left)).partition("/")[0]
     compared = 0
     for name, c in made.sections.items():
         own = name.partition("/")[2]
         expected = -c + (w[own] - y[own]) / np.float32(report.metrics["lr-sum"])
-        np.testing.assert_allclose(kept[f"{head}/{own}"], expected, rtol=1e-4, atol=1e-5, err_msg=name)
+        np.testing.assert_allclose(left[f"{head}/{own}"], expected, rtol=1e-4, atol=1e-5, err_msg=name)
         compared += 1
-    assert compared == len([k for k in kept if k.startswith(head)]) > 3
+    assert compared == len([k for k in left if k.startswith(head)]) > 3
     # Coded, what is read is not what was trained.
     plain = with_control(call(device(), method="scaffold", **FAST), 0.01)
     exact = read_by_edge(plain, trained(plain)[0])
@@ -193,3 +197,50 @@ def test_servers_read_what_was_decoded_under_whatever_name_it_left() -> None:
     found = as_read(Small(), decoded, decoded, received)
     # a was coded; b left as a cluster's; c stayed at home, its gradient is no model tensor.
     assert {n: t.tolist() for n, t in found.items()} == {"a": [10.0] * 2, "b": [20.0] * 2, "c": [3.0] * 2}
+
+
+UNET: dict[str, Any] = {"model": "unet-tiny", "batch_size": 8, "local_steps": 2}
+
+
+@pytest.fixture
+def forget_kept(monkeypatch: pytest.MonkeyPatch) -> Callable[[], None]:
+    """Return what makes a process as if it had trained nothing yet."""
+
+    def forget() -> None:
+        monkeypatch.setattr(kept, "_idle", {})
+        monkeypatch.setattr(state, "_newest", state._Newest(state.IN_MEMORY))
+
+    forget()
+    return forget
+
+
+def test_rounds_in_one_process_give_the_bits_of_rounds_in_new_ones(
+    tmp_path: Path, forget_kept: Callable[[], None]
+) -> None:
+    """What is kept between rounds, layers and state, changes nothing: not after other methods, nor after a fault."""
+
+    def rounds(folder: Path, fresh: bool) -> list[bytes]:
+        found = []
+        own, other = device(state=folder), device(name="d", state=folder / "d")
+        first = call(own, method="fedphd", **UNET)
+        between = call(other, method="moon", **UNET)
+        broken = call(other, method="fedavg", learning_rate=1e30, clip_norm=0.0, **UNET)
+        for round_ in (3, 4, 5):
+            if fresh:
+                forget_kept()
+            elif round_ == 4:
+                trained(between, round=round_)
+            elif round_ == 5:
+                with pytest.raises(TrainingError):
+                    trained(broken, round=round_)
+            plan = first.plan(round=round_)
+            plan.start.CopyFrom(pb.Version(window=1, round=round_ - 1))
+            content = train_round(own, plan, first.message(plan, control.TRAIN))
+            report = report_of(content)
+            found.append(b"".join(a.tobytes() for a in read_by_edge(first, content).values()))
+            found.append(repr((report.loss, sorted(report.metrics.items()))).encode())
+        return found
+
+    kept_on = rounds(tmp_path / "a", fresh=False)
+    assert kept._idle  # else nothing was compared
+    assert kept_on == rounds(tmp_path / "b", fresh=True)
