@@ -76,7 +76,7 @@ class NumericClient:
         if codec is not None:
             form = UpdateForm(update.layout, received.layout, buffers_of(plan.architecture), codec)
             rng = rng_for(settings.seed, self._device.name, plan.round, "codec")
-            update, _ = form.encode(update.views(), received.views(), rng)
+            update = form.payload(update.views(), received.views(), rng)
         report = pb.ClientReport(
             schema=control.SCHEMA,
             run=plan.run,

@@ -260,7 +260,7 @@ class EdgeWindow:
         if codec:
             form = UpdateForm(weights.layout, received.layout, buffers_of(self.plan.architecture), codec)
             rng = rng_for(settings.seed, self.edge, self.plan.window, "edge codec")
-            weights, _ = form.encode(weights.views(), received.views(), rng)
+            weights = form.payload(weights.views(), received.views(), rng)
         self.report.seconds = time.monotonic() - start
         return self.report, weights
 

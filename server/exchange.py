@@ -133,7 +133,7 @@ class Exchange:
         codec, buffers = create_codec(s, s.edge_codec), buffers_of(self.plan.architecture)
         form = UpdateForm(layout, received.layout, buffers, codec)
         payload = control.read_weights(reply, form.wire, name)
-        return Weights.fill(layout, form.decode(payload, received.views(), name))
+        return form.whole(payload, received.views(), name)
 
     def _check_passed(self, payload: Weights) -> None:
         """Have the method look at what the edge passes on beside its sums; raises ValueError."""

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, ClassVar, Protocol
 import numpy as np
 
 from common.errors import EspalierError, WireError
-from common.wire.half import from_half, to_half
-from common.wire.payload import STORED_AS, Layout, TensorSpec
+from common.wire.half import from_half, is_finite, to_half
+from common.wire.payload import STORED_AS, Layout, TensorSpec, Weights
 
 if TYPE_CHECKING:
     from common.run.settings import Settings
@@ -45,8 +45,21 @@ class Codec(Protocol):
             If a number is not finite.
         """
 
-    def decode(self, coded: Arrays, like: Layout, sender: str) -> dict[str, np.ndarray]:
-        """Return float32 arrays of the layout's names and shapes, in its order.
+    def decode(
+        self, coded: Arrays, like: Layout, sender: str, into: Arrays | None = None
+    ) -> dict[str, np.ndarray]:
+        """Return float32 arrays of the layout's names and shapes, in its order, that are the caller's own.
+
+        Parameters
+        ----------
+        coded : mapping of str to array
+            What came.
+        like : Layout
+            The difference's.
+        sender : str
+            Whom an error names.
+        into : mapping of str to array, optional
+            C-contiguous arrays to write to and return; what they hold after an error is undefined.
 
         Raises
         ------
@@ -69,10 +82,12 @@ class Whole:
         check_numbers(arrays)
         return dict(arrays)
 
-    def decode(self, coded: Arrays, like: Layout, sender: str) -> dict[str, np.ndarray]:
-        """Return the arrays themselves."""
+    def decode(
+        self, coded: Arrays, like: Layout, sender: str, into: Arrays | None = None
+    ) -> dict[str, np.ndarray]:
+        """Return copies of the arrays."""
         check_coded(coded, self.layout(like), sender)
-        return {t.name: coded[t.name] for t in like.tensors}
+        return filled({t.name: coded[t.name] for t in like.tensors}, room(like) if into is None else into)
 
     def layout(self, like: Layout) -> Layout:
         """Return the same names and shapes in float32."""
@@ -93,14 +108,16 @@ class Float16:
     def encode(self, arrays: Arrays, rng: np.random.Generator) -> dict[str, np.ndarray]:
         """Return float16 arrays."""
         check_numbers(arrays)
-        largest = np.finfo(np.float16).max.astype(np.float32)
-        clipped = {name: np.clip(a, -largest, largest) for name, a in arrays.items()}
-        return {name: to_half(a) for name, a in clipped.items()}
+        halves = Weights.empty(self.layout(Layout.of(arrays))).views()
+        return {name: to_half(a, halves[name], clip=True) for name, a in arrays.items()}
 
-    def decode(self, coded: Arrays, like: Layout, sender: str) -> dict[str, np.ndarray]:
+    def decode(
+        self, coded: Arrays, like: Layout, sender: str, into: Arrays | None = None
+    ) -> dict[str, np.ndarray]:
         """Widen; exact."""
         check_coded(coded, self.layout(like), sender)
-        return {t.name: from_half(coded[t.name]) for t in like.tensors}
+        wide = room(like) if into is None else into
+        return {t.name: from_half(coded[t.name], wide[t.name]) for t in like.tensors}
 
     def layout(self, like: Layout) -> Layout:
         """Return the same names and shapes in float16."""
@@ -121,11 +138,17 @@ class BFloat16:
         check_numbers(arrays)
         return {name: _to_bfloat16(a) for name, a in arrays.items()}
 
-    def decode(self, coded: Arrays, like: Layout, sender: str) -> dict[str, np.ndarray]:
+    def decode(
+        self, coded: Arrays, like: Layout, sender: str, into: Arrays | None = None
+    ) -> dict[str, np.ndarray]:
         """Widen; exact."""
         check_coded(coded, self.layout(like), sender)
-        wide = {t.name: np.asarray(coded[t.name].astype(np.uint32) << np.uint32(16)) for t in like.tensors}
-        return {name: bits.view(np.float32) for name, bits in wide.items()}
+        wide = room(like) if into is None else into
+        for tensor in like.tensors:
+            bits = wide[tensor.name].view(np.uint32)
+            bits[...] = coded[tensor.name]
+            bits <<= np.uint32(16)
+        return {t.name: wide[t.name] for t in like.tensors}
 
     def layout(self, like: Layout) -> Layout:
         """Return the same names and shapes in bfloat16."""
@@ -205,10 +228,26 @@ def check_coded(coded: Arrays, layout: Layout, sender: str) -> None:
             )
         if tensor.dtype == "bfloat16":
             finite = ((array & _BF16_EXPONENT) != _BF16_EXPONENT).all()
+        elif tensor.dtype == "float16":
+            finite = is_finite(array)
         else:
             finite = array.dtype.kind != "f" or np.isfinite(array).all()
         if not finite:
             raise WireError(sender, f"coded array {name!r} holds a value that is not finite")
+
+
+def room(like: Layout) -> dict[str, np.ndarray]:
+    """Return arrays of a layout to be filled, in one block: a tensor's pages each cost more than its numbers do."""
+    return Weights.empty(like).views()
+
+
+def filled(arrays: Arrays, into: Arrays | None) -> dict[str, np.ndarray]:
+    """Return arrays, copied to others where those are given."""
+    if into is None:
+        return dict(arrays)
+    for name, array in arrays.items():
+        np.copyto(into[name], array)
+    return {name: into[name] for name in arrays}
 
 
 def flatten(arrays: Arrays) -> np.ndarray:

@@ -9,7 +9,7 @@ import numpy as np
 
 from common.errors import WireError
 from common.wire.bitpack import MAX_WIDTH, code_dtype, pack, packed_size, unpack
-from common.wire.codec import Arrays, CodecError, check_coded, flatten, numbers, unflatten
+from common.wire.codec import Arrays, CodecError, check_coded, filled, flatten, numbers, unflatten
 from common.wire.payload import Layout, TensorSpec
 
 MAX_LEVELS = 2 ** (MAX_WIDTH - 1) - 1
@@ -71,7 +71,9 @@ class QSGD:
                 codes[part] = self._quantise(flat[part], norm, rng)
         return {self.CODES: pack(codes, self.width), self.NORMS: norms}
 
-    def decode(self, coded: Arrays, like: Layout, sender: str) -> dict[str, np.ndarray]:
+    def decode(
+        self, coded: Arrays, like: Layout, sender: str, into: Arrays | None = None
+    ) -> dict[str, np.ndarray]:
         """Return norm · sign · level / s for every number."""
         check_coded(coded, self.layout(like), sender)
         norms = coded[self.NORMS]
@@ -91,7 +93,7 @@ class QSGD:
                     raise WireError(sender, f"a code has level {top}, above codec-levels={self.levels}")
                 size = np.float64(norm) * levels / self.levels
                 flat[part] = np.where(codes[part] > mask, -size, size)
-        return unflatten(flat, like)
+        return filled(unflatten(flat, like), into)
 
     def layout(self, like: Layout) -> Layout:
         """Return the layout of the packed codes and the norms."""
@@ -162,7 +164,9 @@ class TopK:
             return {self.VALUES: values, self.MASK: np.packbits(chosen)}
         return {self.VALUES: values, self.INDICES: np.flatnonzero(chosen).astype(np.uint32)}
 
-    def decode(self, coded: Arrays, like: Layout, sender: str) -> dict[str, np.ndarray]:
+    def decode(
+        self, coded: Arrays, like: Layout, sender: str, into: Arrays | None = None
+    ) -> dict[str, np.ndarray]:
         """Return the sent numbers in their places, zeros elsewhere."""
         check_coded(coded, self.layout(like), sender)
         size = numbers(like)
@@ -184,7 +188,7 @@ class TopK:
                     sender, f"index {int(indices[-1])} is out of range, the update has {size} numbers"
                 )
             flat[indices] = coded[self.VALUES]
-        return unflatten(flat, like)
+        return filled(unflatten(flat, like), into)
 
     def layout(self, like: Layout) -> Layout:
         """Return the layout of the values and of their positions."""

@@ -54,19 +54,25 @@ class SentForm:
         views = weights.views()
         # Rounding to nearest draws nothing from the generator.
         code = self._codec.encode({n: views[n] for n in self._coded.names}, np.random.default_rng(0))
-        payload = Weights.fill(self.wire, views | code)
+        payload = Weights.fill(self.wire, views | code).frozen()
         return payload, self.decode(payload, "this server")
 
     def decode(self, payload: Weights, sender: str) -> Weights:
         """Return the tensors; raises WireError where a code makes no sense, or stands for what cannot be added up."""
         if self._codec is None:
             return payload
-        views = payload.views()
-        code = self._codec.decode({n: views[n] for n in self._coded.names}, self._coded, sender)
-        for name, array in code.items():
+        came = payload.views()
+        found = Weights.empty(self._layout)
+        into = found.views()
+        coded = {n: into[n] for n in self._coded.names}
+        self._codec.decode({n: came[n] for n in coded}, self._coded, sender, coded)
+        for name, array in coded.items():
             if fault := fault_of(array):  # bfloat16 holds numbers that cannot be added up
                 raise WireError(sender, f"tensor {name!r} comes to {fault}")
-        return Weights.fill(self._layout, views | code)
+        for name, array in into.items():
+            if name not in coded:
+                np.copyto(array, came[name], casting="no")
+        return found
 
 
 def read_sent(

@@ -65,13 +65,29 @@ class UpdateForm:
         rng: np.random.Generator,
     ) -> tuple[Weights, dict[str, np.ndarray]]:
         """Return the payload, and the tensors as its receiver will read them."""
+        payload = self.payload(arrays, received, rng)
         if not self._codec or not self.coded.tensors:
-            return Weights.fill(self.wire, arrays), dict(arrays)
-        names = self.coded.names
-        code = self._codec.encode({n: arrays[n] - received[n] for n in names}, rng)
-        plain = {n: arrays[n] for n in self.plain.names}
-        payload = Weights.fill(self.wire, plain | {CODE + n: a for n, a in code.items()})
+            return payload, dict(arrays)
         return payload, self.decode(payload, received, "this client")
+
+    def payload(
+        self,
+        arrays: Mapping[str, np.ndarray],
+        received: Mapping[str, np.ndarray],
+        rng: np.random.Generator,
+    ) -> Weights:
+        """Return the payload alone, for a sender who need not know what its receiver reads."""
+        if not self._codec or not self.coded.tensors:
+            return Weights.fill(self.wire, arrays)
+        differences = Weights.empty(
+            self.coded
+        ).views()  # one block: many small ones cost more than the numbers
+        for name, difference in differences.items():
+            np.subtract(arrays[name], received[name], out=difference)
+        code = self._codec.encode(differences, rng)
+        del differences
+        plain = {n: arrays[n] for n in self.plain.names}
+        return Weights.fill(self.wire, plain | {CODE + n: a for n, a in code.items()})
 
     def decode(
         self, payload: Weights, received: Mapping[str, np.ndarray], sender: str
@@ -80,11 +96,34 @@ class UpdateForm:
         views = payload.views()
         if not self._codec or not self.coded.tensors:
             return views
+        coded = Weights.empty(self.coded).views()
+        self._decode(views, received, sender, coded)
+        return {n: coded[n] if n in coded else views[n] for n in self._returned.names}
+
+    def whole(self, payload: Weights, received: Mapping[str, np.ndarray], sender: str) -> Weights:
+        """Return the reply's tensors in buffers of their own, where they are coded; raises like :meth:`decode`."""
+        if not self._codec:
+            return payload
+        views, found = payload.views(), Weights.empty(self._returned)
+        into = found.views()
+        self._decode(views, received, sender, {n: into[n] for n in self.coded.names})
+        for name in self.plain.names:
+            np.copyto(into[name], views[name], casting="no")
+        return found
+
+    def _decode(
+        self,
+        views: Mapping[str, np.ndarray],
+        received: Mapping[str, np.ndarray],
+        sender: str,
+        into: Mapping[str, np.ndarray],
+    ) -> None:
+        """Write the coded tensors to `into`."""
+        if not self._codec or not into:
+            return
         code = {n.removeprefix(CODE): v for n, v in views.items() if n.startswith(CODE)}
-        differences = self._codec.decode(code, self.coded, sender)
-        arrays = {n: views[n] for n in self.plain.names}
-        for name in self.coded.names:
-            arrays[name] = received[name] + differences[name]
-            if fault := fault_of(arrays[name]):  # a small code may stand for large numbers
+        self._codec.decode(code, self.coded, sender, into)
+        for name, array in into.items():
+            array += received[name]
+            if fault := fault_of(array):  # a small code may stand for large numbers
                 raise WireError(sender, f"tensor {name!r} comes to {fault}")
-        return {n: arrays[n] for n in self._returned.names}

@@ -86,6 +86,12 @@ def test_the_layout_says_what_crosses_and_the_update_comes_back_in_shape(
     received = Weights.from_record(payload.to_record(), layout, "me").views()
     decoded = codec.decode(received, Layout.of(arrays), "me")
     assert list(decoded) == list(arrays)
+    into = {n: np.full_like(a, 7) for n, a in arrays.items()}
+    again = codec.decode(received, Layout.of(arrays), "me", into)
+    for name, array in decoded.items():
+        assert again[name] is into[name]
+        np.testing.assert_array_equal(again[name], array)
+        assert not any(np.shares_memory(array, came) for came in received.values())
     for name, array in decoded.items():
         assert isinstance(array, np.ndarray)
         assert array.dtype == np.float32

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from common.wire.half import from_half, is_finite, to_half
+from common.wire.half import PIECE, from_half, is_finite, to_half
 
 EVERY = np.arange(1 << 16, dtype=np.uint16).view(np.float16)
 
@@ -53,3 +53,39 @@ def test_an_infinity_or_nan_is_seen(bad: float) -> None:
     assert is_finite(array)
     array[1, 0] = bad
     assert not is_finite(array)
+
+
+def test_pieces_meet_without_a_seam() -> None:
+    """The last piece is short, one holds an infinity, and that one alone goes another way."""
+    values = np.random.default_rng(0).standard_normal(2 * PIECE + 3).astype(np.float32)
+    values[: PIECE // 2] *= np.float32(1e-6)
+    values[-1], values[PIECE + 5] = 6e-8, -np.inf
+    half = to_half(values)
+    assert np.array_equal(bits(half), bits(values.astype(np.float16)))
+    assert np.array_equal(bits(from_half(half)), bits(half.astype(np.float32)))
+    assert not is_finite(half)
+    half[PIECE + 5] = 0
+    assert is_finite(half)
+
+
+def test_what_is_too_large_becomes_an_infinity_or_is_clipped() -> None:
+    values = np.array([65519.99, 65520, -65520, 1e9, -3e38, 65504, 1.5], np.float32)
+    with np.errstate(over="ignore"):
+        assert np.array_equal(bits(to_half(values)), bits(values.astype(np.float16)))
+    assert to_half(values, clip=True).tolist() == [65504, 65504, -65504, 65504, -65504, 65504, 1.5]
+    assert np.isnan(to_half(np.array([np.nan, 1.0], np.float32), clip=True)).tolist() == [True, False]
+
+
+def test_the_result_goes_where_it_is_wanted_or_nowhere() -> None:
+    values, room = np.linspace(-2, 2, 6, dtype=np.float32).reshape(2, 3), np.zeros((4, 3), np.float16)
+    assert to_half(values.T.copy().T, room[1:3]).base is room
+    assert np.array_equal(room, np.vstack([np.zeros(3), values, np.zeros(3)]).astype(np.float16))
+    wide = np.zeros((2, 3), np.float32)
+    assert from_half(room[1:3], wide) is wide
+    assert np.array_equal(wide, room[1:3])
+    for bad in (room.T, room[::2], np.zeros((2, 3), np.float32)):
+        with pytest.raises(ValueError, match="half precision"):
+            to_half(values, bad)
+    for bad in (np.zeros((3, 2), np.float32), np.zeros((4, 3), np.float32)[::2], room[1:3]):
+        with pytest.raises(ValueError, match="single precision"):
+            from_half(room[1:3], bad)

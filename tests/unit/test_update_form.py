@@ -61,6 +61,8 @@ def form_of(name: str, reply: dict[str, np.ndarray]) -> UpdateForm:
 def test_the_edge_reads_what_the_client_believes_it_reads(name: str, seed: int) -> None:
     reply = moved(seed)
     payload, believed = form_of(name, reply).encode(reply, SENT, np.random.default_rng(seed))
+    alone = form_of(name, reply).payload(reply, SENT, np.random.default_rng(seed))
+    assert all(np.array_equal(alone.buffers[kind], flat) for kind, flat in payload.buffers.items())
     edge = form_of(name, reply)
     arrived = Weights.from_record(payload.to_record(), edge.wire, "c")
     decoded = edge.decode(arrived, SENT, "c")
@@ -70,6 +72,10 @@ def test_the_edge_reads_what_the_client_believes_it_reads(name: str, seed: int) 
         assert (array.dtype, array.shape) == (reply[tensor].dtype, reply[tensor].shape)
     for tensor in set(reply) - {"conv.weight", "head/weight"}:
         np.testing.assert_array_equal(decoded[tensor], reply[tensor], err_msg=tensor)
+    whole = edge.whole(arrived, SENT, "c")
+    assert whole.layout == Layout.of(reply)
+    for tensor, array in whole.views().items():
+        np.testing.assert_array_equal(array, decoded[tensor], err_msg=tensor)
 
 
 @pytest.mark.parametrize("name", sorted(set(CODECS) - {"none"}))
