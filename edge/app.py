@@ -126,7 +126,7 @@ class EdgeApp:
 
     def _run_window(self, data: bytes, message: Message, context: Context) -> RecordDict:
         plan = control.decode(pb.WindowPlan, data, "cloud")
-        weights = read_sent(message, plan, settings_of(plan), "cloud")
+        weights = read_sent(message, plan, settings_of(plan), "cloud", send_on=True)
         grid = self._serve(plan.run, message, context)
         metadata = message.metadata
         self.progress = EdgeProgress(

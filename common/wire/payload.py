@@ -167,11 +167,15 @@ class Weights:
         One 1-D array per dtype of the layout, of exactly its length.
     record : ArrayRecord or None
         What the buffers are read-only views of, so that they can be sent on without a copy.
+    link : Weights or None
+        The same numbers as they came over a link in a narrower form, so that they can be sent on in that form; only
+        where whoever read them asked for it.
     """
 
     layout: Layout
     buffers: dict[str, np.ndarray]
     record: ArrayRecord | None = field(default=None, compare=False, repr=False)
+    link: Weights | None = field(default=None, compare=False, repr=False)
 
     @classmethod
     def pack(cls, arrays: Mapping[str, np.ndarray]) -> Weights:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 from flwr.app import Message
 
@@ -51,6 +53,8 @@ class SentForm:
         """
         if self._codec is None:
             return weights, weights
+        if weights.link is not None and weights.link.layout == self.wire:
+            return weights.link, weights  # rounding what was rounded before gives the same bits
         views = weights.views()
         # Rounding to nearest draws nothing from the generator.
         code = self._codec.encode({n: views[n] for n in self._coded.names}, np.random.default_rng(0))
@@ -76,9 +80,27 @@ class SentForm:
 
 
 def read_sent(
-    message: Message, plan: pb.WindowPlan | pb.RoundPlan, settings: Settings, sender: str
+    message: Message,
+    plan: pb.WindowPlan | pb.RoundPlan,
+    settings: Settings,
+    sender: str,
+    *,
+    send_on: bool = False,
 ) -> Weights:
     """Read the tensors that came with a plan.
+
+    Parameters
+    ----------
+    message : Message
+        What came.
+    plan : pb.WindowPlan or pb.RoundPlan
+        The plan in it.
+    settings : Settings
+        The run's.
+    sender : str
+        Whom an error names.
+    send_on : bool
+        Whether they will be sent on: then what came is kept beside them.
 
     Raises
     ------
@@ -86,4 +108,6 @@ def read_sent(
         Naming the sender, if they are not what the plan says.
     """
     form = SentForm(control.plan_layout(plan, sender), plan.architecture, settings)
-    return form.decode(control.read_weights(message, form.wire, sender), sender)
+    payload = control.read_weights(message, form.wire, sender)
+    found = form.decode(payload, sender)
+    return replace(found, link=payload) if send_on and found is not payload else found

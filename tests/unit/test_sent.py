@@ -82,6 +82,23 @@ def test_without_a_downlink_codec_nothing_is_copied() -> None:
     assert read is weights
 
 
+def test_an_edge_sends_the_very_payload_on_unless_its_tensors_have_moved() -> None:
+    payload, _ = form("fp16").encode(tensors(np.full((4, 3), 0.1, np.float32)))
+    record = payload.to_record()
+    plan = pb.WindowPlan(architecture=NETWORK, layout=LAYOUT.to_proto())
+    message = cast(Message, SimpleNamespace(content=RecordDict({control.ARRAYS: record})))
+    settings = Settings.model_validate({"downlink": "fp16"})
+    came = read_sent(message, plan, settings, "cloud", send_on=True)
+    on, read = form("fp16").encode(came)
+    assert on.to_record() is record  # neither rounded nor stored nor hashed again
+    assert read is came
+    other, _ = form("bf16").encode(came)
+    assert other.layout == form("bf16").wire
+    moved, _ = form("fp16").encode(Weights.fill(LAYOUT, {n: 2 * a for n, a in came.views().items()}))
+    np.testing.assert_array_equal(moved.views()["conv.weight"], 2 * on.views()["conv.weight"])
+    assert read_sent(message, plan, settings, "cloud").link is None  # a client's memory is not for that
+
+
 def test_a_payload_of_another_width_is_refused() -> None:
     plan = pb.WindowPlan(architecture=NETWORK, layout=LAYOUT.to_proto())
     whole = RecordDict({control.ARRAYS: tensors(np.ones((4, 3), np.float32)).to_record()})
