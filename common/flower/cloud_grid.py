@@ -22,6 +22,7 @@ from flwr.supercore.date import now
 from flwr.supercore.run import Run
 from flwr.superlink.grid.http_grid import HttpGrid
 
+from common.flower.framing import Buffer
 from common.flower.memory import Sweeper
 from common.flower.payloads import PayloadError, tree_ids, unpack
 from common.run.timeouts import CLOUD_UPLOAD_STALL, TTL_MARGIN
@@ -41,7 +42,7 @@ class _Arriving:
     sent: Message
     reply_id: str
     missing: list[str]
-    contents: dict[str, bytes] = field(default_factory=dict)
+    contents: dict[str, Buffer] = field(default_factory=dict)
     progress_at: float = field(default_factory=time.monotonic)
     doubted_at: float = 0.0
 

@@ -25,7 +25,7 @@ from flwr.proto.fleet_pb2 import (
     RegisterNodeFleetRequest,
 )
 from flwr.proto.heartbeat_pb2 import SendNodeHeartbeatRequest
-from flwr.proto.message_pb2 import ConfirmMessageReceivedRequest, PullObjectRequest, PushObjectRequest
+from flwr.proto.message_pb2 import ConfirmMessageReceivedRequest, PullObjectRequest
 from flwr.proto.node_pb2 import Node
 from flwr.proto.run_pb2 import GetRunRequest
 from flwr.supercore.error import ApiErrorCode
@@ -36,6 +36,7 @@ from flwr.supercore.run import Run
 from common.flower.backoff import Backoff
 from common.flower.crew import Channels
 from common.flower.early import TAKEN, attach, detach, early_objects
+from common.flower.framing import Buffer, ObjectPush
 from common.flower.homes import (
     GOT_HEADER,
     POLLER_HEADER,
@@ -238,7 +239,7 @@ class FleetClient:
             If the objects do not fit together.
         """
         metadata = pulled.message.metadata
-        contents = dict(pulled.early)
+        contents: dict[str, Buffer] = dict(pulled.early)
         missing = [object_id for object_id in pulled.object_ids if object_id not in contents]
         self._ours = bool(contents)  # at least the message itself is small
 
@@ -284,14 +285,8 @@ class FleetClient:
         wanted = set(answer.objects_to_push)
         run_id = reply.metadata.run_id
 
-        def request(object_id: str) -> PushObjectRequest:
-            return PushObjectRequest(
-                node=self._node,
-                run_id=run_id,
-                object_id=object_id,
-                object_content=packed.content(object_id),
-                session_id=answer.session_id,
-            )
+        def request(object_id: str) -> ObjectPush:
+            return ObjectPush(self._node, run_id, object_id, answer.session_id, packed.pieces(object_id))
 
         def took(object_id: str, stored: Any) -> bool:
             if not stored.stored:

@@ -11,7 +11,6 @@ from concurrent.futures import ThreadPoolExecutor
 import grpc
 from flwr.common.config import get_fab_config, get_metadata_from_config
 from flwr.common.constant import NOOP_ACCOUNT_NAME, NOOP_FLWR_AID, SUPERLINK_NODE_ID
-from flwr.proto.fleet_pb2_grpc import add_FleetServicer_to_server
 from flwr.proto.node_pb2 import NodeInfo
 from flwr.server.superlink.fleet.grpc_rere.node_auth_server_interceptor import NodeAuthServerInterceptor
 from flwr.supercore.constant import NOOP_FEDERATION_ID, NodeStatus, TaskType
@@ -27,6 +26,7 @@ from grpc_health.v1.health_pb2_grpc import add_HealthServicer_to_server
 
 from common.errors import AddressError, StateError
 from common.flower.fleet_server import InlineFleetServicer, KnownMethods, Links
+from common.flower.framing import add_fleet
 from common.flower.inline_grid import InlineGrid
 from common.flower.memory import give_back_big_blocks
 from common.keys import canonical
@@ -120,7 +120,7 @@ class InlineFleet:
                 create_fleet_runtime_version_server_interceptor(),
             ],
         )
-        add_FleetServicer_to_server(self._servicer, self._server)
+        add_fleet(self._servicer, self._server)
         add_HealthServicer_to_server(self._health, self._server)
         try:
             if self._certificates is None:

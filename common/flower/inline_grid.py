@@ -22,6 +22,7 @@ from flwr.supercore.run import Run
 
 from common.flower.early import early_objects
 from common.flower.fleet_server import Links
+from common.flower.framing import Buffer
 from common.flower.memory import Sweeper
 from common.flower.payloads import PayloadError, pack, tree_ids, unpack
 from common.run.timeouts import OFFLINE_GRACE, TTL_MARGIN
@@ -265,7 +266,7 @@ class InlineGrid(Grid):
         packed = pack(message)
         # Objects first: whoever is given the message finds all of them.
         for object_id in store.preregister(self._run_id, packed.tree):
-            store.offer(object_id, partial(packed.content, object_id))
+            store.offer(object_id, partial(packed.pieces, object_id))
         light = make_message(metadata=deepcopy(message.metadata), content=RecordDict())
         light.metadata.delivered_at = ""
         with links.lock:
@@ -287,7 +288,7 @@ class InlineGrid(Grid):
             if reply_id is None or upload is None or not upload.complete:
                 return None
             tree = store.get_object_tree(reply_id)
-        contents = {object_id: store.get(object_id) or b"" for object_id in tree_ids(tree)}
+        contents: dict[str, Buffer] = {object_id: store.get(object_id) or b"" for object_id in tree_ids(tree)}
         with links.lock:
             links.outstanding.pop(message_id, None)
         state.delete_messages({message_id})

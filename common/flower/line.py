@@ -13,6 +13,7 @@ from flwr.proto.fleet_pb2_grpc import FleetStub
 from flwr.supercore.runtime_version_compatibility import RuntimeVersionMetadata
 
 from common.flower.crew import Channels
+from common.flower.framing import object_calls
 from common.flower.homes import Home, HomeUnavailable
 
 
@@ -43,7 +44,9 @@ class Line:
         self._channels = channels
         self._trunk = channels.take(home)
         signed = NodeAuthClientInterceptor(key, key.public_key())
-        self._stub = FleetStub(grpc.intercept_channel(self._trunk.channel, _VersionInterceptor(), signed))
+        channel = grpc.intercept_channel(self._trunk.channel, _VersionInterceptor(), signed)
+        self._stub = FleetStub(channel)
+        self._stub.__dict__.update(object_calls(channel))
         self._lock = threading.Lock()
         self._calls: set[Any] = set()
         self._closed = False

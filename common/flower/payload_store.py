@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections import OrderedDict
-from collections.abc import Callable
+import hashlib
+from collections.abc import Callable, Sequence
 from typing import Any, cast
 
+from flwr.app.message.arraychunk import ArrayChunk
 from flwr.supercore.object_store.in_memory_object_store import InMemoryObjectStore
 
-RECENT = 4  # objects: clients that are called together ask for the same ones at about the same time
+from common.flower.framing import Buffer
+from common.flower.payloads import parts
 
 
 class PayloadStore(InMemoryObjectStore):
@@ -20,9 +22,8 @@ class PayloadStore(InMemoryObjectStore):
 
     def __init__(self) -> None:
         super().__init__(verify=True)
-        self._recent: OrderedDict[str, bytes] = OrderedDict()
 
-    def offer(self, object_id: str, make: Callable[[], bytes]) -> None:
+    def offer(self, object_id: str, make: Callable[[], Sequence[Buffer]]) -> None:
         """Have a preregistered object made when it is asked for.
 
         Parameters
@@ -30,34 +31,38 @@ class PayloadStore(InMemoryObjectStore):
         object_id : str
             Its id, which the caller answers for.
         make : callable
-            Returns its content, the same bytes each time.
+            Returns the pieces of its content, of the same bytes each time.
         """
         with self.lock_store:
             entry = self.store[object_id]
             if not entry.is_available:
                 entry.content, entry.is_available = cast(Any, make), True
 
+    def pieces(self, object_id: str) -> Sequence[Buffer] | None:
+        """Return an offered object's content in pieces that are no copies, None of any other object."""
+        with self.lock_store:
+            entry = self.store.get(object_id)
+            content: Any = entry.content if entry is not None else None
+        return content() if callable(content) else None
+
     def get(self, object_id: str) -> bytes | None:
         """Return an object's content, b"" if it has not come yet and None if nobody announced it."""
         with self.lock_store:
             content: Any = super().get(object_id)
-            if not callable(content):
-                return cast("bytes | None", content)
-            made = self._recent.pop(object_id, None) or content()
-            self._recent[object_id] = made
-            while len(self._recent) > RECENT:
-                self._recent.popitem(last=False)
-            return cast(bytes, made)
+        return b"".join(content()) if callable(content) else cast("bytes | None", content)
 
-    def put(self, object_id: str, object_content: bytes) -> None:
-        """Put what another has sent into the store, verified as in Flower's own."""
+    def put(self, object_id: str, object_content: Buffer) -> None:
+        """Put what another has sent into the store, verified as in Flower's own; a chunk may stay where it came."""
+        if isinstance(object_content, bytes):
+            super().put(object_id, object_content)
+            return
+        kind, child_ids, _ = parts(object_content)
+        if kind != ArrayChunk.__qualname__ or child_ids:
+            super().put(object_id, bytes(object_content))
+            return
+        if hashlib.sha256(object_content).hexdigest() != object_id:
+            raise ValueError(f"Object ID {object_id} does not match content hash")
         with self.lock_store:
-            self._recent.clear()  # who answers has what was sent, and the room is needed
-        super().put(object_id, object_content)
-
-    def delete(self, object_id: str) -> None:
-        """Delete an object and its descendants that nothing else refers to."""
-        with self.lock_store:
-            super().delete(object_id)
-            for recent in [key for key in self._recent if key not in self.store]:
-                del self._recent[recent]
+            entry = self.store[object_id]
+            if not entry.is_available:
+                entry.content, entry.is_available = cast(bytes, object_content), True

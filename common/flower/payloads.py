@@ -22,6 +22,7 @@ from flwr.supercore.inflatable.inflatable_object import (
 from flwr.supercore.inflatable.inflatable_utils import inflatable_class_registry
 from google.protobuf.message import DecodeError
 
+from common.flower.framing import Buffer
 from common.flower.memory import KEPT, give_back_freed
 
 # Message, RecordDict, record, Array, chunk: nothing that Flower builds is deeper.
@@ -29,6 +30,8 @@ MAX_DEPTH = 5
 #: Equal chunks travel once, so a message may be larger than what came of it: by so much, in bytes, and so many times.
 #: (A payload of nothing but zeros is one chunk; no more than this of them is any model's.)
 MAX_REPEATED, MAX_TIMES = 2**30, 16
+# A chunk's head ends long before; only an object with many children has a longer one.
+SHORT_HEAD = 256
 
 
 class PayloadError(ValueError):
@@ -65,10 +68,14 @@ class Packed:
 
     def content(self, object_id: str) -> bytes:
         """Serialise one object."""
+        return b"".join(self.pieces(object_id))
+
+    def pieces(self, object_id: str) -> tuple[Buffer, ...]:
+        """Serialise one object without joining its pieces; a chunk's bytes are a view."""
         held = self.objects[object_id]
         if isinstance(held, ArrayChunk):
-            return b"".join((chunk_head(len(held.data)), held.data))
-        return held.deflate()
+            return chunk_head(len(held.data)), held.data
+        return (held.deflate(),)
 
 
 def pack(message: Message) -> Packed:
@@ -137,14 +144,14 @@ def count_chunks(tree: ObjectTree, depth: int = 1) -> int:
     return sum(count_chunks(child, depth + 1) for child in tree.children)
 
 
-def unpack(message_id: str, contents: dict[str, bytes], *, verified: bool = False) -> Message:
+def unpack(message_id: str, contents: dict[str, Buffer], *, verified: bool = False) -> Message:
     """Put a message together; `contents` is emptied on the way, so that no more than one copy is alive.
 
     Parameters
     ----------
     message_id : str
         Object id of the message.
-    contents : dict of str to bytes
+    contents : dict of str to bytes or memoryview
         Every object of the message's tree.
     verified : bool
         Whether each object is known to be what its id is the hash of; then payloads keep their ids.
@@ -182,17 +189,13 @@ def unpack(message_id: str, contents: dict[str, bytes], *, verified: bool = Fals
 class _Inflation:
     """One message being put together: frees every chunk as soon as its last Array has its bytes."""
 
-    def __init__(self, contents: dict[str, bytes], verified: bool) -> None:
+    def __init__(self, contents: dict[str, Buffer], verified: bool) -> None:
         self._contents = contents
         self._verified = verified
         self._done: dict[str, InflatableObject] = {}
         self._room = MAX_REPEATED + MAX_TIMES * sum(len(content) for content in contents.values())
         # Equal chunks are one object, so several Arrays, or one several times, may need it.
-        self._uses = Counter(
-            child
-            for content in contents.values()
-            for child in get_object_head_values_from_object_content(content)[1]
-        )
+        self._uses = Counter(child for content in contents.values() for child in head_of(content)[1])
 
     def inflate(self, object_id: str, depth: int) -> InflatableObject:
         if object_id in self._done:
@@ -200,14 +203,14 @@ class _Inflation:
         if depth > MAX_DEPTH:
             raise ValueError("the object tree is deeper than any message")
         content = self._contents.pop(object_id)
-        kind, child_ids, body = _parts(content)
+        kind, child_ids, body = parts(content)
         cls = inflatable_class_registry[kind]
         held: InflatableObject
         if cls is Array:
             held = self._join(body, child_ids)
         else:
             children = {child: self.inflate(child, depth + 1) for child in child_ids}
-            held = cls.inflate(content, children=children)
+            held = cls.inflate(bytes(content), children=children)  # no copy of what is bytes
         if self._verified and isinstance(held, ArrayRecord):
             _keep_ids(held, object_id, json.loads(bytes(body)))
         self._done[object_id] = held
@@ -221,7 +224,7 @@ class _Inflation:
             raise ValueError("an Array does not name each of its chunks")
         chunks: dict[str, memoryview] = {}
         for child in child_ids:
-            kind, _, chunks[child] = _parts(self._contents[child])
+            kind, _, chunks[child] = parts(self._contents[child])
             if inflatable_class_registry[kind] is not ArrayChunk:
                 raise ValueError("an Array has children that are no chunks")
         size = sum(len(chunks[child]) for child in order)
@@ -248,10 +251,21 @@ class _Inflation:
         )
 
 
-def _parts(content: bytes) -> tuple[str, list[str], memoryview]:
-    """Return the type, the children's ids and the body of an object."""
-    kind, child_ids, size = get_object_head_values_from_object_content(content)
-    body = memoryview(content)[content.index(HEAD_BODY_DIVIDER) + len(HEAD_BODY_DIVIDER) :]
+def head_of(content: Buffer) -> tuple[str, list[str], int, int]:
+    """Return the type, the children's ids and the body's size as an object's head says, and where the body begins."""
+    begin = bytes(content[:SHORT_HEAD])
+    if (divider := begin.find(HEAD_BODY_DIVIDER)) < 0:
+        begin = bytes(content)
+        divider = begin.index(HEAD_BODY_DIVIDER)
+    start = divider + len(HEAD_BODY_DIVIDER)
+    kind, child_ids, size = get_object_head_values_from_object_content(begin[:start])
+    return kind, child_ids, size, start
+
+
+def parts(content: Buffer) -> tuple[str, list[str], memoryview]:
+    """Return the type, the children's ids and the body of an object; raises ValueError where it is none."""
+    kind, child_ids, size, start = head_of(content)
+    body = memoryview(content)[start:]
     if len(body) != size:
         raise ValueError(f"a {kind} has {len(body)} bytes and claims {size}")
     return kind, child_ids, body

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from hashlib import sha256
+from typing import cast
 
 import numpy as np
 import pytest
 from flwr.proto.message_pb2 import ObjectTree
 
-from common.flower.payload_store import RECENT, PayloadStore
+from common.flower.payload_store import PayloadStore
 from common.flower.uploads import Upload, Uploads
 from common.wire.payload import Weights
 
@@ -19,39 +20,49 @@ def object_of(number: int) -> tuple[str, bytes]:
 
 
 def test_an_offered_object_is_made_for_those_who_ask_and_forgotten_with_its_message() -> None:
-    store, made = PayloadStore(), []
-    objects = dict(object_of(number) for number in range(RECENT + 1))
-    for object_id in objects:
-        store.preregister(1, ObjectTree(object_id=object_id))
+    store, (sent, content), made = PayloadStore(), object_of(1), []
+    store.preregister(1, ObjectTree(object_id=sent))
+    body = memoryview(content)
 
-        def make(object_id: str = object_id) -> bytes:
-            made.append(object_id)
-            return objects[object_id]
+    def make() -> tuple[memoryview, ...]:
+        made.append(1)
+        return body[:5], body[5:]
 
-        store.offer(object_id, make)
-    assert made == []
-    first, *others = objects
-    assert [store.get(first), store.get(first)] == [objects[first]] * 2
-    assert made == [first]  # the second one asked soon after
-    assert [store.get(other) for other in others] == [objects[other] for other in others]
-    store.get(first)
-    assert made == [first, *others, first]
-    for object_id in objects:
-        store.delete(object_id)
-        assert store.get(object_id) is None
-    assert not store._recent
-
-
-def test_nothing_is_kept_ready_while_replies_come() -> None:
-    store, (sent, content), (received, reply) = PayloadStore(), object_of(1), object_of(2)
-    for object_id in (sent, received):
-        store.preregister(1, ObjectTree(object_id=object_id))
-    store.offer(sent, lambda: content)
+    store.offer(sent, make)
+    assert not made
     assert store.get(sent) == content
-    assert store._recent
-    store.put(received, reply)
-    assert not store._recent
-    assert store.get(sent) == content  # made anew
+    pieces = store.pieces(sent)
+    assert pieces is not None
+    assert all(isinstance(piece, memoryview) and piece.obj is content for piece in pieces)  # no copy is kept
+    assert len(made) == 2
+    store.delete(sent)
+    assert store.get(sent) is None
+    assert store.pieces(sent) is None
+
+
+def test_a_chunk_stays_where_it_came_and_nothing_else_does() -> None:
+    store, call = PayloadStore(), b"before" + object_of(1)[1]
+    (chunk, content), view = object_of(1), memoryview(call)[6:]
+    record = b"ConfigRecord  2\0{}"
+    config = sha256(record).hexdigest()
+    for object_id in (chunk, config):
+        store.preregister(1, ObjectTree(object_id=object_id))
+    for bad in (
+        view[:-1],
+        memoryview(b"ArrayChunk  1\0"),
+        memoryview(b"no object"),
+        memoryview(object_of(2)[1]),
+    ):
+        with pytest.raises(ValueError, match=r"match|claims|not found"):
+            store.put(chunk, bad)
+    assert store.get(chunk) == b""
+    store.put(chunk, view)
+    assert cast(object, store.get(chunk)) is view
+    assert store.pieces(chunk) is None  # it is another's: Flower's own way out
+    store.put(config, memoryview(record))
+    assert store.get(config) == record
+    assert isinstance(store.get(config), bytes)
+    assert content == bytes(view)
 
 
 def test_what_others_put_into_the_store_is_still_verified() -> None:

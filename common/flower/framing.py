@@ -1,0 +1,207 @@
+"""The two calls that carry objects, with as few copies of what they carry as gRPC lets through.
+
+Protobuf copies an object's content into the request, the request into its bytes, and both again where it is read. The
+same bytes are made here by one join of pieces, and read by a walk that leaves the content where it came. The walk takes
+only what protobuf writes; whatever else comes is left to protobuf, which decides what it means or refuses it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, TypeAlias
+
+import grpc
+from flwr.proto.fleet_pb2_grpc import add_FleetServicer_to_server
+from flwr.proto.message_pb2 import (
+    PullObjectRequest,
+    PullObjectResponse,
+    PushObjectRequest,
+    PushObjectResponse,
+)
+from flwr.proto.node_pb2 import Node
+
+Buffer: TypeAlias = bytes | memoryview
+
+SERVICE = "flwr.proto.Fleet"
+#: A content of fewer bytes is copied, so that nobody holds the call's other bytes for it.
+BIG = 64 << 10
+_LENGTH, _VARINT = 2, 0
+_CONTENT_OF_PUSH = PushObjectRequest.DESCRIPTOR.fields_by_name["object_content"].number
+_CONTENT_OF_PULL = PullObjectResponse.DESCRIPTOR.fields_by_name["object_content"].number
+
+
+@dataclass(frozen=True, slots=True)
+class ObjectPush:
+    """A PushObjectRequest whose content is in pieces, or where it came."""
+
+    node: Node
+    run_id: int
+    object_id: str
+    session_id: str
+    pieces: Sequence[Buffer]
+
+    @property
+    def object_content(self) -> Buffer:
+        """The content, in one piece."""
+        return self.pieces[0] if len(self.pieces) == 1 else b"".join(self.pieces)
+
+
+@dataclass(frozen=True, slots=True)
+class ObjectAnswer:
+    """A PullObjectResponse whose content is in pieces, or where it came."""
+
+    object_found: bool
+    object_available: bool
+    pieces: Sequence[Buffer]
+
+    @property
+    def object_content(self) -> Buffer:
+        """The content, in one piece."""
+        return self.pieces[0] if len(self.pieces) == 1 else b"".join(self.pieces)
+
+
+def push_to_bytes(request: ObjectPush | PushObjectRequest) -> bytes:
+    """Write a request as protobuf does."""
+    if isinstance(request, PushObjectRequest):
+        return bytes(request.SerializeToString())
+    before = PushObjectRequest(node=request.node, run_id=request.run_id, object_id=request.object_id)
+    after = PushObjectRequest(session_id=request.session_id)
+    return _joined(before, _CONTENT_OF_PUSH, request.pieces, after)
+
+
+def push_from_bytes(data: bytes) -> ObjectPush | PushObjectRequest:
+    """Read a request; raises protobuf's DecodeError where that would."""
+    found = _without_content(data, _CONTENT_OF_PUSH)
+    if found is None:
+        return PushObjectRequest.FromString(data)
+    rest, content = found
+    request = PushObjectRequest.FromString(rest)
+    return ObjectPush(request.node, request.run_id, request.object_id, request.session_id, (content,))
+
+
+def answer_to_bytes(answer: ObjectAnswer | PullObjectResponse) -> bytes:
+    """Write an answer as protobuf does."""
+    if isinstance(answer, PullObjectResponse):
+        return bytes(answer.SerializeToString())
+    before = PullObjectResponse(object_found=answer.object_found, object_available=answer.object_available)
+    return _joined(before, _CONTENT_OF_PULL, answer.pieces, PullObjectResponse())
+
+
+def answer_from_bytes(data: bytes) -> ObjectAnswer | PullObjectResponse:
+    """Read an answer; raises protobuf's DecodeError where that would."""
+    found = _without_content(data, _CONTENT_OF_PULL)
+    if found is None:
+        return PullObjectResponse.FromString(data)
+    rest, content = found
+    answer = PullObjectResponse.FromString(rest)
+    return ObjectAnswer(answer.object_found, answer.object_available, (content,))
+
+
+def object_calls(channel: Any) -> dict[str, Any]:
+    """Return a channel's two calls that carry objects."""
+    return {
+        "PushObject": channel.unary_unary(
+            f"/{SERVICE}/PushObject",
+            request_serializer=push_to_bytes,
+            response_deserializer=PushObjectResponse.FromString,
+        ),
+        "PullObject": channel.unary_unary(
+            f"/{SERVICE}/PullObject",
+            request_serializer=PullObjectRequest.SerializeToString,
+            response_deserializer=answer_from_bytes,
+        ),
+    }
+
+
+def add_fleet(servicer: Any, server: grpc.Server) -> None:
+    """Have a server serve Fleet: Flower's own methods, and the two that carry objects as they are read here."""
+    add_FleetServicer_to_server(servicer, _Registrar(servicer, server))
+
+
+class _Registrar:
+    """Stands for the server while Flower's generated code adds its methods to it."""
+
+    def __init__(self, servicer: Any, server: grpc.Server) -> None:
+        self._servicer, self._server = servicer, server
+
+    def add_generic_rpc_handlers(self, handlers: Sequence[grpc.GenericRpcHandler]) -> None:
+        """Leave them out: the same methods come by name."""
+
+    def add_registered_method_handlers(self, service: str, methods: dict[str, grpc.RpcMethodHandler]) -> None:
+        """Put the two methods in the place of Flower's, and add all."""
+        methods = methods | {
+            "PushObject": grpc.unary_unary_rpc_method_handler(
+                self._servicer.PushObject,
+                request_deserializer=push_from_bytes,
+                response_serializer=PushObjectResponse.SerializeToString,
+            ),
+            "PullObject": grpc.unary_unary_rpc_method_handler(
+                self._servicer.PullObject,
+                request_deserializer=PullObjectRequest.FromString,
+                response_serializer=answer_to_bytes,
+            ),
+        }
+        self._server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(service, methods),))
+        self._server.add_registered_method_handlers(service, methods)
+
+
+def _joined(before: Any, number: int, pieces: Sequence[Buffer], after: Any) -> bytes:
+    """Return the bytes of a message whose field `number` is the joined pieces; an empty one is not written."""
+    size = sum(len(piece) for piece in pieces)
+    head = [bytes([number << 3 | _LENGTH]), _varint(size), *pieces] if size else []
+    return b"".join((before.SerializeToString(), *head, after.SerializeToString()))
+
+
+def _varint(value: int) -> bytes:
+    found = bytearray()
+    while value > 0x7F:
+        found.append(value & 0x7F | 0x80)
+        value >>= 7
+    found.append(value)
+    return bytes(found)
+
+
+def _without_content(data: bytes, content: int) -> tuple[bytes, memoryview] | None:
+    """Part a message's bytes into a big content and all others.
+
+    None where that is not to be done: without a big content, or where the bytes are anything but fields of known kinds,
+    in rising order, that end where the message does.
+    """
+    if len(data) < BIG:
+        return None
+    at, former, found = 0, 0, None
+    begins = ends = 0
+    while at < len(data):
+        start, tag = at, data[at]
+        number, kind = tag >> 3, tag & 7
+        if not former < number < 16 or kind not in (_LENGTH, _VARINT):
+            return None
+        former = number
+        value, at = _read_varint(data, at + 1)
+        if at < 0:
+            return None
+        if kind == _LENGTH:
+            begin, at = at, at + value
+            if at > len(data):
+                return None
+            if number == content:
+                if value < BIG:
+                    return None
+                begins, ends, found = start, at, memoryview(data)[begin:at]
+        elif number == content:
+            return None
+    return None if found is None else (data[:begins] + data[ends:], found)
+
+
+def _read_varint(data: bytes, at: int) -> tuple[int, int]:
+    """Return a number of at most ten bytes, as protobuf writes them, and where it ends, -1 if there is none."""
+    value = 0
+    for place in range(10):
+        if at + place >= len(data):
+            break
+        byte = data[at + place]
+        value |= (byte & 0x7F) << 7 * place
+        if byte < 0x80:
+            return value, at + place + 1
+    return 0, -1
