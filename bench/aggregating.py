@@ -17,7 +17,7 @@ import psutil
 from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Message, MetricRecord, RecordDict
 from flwr.supercore.task_identity import TaskIdentity
 
-from bench.stock import wait_until
+from bench.waiting import wait_until
 from common.wire import control
 from common.wire.payload import Layout, TensorSpec, Weights
 from proto import espalier_pb2 as pb

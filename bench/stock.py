@@ -6,7 +6,6 @@ import os
 import socket
 import subprocess
 import sys
-import time
 import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -33,6 +32,8 @@ from flwr.supercore.interceptors import RuntimeTokenHttpInterceptor, RuntimeVers
 from flwr.supercore.runtime import RuntimeHttpClient
 from flwr.supercore.task_identity import TaskIdentity
 from flwr.superlink.grid.http_grid import HttpGrid
+
+from bench.waiting import wait_until as wait_until
 
 APP_TOML = """\
 [project]
@@ -69,21 +70,6 @@ def free_port() -> int:
     with socket.socket() as held:
         held.bind(("127.0.0.1", 0))
         return int(held.getsockname()[1])
-
-
-def wait_until(condition: Callable[[], object], timeout: float, what: str = "it") -> None:
-    """Wait until a condition holds.
-
-    Raises
-    ------
-    TimeoutError
-        Naming `what`, after `timeout` seconds.
-    """
-    end = time.monotonic() + timeout
-    while not condition():
-        if time.monotonic() > end:
-            raise TimeoutError(f"{what} did not come about within {timeout:g} s")
-        time.sleep(0.02)
 
 
 def stop_process(process: subprocess.Popen[bytes], patience: float = 3.0) -> None:
