@@ -144,7 +144,9 @@ def count_chunks(tree: ObjectTree, depth: int = 1) -> int:
     return sum(count_chunks(child, depth + 1) for child in tree.children)
 
 
-def unpack(message_id: str, contents: dict[str, Buffer], *, verified: bool = False) -> Message:
+def unpack(
+    message_id: str, contents: dict[str, bytes] | dict[str, Buffer], *, verified: bool = False
+) -> Message:
     """Put a message together; `contents` is emptied on the way, so that no more than one copy is alive.
 
     Parameters
@@ -189,7 +191,7 @@ def unpack(message_id: str, contents: dict[str, Buffer], *, verified: bool = Fal
 class _Inflation:
     """One message being put together: frees every chunk as soon as its last Array has its bytes."""
 
-    def __init__(self, contents: dict[str, Buffer], verified: bool) -> None:
+    def __init__(self, contents: dict[str, bytes] | dict[str, Buffer], verified: bool) -> None:
         self._contents = contents
         self._verified = verified
         self._done: dict[str, InflatableObject] = {}
