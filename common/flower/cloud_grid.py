@@ -5,7 +5,8 @@ from __future__ import annotations
 import contextlib
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 
 import httpx
@@ -14,7 +15,7 @@ from flwr.app.constants import DEFAULT_TTL
 from flwr.app.message.message import remove_content_from_message
 from flwr.common.constant import SUPERLINK_NODE_ID, ErrorCode
 from flwr.common.serde import message_from_proto
-from flwr.proto.message_pb2 import ConfirmMessageReceivedRequest, PullObjectRequest
+from flwr.proto.message_pb2 import ConfirmMessageReceivedRequest, PullObjectRequest, PullObjectResponse
 from flwr.proto.node_pb2 import Node, NodeInfo
 from flwr.proto.runtime_pb2 import PullAppMessagesRequest
 from flwr.serverapp import Grid
@@ -29,6 +30,10 @@ from common.run.timeouts import CLOUD_UPLOAD_STALL, TTL_MARGIN
 
 FASTEST = 0.02
 SLOWEST = 0.5
+SHARE = 0.15  # of the time waited so far until the next look for a reply: what comes late is seen late
+FRESH = 0.2  # seconds for which an answer about the nodes is good: planning a window asks ten times
+SMALL_AT_ONCE, CHUNKS_AT_ONCE = 4, 2  # objects of a reply that are fetched at a time
+FEW = 8  # a reply of more objects has chunks of 5 MiB
 UPLOAD_DOUBT = 10.0  # after so many seconds without progress, ask whether the uploader is still there
 
 #: What a call raises when the SuperLink does not answer, all retries included.
@@ -70,6 +75,8 @@ class TreeGrid(Grid):
         self._grid = grid
         self._node = Node(node_id=SUPERLINK_NODE_ID)
         self._lock = threading.Lock()
+        self._pool = ThreadPoolExecutor(SMALL_AT_ONCE, thread_name_prefix="fetch")
+        self._nodes: tuple[float, list[NodeInfo]] = (-FRESH, [])
         self._given_up: set[str] = set()
         self.abandoned = 0
         self.late = 0
@@ -98,11 +105,15 @@ class TreeGrid(Grid):
 
     def get_node_ids(self) -> Iterable[int]:
         """Node ids of the nodes that are online."""
-        return self._grid.get_node_ids()
+        return [node.node_id for node in self.get_nodes()]
 
     def get_nodes(self) -> Iterable[NodeInfo]:
-        """Nodes that are online."""
-        return self._grid.get_nodes()
+        """Nodes that are online, or were so just now."""
+        asked_at, nodes = self._nodes
+        if time.monotonic() - asked_at >= FRESH:
+            nodes = list(self._grid.get_nodes())
+            self._nodes = time.monotonic(), nodes
+        return list(nodes)
 
     def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
         """Send messages; return their ids."""
@@ -148,7 +159,7 @@ class TreeGrid(Grid):
         lost : callable, optional
             Asked again and again with the node of an outstanding message: why it will not answer, or "".
         first_wait : float
-            Seconds between the first two looks for a reply; each look is an HTTP call, and later ones are rarer.
+            Seconds between the first two looks for a reply; each look is an HTTP call, and they grow rarer with time.
 
         Yields
         ------
@@ -170,7 +181,7 @@ class TreeGrid(Grid):
         end = time.monotonic() + deadline
         waiting: dict[str, Message] = {}
         arriving: dict[str, _Arriving] = {}
-        wait, came = first_wait, 0
+        came, moved_at = 0, time.monotonic()
         sweeper = Sweeper()
         try:
             failed = []
@@ -212,7 +223,8 @@ class TreeGrid(Grid):
                 left = end - time.monotonic()
                 if left <= 0 or (cancelled is not None and cancelled()):
                     break
-                wait = first_wait if moved else min(SLOWEST, wait * 1.3)
+                moved_at = time.monotonic() if moved else moved_at
+                wait = min(SLOWEST, max(first_wait, SHARE * (time.monotonic() - moved_at)))
                 if waiting or arriving:
                     time.sleep(min(wait, left))
         finally:
@@ -265,24 +277,29 @@ class TreeGrid(Grid):
 
     def _fetch(self, one: _Arriving) -> Message | None:
         """Fetch what has come of a reply; return it when it is complete, or an Error in its place."""
-        client, run_id = self._grid._runtime_client, one.sent.metadata.run_id
+        run_id = one.sent.metadata.run_id
+        at_once = SMALL_AT_ONCE if len(one.missing) + len(one.contents) <= FEW else CHUNKS_AT_ONCE
         while one.missing:
-            request = PullObjectRequest(node=self._node, run_id=run_id, object_id=one.missing[0])
-            answer = client.PullObject(request)
-            if not answer.object_found:
-                self._free(one.reply_id)
-                return _error(
-                    one.sent, ErrorCode.REPLY_MESSAGE_UNAVAILABLE, "the upload of the reply ended early"
-                )
-            if not answer.object_available:
-                if not self._stands_still(one):
-                    return None
-                self._free(one.reply_id)
-                return _error(
-                    one.sent, ErrorCode.REPLY_MESSAGE_UNAVAILABLE, "the upload of the reply stands still"
-                )
-            one.contents[one.missing.pop(0)] = answer.object_content
-            one.progress_at = time.monotonic()
+            asked = one.missing[:at_once]
+            for object_id, answer in zip(asked, self._pull_objects(run_id, asked), strict=True):
+                if not answer.object_found:
+                    self._free(one.reply_id)
+                    return _error(
+                        one.sent, ErrorCode.REPLY_MESSAGE_UNAVAILABLE, "the upload of the reply ended early"
+                    )
+                if answer.object_available:
+                    one.contents[object_id] = answer.object_content
+            before, one.missing = one.missing, [i for i in one.missing if i not in one.contents]
+            if len(one.missing) < len(before):
+                one.progress_at = time.monotonic()
+            if one.contents.keys() >= set(asked):
+                continue
+            if not self._stands_still(one):
+                return None
+            self._free(one.reply_id)
+            return _error(
+                one.sent, ErrorCode.REPLY_MESSAGE_UNAVAILABLE, "the upload of the reply stands still"
+            )
         self._free(one.reply_id)
         try:
             reply = unpack(one.reply_id, one.contents)
@@ -292,6 +309,12 @@ class TreeGrid(Grid):
         own["_src_node_id"], own["_dst_node_id"] = one.sent.metadata.dst_node_id, SUPERLINK_NODE_ID
         own["_run_id"], own["_reply_to_message_id"] = run_id, one.sent.metadata.message_id
         return reply
+
+    def _pull_objects(self, run_id: int, object_ids: Sequence[str]) -> list[PullObjectResponse]:
+        """Ask for some objects at a time: each call waits for the SuperLink longer than it works."""
+        pull = self._grid._runtime_client.PullObject
+        requests = [PullObjectRequest(node=self._node, run_id=run_id, object_id=i) for i in object_ids]
+        return list(self._pool.map(pull, requests))
 
     def _stands_still(self, one: _Arriving) -> bool:
         now_ = time.monotonic()

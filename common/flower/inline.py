@@ -37,7 +37,7 @@ __all__ = ["InlineFleet", "InlineGrid"]
 WORKERS = 4000  # most of them hold polls; threads are only made when calls need them
 # Bytes that a connection has room for before they come. gRPC keeps room for as much as came at once, up to a whole
 # chunk of 5 MiB, at every connection and for good: after K big replies 4 MB times K.
-READ_AHEAD = 256 << 10
+READ_AHEAD = 64 << 10
 TICK = 0.5
 PAUSE = 5.0  # a longer gap between ticks means that this process was stopped
 AFTER_PAUSE = 15.0  # by then every living node has sent a heartbeat
