@@ -100,9 +100,7 @@ class UpdateForm:
         return {n: coded[n] if n in coded else views[n] for n in self._returned.names}
 
     def whole(self, payload: Weights, received: Mapping[str, np.ndarray], sender: str) -> Weights:
-        """Return the reply's tensors in buffers of their own, where they are coded; raises like :meth:`decode`."""
-        if not self._codec:
-            return payload
+        """Return the reply's tensors in buffers of their own; raises like :meth:`decode`."""
         views, found = payload.views(), Weights.empty(self._returned)
         into = found.views()
         self._decode(views, received, sender, {n: into[n] for n in self.coded.names})
