@@ -308,14 +308,15 @@ class FleetClient:
         """Call `method` for each object, a few at a time; repeat what fails for now or `took` declines."""
         in_flight = CHUNKS_IN_FLIGHT if len(object_ids) > 2 * OBJECTS_IN_FLIGHT else OBJECTS_IN_FLIGHT
         waiting = deque(object_ids)
-        flying: deque[tuple[str, Any]] = deque()
-        backoff = Backoff(first=0.05, cap=0.5)
+        flying: deque[tuple[str, Any, float]] = deque()
+        backoff, rested_at = Backoff(first=0.01, cap=0.5), 0.0
         try:
             while waiting or flying:
                 while waiting and len(flying) < in_flight:
                     object_id = waiting.popleft()
-                    flying.append((object_id, self._line.begin(method, request(object_id))))
-                object_id, call = flying.popleft()
+                    call = self._line.begin(method, request(object_id))
+                    flying.append((object_id, call, time.monotonic()))
+                object_id, call, begun_at = flying.popleft()
                 try:
                     done = took(object_id, outcome(call))
                 except HomeUnavailable:
@@ -324,10 +325,13 @@ class FleetClient:
                     backoff.reset()
                     continue
                 waiting.append(object_id)
+                if begun_at < rested_at:  # no news: the rest was because of the calls made with this one
+                    continue
                 if time.time() > give_up_at or self._stopped.wait(backoff.next()):
                     raise HomeUnavailable("its objects did not come in time")
+                rested_at = time.monotonic()
         finally:
-            for _, call in flying:
+            for _, call, _ in flying:
                 call.cancel()
 
     # Runs ---------------------------------------------------------------------------------------
