@@ -137,6 +137,7 @@ class EdgeApp:
         )
         log.info("run %s window %d: %d rounds", plan.run, plan.window, len(plan.rounds))
         self.roster.refresh(grid, self._request, CLIENT_HELLO)
+        give_back_freed()  # what starting and hellos left: a big payload's round is where the room is needed
         window = EdgeWindow(self.name, plan, weights, grid, self.roster, self.progress, self._pace)
         with bind(run=plan.run, window=plan.window):
             if plan.inquiry:
