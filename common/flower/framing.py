@@ -44,7 +44,7 @@ class ObjectPush:
     @property
     def object_content(self) -> Buffer:
         """The content, in one piece."""
-        return self.pieces[0] if len(self.pieces) == 1 else b"".join(self.pieces)
+        return _in_one(self.pieces)
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,7 +58,7 @@ class ObjectAnswer:
     @property
     def object_content(self) -> Buffer:
         """The content, in one piece."""
-        return self.pieces[0] if len(self.pieces) == 1 else b"".join(self.pieces)
+        return _in_one(self.pieces)
 
 
 def push_to_bytes(request: ObjectPush | PushObjectRequest) -> bytes:
@@ -144,6 +144,10 @@ class _Registrar:
         }
         self._server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(service, methods),))
         self._server.add_registered_method_handlers(service, methods)
+
+
+def _in_one(pieces: Sequence[Buffer]) -> Buffer:
+    return pieces[0] if len(pieces) == 1 else b"".join(pieces)
 
 
 def _joined(before: Any, number: int, pieces: Sequence[Buffer], after: Any) -> bytes:
