@@ -163,7 +163,7 @@ class TreeRun:
     def _try_window(self, strategy: WindowStrategy, state: CloudState) -> None:
         s = self.settings
         start = time.monotonic()
-        self._meet(strategy)
+        self._meet()
         members = self.tree.members()
         plan, window = strategy.draw(members).rounds, state.window + 1
         self.chronicle.planned(strategy, window)
@@ -187,9 +187,9 @@ class TreeRun:
         self.chronicle.window(strategy, time.monotonic() - start, planned, random)
         self.chronicle.faults(faults)
 
-    def _meet(self, strategy: WindowStrategy) -> None:
+    def _meet(self, *, everyone: bool = False) -> None:
         """Say hello; wait while nobody is there, or, in a reproducible run, not everybody."""
-        self.tree.greet(reported=strategy.outcome.reports)
+        self.tree.greet(everyone=everyone)
         while not self.tree.members() or self.tree.absent():
             self.tree.gather(self.settings, self._stopping)
             self._check_stop()
@@ -222,7 +222,7 @@ class TreeRun:
                 return found
             self.chronicle.faults(strategy.outcome.faults)
             strategy.again()
-            self._meet(strategy)
+            self._meet(everyone=True)
         raise EspalierError(
             f"window {window} lacked {'; '.join(lacking[:5])} in {TRIES} tries, so the run is not "
             "reproducible; see to them and resume it"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -28,6 +28,8 @@ log = logging.getLogger("espalier.cloud")
 PATIENCE = 0.5
 #: Seconds between looks for an answer that no window waits for.
 UNHURRIED = 0.3
+#: Seconds for which it is good who an edge says is below it: a client that joins just after waits for a window.
+HEARD = 5.0
 
 
 class Node(Protocol):
@@ -92,6 +94,7 @@ class Tree:
     _links: dict[str, dict[str, float]] = field(default_factory=dict)
     _noted: set[tuple[str, str]] = field(default_factory=set)
     _since: dict[int, str] = field(default_factory=dict)
+    _heard: dict[int, float] = field(default_factory=dict)
     _silent: set[int] = field(default_factory=set)
     _untold: dict[int, dict[str, str]] = field(default_factory=dict)
     _settled: dict[str, SettledMember] = field(default_factory=dict)
@@ -238,29 +241,29 @@ class Tree:
         homes = {name: max(self._clients[name].homes, 1) for name in reach}
         return [f"{n} at {homes[n] - len(e)} of its edges" for n, e in reach.items() if len(e) < homes[n]]
 
-    def greet(self, *, everyone: bool = False, reported: Collection[str] = ()) -> None:
+    def greet(self, *, everyone: bool = False) -> None:
         """Say hello to edges, and learn who is below them.
+
+        An edge that was asked and does not answer gets no part in a window until it does.
 
         Parameters
         ----------
         everyone : bool
-            Ask all edges.
-        reported : collection of str
-            Edges whose report has just said who is below them; they are asked only if they were started again
-            since. An edge that was asked and does not answer gets no part in a window until it does.
+            Ask all edges; else those that said so within the last seconds, in a hello or with a report, are asked only
+            if they were started again since.
         """
         nodes = {n.node_id: n for n in self.grid.get_nodes()}
-        asked = [i for i in nodes if everyone or not self._is_known(nodes[i], reported)]
+        asked = [i for i in nodes if everyone or not self._is_known(nodes[i])]
         known = [i for i in asked if i in self._edges and not self._edges[i].busy_with and not everyone]
         self._say_hello([i for i in asked if i not in known], nodes, EDGE_HELLO)
         self._say_hello(known, nodes, RETURN_HELLO)
 
-    def _is_known(self, node: Node, reported: Collection[str]) -> bool:
+    def _is_known(self, node: Node) -> bool:
         edge = self._edges.get(node.node_id)
         return (
             edge is not None
             and not edge.busy_with
-            and edge.name in reported
+            and time.monotonic() - self._heard[node.node_id] < HEARD
             and node.node_id not in self._silent
             and self._since.get(node.node_id) == node.last_activated_at
         )
@@ -289,6 +292,7 @@ class Tree:
         """
         # An edge that came back under a new node id replaces its older self.
         self._edges = {i: e for i, e in self._edges.items() if e.name != hello.name}
+        self._heard[node_id] = time.monotonic()
         self._edges[node_id] = sound = pb.EdgeHello()
         sound.CopyFrom(hello)
         sound.ClearField("clients")

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+import time
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
@@ -17,7 +18,7 @@ from common.wire import control
 from edge.rounds import EdgeProgress
 from proto import espalier_pb2 as pb
 from server.client_keys import ClientKeys
-from server.tree import Tree
+from server.tree import HEARD, Tree
 from server.watch import Watch
 
 TaskIdentity.task_id, TaskIdentity.run_id, TaskIdentity.node_id = 1, 1, 1
@@ -73,30 +74,48 @@ def grid_of(tree: Tree) -> FakeGrid:
     return cast(FakeGrid, tree.grid)
 
 
-def test_who_has_just_reported_is_not_asked_again(tree: Tree) -> None:
-    tree.greet(reported=["edge-1", "edge-2"])
+@pytest.fixture
+def later(monkeypatch: pytest.MonkeyPatch) -> Callable[[float], None]:
+    """Return a function that lets seconds pass for the tree."""
+    clock = [time.monotonic()]
+    monkeypatch.setattr("server.tree.time", SimpleNamespace(monotonic=lambda: clock[0]))
+
+    def go_on(seconds: float) -> None:
+        clock[0] += seconds
+
+    return go_on
+
+
+def test_who_has_just_been_heard_of_is_not_asked_again(later: Callable[[float], None], tree: Tree) -> None:
+    later(HEARD - 0.1)
+    tree.greet()
     assert grid_of(tree).hellos == []
-    # An edge without a part in the window may have new clients.
-    tree.greet(reported=["edge-2"])
+    # Edge 2 reports; edge 1, which has no part in the window, may have new clients.
+    tree.learn(2, pb.EdgeHello(name="edge-2"))
+    later(0.2)
+    tree.greet()
     assert grid_of(tree).hellos == [1]
+    tree.greet(everyone=True)
+    assert grid_of(tree).hellos == [1, 1, 2]
 
 
 def test_an_edge_that_was_started_again_says_hello_again(tree: Tree) -> None:
     grid_of(tree).since[2] = "tuesday"
-    tree.greet(reported=["edge-1", "edge-2"])
+    tree.greet()
     assert grid_of(tree).hellos == [2]
-    tree.greet(reported=["edge-1", "edge-2"])
+    tree.greet()
     assert grid_of(tree).hellos == [2]
 
 
-def test_a_silent_edge_gets_no_part_until_it_answers(tree: Tree) -> None:
+def test_a_silent_edge_gets_no_part_until_it_answers(later: Callable[[float], None], tree: Tree) -> None:
     grid_of(tree).mute.add(1)
-    tree.greet(reported=["edge-2"])
+    later(HEARD)
+    tree.greet()
     assert tree.edges() == {"edge-2": 2}
-    tree.greet(reported=["edge-2"])
+    tree.greet()
     assert tree.edges() == {"edge-2": 2}
     grid_of(tree).mute.clear()
-    tree.greet(reported=["edge-2"])
+    tree.greet()
     assert tree.edges() == {"edge-1": 1, "edge-2": 2}
     assert tree.name_of(1) == "edge-1"
     assert tree.name_of(9) == "node 9"
