@@ -22,6 +22,7 @@ from client.device import Device
 from client.replicas import AT_ONCE, LINES, Replicas
 from client.reply import pack_reply
 from common.flower.crew import Crew
+from common.flower.memory import keep_freed_blocks
 from common.flower.resident import Home, ResidentNode
 from common.methods.registry import create_method
 from common.methods.views import buffers_of
@@ -119,6 +120,7 @@ def facts() -> pb.DeviceFacts:
 
 def main() -> None:
     """Serve until SIGTERM."""
+    keep_freed_blocks()  # as `espalier client` does
     folder, count, edges = Path(sys.argv[1]), int(sys.argv[2]), sys.argv[3:]
     stopped: queue.SimpleQueue[None] = queue.SimpleQueue()
     stop_on_signals(lambda: stopped.put(None))

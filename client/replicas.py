@@ -16,6 +16,7 @@ from common.diffusers_shim import leave_out_optional
 from common.errors import ConfigError
 from common.flower.crew import Crew
 from common.flower.home_loop import App
+from common.flower.memory import keep_freed_blocks
 from common.flower.resident import Home, ResidentNode
 from common.monitor.node_status import SIGN_OF_LIFE, NodeStatus
 from common.names import is_name
@@ -145,6 +146,7 @@ def run_replicas(
 
     from client.app import app
 
+    keep_freed_blocks()
     leave_out_optional()
     if threads:
         torch.set_num_threads(threads)

@@ -13,6 +13,7 @@ from flwr.clientapp import ClientApp
 
 from common.diffusers_shim import leave_out_optional
 from common.errors import ConfigError
+from common.flower.memory import keep_freed_blocks
 from common.flower.resident import Home, ResidentNode
 from common.monitor.node_status import NodeStatus
 from common.names import is_name
@@ -71,6 +72,7 @@ def run_client(
     EspalierError
         If the name, data, app, addresses or state cannot be used.
     """
+    keep_freed_blocks()
     if not is_name(name):
         raise ConfigError(f"--name {name!r} is no name for a client; use letters, digits, '.', '-', '_'")
     own_key = key or state / "node.key"

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import ctypes
 import math
 import tokenize
+from collections.abc import Sequence
 from io import BytesIO
 from typing import Any
 
@@ -12,6 +14,8 @@ import numpy.typing as npt
 from flwr.app import Array, ArrayRecord, ConfigRecord, MetricRecord, RecordDict
 from flwr.common.constant import SType
 from flwr.common.serde import config_record_to_proto, metric_record_to_proto
+
+from common.flower.memory import in_huge_pages
 
 
 def array_from_numpy(ndarray: npt.NDArray[Any]) -> Array:
@@ -33,18 +37,71 @@ def array_from_numpy(ndarray: npt.NDArray[Any]) -> Array:
     ValueError
         If the dtype holds Python objects, which only pickle could carry.
     """
-    if ndarray.dtype.hasobject:
-        raise ValueError(f"an array of dtype {ndarray.dtype} cannot be sent: it holds Python objects")
     packed = np.asarray(ndarray, order="C")
+    array, room = blank_array(packed.dtype, packed.shape)
+    np.copyto(room, packed, casting="no")
+    return array
+
+
+def blank_array(dtype: npt.DTypeLike, shape: Sequence[int]) -> tuple[Array, npt.NDArray[Any]]:
+    """Build a Flower Array of zeros and, in its own bytes, the numpy array to write its numbers to.
+
+    What is written there must be written before anybody reads the Array, as it is hashed then.
+
+    Returns
+    -------
+    Array
+        As ``Array(np.zeros(shape, dtype))`` builds it.
+    np.ndarray
+        C-contiguous, of that shape; whoever is done writing makes it read-only.
+
+    Raises
+    ------
+    ValueError
+        If the dtype holds Python objects, which only pickle could carry.
+    """
+    kind, size = np.dtype(dtype), tuple(int(n) for n in shape)
+    head = _header(kind, size)
+    data, room = blank_bytes(len(head) + math.prod(size) * kind.itemsize)
+    room[: len(head)] = np.frombuffer(head, np.uint8)
+    numbers = room[len(head) :].view(kind).reshape(size)
+    return Array(dtype=str(kind), shape=size, stype=SType.NUMPY, data=data), numbers
+
+
+def npy_size(dtype: npt.DTypeLike, shape: Sequence[int]) -> int:
+    """Return the bytes of the Array that `blank_array` builds; raises like it, and TypeError where that is no dtype."""
+    kind = np.dtype(dtype)
+    return len(_header(kind, tuple(shape))) + math.prod(shape) * kind.itemsize
+
+
+def _header(kind: np.dtype[Any], shape: tuple[int, ...]) -> bytes:
+    """Return the ``.npy`` header of a C-contiguous array."""
+    if kind.hasobject:
+        raise ValueError(f"an array of dtype {kind} cannot be sent: it holds Python objects")
     head = BytesIO()
-    np.lib.format.write_array_header_1_0(head, np.lib.format.header_data_from_array_1_0(packed))
-    body = packed.reshape(-1).view(np.uint8).data if packed.size else b""
-    return Array(
-        dtype=str(packed.dtype),
-        shape=tuple(int(n) for n in packed.shape),
-        stype=SType.NUMPY,
-        data=b"".join((head.getvalue(), body)),
-    )
+    facts = {"descr": np.lib.format.dtype_to_descr(kind), "fortran_order": False, "shape": shape}
+    np.lib.format.write_array_header_1_0(head, facts)
+    return head.getvalue()
+
+
+def blank_bytes(size: int) -> tuple[bytes, npt.NDArray[np.uint8]]:
+    """Return new bytes of zeros, and their memory, to be written to while nobody else knows of them.
+
+    So what is put together of pieces lies in memory once, where a copy of a bytearray would be a second one.
+
+    Raises
+    ------
+    ValueError
+        If they are fewer than two: Python has one object for all bytes of such a value.
+    """
+    if size < 2:
+        raise ValueError(f"{size} bytes are nobody's alone")
+    data = bytes(size)
+    block = (ctypes.c_uint8 * size).from_address(np.frombuffer(data, np.uint8).ctypes.data)
+    block.owner = data  # type: ignore[attr-defined]  # what lives on them keeps them alive
+    memory = np.frombuffer(memoryview(block), np.uint8)
+    in_huge_pages(memory)
+    return data, memory
 
 
 def numpy_view(array: Array) -> npt.NDArray[Any]:

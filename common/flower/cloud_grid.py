@@ -23,9 +23,9 @@ from flwr.supercore.date import now
 from flwr.supercore.run import Run
 from flwr.superlink.grid.http_grid import HttpGrid
 
-from common.flower.framing import Buffer
 from common.flower.memory import Sweeper
-from common.flower.payloads import PayloadError, tree_ids, unpack
+from common.flower.payloads import Content, PayloadError, chunk_ids, tree_ids, unpack
+from common.flower.rooms import Rooms
 from common.run.timeouts import CLOUD_UPLOAD_STALL, TTL_MARGIN
 
 FASTEST = 0.02
@@ -47,7 +47,8 @@ class _Arriving:
     sent: Message
     reply_id: str
     missing: list[str]
-    contents: dict[str, Buffer] = field(default_factory=dict)
+    contents: dict[str, Content] = field(default_factory=dict)
+    rooms: Rooms = field(default_factory=Rooms)
     progress_at: float = field(default_factory=time.monotonic)
     doubted_at: float = 0.0
 
@@ -270,6 +271,8 @@ class TreeGrid(Grid):
                 continue
             try:
                 missing = tree_ids(tree)
+                chunks = chunk_ids(tree)
+                missing.sort(key=chunks.__contains__)  # our edges send what describes before the chunks
             except PayloadError:
                 missing = []  # unpacking it will fail, and say so
             found.append(_Arriving(sent, reply.metadata.message_id, missing))
@@ -288,7 +291,8 @@ class TreeGrid(Grid):
                         one.sent, ErrorCode.REPLY_MESSAGE_UNAVAILABLE, "the upload of the reply ended early"
                     )
                 if answer.object_available:
-                    one.contents[object_id] = answer.object_content
+                    one.rooms.expect(object_id, answer.object_content)
+                    one.contents[object_id] = one.rooms.take(object_id, answer.object_content)
             before, one.missing = one.missing, [i for i in one.missing if i not in one.contents]
             if len(one.missing) < len(before):
                 one.progress_at = time.monotonic()

@@ -13,6 +13,7 @@ from typing import Any
 
 from cryptography.hazmat.primitives.asymmetric import ec
 from flwr.app import Message
+from flwr.app.message.arraychunk import ArrayChunk
 from flwr.app.message.message import remove_content_from_message
 from flwr.common.constant import HEARTBEAT_MIN_INTERVAL
 from flwr.common.serde import fab_from_proto, message_from_proto, message_to_proto, run_from_proto
@@ -36,7 +37,7 @@ from flwr.supercore.run import Run
 from common.flower.backoff import Backoff
 from common.flower.crew import Channels
 from common.flower.early import TAKEN, attach, detach, early_objects
-from common.flower.framing import Buffer, ObjectPush
+from common.flower.framing import ObjectPush
 from common.flower.homes import (
     GOT_HEADER,
     POLLER_HEADER,
@@ -51,7 +52,8 @@ from common.flower.homes import (
     outcome,
 )
 from common.flower.line import Line
-from common.flower.payloads import Packed, tree_ids, unpack
+from common.flower.payloads import Content, Packed, tree_ids, unpack
+from common.flower.rooms import Rooms
 from common.run.timeouts import CALL, HEARTBEAT_CALL, PULL
 
 OBJECTS_IN_FLIGHT = 4
@@ -239,7 +241,10 @@ class FleetClient:
             If the objects do not fit together.
         """
         metadata = pulled.message.metadata
-        contents: dict[str, Buffer] = dict(pulled.early)
+        contents: dict[str, Content] = dict(pulled.early)
+        rooms = Rooms()
+        for object_id, content in pulled.early.items():
+            rooms.expect(object_id, content)
         missing = [object_id for object_id in pulled.object_ids if object_id not in contents]
         self._ours = bool(contents)  # at least the message itself is small
 
@@ -250,7 +255,7 @@ class FleetClient:
             if not answer.object_found:
                 raise MessageGone("the server has given the message up")
             if answer.object_available:
-                contents[object_id] = answer.object_content
+                contents[object_id] = rooms.take(object_id, answer.object_content)
             return bool(answer.object_available)
 
         self._all("PullObject", missing, request, took, give_up_at)
@@ -293,7 +298,9 @@ class FleetClient:
                 raise MessageGone("the server has given the message up")
             return True
 
+        # What describes comes first: so the receiver knows an Array before its chunks.
         ordered = [object_id for object_id in packed.objects if object_id in wanted]
+        ordered.sort(key=lambda object_id: isinstance(packed.objects[object_id], ArrayChunk))
         self._all("PushObject", ordered, request, took, give_up_at)
         return bool(wanted) or answer.results[reply.metadata.message_id] == TAKEN
 

@@ -28,13 +28,13 @@ from common.flower.homes import (
     MessageGone,
     NodeForgotten,
 )
-from common.flower.memory import Sweeper
+from common.flower.memory import Sweeper, give_back_freed
 from common.flower.node_state import ContextStates, HomeIds
 from common.flower.payloads import Packed, PayloadError, array_bytes, pack
 from common.flower.run_info import RUN_RECORD, RunInfo, UserConfig, parse_run_record
 
 BACKOFF_CAP = 10.0
-LINGER = 5.0  # seconds that a working thread waits for the next message
+LINGER = 15.0  # seconds that a working thread waits for the next message
 BESIDE = 0.5  # seconds between two polls of a home that answers at once, while the app works
 
 T = TypeVar("T")
@@ -252,7 +252,7 @@ class HomeLoop:
                 if desk.stopped.is_set() or not self._queue:
                     self._serving = False
                     self._work.notify_all()
-                    return
+                    break
                 session, message = self._queue.popleft()
             self._sweeper.expect(message)
             try:
@@ -261,6 +261,7 @@ class HomeLoop:
                 logging.getLogger(__name__).exception("%s: unforeseen fault; going on", self.home.address)
             del message
             self._sweeper.sweep()
+        give_back_freed()  # what the work took, for whoever else is on this machine
 
     def _answer(self, message: Message, session: int, *, side: bool) -> None:
         """Call the app and send its reply, unless nobody waits for it any more."""

@@ -22,7 +22,6 @@ from flwr.supercore.run import Run
 
 from common.flower.early import early_objects
 from common.flower.fleet_server import Links
-from common.flower.framing import Buffer
 from common.flower.memory import Sweeper
 from common.flower.payloads import PayloadError, pack, tree_ids, unpack
 from common.run.timeouts import OFFLINE_GRACE, TTL_MARGIN
@@ -288,7 +287,7 @@ class InlineGrid(Grid):
             if reply_id is None or upload is None or not upload.complete:
                 return None
             tree = store.get_object_tree(reply_id)
-        contents: dict[str, Buffer] = {object_id: store.get(object_id) or b"" for object_id in tree_ids(tree)}
+        contents = {object_id: store.held(object_id) for object_id in tree_ids(tree)}
         with links.lock:
             links.outstanding.pop(message_id, None)
         state.delete_messages({message_id})

@@ -10,7 +10,8 @@ from flwr.app.message.arraychunk import ArrayChunk
 from flwr.supercore.object_store.in_memory_object_store import InMemoryObjectStore
 
 from common.flower.framing import Buffer
-from common.flower.payloads import parts
+from common.flower.payloads import Content, parts
+from common.flower.rooms import Rooms
 
 
 class PayloadStore(InMemoryObjectStore):
@@ -22,6 +23,7 @@ class PayloadStore(InMemoryObjectStore):
 
     def __init__(self) -> None:
         super().__init__(verify=True)
+        self._rooms = Rooms()
 
     def offer(self, object_id: str, make: Callable[[], Sequence[Buffer]]) -> None:
         """Have a preregistered object made when it is asked for.
@@ -51,10 +53,21 @@ class PayloadStore(InMemoryObjectStore):
             content: Any = super().get(object_id)
         return b"".join(content()) if callable(content) else cast("bytes | None", content)
 
+    def held(self, object_id: str) -> Content:
+        """Return an object's content without a copy, b"" where there is none."""
+        found = self.pieces(object_id)
+        if found is None:
+            return self.get(object_id) or b""
+        return (bytes(found[0]), memoryview(found[1])) if len(found) == 2 else b"".join(found)
+
     def put(self, object_id: str, object_content: Buffer) -> None:
-        """Put what another has sent into the store, verified as in Flower's own; a chunk may stay where it came."""
+        """Put what another has sent into the store, verified as in Flower's own.
+
+        A chunk of an Array that is known goes to its place in there; any other one may stay where it came.
+        """
         if isinstance(object_content, bytes):
             super().put(object_id, object_content)
+            self._rooms.expect(object_id, object_content)
             return
         kind, child_ids, _ = parts(object_content)
         if kind != ArrayChunk.__qualname__ or child_ids:
@@ -62,7 +75,22 @@ class PayloadStore(InMemoryObjectStore):
             return
         if hashlib.sha256(object_content).hexdigest() != object_id:
             raise ValueError(f"Object ID {object_id} does not match content hash")
+        kept: Any = self._rooms.take(object_id, object_content)
+        if isinstance(kept, tuple):
+            self.offer(object_id, lambda: kept)
+            return
         with self.lock_store:
             entry = self.store[object_id]
             if not entry.is_available:
-                entry.content, entry.is_available = cast(bytes, object_content), True
+                entry.content, entry.is_available = kept, True
+
+    def delete(self, object_id: str) -> None:
+        """Delete an object that nobody refers to, and what only it referred to; Arrays lose their rooms."""
+        super().delete(object_id)
+        if object_id not in self:
+            self._rooms.forget(object_id)
+
+    def clear(self) -> None:
+        """Delete everything."""
+        super().clear()
+        self._rooms.clear()

@@ -5,10 +5,11 @@ from __future__ import annotations
 import hashlib
 import json
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from io import BytesIO
+from typing import TypeAlias
 
+import numpy as np
 from flwr.app import Array, ArrayRecord, Message, RecordDict
 from flwr.app.message.arraychunk import ArrayChunk
 from flwr.common.constant import FLWR_PRIVATE_MAX_ARRAY_CHUNK_SIZE
@@ -22,8 +23,9 @@ from flwr.supercore.inflatable.inflatable_object import (
 from flwr.supercore.inflatable.inflatable_utils import inflatable_class_registry
 from google.protobuf.message import DecodeError
 
+from common.flower.arrays import blank_bytes
 from common.flower.framing import Buffer
-from common.flower.memory import KEPT, give_back_freed
+from common.flower.memory import BIG_BLOCK, KEPT, give_back_freed, keeps_freed_blocks
 
 # Message, RecordDict, record, Array, chunk: nothing that Flower builds is deeper.
 MAX_DEPTH = 5
@@ -32,6 +34,20 @@ MAX_DEPTH = 5
 MAX_REPEATED, MAX_TIMES = 2**30, 16
 # A chunk's head ends long before; only an object with many children has a longer one.
 SHORT_HEAD = 256
+
+
+#: An object in one piece, or a chunk's head and its bytes.
+Content: TypeAlias = Buffer | tuple[bytes, memoryview]
+#: What reading an object raises that is none.
+UNREADABLE = (
+    LookupError,
+    ValueError,
+    TypeError,
+    AttributeError,
+    RecursionError,
+    ArithmeticError,
+    DecodeError,
+)
 
 
 class PayloadError(ValueError):
@@ -137,6 +153,14 @@ def tree_ids(tree: ObjectTree) -> list[str]:
     return list(ids)
 
 
+def chunk_ids(tree: ObjectTree) -> set[str]:
+    """Return the ids of a message's array chunks: what lies deepest."""
+    level = [tree]
+    for _ in range(1, MAX_DEPTH):
+        level = [child for node in level for child in node.children]
+    return {node.object_id for node in level}
+
+
 def count_chunks(tree: ObjectTree, depth: int = 1) -> int:
     """Count the array chunks in a message's tree: an upper bound of its size in units of 5 MiB."""
     if depth >= MAX_DEPTH:
@@ -145,7 +169,7 @@ def count_chunks(tree: ObjectTree, depth: int = 1) -> int:
 
 
 def unpack(
-    message_id: str, contents: dict[str, bytes] | dict[str, Buffer], *, verified: bool = False
+    message_id: str, contents: dict[str, bytes] | dict[str, Content], *, verified: bool = False
 ) -> Message:
     """Put a message together; `contents` is emptied on the way, so that no more than one copy is alive.
 
@@ -153,8 +177,9 @@ def unpack(
     ----------
     message_id : str
         Object id of the message.
-    contents : dict of str to bytes or memoryview
-        Every object of the message's tree.
+    contents : dict of str to Content
+        Every object of the message's tree. An Array whose chunks lie one after another in bytes of their own
+        (see `common.flower.rooms`) has these, without a copy.
     verified : bool
         Whether each object is known to be what its id is the hash of; then payloads keep their ids.
 
@@ -170,15 +195,7 @@ def unpack(
     """
     try:
         message = _Inflation(contents, verified).inflate(message_id, 1)
-    except (
-        LookupError,
-        ValueError,
-        TypeError,
-        AttributeError,
-        RecursionError,
-        ArithmeticError,
-        DecodeError,
-    ) as fault:
+    except UNREADABLE as fault:
         raise PayloadError(f"its objects do not fit together ({type(fault).__name__}: {fault})") from fault
     if not isinstance(message, Message):
         raise PayloadError(f"its root object is a {type(message).__name__}, not a Message")
@@ -191,11 +208,11 @@ def unpack(
 class _Inflation:
     """One message being put together: frees every chunk as soon as its last Array has its bytes."""
 
-    def __init__(self, contents: dict[str, bytes] | dict[str, Buffer], verified: bool) -> None:
+    def __init__(self, contents: dict[str, bytes] | dict[str, Content], verified: bool) -> None:
         self._contents = contents
         self._verified = verified
         self._done: dict[str, InflatableObject] = {}
-        self._room = MAX_REPEATED + MAX_TIMES * sum(len(content) for content in contents.values())
+        self._room = MAX_REPEATED + MAX_TIMES * sum(_size(content) for content in contents.values())
         # Equal chunks are one object, so several Arrays, or one several times, may need it.
         self._uses = Counter(child for content in contents.values() for child in head_of(content)[1])
 
@@ -212,7 +229,10 @@ class _Inflation:
             held = self._join(body, child_ids)
         else:
             children = {child: self.inflate(child, depth + 1) for child in child_ids}
-            held = cls.inflate(bytes(content), children=children)  # no copy of what is bytes
+            whole = (
+                b"".join(content) if isinstance(content, tuple) else bytes(content)
+            )  # no copy of what is bytes
+            held = cls.inflate(whole, children=children)
         if self._verified and isinstance(held, ArrayRecord):
             _keep_ids(held, object_id, json.loads(bytes(body)))
         self._done[object_id] = held
@@ -220,10 +240,8 @@ class _Inflation:
 
     def _join(self, body: memoryview, child_ids: list[str]) -> Array:
         """Build an Array from its chunks with one copy (Flower's own inflation makes three), chunk by chunk."""
-        described = json.loads(bytes(body))
-        order = [child_ids[int(index)] for index in described["arraychunk_ids"]]
-        if set(order) != set(child_ids) or any(int(index) < 0 for index in described["arraychunk_ids"]):
-            raise ValueError("an Array does not name each of its chunks")
+        described = describe(body, child_ids)
+        order = described.order
         chunks: dict[str, memoryview] = {}
         for child in child_ids:
             kind, _, chunks[child] = parts(self._contents[child])
@@ -233,28 +251,83 @@ class _Inflation:
         self._room -= size
         if self._room < 0:  # a few characters may name a chunk a million times
             raise ValueError("an Array repeats its chunks until no memory holds it")
+        data = in_place([chunks[child] for child in order], size)
+        if data is None and size >= BIG_BLOCK:
+            data = self._fill(size, order, chunks)
+        else:
+            data = b"".join([chunks[child] for child in order]) if data is None else data
+            for child in child_ids:
+                self._used(child)
+        return Array(dtype=described.dtype, shape=described.shape, stype=described.stype, data=data)
+
+    def _fill(self, size: int, order: list[str], chunks: dict[str, memoryview]) -> bytes:
+        """Put chunks in their order, each freed after its last place; zeros that nobody has touched take no memory."""
         last = {child: place for place, child in enumerate(order)}
-        # Zeros that nobody has touched take no memory yet; and what need not grow is never moved.
-        joined = BytesIO(bytes(size))
+        data, room = blank_bytes(size)
+        at = 0
         for place, child in enumerate(order):
-            if size > KEPT:
+            if size > KEPT and not keeps_freed_blocks():
                 give_back_freed()  # or the chunks' pages would stay beside the Array: a second copy
-            joined.write(chunks[child])
+            end = at + len(chunks[child])
+            room[at:end] = np.frombuffer(chunks[child], np.uint8)
+            at = end
             if place == last[child]:
                 del chunks[child]
-                self._uses[child] -= 1
-                if not self._uses[child]:
-                    del self._contents[child]
-        return Array(
-            dtype=str(described["dtype"]),
-            shape=tuple(int(n) for n in described["shape"]),
-            stype=str(described["stype"]),
-            data=joined.getvalue(),  # the buffer itself: BytesIO shares it
-        )
+                self._used(child)
+        return data
+
+    def _used(self, chunk: str) -> None:
+        """Free a chunk if no other Array needs it."""
+        self._uses[chunk] -= 1
+        if not self._uses[chunk]:
+            del self._contents[chunk]
 
 
-def head_of(content: Buffer) -> tuple[str, list[str], int, int]:
+@dataclass(frozen=True, slots=True)
+class Described:
+    """What an Array's object says: what it holds, and its chunks in their order."""
+
+    dtype: str
+    shape: tuple[int, ...]
+    stype: str
+    order: list[str]
+
+
+def describe(body: memoryview, child_ids: list[str]) -> Described:
+    """Read an Array's object; raises what `UNREADABLE` names where it is none."""
+    said = json.loads(bytes(body))
+    places = [int(index) for index in said["arraychunk_ids"]]
+    order = [child_ids[place] for place in places]
+    if set(order) != set(child_ids) or any(place < 0 for place in places):
+        raise ValueError("an Array does not name each of its chunks")
+    return Described(str(said["dtype"]), tuple(int(n) for n in said["shape"]), str(said["stype"]), order)
+
+
+def in_place(pieces: Sequence[memoryview], size: int) -> bytes | None:
+    """Return the bytes that these views of them make up, one after another; None where they do not."""
+    whole = pieces[0].obj if pieces else None
+    if not isinstance(whole, bytes) or len(whole) != size or any(piece.obj is not whole for piece in pieces):
+        return None
+    at = _address(memoryview(whole))
+    for piece in pieces:
+        if not piece or _address(piece) != at:
+            return None
+        at += len(piece)
+    return whole
+
+
+def _address(view: memoryview) -> int:
+    return int(np.frombuffer(view, np.uint8).ctypes.data)
+
+
+def _size(content: Content) -> int:
+    return sum(map(len, content)) if isinstance(content, tuple) else len(content)
+
+
+def head_of(content: Content) -> tuple[str, list[str], int, int]:
     """Return the type, the children's ids and the body's size as an object's head says, and where the body begins."""
+    if isinstance(content, tuple):
+        content = content[0]
     begin = bytes(content[:SHORT_HEAD])
     if (divider := begin.find(HEAD_BODY_DIVIDER)) < 0:
         begin = bytes(content)
@@ -264,10 +337,10 @@ def head_of(content: Buffer) -> tuple[str, list[str], int, int]:
     return kind, child_ids, size, start
 
 
-def parts(content: Buffer) -> tuple[str, list[str], memoryview]:
+def parts(content: Content) -> tuple[str, list[str], memoryview]:
     """Return the type, the children's ids and the body of an object; raises ValueError where it is none."""
     kind, child_ids, size, start = head_of(content)
-    body = memoryview(content)[start:]
+    body = content[1] if isinstance(content, tuple) else memoryview(content)[start:]
     if len(body) != size:
         raise ValueError(f"a {kind} has {len(body)} bytes and claims {size}")
     return kind, child_ids, body

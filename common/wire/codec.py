@@ -35,9 +35,24 @@ class Codec(Protocol):
     name: ClassVar[str]
     #: Whether the decoded update is the update in expectation over `rng`.
     unbiased: ClassVar[bool]
+    #: Whether it codes each tensor by itself, so that a sender may give it one after another.
+    by_tensor: ClassVar[bool]
+    #: Whether no code stands for a number too large to be added up.
+    bounded: ClassVar[bool]
 
-    def encode(self, arrays: Arrays, rng: np.random.Generator) -> dict[str, np.ndarray]:
+    def encode(
+        self, arrays: Arrays, rng: np.random.Generator, into: Arrays | None = None
+    ) -> dict[str, np.ndarray]:
         """Return what goes on the wire, arrays that fit ``self.layout(Layout.of(arrays))``.
+
+        Parameters
+        ----------
+        arrays : mapping of str to array
+            The differences, float32.
+        rng : np.random.Generator
+            Where a number is rounded at random.
+        into : mapping of str to array, optional
+            C-contiguous arrays of that layout to write to and return.
 
         Raises
         ------
@@ -76,11 +91,15 @@ class Whole:
 
     name: ClassVar[str] = "none"
     unbiased: ClassVar[bool] = True
+    by_tensor: ClassVar[bool] = True
+    bounded: ClassVar[bool] = False
 
-    def encode(self, arrays: Arrays, rng: np.random.Generator) -> dict[str, np.ndarray]:
+    def encode(
+        self, arrays: Arrays, rng: np.random.Generator, into: Arrays | None = None
+    ) -> dict[str, np.ndarray]:
         """Return the arrays themselves."""
         check_numbers(arrays)
-        return dict(arrays)
+        return filled(arrays, into)
 
     def decode(
         self, coded: Arrays, like: Layout, sender: str, into: Arrays | None = None
@@ -104,11 +123,15 @@ class Float16:
 
     name: ClassVar[str] = "fp16"
     unbiased: ClassVar[bool] = False
+    by_tensor: ClassVar[bool] = True
+    bounded: ClassVar[bool] = True
 
-    def encode(self, arrays: Arrays, rng: np.random.Generator) -> dict[str, np.ndarray]:
+    def encode(
+        self, arrays: Arrays, rng: np.random.Generator, into: Arrays | None = None
+    ) -> dict[str, np.ndarray]:
         """Return float16 arrays."""
         check_numbers(arrays)
-        halves = Weights.empty(self.layout(Layout.of(arrays))).views()
+        halves = room(self.layout(Layout.of(arrays))) if into is None else into
         return {name: to_half(a, halves[name], clip=True) for name, a in arrays.items()}
 
     def decode(
@@ -132,11 +155,15 @@ class BFloat16:
 
     name: ClassVar[str] = "bf16"
     unbiased: ClassVar[bool] = False
+    by_tensor: ClassVar[bool] = True
+    bounded: ClassVar[bool] = False
 
-    def encode(self, arrays: Arrays, rng: np.random.Generator) -> dict[str, np.ndarray]:
+    def encode(
+        self, arrays: Arrays, rng: np.random.Generator, into: Arrays | None = None
+    ) -> dict[str, np.ndarray]:
         """Return the 16 bits of each number as uint16, as a payload stores bfloat16."""
         check_numbers(arrays)
-        return {name: _to_bfloat16(a) for name, a in arrays.items()}
+        return filled({name: _to_bfloat16(a) for name, a in arrays.items()}, into)
 
     def decode(
         self, coded: Arrays, like: Layout, sender: str, into: Arrays | None = None

@@ -37,6 +37,8 @@ class QSGD:
 
     name: ClassVar[str] = "qsgd"
     unbiased: ClassVar[bool] = True
+    by_tensor: ClassVar[bool] = False
+    bounded: ClassVar[bool] = False
 
     #: Names of the coded arrays.
     CODES, NORMS = "qsgd/codes", "qsgd/norms"
@@ -48,7 +50,9 @@ class QSGD:
         #: Bits per number: s.bit_length() is ceil(log2(s + 1)) without its rounding errors.
         self.width = 1 + levels.bit_length()
 
-    def encode(self, arrays: Arrays, rng: np.random.Generator) -> dict[str, np.ndarray]:
+    def encode(
+        self, arrays: Arrays, rng: np.random.Generator, into: Arrays | None = None
+    ) -> dict[str, np.ndarray]:
         """Return the packed codes, a number's sign above its level, and the float32 norms.
 
         Raises
@@ -69,7 +73,7 @@ class QSGD:
             for at in range(start, stop, _CHUNK):
                 part = slice(at, min(at + _CHUNK, stop))
                 codes[part] = self._quantise(flat[part], norm, rng)
-        return {self.CODES: pack(codes, self.width), self.NORMS: norms}
+        return filled({self.CODES: pack(codes, self.width), self.NORMS: norms}, into)
 
     def decode(
         self, coded: Arrays, like: Layout, sender: str, into: Arrays | None = None
@@ -141,6 +145,8 @@ class TopK:
 
     name: ClassVar[str] = "top-k"
     unbiased: ClassVar[bool] = False
+    by_tensor: ClassVar[bool] = False
+    bounded: ClassVar[bool] = False
 
     #: Names of the coded arrays; one of the latter two is there.
     VALUES, INDICES, MASK = "top-k/values", "top-k/indices", "top-k/mask"
@@ -154,15 +160,17 @@ class TopK:
         """Return how many of `size` numbers are sent: their share, rounded, and at least one."""
         return min(size, max(1, math.floor(self.keep * size + 0.5)))
 
-    def encode(self, arrays: Arrays, rng: np.random.Generator) -> dict[str, np.ndarray]:
+    def encode(
+        self, arrays: Arrays, rng: np.random.Generator, into: Arrays | None = None
+    ) -> dict[str, np.ndarray]:
         """Return the largest numbers in the order of their positions, and those positions."""
         flat = flatten(arrays)
         count = self.kept(len(flat))
         chosen = _largest(np.abs(flat), count)
         values = flat[chosen]
         if self._masked(len(flat)):
-            return {self.VALUES: values, self.MASK: np.packbits(chosen)}
-        return {self.VALUES: values, self.INDICES: np.flatnonzero(chosen).astype(np.uint32)}
+            return filled({self.VALUES: values, self.MASK: np.packbits(chosen)}, into)
+        return filled({self.VALUES: values, self.INDICES: np.flatnonzero(chosen).astype(np.uint32)}, into)
 
     def decode(
         self, coded: Arrays, like: Layout, sender: str, into: Arrays | None = None

@@ -11,7 +11,7 @@ import numpy as np
 from flwr.app import ArrayRecord
 
 from common.errors import WireError
-from common.flower.arrays import array_from_numpy, numpy_view
+from common.flower.arrays import array_from_numpy, blank_array, numpy_view
 from common.wire.half import is_finite
 from proto import espalier_pb2 as pb
 
@@ -166,7 +166,7 @@ class Weights:
     buffers : dict[str, np.ndarray]
         One 1-D array per dtype of the layout, of exactly its length.
     record : ArrayRecord or None
-        What the buffers are read-only views of, so that they can be sent on without a copy.
+        What the buffers are views of, so that they can be sent on without a copy; read-only ones, once filled.
     link : Weights or None
         The same numbers as they came over a link in a narrower form, so that they can be sent on in that form; only
         where whoever read them asked for it.
@@ -186,6 +186,13 @@ class Weights:
     def empty(cls, layout: Layout) -> Weights:
         """Return buffers of a layout, to be filled."""
         return cls(layout, {d: np.empty(n, STORED_AS[d]) for d, n in layout.lengths.items()})
+
+    @classmethod
+    def blank(cls, layout: Layout) -> Weights:
+        """Return zeros that lie in what will be sent, to be filled before :meth:`frozen`: no copy is made of them."""
+        made = {dtype: blank_array(STORED_AS[dtype], (n,)) for dtype, n in layout.lengths.items()}
+        record = ArrayRecord({dtype: array for dtype, (array, _) in made.items()})
+        return cls(layout, {dtype: numbers for dtype, (_, numbers) in made.items()}, record)
 
     @classmethod
     def fill(cls, layout: Layout, arrays: Mapping[str, np.ndarray]) -> Weights:
@@ -218,6 +225,10 @@ class Weights:
 
     def frozen(self) -> Weights:
         """Return the same numbers as read-only views of what is sent, so that they lie in memory once."""
+        if self.record is not None:
+            for buffer in self.buffers.values():
+                buffer.flags.writeable = False
+            return self
         record = self.to_record()
         return Weights(self.layout, {dtype: numpy_view(record[dtype]) for dtype in self.buffers}, record)
 

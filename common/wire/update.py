@@ -11,7 +11,7 @@ from common.errors import WireError
 from common.wire.payload import Layout, TensorSpec, Weights, fault_of
 
 if TYPE_CHECKING:
-    from common.wire.codec import Codec
+    from common.wire.codec import Arrays, Codec
 
 #: Section of the coded tensors in a reply's payload.
 CODE = "code/"
@@ -77,16 +77,30 @@ class UpdateForm:
         rng: np.random.Generator,
     ) -> Weights:
         """Return the payload alone, for a sender who need not know what its receiver reads."""
-        if not self._codec or not self.coded.tensors:
-            return Weights.fill(self.wire, arrays)
-        # One block: many small ones cost more than the numbers.
-        differences = Weights.empty(self.coded).views()
-        for name, difference in differences.items():
+        sent = Weights.blank(self.wire)
+        into = sent.views()
+        for name in self.plain.names:
+            np.copyto(into[name], arrays[name], casting="no")
+        if self._codec and self.coded.tensors:
+            code = {n.removeprefix(CODE): v for n, v in into.items() if n.startswith(CODE)}
+            self._encode(self._codec, arrays, received, rng, code)
+        return sent.frozen()
+
+    def _encode(
+        self, codec: Codec, arrays: Arrays, received: Arrays, rng: np.random.Generator, into: Arrays
+    ) -> None:
+        """Code the differences, each in the memory of the one before where that can be: it is in the cache."""
+        if not codec.by_tensor:
+            differences = Weights.empty(self.coded).views()
+            for name, difference in differences.items():
+                np.subtract(arrays[name], received[name], out=difference)
+            codec.encode(differences, rng, into)
+            return
+        block = np.empty(max(t.size for t in self.coded.tensors), np.float32)
+        for tensor in self.coded.tensors:
+            name, difference = tensor.name, block[: tensor.size].reshape(tensor.shape)
             np.subtract(arrays[name], received[name], out=difference)
-        code = self._codec.encode(differences, rng)
-        del differences
-        plain = {n: arrays[n] for n in self.plain.names}
-        return Weights.fill(self.wire, plain | {CODE + n: a for n, a in code.items()})
+            codec.encode({name: difference}, rng, {name: into[name]})
 
     def decode(
         self, payload: Weights, received: Mapping[str, np.ndarray], sender: str
