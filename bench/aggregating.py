@@ -33,8 +33,9 @@ def layout_of(size: int, tensors: int) -> Layout:
 
 def start_of(layout: Layout) -> Weights:
     """Return what a round starts from."""
-    numbers = np.random.default_rng(1).random(layout.lengths["float32"], np.float32)
-    return Weights(layout, {"float32": numbers})
+    start = Weights.blank(layout)
+    np.random.default_rng(1).random(out=start.buffers["float32"], dtype=np.float32)
+    return start.frozen()
 
 
 def peak() -> int:

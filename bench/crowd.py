@@ -1,7 +1,7 @@
 """Many clients that do not train, in one process: `python -m bench.crowd STATE COUNT HOST:PORT`.
 
-Their replies are views of one buffer, each from another place on, so that a crowd with big payloads fits a machine;
-and all of them are ready before the first is sent.
+Their replies are views of one buffer, each from another place on (but for the first 5 MiB, which hold a header), so
+that a crowd with big payloads fits a machine; and all of them are ready before the first is sent.
 """
 
 from __future__ import annotations
@@ -71,7 +71,7 @@ class Crowd:
         return Message(control.report_content(report, record, SAMPLES, 0.0), reply_to=message)
 
     def _record(self, number: int, length: int) -> ArrayRecord:
-        """Return a payload whose bytes are a view; its header is a chunk of its own."""
+        """Return a payload whose bytes are a view, but for the first chunk's."""
         with self._lock:
             if self._numbers.size != length + self._count * APART:
                 drawn = np.random.default_rng().random(length + self._count * APART, np.float32)
@@ -81,8 +81,9 @@ class Crowd:
         np.lib.format.write_array_header_1_0(head, np.lib.format.header_data_from_array_1_0(values))
         body = values.view(np.uint8).data
         size = FLWR_PRIVATE_MAX_ARRAY_CHUNK_SIZE
-        pieces = [ArrayChunk(memoryview(head.getvalue()))]
-        pieces += [ArrayChunk(body[start : start + size]) for start in range(0, len(body), size)]
+        first = size - len(head.getvalue())  # as Flower cuts an Array: the header and what fits beside it
+        pieces = [ArrayChunk(memoryview(head.getvalue() + bytes(body[:first])))]
+        pieces += [ArrayChunk(body[start : start + size]) for start in range(first, len(body), size)]
         record = ArrayRecord({DTYPE: Array(dtype=DTYPE, shape=(length,), stype=SType.NUMPY, data=b"")})
         chunks = []
         for piece in pieces:

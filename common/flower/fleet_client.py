@@ -52,12 +52,13 @@ from common.flower.homes import (
     outcome,
 )
 from common.flower.line import Line
-from common.flower.payloads import Content, Packed, tree_ids, unpack
+from common.flower.payloads import HUGE_CHUNKS, Content, Packed, count_chunks, tree_ids, unpack
 from common.flower.rooms import Rooms
 from common.run.timeouts import CALL, HEARTBEAT_CALL, PULL
 
 OBJECTS_IN_FLIGHT = 4
 CHUNKS_IN_FLIGHT = 2  # of 5 MiB; both ends hold several copies of one that is under way
+HUGE_IN_FLIGHT = 1  # of a huge reply to a server of ours, where each adds to the most that it ever holds
 
 
 @dataclass
@@ -301,7 +302,8 @@ class FleetClient:
         # What describes comes first: so the receiver knows an Array before its chunks.
         ordered = [object_id for object_id in packed.objects if object_id in wanted]
         ordered.sort(key=lambda object_id: isinstance(packed.objects[object_id], ArrayChunk))
-        self._all("PushObject", ordered, request, took, give_up_at)
+        huge = self._ours and count_chunks(packed.tree) >= HUGE_CHUNKS
+        self._all("PushObject", ordered, request, took, give_up_at, HUGE_IN_FLIGHT if huge else None)
         return bool(wanted) or answer.results[reply.metadata.message_id] == TAKEN
 
     def _all(
@@ -311,9 +313,11 @@ class FleetClient:
         request: Callable[[str], Any],
         took: Callable[[str, Any], bool],
         give_up_at: float,
+        at_once: int | None = None,
     ) -> None:
         """Call `method` for each object, a few at a time; repeat what fails for now or `took` declines."""
-        in_flight = CHUNKS_IN_FLIGHT if len(object_ids) > 2 * OBJECTS_IN_FLIGHT else OBJECTS_IN_FLIGHT
+        many = len(object_ids) > 2 * OBJECTS_IN_FLIGHT
+        in_flight = at_once or (CHUNKS_IN_FLIGHT if many else OBJECTS_IN_FLIGHT)
         waiting = deque(object_ids)
         flying: deque[tuple[str, Any, float]] = deque()
         backoff, rested_at = Backoff(first=0.01, cap=0.5), 0.0

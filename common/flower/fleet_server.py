@@ -48,13 +48,11 @@ from common.flower.framing import ObjectAnswer, ObjectPush
 from common.flower.homes import GOT_HEADER
 from common.flower.mailboxes import Mailboxes, MailState, poller_of, said
 from common.flower.payload_store import PayloadStore
-from common.flower.payloads import PayloadError, count_chunks, tree_ids
+from common.flower.payloads import BIG_CHUNKS, HUGE_CHUNKS, PayloadError, count_chunks, tree_ids
 from common.flower.uploads import Upload, Uploads
 
 UPLOADS_WAITING = 400
 REDELIVERIES = 3
-BIG_CHUNKS = 2  # more than one chunk of 5 MiB
-HUGE_CHUNKS = 13  # more than 60 MiB: a second one costs more memory than it saves time
 
 
 class Links:

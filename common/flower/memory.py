@@ -19,6 +19,8 @@ _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD, _M_MMAP_MAX, _M_ARENA_MAX = -1, -3, -4, -8
 _MADV_HUGEPAGE = 14  # Linux's mman.h
 BIG_BLOCK = 8 << 20
 KEPT = 64 << 20
+#: Bytes of a payload for which room is made first: of a smaller one what is kept does not matter beside a model.
+MUCH = 128 << 20
 _ALL = 2**31 - 1
 
 

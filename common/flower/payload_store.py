@@ -10,6 +10,7 @@ from flwr.app.message.arraychunk import ArrayChunk
 from flwr.supercore.object_store.in_memory_object_store import InMemoryObjectStore
 
 from common.flower.framing import Buffer
+from common.flower.memory import MUCH, give_back_freed
 from common.flower.payloads import Content, parts
 from common.flower.rooms import Rooms
 
@@ -24,6 +25,7 @@ class PayloadStore(InMemoryObjectStore):
     def __init__(self) -> None:
         super().__init__(verify=True)
         self._rooms = Rooms()
+        self._has_sent = False
 
     def offer(self, object_id: str, make: Callable[[], Sequence[Buffer]]) -> None:
         """Have a preregistered object made when it is asked for.
@@ -35,10 +37,14 @@ class PayloadStore(InMemoryObjectStore):
         make : callable
             Returns the pieces of its content, of the same bytes each time.
         """
+        self._keep(object_id, make)
+        self._has_sent = True
+
+    def _keep(self, object_id: str, content: Any) -> None:
         with self.lock_store:
             entry = self.store[object_id]
             if not entry.is_available:
-                entry.content, entry.is_available = cast(Any, make), True
+                entry.content, entry.is_available = content, True
 
     def pieces(self, object_id: str) -> Sequence[Buffer] | None:
         """Return an offered object's content in pieces that are no copies, None of any other object."""
@@ -67,7 +73,9 @@ class PayloadStore(InMemoryObjectStore):
         """
         if isinstance(object_content, bytes):
             super().put(object_id, object_content)
-            self._rooms.expect(object_id, object_content)
+            if self._rooms.expect(object_id, object_content) > MUCH and self._has_sent:
+                self._has_sent = False
+                give_back_freed()  # what sending took is in small pieces, and what comes is as large as a network
             return
         kind, child_ids, _ = parts(object_content)
         if kind != ArrayChunk.__qualname__ or child_ids:
@@ -77,12 +85,9 @@ class PayloadStore(InMemoryObjectStore):
             raise ValueError(f"Object ID {object_id} does not match content hash")
         kept: Any = self._rooms.take(object_id, object_content)
         if isinstance(kept, tuple):
-            self.offer(object_id, lambda: kept)
+            self._keep(object_id, lambda: kept)
             return
-        with self.lock_store:
-            entry = self.store[object_id]
-            if not entry.is_available:
-                entry.content, entry.is_available = kept, True
+        self._keep(object_id, kept)
 
     def delete(self, object_id: str) -> None:
         """Delete an object that nobody refers to, and what only it referred to; Arrays lose their rooms."""

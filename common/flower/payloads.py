@@ -25,13 +25,15 @@ from google.protobuf.message import DecodeError
 
 from common.flower.arrays import blank_bytes
 from common.flower.framing import Buffer
-from common.flower.memory import BIG_BLOCK, KEPT, give_back_freed, keeps_freed_blocks
+from common.flower.memory import BIG_BLOCK, MUCH, give_back_freed, keeps_freed_blocks
 
 # Message, RecordDict, record, Array, chunk: nothing that Flower builds is deeper.
 MAX_DEPTH = 5
 #: Equal chunks travel once, so a message may be larger than what came of it: by so much, in bytes, and so many times.
 #: (A payload of nothing but zeros is one chunk; no more than this of them is any model's.)
 MAX_REPEATED, MAX_TIMES = 2**30, 16
+#: Chunks of 5 MiB from which on an upload is a big one, and a huge one (more than 60 MiB): see `common.flower.uploads`.
+BIG_CHUNKS, HUGE_CHUNKS = 2, 13
 # A chunk's head ends long before; only an object with many children has a longer one.
 SHORT_HEAD = 256
 
@@ -252,6 +254,8 @@ class _Inflation:
         if self._room < 0:  # a few characters may name a chunk a million times
             raise ValueError("an Array repeats its chunks until no memory holds it")
         data = in_place([chunks[child] for child in order], size)
+        if size > MUCH and not keeps_freed_blocks():
+            give_back_freed()  # what the calls took that brought the chunks
         if data is None and size >= BIG_BLOCK:
             data = self._fill(size, order, chunks)
         else:
@@ -266,7 +270,7 @@ class _Inflation:
         data, room = blank_bytes(size)
         at = 0
         for place, child in enumerate(order):
-            if size > KEPT and not keeps_freed_blocks():
+            if place and size > MUCH and not keeps_freed_blocks():
                 give_back_freed()  # or the chunks' pages would stay beside the Array: a second copy
             end = at + len(chunks[child])
             room[at:end] = np.frombuffer(chunks[child], np.uint8)

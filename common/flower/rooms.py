@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import numpy as np
 from flwr.app import Array
@@ -20,12 +20,11 @@ CHUNK = FLWR_PRIVATE_MAX_ARRAY_CHUNK_SIZE
 
 @dataclass(slots=True)
 class _Room:
-    """The bytes of one Array; they are made when its first chunk comes."""
+    """The bytes of one Array, and their memory to write to."""
 
-    size: int
     chunks: list[str]
-    data: bytes = b""
-    memory: np.ndarray = field(default_factory=lambda: np.zeros(0, np.uint8))
+    data: bytes
+    memory: np.ndarray
 
 
 class Rooms:
@@ -39,27 +38,29 @@ class Rooms:
         self._rooms: dict[str, _Room] = {}
         self._places: dict[str, list[tuple[_Room, int]]] = {}
 
-    def expect(self, object_id: str, content: Content) -> None:
-        """Look at an object; the chunks of a big Array have places from now on.
+    def expect(self, object_id: str, content: Content) -> int:
+        """Look at an object; the chunks of a big Array have places from now on. Return its bytes, 0 if it is none.
 
         Its word is taken only where chunks of Flower's size add up to the size of its shape.
         """
         try:
             kind, child_ids, _, _ = head_of(content)
             if kind != Array.__qualname__:
-                return
+                return 0
             described = describe(parts(content)[2], child_ids)
             size = npy_size(described.dtype, described.shape) if described.stype == SType.NUMPY else 0
         except UNREADABLE:
-            return  # whoever puts it together says what is wrong
+            return 0  # whoever puts it together says what is wrong
         chunks = described.order
         if size < BIG_BLOCK or -(-size // CHUNK) != len(chunks) or len(set(chunks)) < len(chunks):
-            return
+            return 0
         with self._lock:
             if object_id not in self._rooms:
-                self._rooms[object_id] = room = _Room(size, chunks)
+                # Before the first chunk: that would lie where the last Array was, and leave no room there for this.
+                self._rooms[object_id] = room = _Room(chunks, *blank_bytes(size))
                 for place, chunk in enumerate(chunks):
                     self._places.setdefault(chunk, []).append((room, place))
+        return size
 
     def take(self, object_id: str, content: Buffer) -> Content:
         """Put a chunk in its places, and return where it lies from now on; any other object is returned as it is.
@@ -78,12 +79,9 @@ class Rooms:
             return content
         kept: Content = content
         for room, place in places:
-            start, end = place * CHUNK, min((place + 1) * CHUNK, room.size)
+            start, end = place * CHUNK, min((place + 1) * CHUNK, len(room.data))
             if len(body) != end - start:
                 continue
-            with self._lock:
-                if not room.data:
-                    room.data, room.memory = blank_bytes(room.size)
             room.memory[start:end] = np.frombuffer(body, np.uint8)
             kept = chunk_head(len(body)), memoryview(room.data)[start:end]
         return kept

@@ -116,6 +116,27 @@ def test_order_in_memory_does_not_matter(codec: Codec) -> None:
 
 
 @by_codec
+def test_codes_are_written_where_they_are_wanted_and_tensor_by_tensor_where_that_can_be(codec: Codec) -> None:
+    arrays = {"a": gaussian(60).reshape(6, 10), "b": gaussian(7), "c": gaussian(1)}
+    expected = codec.encode(arrays, rng())
+    room = Weights.blank(codec.layout(Layout.of(arrays)))
+    into = room.views()
+    found = codec.encode(arrays, rng(), into)
+    for name, array in expected.items():
+        np.testing.assert_array_equal(into[name], array)
+        assert found[name] is into[name]
+    # What will be sent is what was written.
+    sent = room.frozen()
+    assert sent.record is not None
+    back = Weights.from_record(sent.record, sent.layout, "x").views()
+    assert all(np.array_equal(back[n], a) for n, a in expected.items())
+    assert not any(buffer.flags.writeable for buffer in sent.buffers.values())
+    if codec.by_tensor:
+        for name, array in arrays.items():
+            np.testing.assert_array_equal(codec.encode({name: array}, rng())[name], expected[name])
+
+
+@by_codec
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
 def test_a_diverged_update_is_not_sent(codec: Codec, bad: float) -> None:
     with pytest.raises(CodecError, match=r"'conv\.w' holds a value that is not finite.*learning-rate"):

@@ -1,13 +1,18 @@
-"""What was read through Flower's views is collected soon; what was not costs no collection."""
+"""What was read through Flower's views is collected soon, what was not costs no collection; freed memory is kept."""
 
 from __future__ import annotations
 
 import gc
+import platform
+import subprocess
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from weakref import ref
 
 import numpy as np
+import pytest
 from flwr.app import ArrayRecord, Message, RecordDict
 from flwr.app.message.message import make_message
 from flwr.app.metadata import Metadata
@@ -91,3 +96,40 @@ def test_a_loop_over_replies_costs_no_collection_though_it_holds_the_last_one() 
         for reply in replies():
             assert len(reply.content.array_records) == 1  # makes the cycle
         assert found
+
+
+KEEPING = """
+import sys
+import numpy as np
+from common.flower import memory
+
+def resident():
+    return 4096 * int(open("/proc/self/statm").read().split()[1])
+
+assert not memory.keeps_freed_blocks()
+if sys.argv[1] == "keep":
+    assert memory.keep_freed_blocks() and memory.keeps_freed_blocks()
+before = resident()
+block = np.ones(40 << 20, np.uint8)
+del block
+kept = resident() - before
+memory.give_back_freed()
+print(kept >> 20, (resident() - before) >> 20)
+"""
+
+
+@pytest.mark.skipif(
+    sys.platform != "linux" or platform.libc_ver()[0] != "glibc", reason="of glibc's allocator"
+)
+@pytest.mark.parametrize(("how", "least", "most"), [("keep", 35, 45), ("let go", -5, 5)])
+def test_freed_blocks_are_kept_until_they_are_given_back(how: str, least: int, most: int) -> None:
+    said = subprocess.run(
+        [sys.executable, "-c", KEEPING, how],
+        capture_output=True,
+        text=True,
+        check=True,
+        cwd=Path(__file__).parents[2],
+    )
+    kept, left = map(int, said.stdout.split())
+    assert least <= kept <= most
+    assert left < 5
