@@ -25,7 +25,7 @@ from google.protobuf.message import DecodeError
 
 from common.flower.arrays import blank_bytes
 from common.flower.framing import Buffer
-from common.flower.memory import BIG_BLOCK, MUCH, give_back_freed, keeps_freed_blocks
+from common.flower.memory import BIG_BLOCK, KEPT, MUCH, give_back_freed, keeps_freed_blocks
 
 # Message, RecordDict, record, Array, chunk: nothing that Flower builds is deeper.
 MAX_DEPTH = 5
@@ -270,7 +270,7 @@ class _Inflation:
         data, room = blank_bytes(size)
         at = 0
         for place, child in enumerate(order):
-            if place and size > MUCH and not keeps_freed_blocks():
+            if place and size > KEPT and not keeps_freed_blocks():
                 give_back_freed()  # or the chunks' pages would stay beside the Array: a second copy
             end = at + len(chunks[child])
             room[at:end] = np.frombuffer(chunks[child], np.uint8)

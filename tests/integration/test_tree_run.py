@@ -206,13 +206,13 @@ BAD_CLIENT = textwrap.dedent(
     import numpy as np
     from client import training
     from client.app import app
+    from common.wire.payload import Weights
 
     pack = training.pack_reply
 
     def poisoned(device, plan, report, weights):
-        for buffer in weights.buffers.values():
-            buffer.fill(np.nan if buffer.dtype.kind == "f" else 0)
-        return pack(device, plan, report, weights)
+        bad = {d: np.full_like(b, np.nan if b.dtype.kind == "f" else 0) for d, b in weights.buffers.items()}
+        return pack(device, plan, report, Weights(weights.layout, bad))
 
     training.pack_reply = poisoned
     """
