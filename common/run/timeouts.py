@@ -12,7 +12,7 @@ from common.errors import ConfigError
 #: Seconds a heartbeat may take.
 HEARTBEAT_CALL = 5.0
 #: Seconds between two heartbeats.
-HEARTBEAT = 8.0
+HEARTBEAT = 9.0
 #: Seconds after a heartbeat in which Flower holds a node for connected: twice its shortest interval.
 LEASE = 20.0
 #: Seconds a call without a payload may take.
@@ -22,7 +22,7 @@ OFFLINE_GRACE = 3.0
 #: Seconds without an answered heartbeat after which a call under way waits for nobody.
 SILENCE = 25.0
 #: Seconds a server of ours holds a poll for which there is no message, and one whose caller names no deadline.
-POLL_HELD = 20.0
+POLL_HELD = 25.0
 POLL_HELD_STOCK = 1.0
 #: Seconds a poll may take.
 PULL = 30.0
