@@ -15,7 +15,6 @@ from flwr.app.metadata import Metadata
 from flwr.common.constant import PUBLIC_KEY_HEADER, Status
 from flwr.common.serde import message_from_proto
 from flwr.proto.fleet_pb2 import (
-    DESCRIPTOR,
     ActivateNodeRequest,
     ActivateNodeResponse,
     DeactivateNodeRequest,
@@ -149,24 +148,6 @@ class Links:
             self.redelivered[message_id] = times + 1
             message.metadata.delivered_at = ""
             self.mail.put(message.metadata.dst_node_id)
-
-
-class KnownMethods(grpc.ServerInterceptor):
-    """Refuses methods that Fleet does not have, before Flower's own interceptors stumble over them."""
-
-    _HEAD = "/flwr.proto.Fleet/"
-    _KNOWN = frozenset(DESCRIPTOR.services_by_name["Fleet"].methods_by_name)
-
-    def intercept_service(
-        self,
-        continuation: Callable[[grpc.HandlerCallDetails], grpc.RpcMethodHandler | None],
-        handler_call_details: grpc.HandlerCallDetails,
-    ) -> grpc.RpcMethodHandler | None:
-        """Return the handler of a call, None where there is none."""
-        head, name = handler_call_details.method.rpartition("/")[::2]
-        if head + "/" == self._HEAD and name not in self._KNOWN:
-            return None
-        return continuation(handler_call_details)
 
 
 class InlineFleetServicer(FleetServicer):

@@ -11,6 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 import grpc
 from flwr.common.config import get_fab_config, get_metadata_from_config
 from flwr.common.constant import NOOP_ACCOUNT_NAME, NOOP_FLWR_AID, SUPERLINK_NODE_ID
+from flwr.proto.fleet_pb2 import DESCRIPTOR
 from flwr.proto.node_pb2 import NodeInfo
 from flwr.server.superlink.fleet.grpc_rere.node_auth_server_interceptor import NodeAuthServerInterceptor
 from flwr.supercore.constant import NOOP_FEDERATION_ID, NodeStatus, TaskType
@@ -25,7 +26,7 @@ from grpc_health.v1.health_pb2 import HealthCheckResponse
 from grpc_health.v1.health_pb2_grpc import add_HealthServicer_to_server
 
 from common.errors import AddressError, StateError
-from common.flower.fleet_server import InlineFleetServicer, KnownMethods, Links
+from common.flower.fleet_server import InlineFleetServicer, Links
 from common.flower.framing import add_fleet
 from common.flower.inline_grid import InlineGrid
 from common.flower.memory import give_back_big_blocks
@@ -49,6 +50,24 @@ def _not_every_call(record: logging.LogRecord) -> bool:
     if "/RegisterNode][ApiError:2001]" in text or "No SuperNode found with the given public key" in text:
         return False
     return record.levelno >= logging.WARNING or not text.startswith("[Fleet.")
+
+
+class KnownMethods(grpc.ServerInterceptor):
+    """Refuses methods that Fleet does not have, before Flower's own interceptors stumble over them."""
+
+    _HEAD = "/flwr.proto.Fleet/"
+    _KNOWN = frozenset(DESCRIPTOR.services_by_name["Fleet"].methods_by_name)
+
+    def intercept_service(
+        self,
+        continuation: Callable[[grpc.HandlerCallDetails], grpc.RpcMethodHandler | None],
+        handler_call_details: grpc.HandlerCallDetails,
+    ) -> grpc.RpcMethodHandler | None:
+        """Return the handler of a call, None where there is none."""
+        head, name = handler_call_details.method.rpartition("/")[::2]
+        if head + "/" == self._HEAD and name not in self._KNOWN:
+            return None
+        return continuation(handler_call_details)
 
 
 class InlineFleet:
