@@ -56,8 +56,12 @@ class Rooms:
             return 0
         with self._lock:
             if object_id not in self._rooms:
-                # Before the first chunk: that would lie where the last Array was, and leave no room there for this.
-                self._rooms[object_id] = room = _Room(chunks, *blank_bytes(size))
+                try:
+                    # Before the first chunk: that would lie where the last Array was, and leave no room there for this.
+                    room = _Room(chunks, *blank_bytes(size))
+                except MemoryError:  # it may claim what never comes
+                    return 0
+                self._rooms[object_id] = room
                 for place, chunk in enumerate(chunks):
                     self._places.setdefault(chunk, []).append((room, place))
         return size

@@ -130,6 +130,17 @@ def test_a_chunk_of_another_size_than_its_place_stays_as_it_came() -> None:
     assert rooms.expect("b", b"no object at all") == 0
 
 
+def test_an_array_that_claims_more_than_there_is_gets_no_room(monkeypatch: pytest.MonkeyPatch) -> None:
+    def exhausted(size: int) -> tuple[bytes, np.ndarray]:
+        raise MemoryError(size)
+
+    monkeypatch.setattr("common.flower.rooms.blank_bytes", exhausted)
+    packed = packed_of(array_from_numpy(NUMBERS))
+    contents = came(Rooms(), packed)
+    assert not any(isinstance(content, tuple) for content in contents.values())
+    np.testing.assert_array_equal(numbers_in(unpack(packed.message_id, contents)), NUMBERS)
+
+
 def test_views_are_in_place_only_where_they_make_up_the_whole() -> None:
     data = bytes(range(10))
     view = memoryview(data)
