@@ -325,6 +325,7 @@ class TreeGrid(Grid):
         if now_ - max(one.progress_at, one.doubted_at) < UPLOAD_DOUBT:
             return False
         one.doubted_at = now_
+        one.missing.reverse()  # a stock node sends chunks first, and so shows that it goes on
         gone = one.sent.metadata.dst_node_id not in set(self._grid.get_node_ids())
         return gone or now_ - one.progress_at > CLOUD_UPLOAD_STALL
 

@@ -1,4 +1,4 @@
-"""Gets the memory of big payloads back at once, so that the footprint of a busy process is what it holds."""
+"""What becomes of the memory of big payloads: given back at once, or used again until a process has nothing to do."""
 
 from __future__ import annotations
 
@@ -41,10 +41,10 @@ def give_back_big_blocks() -> bool:
 def keep_freed_blocks() -> bool:
     """Have the process use freed blocks of any size again, until :func:`give_back_freed`; return whether it does so.
 
-    By default glibc maps every block of a network's size anew, and the system must find and clear each of its pages: of
-    a client's processor time without training that was three quarters. It is for a process that works in bursts and
-    gives back what it does not need when it has nothing to do; its footprint in a burst is the same.
-    Elsewhere than on glibc nothing is changed.
+    By default glibc maps every block of a network's size anew, and the system must find and clear each of its pages.
+    It is for a process that works in bursts and gives back what it does not need when it has nothing to do. What it
+    holds at most may be more, where freed blocks lie between others and are too small for the next. Elsewhere than on
+    glibc nothing is changed.
     """
     return _tune(((_M_MMAP_MAX, 0), (_M_TRIM_THRESHOLD, _ALL), (_M_ARENA_MAX, 1)))
 

@@ -37,7 +37,6 @@ BIG_CHUNKS, HUGE_CHUNKS = 2, 13
 # A chunk's head ends long before; only an object with many children has a longer one.
 SHORT_HEAD = 256
 
-
 #: An object in one piece, or a chunk's head and its bytes.
 Content: TypeAlias = Buffer | tuple[bytes, memoryview]
 #: What reading an object raises that is none.
@@ -231,9 +230,8 @@ class _Inflation:
             held = self._join(body, child_ids)
         else:
             children = {child: self.inflate(child, depth + 1) for child in child_ids}
-            whole = (
-                b"".join(content) if isinstance(content, tuple) else bytes(content)
-            )  # no copy of what is bytes
+            # No copy of what is bytes.
+            whole = b"".join(content) if isinstance(content, tuple) else bytes(content)
             held = cls.inflate(whole, children=children)
         if self._verified and isinstance(held, ArrayRecord):
             _keep_ids(held, object_id, json.loads(bytes(body)))

@@ -116,6 +116,38 @@ def test_a_reply_that_is_gone_or_stands_still_becomes_an_error(monkeypatch: pyte
     assert link.freed == [link.reply_id]
 
 
+def test_a_node_that_sends_chunks_first_is_not_taken_for_one_that_stands_still(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A stock one does; what describes is asked for first, and comes last."""
+    grid, link, one = reply_of(4_000_000)
+    chunks = {i for i in link.order if link.there[i].startswith(b"ArrayChunk")}
+    one.missing.sort(key=chunks.__contains__)  # as a reply is announced
+    link.late = set(link.order) - chunks
+    assert grid._fetch(one) is None
+    assert not one.contents
+    monkeypatch.setattr(cloud_grid, "UPLOAD_DOUBT", 0.0)
+    assert grid._fetch(one) is None  # nothing moved: the other end of the list is next
+    began = one.progress_at
+    assert grid._fetch(one) is None
+    assert one.progress_at > began
+    assert one.contents.keys() & chunks
+    link.late = set()
+    while (reply := grid._fetch(one)) is None:
+        pass
+    assert reply.has_content()
+
+
+def test_a_chunk_that_is_no_object_makes_a_refused_reply_and_no_fault_of_the_cloud() -> None:
+    grid, link, one = reply_of(4_000_000)
+    chunks = {i for i in link.order if link.there[i].startswith(b"ArrayChunk")}
+    one.missing.sort(key=chunks.__contains__)
+    link.there[one.missing[-1]] = b"ArrayChunk  9\0short"
+    while (reply := grid._fetch(one)) is None:
+        pass
+    assert "its reply is refused" in str(reply.error.reason)
+
+
 def test_an_answer_about_the_nodes_is_good_for_a_moment() -> None:
     grid, link, _ = reply_of(10)
     for _ in range(5):
