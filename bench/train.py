@@ -3,17 +3,21 @@
 All sides train the same network on as many images with the same optimiser, turn about in one process, in an order
 that is reversed from turn to turn. A ratio is the median over the turns of that within a turn: what slows a
 machine down for a minute slows both sides of it.
+
+With ``--variants`` our client also trains the network with its weights in channels_last order, and compiled by
+torch.compile: what either gains, and after how many steps compiling has paid.
 """
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import statistics
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from bench.report import Outcome, Target, parser, show
 
@@ -26,29 +30,39 @@ if TYPE_CHECKING:
 
 ABOUT = "Images a second of a client's local training, against a plain PyTorch loop, dense and pruned"
 RATIO = 0.2
+_VARIANTS = (CHANNELS_LAST, COMPILED) = ("channels_last", "compiled")
 
 
 @dataclass(frozen=True)
 class Case:
-    """A network to train, for how many steps a turn, and how many turns (even: each order equally often)."""
+    """A network to train, for how many steps a turn, and how many turns (even: each order equally often).
+
+    With how many threads of torch, too; 0 is its own choice.
+    """
 
     model: str
     shape: tuple[int, int, int]
     batch: int
     steps: int
     turns: int
+    threads: int = 0
 
     @property
     def label(self) -> str:
         """Name in the table."""
-        return f"{self.model}, {self.shape[0]} x {self.shape[1]} x {self.shape[2]}, batches of {self.batch}"
+        size = " x ".join(map(str, self.shape))
+        return f"{self.model}, {size}, batches of {self.batch}" + (
+            ", one thread" if self.threads == 1 else ""
+        )
 
 
 CASES = {
     "cpu": [
+        # The demonstration's four clients have a thread each on a machine of up to seven cores.
+        Case("unet-tiny", (1, 8, 8), 32, 12, 24, threads=1),
         Case("unet-tiny", (1, 8, 8), 32, 12, 24),
-        Case("unet-small", (1, 28, 28), 16, 8, 6),
-        Case("unet-paper", (3, 32, 32), 8, 6, 6),
+        Case("unet-small", (1, 28, 28), 16, 4, 12),
+        Case("unet-paper", (3, 32, 32), 8, 3, 12),
         Case("cnn", (1, 28, 28), 32, 100, 24),
     ],
     "cuda": [
@@ -60,12 +74,22 @@ CASES = {
 TINY = [Case("unet-tiny", (1, 8, 8), 8, 2, 1)]
 
 
-def measure(cases: list[Case], device: str) -> Outcome:
-    """Train every case on a device, ours and plain, dense and (U-Nets) pruned."""
+@dataclass(frozen=True)
+class Seconds:
+    """Wall and processor seconds of every turn of every side, and the wall seconds of a compiled network's first."""
+
+    wall: Mapping[str, Sequence[float]]
+    processor: Mapping[str, Sequence[float]]
+    first: float | None = None
+
+
+def measure(cases: Sequence[Case], device: str, *, variants: bool = False) -> Outcome:
+    """Train every case on a device, ours and plain, dense and (U-Nets) pruned, and in variants if asked for."""
     outcome = Outcome()
     for case in cases:
-        diffusion = case.model.startswith("unet")
-        wall, processor = _seconds(case, device)
+        with torch_threads(case.threads):
+            took = _seconds(case, device, variants)
+        wall = took.wall
         rates = {n: case.batch * case.steps / statistics.median(taken) for n, taken in wall.items()}
         loop = over(wall["client"], wall["loop"])
         row: dict[str, Any] = {
@@ -74,21 +98,44 @@ def measure(cases: list[Case], device: str) -> Outcome:
             "client_images_s": rates["client"],
             "loop_images_s": rates["loop"],
             "client_over_loop": loop,
-            "same_by_cpu_s": over(processor["client"], processor["loop"]),
+            "same_by_cpu_s": over(took.processor["client"], took.processor["loop"]),
         }
         outcome.targets.append(Target.at_least(f"{case.label}: client over plain loop", loop, 0.97))
-        if diffusion:
+        if "pruned" in wall:
             pruned = over(wall["pruned"], wall["client"])
             row |= {"pruned_images_s": rates["pruned"], "pruned_over_dense": pruned}
             outcome.targets.append(
                 Target.at_least(f"{case.label}: pruned at {RATIO} over dense", pruned, 1.4)
             )
+        row |= {f"{name}_over_client": over(wall[name], wall["client"]) for name in wall if name in _VARIANTS}
+        if took.first is not None:
+            row |= compiling(case, took)
         outcome.rows.append(row)
     outcome.notes.append(
         "one turn of each after the other, the order reversed from turn to turn; ratios are medians of those "
         "within a turn; pruned: our client on both sides"
     )
     return outcome
+
+
+def compiling(case: Case, took: Seconds) -> dict[str, float | None]:
+    """Return what compiling takes, and after how many steps it has paid (None: never)."""
+    usual, compiled = (statistics.median(took.wall[name]) for name in ("client", COMPILED))
+    spent, saved = (took.first or 0.0) - compiled, (usual - compiled) / case.steps
+    return {"compile_s": spent, "compile_pays_after_steps": spent / saved if saved > 0 else None}
+
+
+@contextlib.contextmanager
+def torch_threads(count: int) -> Iterator[None]:
+    """Let torch compute with so many threads (0: as it does) and give it back its own."""
+    import torch
+
+    own = torch.get_num_threads()
+    torch.set_num_threads(count or own)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(own)
 
 
 def over(seconds: Sequence[float], others: Sequence[float]) -> float:
@@ -131,8 +178,8 @@ def take_turns(
     return wall, processor
 
 
-def _seconds(case: Case, device: str) -> tuple[dict[str, list[float]], dict[str, list[float]]]:
-    """Return the wall and processor seconds of every turn of every way to train a case."""
+def _seconds(case: Case, device: str, variants: bool) -> Seconds:
+    """Train a case in every way."""
     import torch
 
     from common.learning.tasks import base_objective
@@ -144,21 +191,24 @@ def _seconds(case: Case, device: str) -> tuple[dict[str, list[float]], dict[str,
     )
     data = _images(case)
     dense = initial_model(settings, case.shape, classes=len(data.classes))
-    networks: dict[str, nn.Module] = {"client": dense, "loop": copy.deepcopy(dense)}
+    plain = PlainLoop(copy.deepcopy(dense), base_objective(settings), data, settings, torch.device(device))
+    networks: dict[str, nn.Module] = {"client": dense}
     if case.model.startswith("unet"):
-        from common.models.pruning import prune as pruned
+        from common.models.pruning import prune
 
-        networks["pruned"] = pruned(dense, RATIO)
-    plain = PlainLoop(networks["loop"], base_objective(settings), data, settings, torch.device(device))
-    turns: dict[str, Callable[[int], None]] = {
-        "loop": plain.turn,
-        **{
-            name: Client(network, data, settings, device).turn
-            for name, network in networks.items()
-            if name != "loop"
-        },
-    }
-    return take_turns(turns, case.turns, lambda: _wait(device))
+        networks["pruned"] = prune(dense, RATIO)
+    if variants:
+        other: Any = copy.deepcopy(dense)
+        networks[CHANNELS_LAST] = other.to(memory_format=torch.channels_last)
+        networks[COMPILED] = cast("nn.Module", torch.compile(copy.deepcopy(dense)))
+    clients = {name: Client(network, data, settings, device) for name, network in networks.items()}
+    first = None
+    if variants:
+        began = time.perf_counter()
+        clients[COMPILED].turn(0)
+        first = time.perf_counter() - began
+    turns = {"loop": plain.turn, **{name: client.turn for name, client in clients.items()}}
+    return Seconds(*take_turns(turns, case.turns, lambda: _wait(device)), first)
 
 
 class Client:
@@ -250,13 +300,12 @@ def main() -> int:
     made = parser("train", ABOUT)
     made.add_argument("--device", default="cpu", help="cpu or cuda")
     made.add_argument("--threads", type=int, default=0, help="threads of torch on a CPU; 0: its own choice")
+    made.add_argument("--variants", action="store_true", help="also channels_last and torch.compile")
     arguments = made.parse_args()
-    if arguments.threads:
-        import torch
-
-        torch.set_num_threads(arguments.threads)
     cases = TINY if arguments.tiny else CASES[arguments.device.partition(":")[0]]
-    return show("train", ABOUT, measure(cases, arguments.device), arguments)
+    with torch_threads(arguments.threads):
+        outcome = measure(cases, arguments.device, variants=arguments.variants)
+    return show("train", ABOUT, outcome, arguments)
 
 
 if __name__ == "__main__":

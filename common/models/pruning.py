@@ -16,6 +16,7 @@ import torch
 from torch import nn
 
 from common.errors import ConfigError
+from common.models.attention import attend_as_diffusers, attend_to_pixels
 from common.models.unet_family import heads, settle_widths
 
 #: Keeps 5 * (1 - 0.8) from being 0.9999…, which would be cut down to no channel at all.
@@ -62,6 +63,7 @@ def prune(model: nn.Module, ratio: float, *, example_size: int | None = None) ->
         "sample": torch.zeros(1, pruned.config.in_channels, size, size),
         "timestep": torch.zeros(1, dtype=torch.long),
     }
+    attend_as_diffusers(pruned)
     per_layer = _heads_of_projections(pruned)
     with torch.enable_grad():
         # The dictionaries are given because the constructor's defaults are shared between its calls.
@@ -80,6 +82,7 @@ def prune(model: nn.Module, ratio: float, *, example_size: int | None = None) ->
         )
         pruner.step()
     settle_widths(pruned, heads(pruned))
+    attend_to_pixels(pruned)
     pruned.zero_grad(set_to_none=True)
     return cast(nn.Module, pruned.train())
 

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from common.diffusers_shim import import_diffusers
 from common.errors import ConfigError
+from common.models.attention import attend_to_pixels
 
 if TYPE_CHECKING:
     from diffusers import UNet2DModel
@@ -117,7 +118,9 @@ def unet(preset: str, channels: int, size: int) -> UNet2DModel:
         raise ConfigError(
             f"model: {preset} needs an image size that is a multiple of {chosen.multiple}, not {size}{advice}"
         )
-    return network_class()(**chosen.config(channels, size)).train()
+    network = network_class()(**chosen.config(channels, size))
+    attend_to_pixels(network)
+    return network.train()
 
 
 def network_class() -> type[UNet2DModel]:

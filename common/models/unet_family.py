@@ -11,6 +11,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor, nn
 
 from common.diffusers_shim import import_diffusers
+from common.models.attention import attend_to_pixels
 from common.models.checks import prove, validated
 
 _DownBlock = Literal["DownBlock2D", "AttnDownBlock2D"]
@@ -83,7 +84,9 @@ def construct(arguments: dict[str, Any]) -> nn.Module:
     if len(levels) > 1:
         raise ValueError("the unet's down blocks, up blocks and widths are not equally many")
     values = {k: tuple(v) if isinstance(v, list) else v for k, v in checked.model_dump().items()}
-    return cast(nn.Module, import_diffusers().UNet2DModel(**values))
+    network = cast(nn.Module, import_diffusers().UNet2DModel(**values))
+    attend_to_pixels(network)
+    return network
 
 
 def heads(model: nn.Module) -> dict[str, int]:

@@ -23,6 +23,7 @@ from common.learning.private import PrivateGradients, train_private
 from common.learning.proximal import Proximal
 from common.learning.trainer import train_local
 from common.learning.variates import ControlVariates
+from common.models.attention import attend_as_diffusers
 from common.privacy import Mechanism, epsilon_of, mechanism_of, noise_for, noise_of, update_mechanism
 from common.run.config import RunConfig
 from tests.unit.terms import Images, local_round, moved, network
@@ -71,7 +72,7 @@ def test_each_images_gradient_is_clipped_before_the_sum(name: str, loss: Callabl
 
 
 def test_opacus_own_rule_for_convolutions_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Behind attention it returns zeros; where a later version mends that, this test says so."""
+    """Behind diffusers' own attention it returns zeros; where a later version mends that, this test says so."""
     own = opacus.grad_sample.GradSampleModule
     monkeypatch.setattr(
         opacus.grad_sample,
@@ -79,6 +80,7 @@ def test_opacus_own_rule_for_convolutions_is_caught(monkeypatch: pytest.MonkeyPa
         lambda *args, force_functorch, **more: own(*args, force_functorch=False, **more),
     )
     model, data = network("unet-tiny").train(), Images(3)
+    attend_as_diffusers(model)
     made = PrivateGradients(model, trained(model), HUGE, 3, 0.0, Generator())
     with pytest.raises(TrainingError, match="do not add up"):
         made.add(denoised(model, data.images, torch.from_numpy(data.labels)), 3)
