@@ -33,7 +33,7 @@ def test_a_ratio_is_taken_within_turns() -> None:
 
 def test_compiling_pays_once_the_steps_have_saved_what_it_took() -> None:
     """Turns of 4 steps: 0.5 s a step, compiled 0.4 s; a first turn of 31.6 s is 30 s of compiling."""
-    case = Case("unet-tiny", (1, 8, 8), 8, steps=4, turns=2)
+    case = Case("unet-tiny", (1, 8, 8), 8, steps=4, turns=2, starts=1)
     took = Seconds({"client": [2.0, 2.0], COMPILED: [1.6, 1.6]}, {}, first=31.6)
     assert compiling(case, took) == pytest.approx({"compile_s": 30.0, "compile_pays_after_steps": 300.0})
     slower = Seconds({"client": [1.6, 1.6], COMPILED: [1.6, 1.6]}, {}, first=31.6)
