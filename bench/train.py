@@ -4,8 +4,9 @@ All sides train the same network on as many images with the same optimiser, turn
 that is reversed from turn to turn. A ratio is the median over the turns of that within a turn: what slows a
 machine down for a minute slows both sides of it.
 
-With ``--variants`` our client also trains the network with its weights in channels_last order, and compiled by
-torch.compile: what either gains, and after how many steps compiling has paid.
+With ``--variants`` our client also trains the network with its weights in channels_last order, compiled by
+torch.compile, and (U-Nets) with diffusers' own attention: what each gains, and after how many steps compiling has
+paid.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ if TYPE_CHECKING:
 
 ABOUT = "Images a second of a client's local training, against a plain PyTorch loop, dense and pruned"
 RATIO = 0.2
-_VARIANTS = (CHANNELS_LAST, COMPILED) = ("channels_last", "compiled")
+_VARIANTS = (CHANNELS_LAST, COMPILED, PLAIN_ATTENTION) = ("channels_last", "compiled", "diffusers_attention")
 
 
 @dataclass(frozen=True)
@@ -219,6 +220,10 @@ def _sides(case: Case, device: str, variants: bool) -> dict[str, Callable[[int],
         from common.models.pruning import prune
 
         networks["pruned"] = prune(dense, RATIO)
+        if variants:
+            from common.models.attention import attend_as_diffusers
+
+            attend_as_diffusers(networks.setdefault(PLAIN_ATTENTION, copy.deepcopy(dense)))
     if variants:
         other: Any = copy.deepcopy(dense)
         networks[CHANNELS_LAST] = other.to(memory_format=torch.channels_last)
@@ -317,7 +322,9 @@ def main() -> int:
     made.add_argument("--device", default="cpu", help="cpu or cuda")
     made.add_argument("--threads", type=int, default=0, help="threads of torch on a CPU; 0: its own choice")
     made.add_argument("--model", help="only the cases of this network")
-    made.add_argument("--variants", action="store_true", help="also channels_last and torch.compile")
+    made.add_argument(
+        "--variants", action="store_true", help="also channels_last, torch.compile, diffusers' attention"
+    )
     arguments = made.parse_args()
     cases = TINY if arguments.tiny else CASES[arguments.device.partition(":")[0]]
     if arguments.model and not (cases := [case for case in cases if case.model == arguments.model]):
