@@ -188,7 +188,7 @@ def _seconds(case: Case, device: str, variants: bool) -> Seconds:
     processor: dict[str, list[float]] = {}
     first = None
     for _ in range(1 if variants else case.starts):
-        turns = _sides(case, device, variants)
+        turns = sides(case, device, variants)
         if variants:
             began = time.perf_counter()
             turns[COMPILED](0)
@@ -201,7 +201,7 @@ def _seconds(case: Case, device: str, variants: bool) -> Seconds:
     return Seconds(wall, processor, first)
 
 
-def _sides(case: Case, device: str, variants: bool) -> dict[str, Callable[[int], None]]:
+def sides(case: Case, device: str, variants: bool) -> dict[str, Callable[[int], None]]:
     """Build every side's network and return what trains it for a turn."""
     import torch
 
@@ -223,7 +223,8 @@ def _sides(case: Case, device: str, variants: bool) -> dict[str, Callable[[int],
         if variants:
             from common.models.attention import attend_as_diffusers
 
-            attend_as_diffusers(networks.setdefault(PLAIN_ATTENTION, copy.deepcopy(dense)))
+            networks[PLAIN_ATTENTION] = copy.deepcopy(dense)
+            attend_as_diffusers(networks[PLAIN_ATTENTION])
     if variants:
         other: Any = copy.deepcopy(dense)
         networks[CHANNELS_LAST] = other.to(memory_format=torch.channels_last)

@@ -59,9 +59,9 @@ def initial_model(
 def import_ahead(settings: RunConfig) -> None:
     """Import what the run's model will be built with, where that takes long: for a U-Net seconds."""
     if task_of(settings.model) == "diffusion":
-        from common.models.unet import network_class
+        from common.diffusers_shim import import_diffusers
 
-        network_class()
+        import_diffusers()
 
 
 def feature_width(settings: RunConfig, image_shape: tuple[int, int, int], classes: int) -> int:

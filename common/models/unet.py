@@ -6,9 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from common.diffusers_shim import import_diffusers
 from common.errors import ConfigError
-from common.models.attention import attend_to_pixels
+from common.models.unet_family import assemble
 
 if TYPE_CHECKING:
     from diffusers import UNet2DModel
@@ -118,12 +117,4 @@ def unet(preset: str, channels: int, size: int) -> UNet2DModel:
         raise ConfigError(
             f"model: {preset} needs an image size that is a multiple of {chosen.multiple}, not {size}{advice}"
         )
-    network = network_class()(**chosen.config(channels, size))
-    attend_to_pixels(network)
-    return network.train()
-
-
-def network_class() -> type[UNet2DModel]:
-    """Import diffusers' U-Net, which takes seconds in a fresh process."""
-    network: type[UNet2DModel] = import_diffusers().UNet2DModel
-    return network
+    return assemble(chosen.config(channels, size)).train()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Mapping
-from typing import Annotated, Any, Literal, cast
+from typing import TYPE_CHECKING, Annotated, Any, Literal, cast
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field
@@ -13,6 +13,9 @@ from torch import Tensor, nn
 from common.diffusers_shim import import_diffusers
 from common.models.attention import attend_to_pixels
 from common.models.checks import prove, validated
+
+if TYPE_CHECKING:
+    from diffusers import UNet2DModel
 
 _DownBlock = Literal["DownBlock2D", "AttnDownBlock2D"]
 _UpBlock = Literal["UpBlock2D", "AttnUpBlock2D"]
@@ -84,7 +87,12 @@ def construct(arguments: dict[str, Any]) -> nn.Module:
     if len(levels) > 1:
         raise ValueError("the unet's down blocks, up blocks and widths are not equally many")
     values = {k: tuple(v) if isinstance(v, list) else v for k, v in checked.model_dump().items()}
-    network = cast(nn.Module, import_diffusers().UNet2DModel(**values))
+    return cast(nn.Module, assemble(values))
+
+
+def assemble(arguments: dict[str, Any]) -> UNet2DModel:
+    """Build a UNet2DModel from arguments that are known to be right; its attention is ours."""
+    network: UNet2DModel = import_diffusers().UNet2DModel(**arguments)
     attend_to_pixels(network)
     return network
 

@@ -7,6 +7,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+from bench.train import CHANNELS_LAST, COMPILED, PLAIN_ATTENTION, TINY, sides
+
 
 def test_train() -> None:
     command = [sys.executable, "-m", "bench.train", "--tiny", "--json"]
@@ -17,3 +19,12 @@ def test_train() -> None:
     assert row["network"] == "unet-tiny, 1 x 8 x 8, batches of 8"
     assert min(row["client_images_s"], row["loop_images_s"], row["pruned_images_s"]) > 0
     assert [target["limit"] for target in result["targets"]] == [0.97, 1.4]
+
+
+def test_variants_train_but_for_compiling() -> None:
+    """Compiling takes a C++ compiler and a minute, so its side is made here and not run."""
+    made = sides(TINY[0], "cpu", variants=True)
+    assert list(made) == ["loop", "client", "pruned", PLAIN_ATTENTION, CHANNELS_LAST, COMPILED]
+    for name, turn in made.items():
+        if name != COMPILED:
+            turn(0)

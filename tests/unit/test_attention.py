@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from common.diffusers_shim import import_diffusers
+from common.models import unet_family
 from common.models.architecture import build, describe
 from common.models.attention import PixelAttention, attend_as_diffusers
 from common.models.pruning import prune
@@ -83,6 +84,29 @@ def test_every_network_has_the_gradients_it_has_with_diffusers_attention(preset:
     images = torch.randn(2, 1, size, size)
     for own, theirs in zip(gradients(model, images), gradients(other, images), strict=True):
         torch.testing.assert_close(own, theirs, rtol=1e-3, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    "further",
+    [
+        {"resnet_time_scale_shift": "scale_shift"},
+        {"attn_norm_num_groups": 4},
+        {"mid_block_scale_factor": 2.0},
+        {"add_attention": False},
+        {"mid_block_type": None},
+    ],
+)
+def test_so_has_every_network_that_a_description_may_hold(further: dict[str, Any]) -> None:
+    """A middle block with scale_shift has an attention without a norm."""
+    torch.manual_seed(2)
+    arguments = unet_family.config(unet("unet-tiny", 1, 8)) | further
+    model = unet_family.construct(arguments)
+    other = copy.deepcopy(model)
+    attend_as_diffusers(other)
+    images = torch.randn(2, 1, 8, 8)
+    for own, theirs in zip(gradients(model, images), gradients(other, images), strict=True):
+        torch.testing.assert_close(own, theirs, rtol=1e-3, atol=1e-6)
+    assert processors(build(describe(model))) <= {PixelAttention}
 
 
 def processors(model: nn.Module) -> set[type]:
