@@ -28,7 +28,7 @@ lint: setup
 
 # One worker a core and one thread a worker; integration tests start processes of their own and stay in a row.
 unit: setup
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto tests/unit
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto tests/unit tests/repo
 
 integration: setup
 	$(BIN)/python -m pytest tests/integration
@@ -62,7 +62,7 @@ bench: setup
 	for name in $(BENCHES); do $(BIN)/python -m bench.$$name --out runs/bench || exit 1; done
 
 proto: setup
-	$(BIN)/python -m proto.generate
+	$(BIN)/python -m espalier_proto.generate
 
 clean:
 	rm -rf $(VENV) build *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis

@@ -19,7 +19,7 @@ import numpy as np
 
 from bench.report import Outcome, Row, Target, run
 from bench.stock import environment, running, wait_until
-from common.accumulate import add_scaled
+from espalier.methods.accumulate import add_scaled
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

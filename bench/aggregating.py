@@ -18,9 +18,9 @@ from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Message, MetricR
 from flwr.supercore.task_identity import TaskIdentity
 
 from bench.waiting import wait_until
-from common.wire import control
-from common.wire.payload import Layout, TensorSpec, Weights
-from proto import espalier_pb2 as pb
+from espalier.wire import control
+from espalier.wire.payload import Layout, TensorSpec, Weights
+from espalier_proto import espalier_pb2 as pb
 
 #: Seconds an edge waits for its clients and its round.
 PATIENCE = 600.0
@@ -52,10 +52,10 @@ def forget_peak() -> int:
 
 def edge(state: Path, clients: int, size: int, tensors: int) -> dict[str, Any]:
     """Serve one round as `espalier edge` does, without the link to a cloud."""
-    from common.flower.inline import InlineFleet
-    from common.flower.local import LocalCloud
-    from common.run.config import RunConfig
-    from edge.app import EdgeApp
+    from espalier.config.run_config import RunConfig
+    from espalier.flower.local import LocalCloud
+    from espalier_edge.app import EdgeApp
+    from espalier_edge.fleet.server import InlineFleet
 
     TaskIdentity.task_id, TaskIdentity.run_id, TaskIdentity.node_id = 1, 1, 1
     fleet = InlineFleet("127.0.0.1:0")

@@ -17,8 +17,8 @@ from typing import TYPE_CHECKING
 from bench.comparison import EPOCHS, WINDOW, Entry, Measured, Settings
 from bench.diffusion import colour, compare, number
 from bench.report import Outcome, Row, Target, parser, show
-from common.errors import EspalierError
-from common.run.ledger import CLIENT_EDGE, EDGE_CLOUD
+from espalier.errors import EspalierError
+from espalier.wire.traffic import CLIENT_EDGE, EDGE_CLOUD
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -17,10 +17,10 @@ from pathlib import Path
 from statistics import mean, stdev
 from typing import TYPE_CHECKING, Any
 
-from common.run.record import RunRecord
+from espalier_server.records.record import RunRecord
 
 if TYPE_CHECKING:
-    from server.run import TreeRun
+    from espalier_server.run import TreeRun
 
 #: Images that MNIST and digits have to train on.
 TRAIN_IMAGES = {"mnist": 60_000, "fashion-mnist": 60_000, "digits": 1_437}
@@ -180,7 +180,7 @@ def run_cell(cell: Cell, look: Callable[[TreeRun], None] | None = None) -> Measu
     import torch
 
     from bench.local_tree import LocalClient, LocalTree
-    from common.errors import EspalierError
+    from espalier.errors import EspalierError
 
     torch.set_num_threads(1)
     reach = tuple(range(cell.setup.edges))
@@ -221,8 +221,8 @@ def _node_configs(cell: Cell) -> list[dict[str, Any]]:
     specs = cell.specs()
     if not cell.devices:
         return [{} for _ in specs]
-    from common.data.spec import open_data
-    from common.methods.levels import parse_levels
+    from espalier.data.spec import open_data
+    from espalier.methods.levels import parse_levels
 
     levels = parse_levels(str(cell.settings["levels"]))
     sizes = [len(open_data(spec)) for spec in specs]
@@ -308,7 +308,7 @@ def _variables(root: Path) -> dict[str, str]:
 
 def _begin() -> None:
     """Prepare a worker: it plays many clients, so whole data sets stay open."""
-    from common.data.spec import sharing_sources
+    from espalier.data.spec import sharing_sources
 
     # Once it is there, divisions are drawn in this process instead of one of their own each.
     with contextlib.suppress(ImportError):

@@ -14,11 +14,11 @@ import numpy as np
 from PIL import Image
 
 from bench.local_tree import LocalClient, LocalTree
-from common.errors import EspalierError
-from common.run.config import FlatValue
-from common.run.events import EVENTS_FILE
-from common.run.ledger import LINKS
-from common.run.record import Evaluation, RunRecord
+from espalier.config.run_config import FlatValue
+from espalier.errors import EspalierError
+from espalier.wire.traffic import LINKS
+from espalier_server.records.events import EVENTS_FILE
+from espalier_server.records.record import Evaluation, RunRecord
 
 #: Local epochs of the paper's baselines, and FedPhD's edge rounds in a window.
 EPOCHS = WINDOW = 5

@@ -18,11 +18,11 @@ from flwr.app import Array, ArrayRecord, Context, Message, RecordDict
 from flwr.app.message.arraychunk import ArrayChunk
 from flwr.common.constant import FLWR_PRIVATE_MAX_ARRAY_CHUNK_SIZE, SType
 
-from common.flower.payloads import chunk_head
-from common.flower.resident import Home, ResidentNode
-from common.wire import control
-from common.wire.hello import device_facts
-from proto import espalier_pb2 as pb
+from espalier.flower.payloads import chunk_head
+from espalier.flower.resident import Home, ResidentNode
+from espalier.wire import control
+from espalier.wire.hello import device_facts
+from espalier_proto import espalier_pb2 as pb
 
 #: Numbers between the beginnings of two clients' views, in the buffer of their process.
 APART = 1024

@@ -26,9 +26,9 @@ from bench.comparison import (
     Settings,
 )
 from bench.report import Outcome, Row, Target, parser, show
-from common.errors import ConfigError, EspalierError
-from common.run.config import FlatValue
-from common.run.ledger import CLIENT_EDGE, EDGE_CLOUD
+from espalier.config.run_config import FlatValue
+from espalier.errors import ConfigError, EspalierError
+from espalier.wire.traffic import CLIENT_EDGE, EDGE_CLOUD
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -86,7 +86,7 @@ def methods(families: str, generators: Generators) -> dict[str, Values]:
 
 def of_one_length(families: str) -> str:
     """Return the models of a family whose features are as long as one another's, as FedProto needs them."""
-    from common.models.families import family_models
+    from espalier.models.families import family_models
 
     models = family_models(families)
     wide = [model for model in models if model not in NARROW]
@@ -152,10 +152,10 @@ def make_generators(
     """
     import torch
 
-    from common.data.spec import open_data
-    from common.generators.gan import INDEX, save_gan
-    from common.generators.networks import GanConfig, StyleGenerator, native_size
-    from common.generators.pretrain import pretrain, sample_grid
+    from espalier.data.spec import open_data
+    from espalier.generators.gan import INDEX, save_gan
+    from espalier.generators.networks import GanConfig, StyleGenerator, native_size
+    from espalier_server.generators.pretrain import pretrain, sample_grid
 
     made = Generators(folder.resolve() / data, folder.resolve() / f"{data}-untrained")
     images = open_data(data, root=root)

@@ -74,8 +74,8 @@ def run_paper(
     import torch
 
     from bench.local_tree import LocalClient, LocalTree
-    from common.data.spec import sharing_sources
-    from common.models import presets
+    from espalier.data.spec import sharing_sources
+    from espalier.models import presets
 
     torch.set_num_threads(1)
     shares = TRAIN_IMAGES[data] // IMAGES or DEVICES

@@ -7,11 +7,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
-from client.app import app as client_app
-from common.flower.local import LocalCloud, LocalFleet, LocalGrid, LocalNode, client_node
-from common.run.config import RunConfig
-from edge.app import EdgeApp
-from server.run import TreeRun
+from espalier.config.run_config import RunConfig
+from espalier.flower.local import LocalCloud, LocalFleet, LocalGrid, LocalNode, client_node
+from espalier_client.app import app as client_app
+from espalier_edge.app import EdgeApp
+from espalier_server.run import TreeRun
 
 
 @dataclass(frozen=True)

@@ -15,12 +15,12 @@ import psutil
 from bench.report import Outcome, Target, run
 from bench.scale import MB, edge_processes
 from bench.stock import SuperLink, app_bundle, environment, running, serverapp_grid, superlink, wait_until
-from common.flower.cloud_grid import TreeGrid
-from common.flower.inline import InlineFleet
-from common.monitor.node_status import connected_homes
-from common.run.config import RunConfig
-from common.run.processes import espalier_command, espalier_env
-from server.run import TreeRun
+from espalier.config.run_config import RunConfig
+from espalier.monitor.node_status import connected_homes
+from espalier.processes.supervise import espalier_command, espalier_env
+from espalier_edge.fleet.server import InlineFleet
+from espalier_server.run import TreeRun
+from espalier_server.superlink.grid import TreeGrid
 
 ABOUT = "Memory of clients of the digits demonstration, idle and training: processes, and replicas in one"
 SETTINGS = {"method": "fedphd", "rounds": 2, "rg": 1, "batch-size": 16, "prune-at": 1}

@@ -19,7 +19,7 @@ from bench.claims import Claim, Values, row
 from bench.question import draw_curve
 from bench.regimes import CLAIMS
 from bench.report import Outcome, parser, show
-from common.methods.registry import METHODS
+from espalier.methods.registry import METHODS
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -18,24 +18,24 @@ import numpy as np
 from flwr.app import ConfigRecord, Context, Message, RecordDict
 from google.protobuf.struct_pb2 import Struct
 
-from client.device import Device
-from client.replicas import AT_ONCE, LINES, Replicas
-from client.reply import pack_reply
-from common.flower.crew import Crew
-from common.flower.memory import keep_freed_blocks
-from common.flower.resident import Home, ResidentNode
-from common.methods.registry import create_method
-from common.methods.views import buffers_of
-from common.run.config import RunConfig
-from common.run.stopping import stop_on_signals
-from common.seeds import rng_for
-from common.wire import control
-from common.wire.codec import Codec, create_codec
-from common.wire.hello import device_facts
-from common.wire.payload import Weights
-from common.wire.sent import read_sent
-from common.wire.update import UpdateForm
-from proto import espalier_pb2 as pb
+from espalier.config.run_config import RunConfig
+from espalier.flower.memory import keep_freed_blocks
+from espalier.flower.node_resources import Crew
+from espalier.flower.resident import Home, ResidentNode
+from espalier.methods.registry import create_method
+from espalier.methods.views import buffers_of
+from espalier.processes.signals import stop_on_signals
+from espalier.seeds import rng_for
+from espalier.wire import control
+from espalier.wire.codec import Codec, create_codec
+from espalier.wire.hello import device_facts
+from espalier.wire.payload import Weights
+from espalier.wire.sent import read_sent
+from espalier.wire.update import UpdateForm
+from espalier_client.device import Device
+from espalier_client.replicas import AT_ONCE, LINES, Replicas
+from espalier_client.reply import pack_reply
+from espalier_proto import espalier_pb2 as pb
 
 #: What every client says it holds: one image of digits' shape, of the first of its classes.
 SHAPE, CLASSES = (1, 8, 8), tuple("0123456789")

@@ -19,9 +19,9 @@ from flwr.serverapp import Grid
 from bench.report import Outcome, Row, Target, run
 from bench.rounds import DEADLINE, client, one_tensor, plan_of, random_weights, setup, unet_layout
 from bench.stock import app_bundle, serverapp_grid, superlink, supernode, wait_until
-from common.flower.cloud_grid import TreeGrid
-from common.wire import control
-from common.wire.payload import Layout, Weights
+from espalier.wire import control
+from espalier.wire.payload import Layout, Weights
+from espalier_server.superlink.grid import TreeGrid
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -21,9 +21,9 @@ from bench.report import Outcome, Target, run
 from bench.rounds import one_tensor, random_weights, unet_layout
 from bench.scale import rounds, tree
 from bench.stream import streamed
-from common.flower.payloads import pack, tree_ids, unpack
-from common.run.config import FlatValue
-from common.wire.payload import Layout
+from espalier.config.run_config import FlatValue
+from espalier.flower.payloads import pack, tree_ids, unpack
+from espalier.wire.payload import Layout
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -42,9 +42,9 @@ def measure(tiny: bool) -> Outcome:
     """Prune at every ratio of the table; with `tiny` the 8-pixel preset at 0.2 only."""
     import torch
 
-    from common.models.cost import macs_and_params
-    from common.models.pruning import prune
-    from common.models.unet import unet
+    from espalier.models.pruning import prune
+    from espalier.models.unet import unet
+    from espalier_server.evaluation.cost import macs_and_params
 
     torch.manual_seed(0)
     preset, channels, size = ("unet-tiny", 1, 8) if tiny else ("unet-paper", 3, 32)
@@ -116,9 +116,9 @@ def through_the_wire(model: nn.Module) -> dict[str, float | int]:
     """
     import torch
 
-    from common.models.architecture import describe
-    from common.models.arrays import model_arrays
-    from common.wire.payload import Weights
+    from espalier.models.architecture import describe
+    from espalier.models.arrays import model_arrays
+    from espalier.wire.payload import Weights
 
     network = cast(Any, model).eval()
     shape = (4, network.config.in_channels, network.config.sample_size, network.config.sample_size)
@@ -155,11 +155,11 @@ def receive(folder: Path) -> None:
     import torch
     from flwr.app import Array, ArrayRecord
 
-    from common.models.architecture import build_with
-    from common.models.arrays import to_tensor
-    from common.models.unet import unet
-    from common.wire.payload import STORED_AS, Layout, Weights
-    from proto import espalier_pb2 as pb
+    from espalier.models.architecture import build_with
+    from espalier.models.arrays import to_tensor
+    from espalier.models.unet import unet
+    from espalier.wire.payload import STORED_AS, Layout, Weights
+    from espalier_proto import espalier_pb2 as pb
 
     unet("unet-tiny", 1, 8)  # the libraries' import is not part of the time
     started = time.perf_counter()

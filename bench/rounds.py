@@ -22,12 +22,12 @@ from flwr.app import ArrayRecord, Message
 from google.protobuf.struct_pb2 import Struct
 
 from bench.stock import environment, running, wait_until
-from common.flower.inline import InlineFleet, InlineGrid
-from common.flower.payloads import content_id
-from common.wire import control
-from common.wire.payload import Layout, TensorSpec, Weights
-from common.wire.signature import check
-from proto import espalier_pb2 as pb
+from espalier.flower.payloads import content_id
+from espalier.wire import control
+from espalier.wire.payload import Layout, TensorSpec, Weights
+from espalier.wire.signature import check
+from espalier_edge.fleet.server import InlineFleet, InlineGrid
+from espalier_proto import espalier_pb2 as pb
 
 DEADLINE = 300.0
 ROOT = Path(__file__).parents[1]
@@ -208,7 +208,7 @@ def unet_layout(size: int | None = None, dtype: str = "float32") -> Layout:
     """
     import torch
 
-    from common.models.unet import unet
+    from espalier.models.unet import unet
 
     with torch.device("meta"):
         shapes = {name: tuple(t.shape) for name, t in unet("unet-paper", 3, 32).state_dict().items()}
@@ -221,10 +221,10 @@ def unet_layout(size: int | None = None, dtype: str = "float32") -> Layout:
 
 def trained_network(model: str, **flat: Any) -> Trained:
     """Return a network of a preset for the digits, and the settings to train it with."""
-    from common.methods.registry import create_method
-    from common.models.architecture import describe
-    from common.models.arrays import model_arrays
-    from common.run.config import RunConfig
+    from espalier.config.run_config import RunConfig
+    from espalier.methods.registry import create_method
+    from espalier.models.architecture import describe
+    from espalier.models.arrays import model_arrays
 
     settings = RunConfig.from_flat({"method": "fedavg", "model": model, **flat})
     network = create_method(settings).initial((1, 8, 8), 10)

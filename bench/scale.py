@@ -20,12 +20,12 @@ from flwr.app import Message, RecordDict
 from bench.numeric import WAKE
 from bench.report import Outcome, Row, Target, run
 from bench.stock import SuperLink, app_bundle, environment, running, serverapp_grid, superlink, wait_until
-from common.flower.cloud_grid import TreeGrid
-from common.flower.inline import InlineFleet
-from common.run.config import FlatValue, RunConfig
-from common.run.processes import espalier_command, espalier_env
-from server.run import TreeRun
-from server.snapshot import Snapshot
+from espalier.config.run_config import FlatValue, RunConfig
+from espalier.processes.supervise import espalier_command, espalier_env
+from espalier_edge.fleet.server import InlineFleet
+from espalier_server.records.snapshot import Snapshot
+from espalier_server.run import TreeRun
+from espalier_server.superlink.grid import TreeGrid
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

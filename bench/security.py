@@ -19,7 +19,7 @@ from bench.report import Outcome, Row, Target, run
 from bench.rounds import Round, Trained, random_weights, setup, trained_network, unet_layout
 
 if TYPE_CHECKING:
-    from common.wire.payload import Weights
+    from espalier.wire.payload import Weights
 
 ABOUT = "What TLS and signatures add to an edge round of two clients"
 CLIENTS = 2

@@ -8,13 +8,13 @@ from pathlib import Path
 
 from flwr.app import Context, Message
 
-from common.flower.node_state import load_key
-from common.flower.payloads import content_id
-from common.flower.resident import Home, ResidentNode
-from common.wire import control
-from common.wire.payload import Weights
-from common.wire.signature import sign, statement_of
-from proto import espalier_pb2 as pb
+from espalier.flower.node_state import load_key
+from espalier.flower.payloads import content_id
+from espalier.flower.resident import Home, ResidentNode
+from espalier.wire import control
+from espalier.wire.payload import Weights
+from espalier.wire.signature import sign, statement_of
+from espalier_proto import espalier_pb2 as pb
 
 
 def answer(message: Message, context: Context) -> Message:
@@ -40,7 +40,7 @@ def answer(message: Message, context: Context) -> Message:
 
 def train(message: Message, context: Context) -> Message:
     """Answer with Espalier's own app: train on the digits, and sign, as a client does that has the plan's name."""
-    from client.app import app
+    from espalier_client.app import app
 
     name = f"client-{context.node_id}"
     context.node_config = {**context.node_config, "name": name, "data": "digits:0/2", "device": "cpu"}

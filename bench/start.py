@@ -16,13 +16,17 @@ import psutil
 
 from bench.report import Outcome, Row, Target, run
 from bench.stock import environment, running, wait_until
-from common.flower.inline import InlineFleet
-from common.run.processes import espalier_command, espalier_env
+from espalier.processes.supervise import espalier_command, espalier_env
+from espalier_edge.fleet.server import InlineFleet
 
 ABOUT = "Seconds from a command to what it is for"
 LIMIT_SECONDS = 300.0
 TRAINED = re.compile(r"round 1: trained (\d+\.\d) s")
-TIERS = {"espalier edge": "edge.service", "torch alone": "torch", "espalier client": "client.app"}
+TIERS = {
+    "espalier edge": "espalier_edge.service",
+    "torch alone": "torch",
+    "espalier client": "espalier_client.app",
+}
 
 
 def imports(module: str) -> float:

@@ -26,8 +26,8 @@ if TYPE_CHECKING:
     import torch
     from torch import nn
 
-    from common.data.imageset import ImageSet
-    from common.run.config import RunConfig
+    from espalier.config.run_config import RunConfig
+    from espalier.data.imageset import ImageSet
 
 ABOUT = "Images a second of a client's local training, against a plain PyTorch loop, dense and pruned"
 RATIO = 0.2
@@ -205,9 +205,9 @@ def sides(case: Case, device: str, variants: bool) -> dict[str, Callable[[int], 
     """Build every side's network and return what trains it for a turn."""
     import torch
 
-    from common.learning.tasks import base_objective
-    from common.models.initial import initial_model
-    from common.run.config import RunConfig
+    from espalier.config.run_config import RunConfig
+    from espalier.models.initial import initial_model
+    from espalier.tasks.base import base_objective
 
     settings = RunConfig.from_flat(
         {"model": case.model, "method": "fedavg", "batch-size": case.batch, "local-steps": case.steps}
@@ -217,11 +217,11 @@ def sides(case: Case, device: str, variants: bool) -> dict[str, Callable[[int], 
     plain = PlainLoop(copy.deepcopy(dense), base_objective(settings), data, settings, torch.device(device))
     networks: dict[str, nn.Module] = {"client": dense}
     if case.model.startswith("unet"):
-        from common.models.pruning import prune
+        from espalier.models.pruning import prune
 
         networks["pruned"] = prune(dense, RATIO)
         if variants:
-            from common.models.attention import attend_as_diffusers
+            from espalier.models.attention import attend_as_diffusers
 
             networks[PLAIN_ATTENTION] = copy.deepcopy(dense)
             attend_as_diffusers(networks[PLAIN_ATTENTION])
@@ -242,9 +242,9 @@ class Client:
 
     def turn(self, number: int) -> None:
         """Train one round."""
-        from common.learning.objectives import LocalRound
-        from common.learning.tasks import base_objective
-        from common.learning.trainer import train_local
+        from espalier.tasks.base import base_objective
+        from espalier.training.objectives import LocalRound
+        from espalier.training.trainer import train_local
 
         local = LocalRound(settings=self._settings, round=number + 1, state=self._state, own_state=True)
         objective = base_objective(self._settings)
@@ -260,7 +260,7 @@ class PlainLoop:
         import numpy as np
         import torch
 
-        from common.learning.optimizers import RATES
+        from espalier.training.optimizers import RATES
 
         self._network, self._objective, self._settings = network.to(device).train(), objective, settings
         self._device = device
@@ -278,7 +278,7 @@ class PlainLoop:
         import torch
         from torch import nn
 
-        from common.learning.objectives import LocalRound
+        from espalier.training.objectives import LocalRound
 
         self._objective.begin(self._network, LocalRound(settings=self._settings, round=number + 1))
         generator = torch.Generator(device=self._device).manual_seed(number)
@@ -302,7 +302,7 @@ def _images(case: Case) -> ImageSet:
     import numpy as np
     import torch
 
-    from common.data.imageset import TensorImages
+    from espalier.data.imageset import TensorImages
 
     draw = np.random.default_rng(0)
     count = case.batch * case.steps

@@ -20,9 +20,9 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor, nn
 
-    from common.data.imageset import ImageSet
-    from common.generators.base import Generator
-    from server.run import TreeRun
+    from espalier.data.imageset import ImageSet
+    from espalier.generators.base import Generator
+    from espalier_server.run import TreeRun
 
 SHOTS = 2
 #: Rows by label: settings beside those of FedKTL's cells.
@@ -102,8 +102,8 @@ class Ablation:
 
 def measure(setup: Setup, generators: Generators, more: Values, root: Path, judge_steps: int) -> Ablation:
     """Run every variant with every seed; `more` are further settings of all."""
-    from common.data.spec import open_data
-    from common.generators.base import open_generator
+    from espalier.data.spec import open_data
+    from espalier.generators.base import open_generator
 
     base = cloud_edge_cells(setup, generators, more, [SHOTS])
     data = open_data(setup.data, root=root)
@@ -121,7 +121,7 @@ def measure(setup: Setup, generators: Generators, more: Values, root: Path, judg
                     found.pairs[label] += last_pairs(run, generator, judge)
 
                 opened = RealImages(generator, data, cell.seed) if label == ORACLE else generator
-                with patch("common.generators.base.open_generator", return_value=opened):
+                with patch("espalier.generators.base.open_generator", return_value=opened):
                     found.runs[label].append(run_cell(own, look))
     return found
 
@@ -130,7 +130,7 @@ def last_pairs(run: TreeRun, generator: Generator, judge: nn.Module) -> list[Pai
     """Return what a run's last pairs were like; nothing where there were none."""
     import torch
 
-    from common.wire import pairs as wire
+    from espalier.wire import pairs as wire
 
     assert run.state is not None
     arrays = run.state.tensors
@@ -159,8 +159,8 @@ def train_judge(data: ImageSet, test: ImageSet, steps: int) -> tuple[nn.Module, 
     import torch
     from torch.nn import functional
 
-    from common.models.initial import initial_model
-    from common.run.config import RunConfig
+    from espalier.config.run_config import RunConfig
+    from espalier.models.initial import initial_model
 
     settings = RunConfig.from_flat({"method": "fedavg", "model": "cnn", "seed": 0})
     network = initial_model(settings, data.shape, len(data.classes)).train()

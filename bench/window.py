@@ -16,8 +16,8 @@ from typing import TYPE_CHECKING, Any
 import psutil
 
 from bench.report import Outcome, Target, run
-from common.run.events import EVENTS_FILE, read_from
-from common.run.processes import espalier_command, espalier_env
+from espalier.processes.supervise import espalier_command, espalier_env
+from espalier_server.records.events import EVENTS_FILE, read_from
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

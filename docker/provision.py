@@ -13,8 +13,8 @@ import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
-from common.certificates import facts
-from common.commands import certs, members
+from espalier.commands import certs, members
+from espalier.security.certificates import facts
 
 TIERS = Path("/tiers")
 RENEW_DAYS = 30.0

@@ -5,10 +5,10 @@ from __future__ import annotations
 import math
 from pathlib import Path
 
-from common.run.checkpoint import Checkpoints
-from common.run.events import EVENTS_FILE, read_events
-from common.run.record import RunRecord
-from server.snapshot import Snapshot
+from espalier_server.records.checkpoint import Checkpoints
+from espalier_server.records.events import EVENTS_FILE, read_events
+from espalier_server.records.record import RunRecord
+from espalier_server.records.snapshot import Snapshot
 from tests.chaos.cluster import ended
 from tests.chaos.schedules import SETTINGS, WINDOWS, Conductor
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, get_args
 
-from common.run.events import EVENTS_FILE, read_events
+from espalier_server.records.events import EVENTS_FILE, read_events
 from tests.chaos.cluster import Cluster, ended
 from tests.chaos.proxy import Mode, Proxy
 

@@ -20,8 +20,8 @@ from typing import Any
 
 import psutil
 
-from common.run.events import EVENTS_FILE, read_from
-from common.run.record import RunRecord
+from espalier_server.records.events import EVENTS_FILE, read_from
+from espalier_server.records.record import RunRecord
 from tests.chaos.cluster import Cluster, ended
 
 SETTINGS: dict[str, bool | int | float | str] = {

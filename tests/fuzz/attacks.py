@@ -17,8 +17,8 @@ from flwr.proto.fab_pb2 import GetFabRequest
 from flwr.proto.node_pb2 import Node
 from google.protobuf.message import Message as Proto
 
-from common.flower.early import attach
-from proto import monitor_pb2 as mpb
+from espalier.flower.inline_objects import attach
+from espalier_proto import monitor_pb2 as mpb
 from tests.fuzz.mutate import mutate_bytes, mutate_proto
 
 #: Seconds in which a port has to answer, or hang up.

@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from common.errors import EspalierError
+from espalier.errors import EspalierError
 
 #: Seconds of processor time, seconds of the clock (for what waits: a busy machine is no fault of a decoder) and bytes
 #: that one message may take.

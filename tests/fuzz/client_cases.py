@@ -8,19 +8,19 @@ from typing import Any, cast
 import numpy as np
 from flwr.app import ConfigRecord, Message, RecordDict
 
-from client.app import app as client_app
-from client.inquiry import answer
-from client.training import read_task
-from common.models.architecture import build
-from common.models.initial import initial_model
-from common.run.config import RunConfig
-from common.wire import control
-from proto import espalier_pb2 as pb
+from espalier.config.run_config import RunConfig
+from espalier.models.architecture import build
+from espalier.models.initial import initial_model
+from espalier.wire import control
+from espalier_client.app import app as client_app
+from espalier_client.inquiry import answer
+from espalier_client.training import read_task
+from espalier_proto import espalier_pb2 as pb
 from tests.fuzz.campaign import Case
 from tests.fuzz.mutate import mutate_proto
 from tests.fuzz.mutate_arrays import mutate_content
 from tests.fuzz.recorded import finite
-from tests.unit.calls import call, device
+from tests.support.calls import call, device
 
 
 def plan_case(name: str, **settings: Any) -> Case:
@@ -94,7 +94,7 @@ def side_case() -> Case:
 
 
 def architecture_case(name: str, shape: tuple[int, int, int], **settings: Any) -> Case:
-    from common.models.architecture import describe
+    from espalier.models.architecture import describe
 
     spec = describe(initial_model(RunConfig.from_flat(settings), shape, 10))
 

@@ -12,19 +12,19 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
 from google.protobuf.message import Message as Proto
 
-from common.errors import WireError
-from common.flower.arrays import array_from_numpy, numpy_view, payload_bytes
-from common.flower.payloads import PayloadError, content_id, pack, unpack
-from common.flower.run_info import parse_run_record
-from common.keys import canonical
-from common.names import check_name, is_name
-from common.wire import control
-from common.wire.hello import check_client_hello
-from common.wire.payload import Weights
-from common.wire.signature import check, sign, statement_of, verify
-from edge.relay import relay
-from proto import espalier_pb2 as pb
-from proto import monitor_pb2 as mpb
+from espalier.errors import WireError
+from espalier.flower.arrays import array_from_numpy, numpy_view, payload_bytes
+from espalier.flower.payloads import PayloadError, content_id, pack, unpack
+from espalier.flower.run_info import parse_run_record
+from espalier.names import check_name, is_name
+from espalier.security.keys import canonical
+from espalier.wire import control
+from espalier.wire.hello import check_client_hello
+from espalier.wire.payload import Weights
+from espalier.wire.signature import check, sign, statement_of, verify
+from espalier_edge.relay import relay
+from espalier_proto import espalier_pb2 as pb
+from espalier_proto import monitor_pb2 as mpb
 from tests.fuzz.campaign import Case
 from tests.fuzz.examples import HELLO, KEY, MODEL, PUBLIC, STATUS, wire
 from tests.fuzz.mutate import mutate_bytes, mutate_proto
@@ -294,8 +294,8 @@ def equal_replies_case() -> Case:
 def monitor_case() -> Case:
     from rich.console import Console
 
-    from common.monitor.ask import as_dict
-    from common.monitor.text import exit_status, render, troubles
+    from espalier.monitor.ask import as_dict
+    from espalier.monitor.text import exit_status, render, troubles
 
     def mutant(rng: Random) -> mpb.TreeStatus:
         return cast(mpb.TreeStatus, mutate_proto(STATUS, rng))

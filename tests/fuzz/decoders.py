@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from proto import espalier_pb2 as pb
+from espalier_proto import espalier_pb2 as pb
 from tests.fuzz.campaign import Case
 from tests.fuzz.client_cases import architecture_case, inquiry_case, plan_case, side_case
 from tests.fuzz.control_cases import (

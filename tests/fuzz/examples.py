@@ -8,10 +8,10 @@ from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
 from flwr.app import ArrayRecord, Message, RecordDict
 from google.protobuf.message import Message as Proto
 
-from common.wire import control
-from common.wire.payload import STORED_AS, Layout
-from proto import espalier_pb2 as pb
-from proto import monitor_pb2 as mpb
+from espalier.wire import control
+from espalier.wire.payload import STORED_AS, Layout
+from espalier_proto import espalier_pb2 as pb
+from espalier_proto import monitor_pb2 as mpb
 
 RNG = np.random.default_rng(3)
 KEY = ec.generate_private_key(ec.SECP256R1())

@@ -8,19 +8,19 @@ from typing import Any, cast
 import numpy as np
 from flwr.app import Message, RecordDict
 
-from common.flower.arrays import array_from_numpy, numpy_view
-from common.run.config import RunConfig
-from common.run.settings import Settings
-from common.wire import control
-from common.wire.bitpack import pack as pack_bits
-from common.wire.bitpack import unpack as unpack_bits
-from common.wire.class_table import ClassTable, given_arrays, given_table, merge
-from common.wire.codec import create_codec
-from common.wire.pairs import Pairs
-from common.wire.payload import STORED_AS, Layout, Weights
-from common.wire.sent import SentForm, read_sent
-from common.wire.update import UpdateForm
-from proto import espalier_pb2 as pb
+from espalier.config.run_config import RunConfig
+from espalier.config.settings import Settings
+from espalier.flower.arrays import array_from_numpy, numpy_view
+from espalier.wire import control
+from espalier.wire.bitpack import pack as pack_bits
+from espalier.wire.bitpack import unpack as unpack_bits
+from espalier.wire.class_table import ClassTable, given_arrays, given_table, merge
+from espalier.wire.codec import create_codec
+from espalier.wire.pairs import Pairs
+from espalier.wire.payload import STORED_AS, Layout, Weights
+from espalier.wire.sent import SentForm, read_sent
+from espalier.wire.update import UpdateForm
+from espalier_proto import espalier_pb2 as pb
 from tests.fuzz.campaign import Case
 from tests.fuzz.examples import LAYOUT, MODEL, RNG, content_of, fits
 from tests.fuzz.mutate import mutate_bytes, mutate_proto

@@ -10,20 +10,20 @@ from typing import Any, cast
 from unittest import mock
 
 import numpy as np
+from bench.local_tree import LocalClient, LocalTree
 from flwr.app import ConfigRecord, Message, RecordDict
 from google.protobuf.struct_pb2 import Value
 
-from bench.local_tree import LocalClient, LocalTree
-from common.methods.base import CloudState
-from common.wire import control
-from common.wire.payload import Weights
-from edge.roster import Known, Roster
-from edge.rounds import EdgeProgress, EdgeWindow
-from proto import espalier_pb2 as pb
-from server.exchange import Exchange
-from server.inquiries import put
-from server.outcome import WindowOutcome
-from server.strategy import WindowStrategy
+from espalier.methods.base import CloudState
+from espalier.wire import control
+from espalier.wire.payload import Weights
+from espalier_edge.roster import Known, Roster
+from espalier_edge.rounds import EdgeProgress, EdgeWindow
+from espalier_proto import espalier_pb2 as pb
+from espalier_server.exchange import Exchange
+from espalier_server.inquiries import put
+from espalier_server.outcome import WindowOutcome
+from espalier_server.strategy import WindowStrategy
 
 CLIENTS = 3
 
@@ -275,7 +275,7 @@ def record(folder: Path, **settings: Any) -> Recording:
     with (
         mock.patch.object(EdgeWindow, "run", run),
         mock.patch.object(WindowStrategy, "collect", collected),
-        mock.patch("server.inquiries.put", asked),
+        mock.patch("espalier_server.inquiries.put", asked),
     ):
         tree.run("fuzz", whole)
     return found

@@ -7,19 +7,18 @@ import os
 import sys
 from collections import Counter
 from collections.abc import Iterator
-from pathlib import Path
 from types import FrameType
 from typing import Any
 
 import pytest
 
-from common.wire import control
+from espalier.wire import control
 from tests.fuzz.campaign import Case, Tally, throw
 from tests.fuzz.decoders import client_cases, tree_cases, wire_cases
 from tests.fuzz.recorded import Recording, record
 from tests.fuzz.tree_cases import RUNS
+from tests.support.paths import ROOT
 
-ROOT = Path(__file__).resolve().parents[2]
 #: How many messages in all; the ports' tests take a tenth of them.
 COUNT = int(os.environ.get("FUZZ") or 600)
 SEED = int(os.environ.get("FUZZ_SEED") or 1)

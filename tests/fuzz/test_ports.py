@@ -18,16 +18,16 @@ from flwr.app import ConfigRecord, Message, RecordDict
 from grpc_health.v1.health_pb2 import HealthCheckRequest
 from grpc_health.v1.health_pb2_grpc import HealthStub
 
-from common.flower.payloads import content_id
-from common.wire import control
-from proto import espalier_pb2 as pb
-from server.run import TreeRun
+from espalier.flower.payloads import content_id
+from espalier.wire import control
+from espalier_proto import espalier_pb2 as pb
+from espalier_server.run import TreeRun
 from tests.fuzz.attacks import Attacker, monitor_requests, requests
 from tests.fuzz.mutate_arrays import mutate_content
-from tests.integration.flower_helpers import fleet, online
-from tests.support import free_port, running, superlink, wait_until
-from tests.tree import LiveTree, espalier, process_environment, start_client, start_edge
-from tests.unit.calls import call, device
+from tests.support.calls import call, device
+from tests.support.flower_helpers import fleet, online
+from tests.support.processes import free_port, running, superlink, wait_until
+from tests.support.tree import LiveTree, espalier, process_environment, start_client, start_edge
 
 #: Messages at ports: a tenth of all.
 COUNT = int(os.environ.get("FUZZ") or 600) // 10

@@ -9,11 +9,11 @@ from typing import Any, cast
 import numpy as np
 from flwr.app import ConfigRecord, Message, RecordDict
 
-from common.errors import WireError
-from common.wire import control
-from common.wire.payload import Weights
-from edge.rounds import EdgeProgress, EdgeWindow
-from proto import espalier_pb2 as pb
+from espalier.errors import WireError
+from espalier.wire import control
+from espalier.wire.payload import Weights
+from espalier_edge.rounds import EdgeProgress, EdgeWindow
+from espalier_proto import espalier_pb2 as pb
 from tests.fuzz.campaign import Case
 from tests.fuzz.examples import wire
 from tests.fuzz.mutate import mutate_bytes, mutate_proto

@@ -5,13 +5,11 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
-
 from bench.bytes import Point, common_distance, reached, saved
 
-ROOT = Path(__file__).parents[2]
+from tests.support.paths import ROOT
 
 
 def test_bytes_are_counted_up_to_the_distance_that_all_reach() -> None:

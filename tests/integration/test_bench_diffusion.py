@@ -12,7 +12,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-ROOT = Path(__file__).parents[2]
+from tests.support.paths import ROOT
+
 METHODS = [
     "FedAvg E=1",
     "FedAvg E=5",

@@ -9,18 +9,18 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-
 from bench.cells import Measured, Point, Setup
 from bench.claims import accuracies
 from bench.exchanges import FAMILY, REGIMES, SHOTS, Generators, cloud_edge_cells, of_one_length, table_cells
 from bench.faug import HIDDEN, PAPERS, PARAMETERS, ROUNDS, WIDTHS, PaperRun, targets
 from bench.knowledge import LABELS, edge_targets, main
 from bench.transfer import CLIPPED, MU0, ORACLE, VARIANTS, RealImages
-from common.data.spec import open_data
-from common.generators.base import open_generator
-from common.models.classifiers import CNN, CNNArguments
-from common.run.config import RunConfig
-from tests.generators import random_gan
+
+from espalier.config.run_config import RunConfig
+from espalier.data.spec import open_data
+from espalier.generators.base import open_generator
+from espalier.models.classifiers import CNN, CNNArguments
+from tests.support.generators import random_gan
 
 
 def test_it_runs_and_keeps_its_generators(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -6,13 +6,13 @@ import json
 from pathlib import Path
 
 import pytest
-
 from bench import question
 from bench.cells import Cell, Measured, Point, Setup, run_cells
 from bench.claims import Variant, fewer_rounds, mean_rounds
 from bench.methods import main, methods, table_cells
 from bench.regimes import CLAIMS
-from common.run.config import RunConfig
+
+from espalier.config.run_config import RunConfig
 
 LINKS = [f"{link}_{way}_kb" for link in ("client_edge", "edge_cloud") for way in ("up", "down")]
 

@@ -5,14 +5,15 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-from pathlib import Path
 
 from bench.train import CHANNELS_LAST, COMPILED, PLAIN_ATTENTION, TINY, sides
+
+from tests.support.paths import ROOT
 
 
 def test_train() -> None:
     command = [sys.executable, "-m", "bench.train", "--tiny", "--json"]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parents[2], timeout=200)
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=200)
     assert done.returncode == 0, done.stderr
     result = json.loads(done.stdout)
     [row] = result["rows"]

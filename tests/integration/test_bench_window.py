@@ -5,14 +5,15 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
+
+from tests.support.paths import ROOT
 
 
 def test_the_parts_of_a_window_add_up() -> None:
     command = [sys.executable, "-m", "bench.window", "--tiny", "--json"]
-    root = Path(__file__).parents[2]
+    root = ROOT
     done = subprocess.run(command, capture_output=True, text=True, cwd=root, timeout=300)
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout)

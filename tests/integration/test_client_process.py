@@ -8,15 +8,15 @@ from pathlib import Path
 
 import psutil
 import pytest
+from bench.stock import SuperLink, wait_until
 from flwr.app import ConfigRecord
 
-from bench.stock import SuperLink, wait_until
-from common.data.spec import open_data
-from common.flower.inline import InlineFleet
-from common.flower.node_state import load_key
-from common.names import NameRegistry
-from edge.roster import Roster
-from tests.tree import LiveTree, espalier, live_tree, process_environment, start_client
+from espalier.data.spec import open_data
+from espalier.flower.node_state import load_key
+from espalier.names import NameRegistry
+from espalier_edge.fleet.server import InlineFleet
+from espalier_edge.roster import Roster
+from tests.support.tree import LiveTree, espalier, live_tree, process_environment, start_client
 
 MB = 1 << 20
 
@@ -83,7 +83,7 @@ def test_replicas_take_part_as_many_clients(tmp_path: Path) -> None:
         (["--data", "./no-such-folder"], "no-such-folder"),
         (["--data", "digits", "--edge", "nonsense"], "nonsense"),
         (["--data", "digits", "--edge", "192.0.2.7:9093"], "--insecure"),
-        (["--app", "client.app:app"], "rename yours"),
+        (["--app", "espalier_client.app:app"], "rename yours"),
         (["--data", "digits", "--replicas", "2", "--key", "k"], "--replicas goes without"),
         (["--data", "digits:1/4", "--replicas", "4"], "need 5 shares, not 4"),
         (["--app", "no_such_module:app"], "no_such_module"),

@@ -12,10 +12,10 @@ from pathlib import Path
 import psutil
 import pytest
 
-from common.run.clouds import CLOUD_FILE
-from common.run.events import read_events
-from common.run.processes import ROOT, espalier_command, espalier_env, free_ports
-from tests.support import wait_until
+from espalier.processes.supervise import ROOT, espalier_command, espalier_env, free_ports
+from espalier_server.records.events import read_events
+from espalier_server.superlink.clouds import CLOUD_FILE
+from tests.support.processes import wait_until
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="looks at processes as Linux shows them")
 

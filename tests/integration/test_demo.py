@@ -10,9 +10,9 @@ from pathlib import Path
 
 import psutil
 import pytest
-
 from bench.stock import wait_until
-from tests.tree import espalier, process_environment
+
+from tests.support.tree import espalier, process_environment
 
 
 def test_the_bench_of_the_demonstration(capsys: pytest.CaptureFixture[str]) -> None:

@@ -22,16 +22,16 @@ from flwr.supercore.primitives.asymmetric import private_key_to_bytes, public_ke
 from grpc_health.v1.health_pb2 import HealthCheckRequest, HealthCheckResponse
 from grpc_health.v1.health_pb2_grpc import HealthStub
 
-from common.errors import AddressError, StateError
-from common.flower import fleet_client
-from common.flower.arrays import numpy_view
-from common.flower.early import MOST, early_objects
-from common.flower.fleet_client import FleetClient, Pulled
-from common.flower.homes import HomeRefused, HomeUnavailable
-from common.flower.inline import InlineFleet
-from common.flower.line import Line
-from common.flower.resident import RUN_RECORD, Home, ResidentNode
-from tests.integration.flower_helpers import (
+from espalier.errors import AddressError, StateError
+from espalier.flower import fleet_client
+from espalier.flower.arrays import numpy_view
+from espalier.flower.fleet_client import FleetClient, Pulled
+from espalier.flower.inline_objects import MOST, early_objects
+from espalier.flower.resident import RUN_RECORD, Home, ResidentNode
+from espalier.flower.signed_channel import Line
+from espalier.flower.upstreams import HomeRefused, HomeUnavailable
+from espalier_edge.fleet.server import InlineFleet
+from tests.support.flower_helpers import (
     empty,
     fleet,
     instruct,
@@ -40,8 +40,8 @@ from tests.integration.flower_helpers import (
     resident_process,
     weights,
 )
-from tests.integration.resident_process import app
-from tests.support import free_port, wait_until
+from tests.support.processes import free_port, wait_until
+from tests.support.resident_process import app
 
 
 def address(server: InlineFleet) -> str:

@@ -12,9 +12,10 @@ from typing import Any
 import psutil
 from flwr.app import ConfigRecord, Message, RecordDict
 
-from common.flower.cloud_grid import TreeGrid
-from tests.integration.flower_helpers import resident_process, weights
-from tests.support import app_bundle, environment, running, serverapp_grid, superlink, wait_until
+from espalier_server.superlink.grid import TreeGrid
+from tests.support.flower_helpers import resident_process, weights
+from tests.support.paths import ROOT
+from tests.support.processes import app_bundle, environment, running, serverapp_grid, superlink, wait_until
 
 MB = 1_000_000
 CLIENT = "from flwr.clientapp import ClientApp\napp = ClientApp()\n"
@@ -24,9 +25,9 @@ def measured(folder: Path, nodes: int, rounds: int, deadline: float, size: int, 
     """Run the server and its nodes, each in a process; return what the server measured."""
     folder.mkdir()
     log = folder / "server"
-    root = Path(__file__).parents[2]
+    root = ROOT
     numbers = [str(number) for number in (nodes, rounds, deadline, size)]
-    command = [sys.executable, "-m", "tests.integration.inline_process", *numbers, kind]
+    command = [sys.executable, "-m", "tests.support.inline_process", *numbers, kind]
     env = environment(folder, PYTHONPATH=str(root), OMP_NUM_THREADS="1", OPENBLAS_NUM_THREADS="1")
     with running(command, log, env) as server:
 
@@ -91,9 +92,9 @@ JOINING = """
 import sys
 from pathlib import Path
 import numpy as np
-from common.flower.arrays import array_from_numpy
-from common.flower.memory import give_back_big_blocks
-from common.flower.payloads import pack, unpack
+from espalier.flower.arrays import array_from_numpy
+from espalier.flower.memory import give_back_big_blocks
+from espalier.flower.payloads import pack, unpack
 from flwr.app import ArrayRecord, Message, RecordDict
 from flwr.supercore.task_identity import TaskIdentity
 
@@ -121,7 +122,7 @@ def test_a_big_payload_is_joined_without_a_second_copy() -> None:
         [sys.executable, "-c", JOINING, str(size)],
         capture_output=True,
         text=True,
-        cwd=Path(__file__).parents[2],
+        cwd=ROOT,
         check=True,
     )
     assert int(done.stdout) < size / 4  # the chunks' pages go back while the Array grows

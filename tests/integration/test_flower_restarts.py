@@ -13,10 +13,11 @@ from pathlib import Path
 
 from flwr.app import Context, Message, RecordDict
 
-from common.flower.uploads import Upload
-from tests.integration.flower_helpers import empty, fleet, instruct, online, resident, resident_process
-from tests.integration.resident_process import app
-from tests.support import free_port, wait_until
+from espalier_edge.fleet.uploads import Upload
+from tests.support.flower_helpers import empty, fleet, instruct, online, resident, resident_process
+from tests.support.paths import ROOT
+from tests.support.processes import free_port, wait_until
+from tests.support.resident_process import app
 
 
 def test_a_killed_node_returns_at_once_with_its_key_and_state_and_gets_its_message_again(
@@ -55,11 +56,11 @@ def test_a_second_process_on_the_same_state_says_so(tmp_path: Path) -> None:
         command = [
             sys.executable,
             "-m",
-            "tests.integration.resident_process",
+            "tests.support.resident_process",
             str(tmp_path / "state"),
             "127.0.0.1:1",
         ]
-        root = Path(__file__).parents[2]
+        root = ROOT
         second = subprocess.run(command, capture_output=True, text=True, timeout=60, cwd=root)
         assert second.returncode == 5
         assert second.stderr.count("\n") == 1

@@ -18,12 +18,13 @@ from flwr.common.constant import ErrorCode
 from flwr.serverapp import Grid
 from flwr.serverapp.strategy import FedAvg
 
-from common.flower.arrays import numpy_view
-from common.flower.cloud_grid import TreeGrid
-from common.flower.resident import Home
-from tests.integration.flower_helpers import empty, fleet, online, resident, weights
-from tests.integration.resident_process import app
-from tests.support import SuperLink, app_bundle, serverapp_grid, superlink, supernode, wait_until
+from espalier.flower.arrays import numpy_view
+from espalier.flower.resident import Home
+from espalier_server.superlink.grid import TreeGrid
+from tests.support.flower_helpers import empty, fleet, online, resident, weights
+from tests.support.paths import ROOT
+from tests.support.processes import SuperLink, app_bundle, serverapp_grid, superlink, supernode, wait_until
+from tests.support.resident_process import app
 
 CLIENT = """
 import os
@@ -150,8 +151,8 @@ def test_a_stock_supernode_at_the_inline_server(tmp_path: Path, bundle: Any) -> 
 
 
 def test_the_package_needs_no_torch() -> None:
-    modules = "common.flower.inline, common.flower.resident, common.flower.cloud_grid"
+    modules = "espalier_edge.fleet.server, espalier.flower.resident, espalier_server.superlink.grid"
     code = f"import {modules}, sys; print('torch' in sys.modules)"
-    root = Path(__file__).parents[2]
+    root = ROOT
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=root, check=True)
     assert done.stdout == "False\n"

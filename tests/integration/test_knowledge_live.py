@@ -10,14 +10,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from PIL import Image
-
 from bench.knowledge_sizes import pair_bytes, table_bytes
 from bench.local_tree import LocalClient, LocalTree
 from bench.stock import wait_until
-from server.run import TreeRun
-from tests.generators import random_gan
-from tests.tree import LiveTree, live_tree, start_client
+from PIL import Image
+
+from espalier_server.run import TreeRun
+from tests.support.generators import random_gan
+from tests.support.tree import LiveTree, live_tree, start_client
 
 Flat = dict[str, bool | int | float | str]
 

@@ -14,12 +14,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-
 from bench.local_tree import LocalClient, LocalTree
 from bench.stock import wait_until
-from common.run.record import RunRecord
-from server.run import TreeRun
-from tests.tree import LiveTree, espalier, live_tree, process_environment, start_client
+
+from espalier_server.records.record import RunRecord
+from espalier_server.run import TreeRun
+from tests.support.tree import LiveTree, espalier, live_tree, process_environment, start_client
 
 Flat = dict[str, bool | int | float | str]
 
@@ -239,11 +239,11 @@ BAD_CLIENT = textwrap.dedent(
     \"\"\"A client of a tree that goes wrong in the way that the run's name says.\"\"\"
     from flwr.app import Message
     from flwr.clientapp import ClientApp
-    from client import app as ours
-    from client import training
-    from client.device import Device
-    from common.wire import control
-    from proto import espalier_pb2 as pb
+    from espalier_client import app as ours
+    from espalier_client import training
+    from espalier_client.device import Device
+    from espalier.wire import control
+    from espalier_proto import espalier_pb2 as pb
 
     app = ClientApp()
     app.query("espalier_inquiry")(ours.inquire)

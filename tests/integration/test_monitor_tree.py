@@ -10,11 +10,11 @@ from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
 
-from common.monitor.ask import ask_status, watch
-from common.run.processes import ROOT, espalier_command, espalier_env, free_ports
-from common.security import Security
-from tests.certificates import Authority
-from tests.support import running, wait_until
+from espalier.monitor.ask import ask_status, watch
+from espalier.processes.supervise import ROOT, espalier_command, espalier_env, free_ports
+from espalier.security.transport import Security
+from tests.support.certificates import Authority
+from tests.support.processes import running, wait_until
 
 
 def test_a_tree_is_looked_on_while_it_trains(tmp_path: Path) -> None:

@@ -10,9 +10,9 @@ from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
-
 from bench.stock import SuperLink, environment, free_port, running, superlink, supernode, wait_until
-from tests.tree import ROOT, LiveTree, espalier, process_environment, start_client, start_edge
+
+from tests.support.tree import ROOT, LiveTree, espalier, process_environment, start_client, start_edge
 
 PYPROJECT = """
 [build-system]

@@ -13,13 +13,13 @@ from typing import Any
 
 import psutil
 import pytest
-
 from bench.local_tree import LocalClient, LocalTree
 from bench.stock import running
-from common.run.checkpoint import Checkpoints
-from common.run.events import read_events
-from common.run.processes import ROOT, espalier_command, espalier_env, free_ports
-from tests.support import wait_until
+
+from espalier.processes.supervise import ROOT, espalier_command, espalier_env, free_ports
+from espalier_server.records.checkpoint import Checkpoints
+from espalier_server.records.events import read_events
+from tests.support.processes import wait_until
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="looks at processes as Linux shows them")
 

@@ -18,7 +18,7 @@ from flwr.server import LegacyContext, ServerConfig
 from flwr.server.strategy import FedAvg
 from flwr.server.workflow import DefaultWorkflow, SecAggPlusWorkflow
 
-from tests.integration.flower_helpers import fleet, online, resident
+from tests.support.flower_helpers import fleet, online, resident
 
 VALUES = {0: 0.5, 1: -1.0, 2: 3.0}
 EXAMPLES = {0: 10, 1: 20, 2: 30}

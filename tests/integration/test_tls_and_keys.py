@@ -16,6 +16,7 @@ from typing import Any
 import grpc
 import psutil
 import pytest
+from bench.stock import running
 from cryptography.hazmat.primitives.asymmetric import ec
 from flwr.app import ConfigRecord, Context, Message, RecordDict
 from flwr.client.grpc_rere_client.node_auth_client_interceptor import NodeAuthClientInterceptor
@@ -23,23 +24,22 @@ from flwr.proto.fleet_pb2 import ActivateNodeRequest
 from flwr.proto.fleet_pb2_grpc import FleetStub
 from flwr.supercore.primitives.asymmetric import public_key_to_bytes
 
-from bench.stock import running
-from common.certificates import Pair, issue, new_authority
-from common.flower.homes import Home
-from common.flower.inline import InlineFleet
-from common.flower.node_state import load_key
-from common.flower.resident import ResidentNode
-from common.keys import CLIENT_KEYS, EDGE_KEYS, KeyRegistry, fingerprint
-from common.node_log import event_logger
-from common.refusals import Refusals
-from common.run.events import read_events
-from common.run.processes import espalier_command, espalier_env, free_ports
-from common.wire import control
-from edge.admission import Admission
-from edge.roster import Roster
-from proto import espalier_pb2 as pb
-from tests.integration.flower_helpers import fleet, online
-from tests.support import wait_until
+from espalier.flower.node_state import load_key
+from espalier.flower.resident import ResidentNode
+from espalier.flower.upstreams import Home
+from espalier.monitor.node_log import event_logger
+from espalier.processes.supervise import espalier_command, espalier_env, free_ports
+from espalier.security.certificates import Pair, issue, new_authority
+from espalier.security.keys import CLIENT_KEYS, EDGE_KEYS, KeyRegistry, fingerprint
+from espalier.security.refusals import Refusals
+from espalier.wire import control
+from espalier_edge.admission import Admission
+from espalier_edge.fleet.server import InlineFleet
+from espalier_edge.roster import Roster
+from espalier_proto import espalier_pb2 as pb
+from espalier_server.records.events import read_events
+from tests.support.flower_helpers import fleet, online
+from tests.support.processes import wait_until
 
 log = logging.getLogger("espalier.test")
 
@@ -328,7 +328,7 @@ class SecureTree:
         command = [
             sys.executable,
             "-c",
-            f"import os; os.chdir({str(self.folder)!r}); from common.cli import main; main()",
+            f"import os; os.chdir({str(self.folder)!r}); from espalier.cli import main; main()",
         ]
         return self.stack.enter_context(
             running([*command, *arguments], self.folder / f"{name}.log", self.env)

@@ -10,22 +10,22 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from bench.stock import app_bundle, serverapp_grid, superlink
 from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
 from flwr.serverapp.strategy import FedAdam, FedAvg
 
-from bench.stock import app_bundle, serverapp_grid, superlink
-from common.errors import EspalierError
-from common.flower.cloud_grid import TreeGrid
-from common.models.initial import initial_model
-from common.models.pipeline import load_pipeline
-from common.names import NameRegistry
-from common.privacy import epsilon_of
-from common.run.checkpoint import Checkpoints
-from common.run.config import RunConfig
-from server.client_keys import ClientKeys
-from server.snapshot import Snapshot
-from server.tree import Tree
-from tests.tree import LiveTree, live_tree, start_client
+from espalier.config.run_config import RunConfig
+from espalier.errors import EspalierError
+from espalier.models.initial import initial_model
+from espalier.models.pipeline import load_pipeline
+from espalier.names import NameRegistry
+from espalier.training.privacy import epsilon_of
+from espalier_server.client_keys import ClientKeys
+from espalier_server.planning.tree import Tree
+from espalier_server.records.checkpoint import Checkpoints
+from espalier_server.records.snapshot import Snapshot
+from espalier_server.superlink.grid import TreeGrid
+from tests.support.tree import LiveTree, live_tree, start_client
 
 Flat = dict[str, bool | int | float | str]
 
@@ -204,9 +204,9 @@ BAD_CLIENT = textwrap.dedent(
     """
     \"\"\"A client of a tree that trains well, and signs and sends NaN for its update.\"\"\"
     import numpy as np
-    from client import training
-    from client.app import app
-    from common.wire.payload import Weights
+    from espalier_client import training
+    from espalier_client.app import app
+    from espalier.wire.payload import Weights
 
     pack = training.pack_reply
 

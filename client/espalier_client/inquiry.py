@@ -1,0 +1,150 @@
+"""What a client answers when it is asked instead of trained: losses, gradients, accuracy, statistics."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from flwr.app import Message, RecordDict
+
+from espalier.errors import WireError
+from espalier.methods.views import INQUIRIES, answer_layout
+from espalier.seeds import rng_for, seed_for
+from espalier.tasks.base import base_objective, dataset_gradient, dataset_loss
+from espalier.training.scoring import accuracy
+from espalier.wire import control
+from espalier.wire.payload import Weights
+from espalier_client.augmentation import answer_augmentation
+from espalier_client.device import Device
+from espalier_client.privacy import check_plan
+from espalier_client.reply import pack_reply
+from espalier_client.training import Task, arithmetic, read_task, settings_of
+from espalier_proto import espalier_pb2 as pb
+
+
+def answer(device: Device, plan: pb.RoundPlan, message: Message) -> RecordDict:
+    """Answer an inquiry about the received network; nothing of the device's state changes.
+
+    ``loss`` is F_k(w) over all of the device's images, ``batch-loss`` over one random mini-batch,
+    ``gradient`` the full-batch gradient, ``accuracy`` counts right answers on the device's own test
+    images, ``statistics`` are the batch statistics of a network with static batch normalisation.
+
+    Raises
+    ------
+    WireError
+        If the plan is another client's, makes no sense, or asks for something unknown.
+    """
+    if plan.inquiry not in INQUIRIES:
+        raise WireError(plan.edge, f"the unknown inquiry {plan.inquiry!r}")
+    with arithmetic(device, plan):
+        if plan.inquiry in ("seeds", "fill"):
+            check_plan(device, plan, settings_of(plan))
+            return pack_reply(device, plan, *answer_augmentation(device, plan, message))
+        return _answer(device, plan, message)
+
+
+def _answer(device: Device, plan: pb.RoundPlan, message: Message) -> RecordDict:
+    task = read_task(device, plan, message)
+    report = pb.ClientReport(
+        schema=control.SCHEMA,
+        run=plan.run,
+        window=plan.window,
+        round=plan.round,
+        client=device.name,
+        samples=len(device.images),
+        metrics=task.local.metrics,
+    )
+    arrays = _ANSWERS[plan.inquiry](device, task, report)
+    layout = answer_layout(plan.inquiry, plan.architecture, task.local.settings, plan.population)
+    return pack_reply(device, plan, report, Weights.fill(layout, arrays))
+
+
+def _loss(device: Device, task: Task, report: pb.ClientReport) -> dict[str, np.ndarray]:
+    report.loss = _mean_loss(device, task)
+    return {}
+
+
+def _batch_loss(device: Device, task: Task, report: pb.ClientReport) -> dict[str, np.ndarray]:
+    local = task.local
+    size = min(local.settings.batch_size, len(device.images))
+    rng = rng_for(local.settings.seed, device.name, local.round, "batch-loss")
+    batch = np.sort(rng.choice(len(device.images), size, replace=False))
+    report.loss = _mean_loss(device, task, batch)
+    return {}
+
+
+def _mean_loss(device: Device, task: Task, indices: np.ndarray | None = None) -> float:
+    settings, place = task.local.settings, device.torch_device
+    images = device.images if indices is None else device.images.subset(indices)
+    objective = base_objective(settings)
+    objective.begin(task.model.to(place), task.local)
+    return dataset_loss(task.model, objective, images, place, settings.batch_size, _generator(device, task))
+
+
+def _gradient(device: Device, task: Task, report: pb.ClientReport) -> dict[str, np.ndarray]:
+    settings, place = task.local.settings, device.torch_device
+    objective = base_objective(settings)
+    objective.begin(task.model.to(place), task.local)
+    found = dataset_gradient(
+        task.model, objective, device.images, place, settings.batch_size, _generator(device, task)
+    )
+    return {f"gradient/{name}": gradient for name, gradient in found.items()}
+
+
+def _accuracy(device: Device, task: Task, report: pb.ClientReport) -> dict[str, np.ndarray]:
+    images = device.test_images
+    if images is None or not len(images):
+        report.metrics.update({"correct": 0, "total": 0})
+        return {}
+    model = task.method.predictor(task.model, len(device.images.classes)).to(device.torch_device)
+    correct, total, loss = accuracy(model, images, device.torch_device, task.local.settings.batch_size)
+    report.metrics.update({"correct": correct, "total": total})
+    report.loss = loss / max(total, 1)
+    return {}
+
+
+def _statistics(device: Device, task: Task, report: pb.ClientReport) -> dict[str, np.ndarray]:
+    from espalier.models.statistics import batch_statistics
+
+    size = task.local.settings.batch_size
+    starts = range(0, len(device.images), size)
+    batches = (
+        device.images.fetch(np.arange(s, min(s + size, len(device.images)))).to(device.torch_device)
+        for s in starts
+    )
+    found = batch_statistics(task.model.to(device.torch_device), batches)
+    arrays: dict[str, np.ndarray] = {}
+    for path, (mean, variance, count) in found.items():
+        parts = {"mean": mean, "var": variance, "count": count}
+        arrays |= {f"statistics/{path}.{k}": np.asarray(v, np.float32) for k, v in parts.items()}
+    return arrays
+
+
+def _samples(device: Device, task: Task, report: pb.ClientReport) -> dict[str, np.ndarray]:
+    from espalier.data.imageset import to_uint8
+    from espalier.models.diffusion import sample
+
+    local = task.local
+    layout = answer_layout("samples", task.plan.architecture, local.settings, task.plan.population)
+    images = sample(
+        task.model.to(device.torch_device),
+        count=layout.tensors[0].shape[0],
+        steps=local.settings.sample_steps,
+        seed=seed_for(local.settings.seed, device.name, 0, "evaluation"),
+        settings=local.settings,
+    )
+    return {"samples/images": to_uint8(images).numpy()}
+
+
+_ANSWERS = {
+    "samples": _samples,
+    "loss": _loss,
+    "batch-loss": _batch_loss,
+    "gradient": _gradient,
+    "accuracy": _accuracy,
+    "statistics": _statistics,
+}
+
+
+def _generator(device: Device, task: Task) -> torch.Generator:
+    seed = seed_for(task.local.settings.seed, device.name, task.local.round, f"inquiry {task.plan.inquiry}")
+    return torch.Generator(device=device.torch_device).manual_seed(seed)

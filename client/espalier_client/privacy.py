@@ -1,0 +1,182 @@
+"""A round under differential privacy: what is allowed, what is noised, and what is told of it."""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Iterable, Mapping
+
+import numpy as np
+
+from espalier.config.run_config import RunConfig
+from espalier.errors import WireError
+from espalier.methods.privacy_rules import ANSWERED
+from espalier.training.objectives import TrainingError
+from espalier.training.privacy import EPSILON, Mechanism, mechanism_of, noise_of, update_mechanism
+from espalier_client.device import Device
+from espalier_proto import espalier_pb2 as pb
+
+log = logging.getLogger("espalier.client")
+
+#: Metrics of a report that no image enters.
+_BLIND_METRICS = frozenset({"lr-sum"})
+
+
+def check_plan(device: Device, plan: pb.RoundPlan, settings: RunConfig) -> None:
+    """Refuse a plan that would tell of the images what privacy forbids.
+
+    Raises
+    ------
+    WireError
+        The run is not private although the device's owner asks for it, or is, and the plan asks for an exact
+        answer.
+    """
+    if device.privacy_budget and not settings.private:
+        raise WireError(
+            plan.edge,
+            f"the owner of {device.name} grants a privacy budget and this run keeps none; "
+            "set dp-sgd-noise or update-noise",
+        )
+    if plan.inquiry and settings.private:
+        # What a device draws from layers of its own was trained under DP-SGD, or not at all.
+        allowed = ANSWERED if settings.dp_sgd else ANSWERED - {"samples"}
+        if plan.inquiry not in allowed:
+            raise WireError(
+                plan.edge, f"the inquiry {plan.inquiry!r}, whose exact answer tells of the images"
+            )
+
+
+class RoundPrivacy:
+    """What a private round of one device spends, from before its training to its reply.
+
+    Parameters
+    ----------
+    device : Device
+        This device.
+    plan : pb.RoundPlan
+        The round's plan.
+    settings : RunConfig
+        The run's settings.
+    images : int
+        Images that are trained on.
+
+    Raises
+    ------
+    TrainingError
+        The run's target is reached: this device has trained more often than was planned.
+    ConfigError
+        The device keeps no state, or Opacus is not installed.
+    """
+
+    def __init__(self, device: Device, plan: pb.RoundPlan, settings: RunConfig, images: int) -> None:
+        self._device, self._plan, self._settings = device, plan, settings
+        self.training: Mechanism | None = None
+        if settings.dp_sgd:
+            self.training = mechanism_of(settings, images, noise_of(settings, images))
+            target = settings.dp_sgd_epsilon
+            after = device.budget.epsilon(plan.run, "dp-sgd", settings.dp_delta, self.training)
+            if target and after > target:
+                raise TrainingError(
+                    f"epsilon would be {after:.4g}, dp-sgd-epsilon={target:g} is all of the run: rounds were done "
+                    "again, and what they spent stays spent"
+                )
+
+    def spend(self) -> None:
+        """Enter the round into the ledger, before the work: what is lost after that counts as told."""
+        run = self._plan.run
+        if self.training:
+            self._device.budget.charge(run, "dp-sgd", self.training)
+        if self._settings.update_noise:
+            self._device.budget.charge(run, "update", update_mechanism(self._settings))
+
+    def noised(
+        self,
+        arrays: dict[str, np.ndarray],
+        received: Mapping[str, np.ndarray],
+        names: Iterable[str],
+        buffers: frozenset[str],
+    ) -> dict[str, np.ndarray]:
+        """Return a reply's tensors, their difference to what was received clipped and noised as the run asks."""
+        s = self._settings
+        if not s.update_clip:
+            return arrays
+        rng = self._device.private_rng(self._plan.round, "update")
+        return arrays | noisy_update(arrays, received, names, buffers, s.update_clip, s.update_noise, rng)
+
+    def describe(self, report: pb.ClientReport) -> None:
+        """Leave out of a report what images enter exactly, and say what was spent."""
+        s = self._settings
+        if not s.private:
+            return
+        budget = self._device.budget
+        report.loss = math.nan
+        for name in [n for n in report.metrics if n not in _BLIND_METRICS]:
+            del report.metrics[name]
+        if s.dp_sgd:
+            report.metrics[EPSILON["dp-sgd"]] = budget.epsilon(self._plan.run, "dp-sgd", s.dp_delta)
+        if s.update_noise:
+            report.metrics[EPSILON["update"]] = budget.epsilon(self._plan.run, "update", s.dp_delta)
+        spent = {n: round(report.metrics[n], 3) for n in EPSILON.values() if n in report.metrics}
+        log.info(
+            "run %s: spent %s at delta %g; over all runs %.3g",
+            self._plan.run,
+            spent,
+            s.dp_delta,
+            budget.total(),
+        )
+
+
+def noisy_update(
+    arrays: Mapping[str, np.ndarray],
+    received: Mapping[str, np.ndarray],
+    names: Iterable[str],
+    buffers: frozenset[str],
+    clip: float,
+    noise: float,
+    rng: np.random.Generator,
+) -> dict[str, np.ndarray]:
+    """Return a reply whose difference to what was received is at most `clip` long, plus Gaussian noise.
+
+    All tensors of the reply count as one vector. Statistics of normalisation and counters are none of it: with
+    noise they go back as they came.
+
+    Parameters
+    ----------
+    arrays, received : mapping of str to numpy.ndarray
+        What was trained, and what it started from.
+    names : iterable of str
+        The reply's tensors.
+    buffers : frozenset of str
+        Tensors of the network that are not trained.
+    clip : float
+        Largest L2 norm of the difference.
+    noise : float
+        Standard deviation of the noise as a multiple of `clip`; 0 only clips.
+    rng : numpy.random.Generator
+        Source of the noise, which must be secret.
+
+    Raises
+    ------
+    TrainingError
+        A tensor of the reply is no difference to something received, or the update is not finite.
+    """
+    names = list(names)
+    untrained = [n for n in names if n.rpartition("/")[2] in buffers]
+    moved = [n for n in names if n not in set(untrained)]
+    for name in names:
+        before = received.get(name)
+        unlike = before is None or before.shape != arrays[name].shape
+        if unlike or (name in moved and arrays[name].dtype.kind != "f"):
+            raise TrainingError(f"update-clip: {name!r} is no change of something that was received")
+    differences = {n: arrays[n].astype(np.float64) - received[n] for n in moved}
+    norm = math.sqrt(sum(float(np.square(d).sum()) for d in differences.values()))
+    if not math.isfinite(norm):
+        raise TrainingError("the update is not finite; lower learning-rate")
+    scale = min(1.0, clip / norm) if norm else 1.0
+    result = {n: received[n] for n in untrained} if noise else {}
+    for name, difference in differences.items():
+        change = scale * difference
+        if noise:
+            change += noise * clip * rng.standard_normal(difference.shape)
+        result[name] = (received[name] + change).astype(arrays[name].dtype)
+    return result

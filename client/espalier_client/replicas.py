@@ -1,0 +1,186 @@
+"""Many clients in one process, for test beds: each its own node, all sharing imports, data and connections."""
+
+from __future__ import annotations
+
+import logging
+import queue
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+from espalier.data.spec import parse_spec, sharing_sources
+from espalier.diffusers_shim import leave_out_optional
+from espalier.errors import ConfigError
+from espalier.flower.memory import keep_freed_blocks
+from espalier.flower.node_resources import Crew
+from espalier.flower.resident import Home, ResidentNode
+from espalier.flower.upstream_session import App
+from espalier.monitor.node_log import event_logger
+from espalier.monitor.node_status import SIGN_OF_LIFE, NodeStatus
+from espalier.names import is_name
+from espalier.processes.signals import stop_on_signals
+from espalier.security.transport import Security
+from espalier.wire import control
+from espalier_client.service import open_device
+
+log = logging.getLogger("espalier.client")
+
+#: Lines to a server that share a connection; a node has two.
+LINES = 100
+#: Nodes that leave their servers at a time.
+LEAVING = 32
+#: Answered while another replica trains, as another process would.
+AT_ONCE = frozenset({control.HELLO, control.REFUSAL})
+
+
+@dataclass(frozen=True)
+class Replica:
+    """One of the clients: its name, its data SPEC, its state folder."""
+
+    name: str
+    data: str
+    state: Path
+
+
+def plan_replicas(name: str, data: str, state: Path, count: int) -> list[Replica]:
+    """Name the clients and deal them their data.
+
+    Parameters
+    ----------
+    name : str
+        Client i is NAME-i, in three digits or more.
+    data : str
+        Data SPEC. Of ``SOURCE:I/N:SCHEME`` the first client gets share I, the next one I + 1; without ``I/N`` they
+        share the whole.
+    state : Path
+        Client i's folder is NAME-i below it.
+    count : int
+        How many.
+
+    Raises
+    ------
+    ConfigError
+        A name would be too long, or there are fewer shares than clients.
+    DataError
+        The SPEC does not parse.
+    """
+    digits = max(3, len(str(count - 1)))
+    names = [f"{name}-{i:0{digits}d}" for i in range(count)]
+    if not is_name(names[-1]):
+        raise ConfigError(f"--name {name!r} is no name for {count} clients ({names[-1]}); give a shorter one")
+    spec = parse_spec(data)
+    shares, first = spec.clients, spec.index
+    if shares == 1:
+        shares, first = count, 0
+    if first + count > shares:
+        raise ConfigError(
+            f"--data {data!r}: {count} clients from share {first} on need {first + count} shares, not {shares}; "
+            f"give e.g. {spec.source}:0/{count}"
+        )
+    marker = f":{spec.index}/{spec.clients}"
+    end = data[data.rindex(marker) + len(marker) :] if marker in data else ""
+    return [
+        Replica(name, f"{spec.source}:{first + i}/{shares}{end}", state / name)
+        for i, name in enumerate(names)
+    ]
+
+
+class Replicas:
+    """Nodes that serve together; a context manager from their start to their end.
+
+    Parameters
+    ----------
+    nodes : sequence of ResidentNode
+        Made with `crew`.
+    crew : Crew
+        What they share.
+    """
+
+    def __init__(self, nodes: Sequence[ResidentNode], crew: Crew) -> None:
+        self._nodes, self._crew = nodes, crew
+
+    def __enter__(self) -> Replicas:
+        for node in self._nodes:
+            node.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        with ThreadPoolExecutor(LEAVING) as pool:
+            list(pool.map(ResidentNode.close, self._nodes))
+        self._crew.stop()
+
+
+def run_replicas(
+    replicas: Sequence[Replica],
+    edges: Sequence[str],
+    device: str,
+    node_config: Mapping[str, bool | int | float | str],
+    security: Security,
+    threads: int | None = None,
+) -> None:
+    """Run clients until SIGTERM or Ctrl-C, one training at a time.
+
+    Parameters
+    ----------
+    replicas : sequence of Replica
+        The clients.
+    edges : sequence of str
+        HOST:PORT of every edge they may serve.
+    device : str
+        "auto", "cpu", "cuda" or "cuda:N".
+    node_config : mapping
+        Further entries of everybody's node config.
+    security : Security
+        Certificates of the links.
+    threads : int, optional
+        Processor threads to train with; by default torch's own choice.
+
+    Raises
+    ------
+    EspalierError
+        If data, addresses or a state cannot be used.
+    """
+    import torch
+
+    from espalier_client.app import app
+
+    keep_freed_blocks()
+    leave_out_optional()
+    if threads:
+        torch.set_num_threads(threads)
+    roots = {edge: security.client_roots(edge) for edge in edges}
+    homes = [Home(e, root_certificates=r, insecure=r is None) for e, r in roots.items()]
+    statuses: list[NodeStatus] = []
+
+    def node_of(replica: Replica, app: App, crew: Crew) -> ResidentNode:
+        own: dict[str, bool | int | float | str] = {"name": replica.name, "data": replica.data}
+        own |= {"device": device, "state": str(replica.state), "homes": len(homes)}
+        own["key"] = str(replica.state / "node.key")
+        config = own | dict(node_config)
+        open_device(config)
+        admit = f"espalier clients add {replica.name} {replica.state / 'node.pub'} --state DIR"
+        told = event_logger(log.getChild(replica.name), admit)
+        statuses.append(NodeStatus(replica.state, list(edges), told, alone=False))
+        return ResidentNode(app, homes, replica.state, node_config=config, crew=crew, on_event=statuses[-1])
+
+    asked: queue.SimpleQueue[None] = queue.SimpleQueue()
+    stop_on_signals(lambda: asked.put(None))
+    crew = Crew(LINES, one_at_a_time=True, at_once=AT_ONCE)
+    with sharing_sources():
+        nodes = [node_of(replica, app, crew) for replica in replicas]
+        log.info("%d clients, %s to %s", len(nodes), replicas[0].name, replicas[-1].name)
+        with ExitStack() as stack:
+            for status in statuses:
+                stack.enter_context(status)
+            stack.enter_context(Replicas(nodes, crew))
+            ticks = 0
+            while True:
+                with suppress(queue.Empty):
+                    asked.get(timeout=1.0)
+                    break
+                ticks += 1
+                if ticks % SIGN_OF_LIFE == 0:
+                    for status in statuses:
+                        status.touch()

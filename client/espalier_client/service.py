@@ -1,0 +1,149 @@
+"""The resident client process: a Flower node with our ClientApp, or with a user's own."""
+
+from __future__ import annotations
+
+import importlib
+import logging
+import sys
+from collections.abc import Mapping
+from contextlib import ExitStack
+from pathlib import Path
+
+from flwr.clientapp import ClientApp
+
+from espalier.diffusers_shim import leave_out_optional
+from espalier.errors import ConfigError
+from espalier.flower.memory import keep_freed_blocks
+from espalier.flower.resident import Home, ResidentNode
+from espalier.monitor.node_log import event_logger
+from espalier.monitor.node_status import NodeStatus
+from espalier.names import is_name
+from espalier.processes.signals import stop_on_signals
+from espalier.security.transport import Address, Security
+
+log = logging.getLogger("espalier.client")
+
+#: A user's module of one of these names would hide ours, or ours it.
+OWN_PACKAGES = ("client", "edge", "server", "common", "proto")
+
+
+def run_client(
+    name: str,
+    edges: list[str],
+    data: str,
+    device: str,
+    state: Path,
+    key: Path | None,
+    app: str | None,
+    node_config: Mapping[str, bool | int | float | str],
+    security: Security,
+    threads: int | None = None,
+    metrics: Address | None = None,
+) -> None:
+    """Run a client until SIGTERM or Ctrl-C.
+
+    Parameters
+    ----------
+    name : str
+        The client's name.
+    edges : list of str
+        HOST:PORT of every edge it may serve.
+    data : str
+        Data SPEC; checked before the first connection. May be empty with `app`.
+    device : str
+        "auto", "cpu", "cuda" or "cuda:N".
+    state : Path
+        Folder for the node key and training state; held by one process at a time.
+    key : Path or None
+        Private node key; by default one below `state`.
+    app : str or None
+        A user's ClientApp as module:object; None for ours.
+    node_config : mapping
+        Further entries of the app's node config.
+    security : Security
+        Certificates of the links.
+    threads : int, optional
+        Processor threads to train with; by default torch's own choice.
+    metrics : Address, optional
+        Where to answer Prometheus.
+
+    Raises
+    ------
+    EspalierError
+        If the name, data, app, addresses or state cannot be used.
+    """
+    keep_freed_blocks()
+    if not is_name(name):
+        raise ConfigError(f"--name {name!r} is no name for a client; use letters, digits, '.', '-', '_'")
+    own_key = key or state / "node.key"
+    own: dict[str, bool | int | float | str] = {"name": name, "data": data, "device": device}
+    own |= {"state": str(state), "key": str(own_key), "homes": len(set(edges))}
+    config = own | dict(node_config)
+    roots = {edge: security.client_roots(edge) for edge in edges}
+    homes = [Home(e, root_certificates=r, insecure=r is None) for e, r in roots.items()]
+    client_app = load_app(app) if app else own_app(config, threads)
+    public = (key or state / "node.key").with_suffix(".pub")
+    admit = f"espalier clients add {name} {public} --state DIR"
+    status = NodeStatus(state, edges, event_logger(log, admit))
+    node = ResidentNode(client_app, homes, state, node_config=config, key=key, on_event=status)
+    stop_on_signals(node.stop)
+    log.info("client %s for %s", name, ", ".join(edges))
+    with status, ExitStack() as stack:
+        if metrics is not None:
+            from espalier.monitor.metrics import NodeCollector, serve_metrics
+
+            stack.callback(serve_metrics(metrics, NodeCollector(status)))
+        node.run()
+
+
+def own_app(config: Mapping[str, bool | int | float | str], threads: int | None) -> ClientApp:
+    """Return our ClientApp with its data opened."""
+    import torch
+
+    from espalier_client.app import app
+
+    leave_out_optional()
+    if threads:
+        torch.set_num_threads(threads)
+    open_device(config)
+    return app
+
+
+def open_device(config: Mapping[str, bool | int | float | str]) -> None:
+    """Open a device's data and measure its speed: a fault shows before a round is lost to it."""
+    from espalier_client.device import Device
+    from espalier_client.speed import measured_speed
+
+    device = Device.from_node_config(config)
+    log.info("%d images, labels %s", len(device.images), device.labels.astype(int).tolist())
+    # Now and not in the first hello, whose round trip the edge measures.
+    log.info("%.1f x 1e9 multiply-adds a second", measured_speed(device.torch_device))
+
+
+def load_app(reference: str) -> ClientApp:
+    """Import a user's ClientApp, given as module:object, from the working directory or the environment.
+
+    Raises
+    ------
+    ConfigError
+        If it cannot be found, is no ClientApp, or its module has a name of ours.
+    """
+    module_name, _, attribute = reference.partition(":")
+    if not module_name or not attribute:
+        raise ConfigError(f"--app {reference!r} is not of the form module:object, e.g. myapp.client_app:app")
+    if module_name.split(".")[0] in OWN_PACKAGES:
+        raise ConfigError(
+            f"--app {reference!r}: Espalier has a package {module_name.split('.')[0]!r}; rename yours"
+        )
+    sys.path.insert(0, str(Path.cwd()))
+    try:
+        found = getattr(importlib.import_module(module_name), attribute)
+    except ImportError as error:
+        raise ConfigError(
+            f"--app {reference!r} cannot be imported: {error}; run from its folder or install it"
+        ) from error
+    except AttributeError as error:
+        raise ConfigError(f"--app {reference!r}: the module has no {attribute!r}") from error
+    if not isinstance(found, ClientApp):
+        raise ConfigError(f"--app {reference!r} is a {type(found).__name__}, not a flwr ClientApp")
+    return found

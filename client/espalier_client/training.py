@@ -1,0 +1,333 @@
+"""Local training on a device: from a plan and a payload to an update."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from flwr.app import ArrayRecord, Message, MetricRecord, RecordDict
+
+from espalier.config.names import NAME_RULE, is_name
+from espalier.config.reproducible import is_reproducible
+from espalier.config.run_config import RunConfig
+from espalier.errors import ConfigError, WireError
+from espalier.flower.arrays import array_from_numpy, numpy_view
+from espalier.methods.base import Method
+from espalier.methods.registry import create_method
+from espalier.methods.views import buffers_of
+from espalier.models.architecture import describe
+from espalier.models.arrays import model_arrays, to_tensor
+from espalier.models.initial import initial_model
+from espalier.models.model_cache import give_back
+from espalier.seeds import rng_for, seed_for
+from espalier.tasks.base import base_objective, dataset_loss
+from espalier.training.determinism import deterministic
+from espalier.training.objectives import LocalResult, LocalRound, Objective
+from espalier.training.privacy import Mechanism
+from espalier.training.trainer import train_local
+from espalier.wire import control
+from espalier.wire.codec import Codec, create_codec
+from espalier.wire.payload import Layout, Weights
+from espalier.wire.sent import read_sent
+from espalier.wire.update import UpdateForm
+from espalier_client.device import Device
+from espalier_client.privacy import RoundPrivacy, check_plan
+from espalier_client.reply import pack_reply
+from espalier_proto import espalier_pb2 as pb
+
+if TYPE_CHECKING:
+    from torch import nn
+
+#: Record of `Context.state` that holds a client's own state in a plain run.
+STATE = "espalier.state"
+
+
+@dataclass
+class Task:
+    """A plan that was found sound: what an edge wants, and with which network.
+
+    Attributes
+    ----------
+    plan : pb.RoundPlan
+        The plan.
+    method : Method
+        The run's method.
+    received : Weights
+        The payload.
+    local : LocalRound
+        What training or an answer starts from; `local.state` is the device's own.
+    model : nn.Module
+        The network, with the tensors it starts from.
+    """
+
+    plan: pb.RoundPlan
+    method: Method
+    received: Weights
+    local: LocalRound
+    model: nn.Module
+
+
+def read_task(device: Device, plan: pb.RoundPlan, message: Message) -> Task:
+    """Validate a plan and its payload, and build the network.
+
+    Raises
+    ------
+    WireError
+        If the plan is another client's, or its settings, architecture or payload do not fit.
+    """
+    check_address(device, plan)
+    settings = settings_of(plan)
+    check_plan(device, plan, settings)
+    received = read_sent(message, plan, settings, plan.edge)
+    known = {*received.layout.names, *(t.name for t in plan.architecture.tensors)}
+    if strange := set(plan.returns) - known:  # before anything is trained, or spent
+        raise WireError(plan.edge, f"the tensor {min(strange)!r} is to come back, and was not sent")
+    state = device.load_state(plan.run, plan.start, exact=settings.reproducible)
+    local = local_round(device, settings, plan.round, received.views(), state)
+    local.data = device.images_for(plan.run)
+    local.architecture, local.population = plan.architecture, plan.population
+    local.peers = dict(plan.peers)
+    method = create_method(settings)
+    try:
+        model = method.network(local, plan.architecture)
+    except (ValueError, RuntimeError, KeyError) as error:
+        raise WireError(plan.edge, f"an architecture that cannot be built ({error})") from error
+    return Task(plan, method, received, local, model)
+
+
+def check_address(device: Device, plan: pb.RoundPlan) -> None:
+    """Raise WireError where a plan is another client's, or the name of its run is none, for it may name a file."""
+    if plan.client != device.name:
+        raise WireError(plan.edge, f"a plan for client {plan.client!r}, this is {device.name!r}")
+    if not is_name(plan.run):
+        raise WireError(plan.edge, f"a plan of run {plan.run[:64]!r}; a name is {NAME_RULE}")
+
+
+def settings_of(plan: pb.RoundPlan) -> RunConfig:
+    """Return a plan's settings; raises WireError where they are not this client's."""
+    try:
+        return RunConfig.from_struct(plan.settings)
+    except ConfigError as error:
+        raise WireError(plan.edge, f"settings this client does not take ({error})") from error
+
+
+def train_round(device: Device, plan: pb.RoundPlan, message: Message) -> RecordDict:
+    """Train one round of a plan.
+
+    Parameters
+    ----------
+    device : Device
+        This device.
+    plan : pb.RoundPlan
+        What to do.
+    message : Message
+        The message it came in, with the payload.
+
+    Returns
+    -------
+    RecordDict
+        The update and the ClientReport.
+
+    Raises
+    ------
+    WireError
+        If the plan is another client's, or its settings, architecture or payload do not fit.
+    """
+    with arithmetic(device, plan):
+        return _train_round(device, read_task(device, plan, message))
+
+
+@contextlib.contextmanager
+def arithmetic(device: Device, plan: pb.RoundPlan) -> Iterator[None]:
+    """Compute as a plan's run wants it: in a reproducible one with one thread, and on the CPU only.
+
+    Raises
+    ------
+    WireError
+        If such a run calls a device that trains elsewhere.
+    """
+    wanted = is_reproducible(plan.settings)
+    if wanted and device.torch_device.type != "cpu":
+        raise WireError(
+            plan.edge,
+            f"a reproducible run, and this client trains on {device.torch_device}; start it with --device cpu",
+        )
+    with deterministic(wanted):
+        yield
+
+
+def _train_round(device: Device, task: Task) -> RecordDict:
+    plan, method, local, received = task.plan, task.method, task.local, task.received.views()
+    privacy = RoundPrivacy(device, plan, local.settings, len(method.data(local)))
+    privacy.spend()
+    objective, result = train(device, method, task.model, local, privacy.training)
+    arrays = method.publish(model_arrays(task.model), local) | objective.extra()
+    report = pb.ClientReport(
+        schema=control.SCHEMA,
+        run=plan.run,
+        window=plan.window,
+        round=plan.round,
+        client=device.name,
+        samples=len(device.images),
+        steps=result.steps,
+        loss=result.loss,
+        seconds=result.seconds,
+        cpu_seconds=result.cpu_seconds,
+        metrics=result.metrics | local.metrics | {"lr-sum": result.lr_sum},
+    )
+    method.describe_reply(objective, task.model, report)
+    form = update_form(method, plan, task.received.layout, report)
+    arrays = privacy.noised(arrays, received, form.names, buffers_of(plan.architecture))
+    rng = rng_for(local.settings.seed, device.name, plan.round, "codec")
+    payload, decoded = form.encode(arrays, received, rng)
+    further = objective.end(task.model, result, as_read(task.model, decoded, arrays, received))
+    report.metrics.update(further)
+    privacy.describe(report)
+    device.save_state(plan, local.state)
+    if privacy.training is None:  # DP-SGD wraps the layers
+        give_back(task.model)
+    return pack_reply(device, plan, report, payload)
+
+
+def update_form(method: Method, plan: pb.RoundPlan, received: Layout, report: pb.ClientReport) -> UpdateForm:
+    """Return how the reply to a plan lies on the link."""
+    names = tuple(plan.returns) or tuple(t.name for t in plan.architecture.tensors)
+    codec_name = method.chosen(method.settings, "codec")
+    codec: Codec | None = None if codec_name == "none" else create_codec(method.settings, codec_name)
+    returned = method.reply_layout(plan.architecture, received, names, report)
+    return UpdateForm(returned, received, buffers_of(plan.architecture), codec)
+
+
+def as_read(
+    model: nn.Module,
+    decoded: Mapping[str, np.ndarray],
+    published: Mapping[str, np.ndarray],
+    received: Mapping[str, np.ndarray],
+) -> dict[str, torch.Tensor]:
+    """Return the network's tensors as the servers read them.
+
+    What a codec rounded is what was decoded; a tensor that left under another name (a cluster's) or
+    not at all is the trained one.
+    """
+    aliases: dict[str, str] = {}
+    for sent in decoded:
+        aliases.setdefault(sent.rpartition("/")[2], sent)
+    tensors = {}
+    for name, tensor in model.state_dict().items():
+        key = name if name in decoded else aliases.get(name)
+        coded = key is not None and key in received
+        tensors[name] = to_tensor(decoded[key]) if coded and key else tensor.detach().cpu()
+    return tensors
+
+
+def train_plain(
+    device: Device, record: ArrayRecord, round_: int, run_config: Mapping[str, Any], kept: RecordDict
+) -> tuple[ArrayRecord, MetricRecord]:
+    """Train one round for a plain Flower ServerApp: named tensors in and out, settings from the run config.
+
+    With the same settings, client names and rounds this is exactly what a plan of the tree trains. What
+    the client keeps between rounds is in Flower's `Context.state`, because a plain run has no versions.
+    """
+    settings, model = _plain_model(device, record, run_config)
+    if settings.private or device.privacy_budget:
+        raise ConfigError(
+            "differential privacy needs the plans of an Espalier run, which count what was spent; submit one, or "
+            "give DP-SGD and update noise to your own ClientApp"
+        )
+    before = kept.get(STATE)
+    arrays = before if isinstance(before, ArrayRecord) else ArrayRecord()
+    state = {name: np.array(numpy_view(array)) for name, array in arrays.items()}
+    method = create_method(settings)
+    local = local_round(device, settings, round_, model_arrays(model), state)
+    local.architecture = describe(model)
+    objective, result = train(device, method, model, local)
+    objective.end(model, result, {n: t.detach().cpu() for n, t in model.state_dict().items()})
+    kept[STATE] = ArrayRecord({name: array_from_numpy(np.asarray(value)) for name, value in state.items()})
+    trained = ArrayRecord({n: array_from_numpy(a) for n, a in model_arrays(model).items()})
+    return trained, MetricRecord({control.NUM_EXAMPLES: result.samples, "loss": result.loss})
+
+
+def evaluate_plain(
+    device: Device, record: ArrayRecord, round_: int, run_config: Mapping[str, Any]
+) -> MetricRecord:
+    """Return the mean training objective of a plain Flower model over this device's images."""
+    settings, model = _plain_model(device, record, run_config)
+    objective = base_objective(settings)
+    objective.begin(model, local_round(device, settings, round_, {}, {}))
+    generator = torch.Generator(device=device.torch_device)
+    generator.manual_seed(seed_for(settings.seed, device.name, round_, "evaluate"))
+    model.to(device.torch_device)
+    loss = dataset_loss(model, objective, device.images, device.torch_device, settings.batch_size, generator)
+    return MetricRecord({control.NUM_EXAMPLES: len(device.images), "loss": loss})
+
+
+def train(
+    device: Device, method: Method, model: nn.Module, local: LocalRound, private: Mechanism | None = None
+) -> tuple[Objective, LocalResult]:
+    """Train a model in place; every random number hangs on (run seed, client name, round, purpose).
+
+    With a mechanism of DP-SGD they hang on a secret of the device instead: the run's seed would tell every server
+    the noise.
+    """
+    objective = method.objective_for(local)
+    if private is not None:
+        from espalier_client.dp_sgd import train_private
+
+        seed = device.private_seed(local.round, "train")
+        data = method.data(local)
+        result = train_private(model, objective, data, local, private, seed=seed, device=device.torch_device)
+        return objective, result
+    result = train_local(
+        model,
+        objective,
+        method.data(local),
+        local,
+        seed=seed_for(local.settings.seed, device.name, local.round, "train"),
+        device=device.torch_device,
+    )
+    return objective, result
+
+
+def local_round(
+    device: Device,
+    settings: RunConfig,
+    round_: int,
+    received: Mapping[str, np.ndarray],
+    state: dict[str, np.ndarray],
+) -> LocalRound:
+    """Return what this device knows when it trains or answers; the arrays of `state` are given away to it."""
+    return LocalRound(
+        settings=settings,
+        round=round_,
+        name=device.name,
+        received={n: to_tensor(a) for n, a in received.items() if "/" not in n},
+        aux={n: a for n, a in received.items() if "/" in n},
+        state=state,
+        labels=device.labels,
+        data=device.images,
+        place=str(device.torch_device),
+        optimizer=create_method(settings).own_optimizer if settings.optimizer == "auto" else "",
+        own_state=True,
+    )
+
+
+def _plain_model(
+    device: Device, record: ArrayRecord, run_config: Mapping[str, Any]
+) -> tuple[RunConfig, nn.Module]:
+    settings = RunConfig.from_flat(run_config)
+    model = initial_model(settings, device.images.shape, classes=len(device.images.classes))
+    try:
+        tensors = {name: to_tensor(numpy_view(array)) for name, array in record.items()}
+    except (ValueError, TypeError) as error:  # no array, or of a dtype that torch does not have
+        raise WireError("server", f"tensors that cannot be read ({error})") from error
+    # A strategy such as FedAdam computes in float64; the model keeps its own dtypes.
+    own = model.state_dict()
+    try:
+        model.load_state_dict({n: t.to(own[n].dtype) if n in own else t for n, t in tensors.items()})
+    except RuntimeError as error:
+        raise WireError("server", f"tensors that do not fit model={settings.model} ({error})") from error
+    return settings, model

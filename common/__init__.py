@@ -1,1 +1,0 @@
-"""What all tiers share; imports nothing of client, edge or server."""

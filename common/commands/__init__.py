@@ -1,1 +1,0 @@
-"""What the commands of `espalier` do, one module each; `common/cli.py` only reads their options."""

@@ -1,0 +1,1 @@
+"""Hierarchical federated learning over Flower: what cloud, edges and clients share."""

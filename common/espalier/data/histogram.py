@@ -1,0 +1,86 @@
+"""Label histograms: what a client tells of its data, and the checks on one that was received."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from espalier.errors import DataError
+
+
+def label_histogram(labels: ArrayLike, classes: int | Sequence[str]) -> NDArray[np.float64]:
+    """Count the labels of each class.
+
+    Parameters
+    ----------
+    labels : array-like of int
+        Class of each sample, shape [N].
+    classes : int or sequence of str
+        Number of classes, or their names.
+
+    Returns
+    -------
+    ndarray
+        Counts, float64, shape [classes].
+
+    Raises
+    ------
+    DataError
+        A label lies outside the classes.
+    """
+    count = classes if isinstance(classes, int) else len(classes)
+    values = np.asarray(labels, np.int64).reshape(-1)
+    outside = values[(values < 0) | (values >= count)]
+    if outside.size:
+        raise DataError(f"label {outside[0]} lies outside 0 to {count - 1}")
+    return np.bincount(values, minlength=count).astype(np.float64)
+
+
+def add_laplace_noise(
+    counts: NDArray[np.float64], epsilon: float, rng: np.random.Generator
+) -> NDArray[np.float64]:
+    """Add Laplace noise to each count and cut at zero.
+
+    Adding or removing one image changes one count by one, so the histogram's L1 sensitivity is 1 and noise of
+    scale 1/epsilon makes it epsilon-differentially private (Dwork et al., TCC 2006, the Laplace mechanism). Where
+    the number of images is known, replacing one image changes two counts, and the guarantee is 2 epsilon.
+    Cutting at zero afterwards costs no privacy.
+
+    Parameters
+    ----------
+    counts : ndarray
+        Counts per class.
+    epsilon : float
+        Epsilon > 0 of the guarantee.
+    rng : numpy.random.Generator
+        Source of the noise.
+
+    Returns
+    -------
+    ndarray
+        A new histogram of the same length, every count >= 0.
+    """
+    if not (np.isfinite(epsilon) and epsilon > 0):
+        raise DataError(f"the histogram's epsilon must be a finite number above 0, not {epsilon}")
+    return np.maximum(np.asarray(counts, np.float64) + rng.laplace(0.0, 1 / epsilon, len(counts)), 0.0)
+
+
+def check_histogram(counts: ArrayLike, classes: int) -> NDArray[np.float64]:
+    """Return a received histogram as float64, or refuse it.
+
+    Raises
+    ------
+    DataError
+        Its length is not the number of classes, or a count is negative or not finite.
+    """
+    values = np.asarray(counts, np.float64)
+    if values.shape != (classes,):
+        length = len(values) if values.ndim == 1 else values.shape
+        raise DataError(f"label histogram has length {length} but the data have {classes} classes")
+    if not np.isfinite(values).all():
+        raise DataError("label histogram holds a count that is not finite")
+    if (values < 0).any():
+        raise DataError("label histogram holds a negative count")
+    return values

@@ -1,0 +1,86 @@
+"""A diffusion model that Espalier trained as a generator: the noise is the latent, DDIM the synthesis."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+from espalier.errors import ConfigError
+from espalier.generators.images import in_batches
+from espalier.models.diffusion import denoise, image_shape
+from espalier.models.pipeline import load_model
+
+if TYPE_CHECKING:
+    from diffusers import DDIMScheduler
+
+_BATCH = 64
+
+
+class DiffusionGenerator:
+    """The model of a run of FedPhD or FedDiffuse as a :class:`~espalier.generators.base.Generator`.
+
+    DDIM with eta 0 (Song et al. 2021) is a function of the noise it starts from, so that the noise serves as
+    the latent: H = C * S * S, and W is the standard normal distribution.
+
+    Parameters
+    ----------
+    model : nn.Module
+        A UNet2DModel, pruned or not.
+    scheduler : DDIMScheduler
+        Its sampling schedule.
+    device : torch.device
+        Where it computes.
+    steps : int
+        Network evaluations per image.
+    """
+
+    def __init__(
+        self, model: nn.Module, scheduler: DDIMScheduler, device: torch.device, steps: int = 50
+    ) -> None:
+        self.model = model.eval().requires_grad_(False).to(device)
+        self.scheduler, self.steps = scheduler, steps
+        self.shape = image_shape(model)
+
+    @classmethod
+    def open(cls, folder: Path, device: torch.device, steps: int = 50) -> DiffusionGenerator:
+        """Open the ``model`` folder of a run.
+
+        Raises
+        ------
+        StateError
+            A file is missing or damaged; the message names it.
+        ConfigError
+            The model is none of diffusion, or was trained with fewer time steps than `steps`.
+        """
+        model, scheduler, _ = load_model(folder)
+        if type(model).__name__ != "UNet2DModel":
+            raise ConfigError(
+                f"generator: {folder} holds a {type(model).__name__}, which draws nothing; give the model of a "
+                "run of a diffusion method"
+            )
+        trained = scheduler.config.num_train_timesteps
+        if steps > trained:
+            raise ConfigError(f"generator: {folder} has {trained} time steps; {steps} steps are too many")
+        return cls(model, scheduler, device, steps)
+
+    @property
+    def latent_dim(self) -> int:
+        """C * S * S."""
+        return math.prod(self.shape)
+
+    def sample_latents(self, count: int, rng: torch.Generator) -> Tensor:
+        """Draw noise; see :class:`~espalier.generators.base.Generator`."""
+        return torch.randn(count, self.latent_dim, generator=rng)
+
+    def synthesise(self, latents: Tensor, size: int, channels: int) -> Tensor:
+        """Denoise; see :class:`~espalier.generators.base.Generator`."""
+
+        def draw(part: Tensor) -> Tensor:
+            noise = part.reshape(-1, *self.shape)
+            return denoise(self.model, noise, steps=self.steps, scheduler=self.scheduler)
+
+        return in_batches(draw, latents, _BATCH, size, channels)

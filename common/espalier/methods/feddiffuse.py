@@ -1,0 +1,75 @@
+"""FedDiffuse: diffusion models exchanged in parts (de Goede et al. 2024, arXiv 2406.12575)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
+
+from espalier.methods.base import CloudState
+from espalier.methods.personal import PersonalLayers
+from espalier.methods.planning import Member
+from espalier.seeds import rng_for
+from espalier_proto import espalier_pb2 as pb
+
+if TYPE_CHECKING:
+    from espalier.config.run_config import RunConfig
+
+#: Parts of the U-Net by the beginnings of their tensors' names; the time embedding goes with the way down.
+PARTS = {
+    "down": ("conv_in", "time_proj", "time_embedding", "down_blocks"),
+    "mid": ("mid_block",),
+    "up": ("up_blocks", "conv_norm_out", "conv_out"),
+}
+#: Parts that stay at home, by `exchange`.
+HOME = {"full": (), "usplit": (), "ulatdec": ("down",), "udec": ("down", "mid")}
+
+
+class FedDiffuse(PersonalLayers):
+    """The four ways of §3.
+
+    FULL is FedAvg. USPLIT: clients go in pairs, everybody gets the whole network and trains it, one of a
+    pair sends the way down, the other the way up, one of them by lot the bottleneck; every part is
+    averaged by samples over those who sent it. ULATDEC shares bottleneck and way up, UDEC the way up
+    alone; the rest stays at home.
+    """
+
+    name = "feddiffuse"
+    tasks = ("diffusion",)
+    sample_wise = True
+
+    @classmethod
+    def contradictions(cls, settings: RunConfig) -> list[str]:
+        """Refuse an average of what is never averaged."""
+        if settings.ema_decay and HOME[settings.exchange]:
+            return [f"ema-decay: with exchange={settings.exchange} the cloud has no whole model; set it to 0"]
+        return []
+
+    def stays_home(self, name: str) -> bool:
+        """Tell whether a tensor is of a part that is not exchanged."""
+        return part_of(name) in HOME[self.settings.exchange]
+
+    def assign(
+        self, state: CloudState, picked: Sequence[str], members: Mapping[str, Member], round_: int
+    ) -> dict[str, str]:
+        """Return what each client sends, e.g. "down+mid"; a client without a partner sends all."""
+        if self.settings.exchange != "usplit":
+            return super().assign(state, picked, members, round_)
+        rng = rng_for(self.settings.seed, "cloud", round_, "pairs")
+        order = [sorted(picked)[i] for i in rng.permutation(len(picked))]
+        sends: dict[str, str] = {}
+        for a, b in zip(order[::2], order[1::2], strict=False):
+            first = bool(rng.random() < 0.5)
+            sends |= {a: "down+mid" if first else "down", b: "up" if first else "mid+up"}
+        return dict.fromkeys(order, "down+mid+up") | sends
+
+    def view(self, state: CloudState, key: str) -> pb.View:
+        """Return the whole network, of which only some parts come back."""
+        if self.settings.exchange != "usplit":
+            return super().view(state, key)
+        names = [t.name for t in state.architecture.tensors if part_of(t.name) in key.split("+")]
+        return pb.View(architecture=state.architecture, returns=names)
+
+
+def part_of(name: str) -> str:
+    """Return "down", "mid" or "up" for a tensor of a U-Net."""
+    return next((part for part, heads in PARTS.items() if name.startswith(heads)), "down")

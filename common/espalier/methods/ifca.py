@@ -1,0 +1,119 @@
+"""IFCA: an iterative algorithm for clusters of clients (Ghosh et al., NeurIPS 2020, arXiv 2006.04088)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from espalier.methods.base import CloudState, Deployed, Inquiry, Method
+from espalier.methods.clustering import nearest_model, well_spread
+from espalier.methods.prefixes import matches
+from espalier.seeds import seed_for
+from espalier.wire.payload import Layout, Weights
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from espalier.config.run_config import RunConfig
+    from espalier.training.objectives import LocalRound
+
+#: Initialisations that are tried before the last one is taken.
+TRIES = 20
+
+
+class IFCA(Method):
+    """Algorithm 1, model averaging.
+
+    Servers hold k models. A client gets all of them, picks the one of least loss on its own images,
+    trains it and sends it back; each model becomes the mean over the clients that picked it, an unpicked
+    one stays. Tensors under `shared-layers` exist once and are averaged over everybody. Initial models
+    are drawn until every one is picked by enough clients.
+    """
+
+    name = "ifca"
+    has_one_model = False
+    tells = "which cluster fits its images best"
+    tasks = ("classification",)
+
+    @classmethod
+    def contradictions(cls, settings: RunConfig) -> list[str]:
+        """Refuse a run without clusters."""
+        if settings.clusters < 2:
+            return ["clusters: ifca needs at least 2 models; set clusters=2 or method=fedavg"]
+        return []
+
+    def before_run(self, state: CloudState, ask: Inquiry) -> None:
+        """Draw k models until the clients spread over them."""
+        k = self.settings.clusters
+        for attempt in range(TRIES):
+            self._draw(state, attempt)
+            answers = ask("loss", state.architecture, state.weights, None)
+            picked = [int(a.metrics["cluster"]) for a in answers.values()]
+            if not picked or well_spread(picked, k):
+                return
+
+    def _draw(self, state: CloudState, attempt: int) -> None:
+        from espalier.models.arrays import model_arrays
+        from espalier.models.initial import initial_model
+
+        s, shared = self.settings, self.settings.shared_layers
+        models = []
+        for j in range(s.clusters):
+            seed = seed_for(s.seed, "cloud", attempt, f"cluster {j}")
+            drawn = initial_model(s.model_copy(update={"seed": seed}), self.image_shape, self.classes)
+            models.append(model_arrays(drawn))
+        tensors = {n: a for n, a in models[0].items() if matches(n, shared)}
+        for j, arrays in enumerate(models):
+            tensors |= {_key(j, n): a for n, a in arrays.items() if not matches(n, shared)}
+        state.weights = Weights.pack(tensors)
+
+    # --- client --------------------------------------------------------------------------------------
+
+    def start(self, local: LocalRound) -> Mapping[str, Tensor]:
+        """Pick the model of least loss on all of the client's images."""
+        from espalier.models.arrays import to_tensor
+        from espalier.training.network_loss import network_loss
+
+        models = [
+            dict(local.received)
+            | {n.partition("/")[2]: to_tensor(a) for n, a in local.aux.items() if n.startswith(_key(j, ""))}
+            for j in range(self.settings.clusters)
+        ]
+        picked = nearest_model([network_loss(local, tensors) for tensors in models])
+        local.metrics["cluster"] = picked
+        return models[picked]
+
+    def publish(self, trained: dict[str, np.ndarray], local: LocalRound) -> dict[str, np.ndarray]:
+        """Return the trained tensors under their cluster's names."""
+        j, shared = int(local.metrics["cluster"]), self.settings.shared_layers
+        return {n if matches(n, shared) else _key(j, n): a for n, a in trained.items()}
+
+    def returned(self, sent: Layout, names: Sequence[str], metrics: Mapping[str, float]) -> Layout:
+        """Return the tensors of the picked cluster, and the shared ones."""
+        j = metrics.get("cluster", -1)
+        if j not in range(self.settings.clusters):
+            raise ValueError(f"cluster {j:g} of {self.settings.clusters}")
+        return sent.only(n for n in sent.names if "/" not in n or n.startswith(_key(int(j), "")))
+
+    # --- cloud ---------------------------------------------------------------------------------------
+
+    def deployed(self, state: CloudState, ask: Inquiry) -> list[Deployed]:
+        """Return the clusters' models; clients pick theirs among all of them."""
+        shared = {n: a for n, a in state.tensors.items() if "/" not in n}
+        clusters = [
+            Deployed(
+                f"cluster {j + 1}",
+                state.architecture,
+                Weights.pack(shared | state.section(f"cluster{j}")),
+                at_clients=False,
+            )
+            for j in range(self.settings.clusters)
+        ]
+        everything = Deployed("all clusters", state.architecture, state.weights, at_cloud=False)
+        return [*clusters, everything]
+
+
+def _key(cluster: int, name: str) -> str:
+    return f"cluster{cluster}/{name}"

@@ -1,0 +1,145 @@
+"""Which size of sub-model each client trains (HeteroFL, FjORD, DepthFL, InclusiveFL, Split-Mix).
+
+A level is a share of the whole model in (0, 1]: of its width or of its depth, as the method says.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
+
+from espalier.errors import ConfigError
+from espalier.seeds import rng_for
+
+if TYPE_CHECKING:
+    from espalier.config.run_config import RunConfig
+    from espalier.methods.planning import Member
+
+#: Bytes of memory that training a level takes.
+Need = Callable[[float], int]
+
+
+def parse_levels(text: str) -> tuple[float, ...]:
+    """Read `levels`: shares of the whole, largest first, commas between.
+
+    Parameters
+    ----------
+    text : str
+        For example ``"1,0.5,0.25"``.
+
+    Returns
+    -------
+    tuple of float
+        The levels, strictly descending, each in (0, 1].
+
+    Raises
+    ------
+    ConfigError
+        If a part is no number in (0, 1], or they do not descend; the text starts with the setting's key.
+    """
+    levels = []
+    for part in text.split(","):
+        try:
+            level = float(part)
+        except ValueError:
+            level = 0.0
+        if not 0 < level <= 1:  # NaN fails here, too
+            raise ConfigError(
+                f'levels: "{part.strip()}" in "{text}" is no share in (0, 1]; give numbers such as "1,0.5,0.25"'
+            )
+        levels.append(level)
+    if any(a <= b for a, b in itertools.pairwise(levels)):
+        ordered = ",".join(f"{level:g}" for level in sorted(set(levels), reverse=True))
+        raise ConfigError(f'levels: "{text}" does not descend; write "{ordered}"')
+    return tuple(levels)
+
+
+def assign_levels(
+    members: Sequence[Member], settings: RunConfig, round_: int, need: Need | None = None
+) -> dict[str, float]:
+    """Give every client its level.
+
+    By `level-choice`:
+
+    - "spread": equal groups in the order of the names, the largest level first: client i of N gets level
+      number ⌊i / (N / L)⌋, as in DepthFL, FjORD and Split-Mix (whose groups start with the smallest).
+    - "device": the largest level not above what was set by hand at the device. A client where nothing was
+      set is placed as by "memory".
+    - "memory": with `need`, the largest level that fits into the client's memory (the smallest one where
+      not even that seems to: an estimate should not shut a client out); without, by rank as "speed".
+    - "speed": by rank; the fastest N/L clients get the largest level, and so on. Clients of equal speed
+      share a level, that of the first of them; a client not measured gets the smallest.
+
+    With `dynamic-levels` (HeteroFL's "dynamic" setting) a client's level is drawn anew in every round,
+    uniformly: from all levels with "spread", else from those not above what it was given, since a device
+    cannot train more than fits.
+
+    Parameters
+    ----------
+    members : sequence of Member
+        The clients that can take part; the order does not matter.
+    settings : RunConfig
+        `levels`, `level-choice`, `dynamic-levels`, `seed`.
+    round_ : int
+        The round; matters with `dynamic-levels` only.
+    need : callable, optional
+        Bytes that training a level takes.
+
+    Returns
+    -------
+    dict of str to float
+        Level of each client, in the order of the names.
+
+    Raises
+    ------
+    ConfigError
+        If a device's own level is below the smallest one, so that it can train none.
+    """
+    levels = parse_levels(settings.levels)
+    ordered = sorted(members, key=lambda m: m.name)
+    if settings.level_choice == "spread":
+        given = {m.name: levels[i * len(levels) // len(ordered)] for i, m in enumerate(ordered)}
+    elif settings.level_choice == "speed":
+        given = _by_rank({m.name: m.speed for m in ordered}, levels)
+    else:
+        given = _by_memory(ordered, levels, need)
+        if settings.level_choice == "device":
+            given |= {m.name: _own_level(m, levels) for m in ordered if m.level > 0}
+    if not settings.dynamic_levels:
+        return given
+    drawn = {}
+    for name, most in given.items():
+        choices = [v for v in levels if v <= most or settings.level_choice == "spread"]
+        drawn[name] = choices[int(rng_for(settings.seed, name, round_, "level").integers(len(choices)))]
+    return drawn
+
+
+def _own_level(member: Member, levels: Sequence[float]) -> float:
+    fitting = [v for v in levels if v <= member.level]
+    if not fitting:
+        raise ConfigError(
+            f"client {member.name} is set to level {member.level:g}, below the smallest of "
+            f"levels={','.join(f'{v:g}' for v in levels)}; add a smaller one there or raise the client's"
+        )
+    return fitting[0]
+
+
+def _by_memory(ordered: Sequence[Member], levels: Sequence[float], need: Need | None) -> dict[str, float]:
+    if need is None:
+        return _by_rank({m.name: m.memory for m in ordered}, levels)
+    needs = [need(v) for v in levels]
+    return {
+        m.name: next((v for v, n in zip(levels, needs, strict=True) if n <= m.memory), levels[-1])
+        for m in ordered
+    }
+
+
+def _by_rank(strengths: dict[str, float], levels: Sequence[float]) -> dict[str, float]:
+    """Return a level by the number of stronger clients; strength 0 means not known."""
+    count = len(strengths)
+    found = {}
+    for name, strength in strengths.items():
+        stronger = sum(other > strength for other in strengths.values())
+        found[name] = levels[stronger * len(levels) // count] if strength > 0 else levels[-1]
+    return found

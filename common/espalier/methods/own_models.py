@@ -1,0 +1,134 @@
+"""What methods share whose clients keep networks of their own, which may be unlike, and exchange knowledge."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from espalier.config.run_config import RunConfig
+from espalier.methods.base import CloudState, Deployed, Inquiry, Method, ServerState, Update
+from espalier.methods.planning import Member
+from espalier.methods.tally import Tally
+from espalier.models.families import model_of
+from espalier.models.presets import is_model
+from espalier.seeds import seed_for
+from espalier.wire.payload import Layout, Weights
+from espalier_proto import espalier_pb2 as pb
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from espalier.methods.views import Sent
+    from espalier.training.objectives import LocalRound
+
+#: Architecture family of a network that a client builds, and keeps, by itself.
+OWN = "own"
+#: Where a client keeps its network.
+HOME = "own/"
+
+
+class OwnModels(Method):
+    """Every client trains a network of its own and keeps it; servers hold no network at all.
+
+    Client i, in the order of names, gets model i mod X of `families`, unless its owner chose one
+    (`espalier client --model`). Its initial weights depend on the run's seed and its name.
+    """
+
+    tasks = ("classification",)
+    has_one_model = False
+    own_models = True
+    settled = True
+    tells = "what a network of its own makes of its images"
+
+    @classmethod
+    def contradictions(cls, settings: RunConfig) -> list[str]:
+        """Refuse selections that compare networks, and codecs of differences."""
+        faults = []
+        if cls.chosen(settings, "selection") == "divfl":
+            faults.append(f"selection: divfl compares gradients of one network; {cls.name} has many")
+        if cls.chosen(settings, "codec") != "none":
+            faults.append(f"codec: {cls.name} exchanges no weights to code; set codec=none")
+        faults += [
+            f"{key}: {cls.name} exchanges no weights to code; set {key}=none"
+            for key, value in (("downlink", settings.downlink), ("edge-codec", settings.edge_codec))
+            if value != "none"
+        ]
+        return faults
+
+    # --- cloud ---------------------------------------------------------------------------------------
+
+    def initial_state(self) -> CloudState:
+        """Return a state without a network."""
+        return CloudState(pb.ArchitectureSpec(), Weights.pack({}))
+
+    def assign(
+        self, state: CloudState, picked: Sequence[str], members: Mapping[str, Member], round_: int
+    ) -> dict[str, str]:
+        """Return each client's model."""
+        family = self.settings.families or self.settings.model
+        places = {name: i for i, name in enumerate(sorted(members))}
+        return {name: members[name].model or model_of(family, places[name]) for name in picked}
+
+    def view(self, state: CloudState, key: str) -> pb.View:
+        """Return a client's model by name; what it is sent beside, each server settles by itself."""
+        spec = pb.ArchitectureSpec(family=OWN)
+        spec.config.update({"model": key.partition("@")[0]})
+        return pb.View(architecture=spec)
+
+    def cut(self, key: str, view: pb.View, server: ServerState) -> Sent:
+        """Return all that a server holds for this client."""
+        from espalier.methods.views import Sent
+
+        own = server.weights
+        kept = [n for n in own.layout.names if self.is_for(key, n)]
+        views = own.views()
+        weights = own if len(kept) == len(views) else Weights.fill(own.layout.only(kept), views)
+        return Sent(view.architecture, weights, {}, ())
+
+    def is_for(self, key: str, name: str) -> bool:
+        """Tell whether a client is sent a tensor."""
+        return name.partition("/")[0] not in self.server_sections
+
+    def deployed(self, state: CloudState, ask: Inquiry) -> list[Deployed]:
+        """Return nothing for the cloud: clients answer with what they have."""
+        return [Deployed("own models", state.architecture, state.weights, at_cloud=False)]
+
+    # --- client --------------------------------------------------------------------------------------
+
+    def network(self, local: LocalRound, architecture: pb.ArchitectureSpec) -> nn.Module:
+        """Return the client's own network as it left it, or a new one."""
+        from espalier.models.architecture import describe
+        from espalier.models.arrays import load_arrays
+        from espalier.models.initial import initial_model
+
+        name = architecture.config["model"] if "model" in architecture.config.keys() else ""  # noqa: SIM118 - a Struct
+        if architecture.family != OWN or not isinstance(name, str) or not is_model(name):
+            raise ValueError(f"a plan for the unknown model {name!r}")
+        images = local.require_data()
+        seed = seed_for(self.settings.seed, local.name, 0, "own model")
+        settings = self.settings.model_copy(update={"model": name, "seed": seed})
+        model = initial_model(settings, images.shape, len(images.classes))
+        if kept := {n.removeprefix(HOME): a for n, a in local.state.items() if n.startswith(HOME)}:
+            load_arrays(model, kept)
+        local.architecture = describe(model)
+        local.received = {n: t.detach().clone() for n, t in model.state_dict().items()}
+        return model
+
+    def publish(self, trained: dict[str, np.ndarray], local: LocalRound) -> dict[str, np.ndarray]:
+        """Keep the network at home."""
+        local.state.update({HOME + name: array.copy() for name, array in trained.items()})
+        return {}
+
+    # --- servers -------------------------------------------------------------------------------------
+
+    def reply_layout(
+        self, architecture: pb.ArchitectureSpec, sent: Layout, names: Sequence[str], report: pb.ClientReport
+    ) -> Layout:
+        """Return the layout of what a client tells."""
+        raise NotImplementedError
+
+    def add(self, tally: Tally, update: Update, server: ServerState) -> None:
+        """Add what a client told; nothing of it is passed on but what `contribute` does."""
+        self.contribute(tally, update, server)

@@ -1,0 +1,140 @@
+"""Phoenix: federated diffusion on non-IID data (Stanley Jothiraj, Mashhadi 2023, arXiv 2306.04098)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from espalier.methods.base import CloudState, Inquiry, ServerState, Update
+from espalier.methods.personal import SHARED, PersonalLayers
+from espalier.methods.planning import Member
+from espalier.methods.prefixes import matches
+from espalier.methods.tally import Arrays, Tally
+from espalier.seeds import rng_for
+from espalier.wire.payload import Weights
+from espalier_proto import espalier_pb2 as pb
+
+if TYPE_CHECKING:
+    from espalier.config.run_config import RunConfig
+    from espalier.data.imageset import ImageSet
+    from espalier.training.objectives import LocalRound
+
+#: Sections: what is handed out, and the loss above which a client is left out; kept once given.
+IMAGES, LABELS, LIMIT, LOSS, LEFT_OUT, GIVEN = (
+    "handout/images",
+    "handout/labels",
+    "limit/loss",
+    "about/loss",
+    "about/left-out",
+    "given/",
+)
+WITH_DATA = "shared+data"
+
+
+class Phoenix(PersonalLayers):
+    """Three remedies for non-IID clients around FedAvg.
+
+    Data sharing: every client gets the same small set of images once, and trains on them, too. Personal
+    layers: those under `personal-layers` stay at home. Threshold filtering: a client whose loss exceeds
+    `quality-threshold` times the median of the window before is left out, and named.
+    """
+
+    name = "phoenix"
+    tasks = ("diffusion",)
+    server_sections = frozenset({"limit"})
+    tells = "its loss, by which clients are filtered"
+
+    @classmethod
+    def contradictions(cls, settings: RunConfig) -> list[str]:
+        """Refuse shared data of which nobody gets any, and the reverse."""
+        faults = []
+        # The reverse cannot be seen here: `shared-data` names a place at the cloud and never leaves it.
+        if settings.shared_data and not settings.shared_count:
+            faults.append("shared-count: 0 of shared-data are handed out; set e.g. shared-count=100")
+        if settings.ema_decay and settings.personal_layers:
+            faults.append("ema-decay: with personal-layers the cloud has no whole model; set it to 0")
+        return faults
+
+    def stays_home(self, name: str) -> bool:
+        """Tell whether a tensor is under `personal-layers`."""
+        return matches(name, self.settings.personal_layers)
+
+    # --- the shared images ---------------------------------------------------------------------------
+
+    def before_run(self, state: CloudState, ask: Inquiry) -> None:
+        """Draw the images that everybody gets."""
+        further: dict[str, np.ndarray] = {LIMIT: np.zeros(1)}
+        s = self.settings
+        if s.shared_data and s.shared_count:
+            from espalier.data.imageset import to_uint8
+            from espalier.data.spec import open_data
+
+            images = open_data(s.shared_data)
+            count = min(s.shared_count, len(images))
+            chosen = rng_for(s.seed, "cloud", 0, "handout").choice(len(images), count, replace=False)
+            further[IMAGES] = to_uint8(images.fetch(chosen)).numpy()
+            further[LABELS] = images.labels[chosen]
+        state.weights = Weights.pack(state.tensors | further)
+
+    def assign(
+        self, state: CloudState, picked: Sequence[str], members: Mapping[str, Member], round_: int
+    ) -> dict[str, str]:
+        """Return the shared tensors, and the images for those who have not reported since they got them."""
+        lacks = set() if IMAGES not in state.tensors else {n for n in picked if GIVEN + n not in state.extra}
+        return {name: WITH_DATA if name in lacks else SHARED for name in picked}
+
+    def view(self, state: CloudState, key: str) -> pb.View:
+        """Return the shared tensors, with or without the images."""
+        layout = state.weights.layout
+        names = [n for n in layout.names if "/" not in n and not self.stays_home(n)]
+        if key == WITH_DATA:
+            names += [IMAGES, LABELS]
+        return pb.View(architecture=state.architecture, layout=layout.only(names).to_proto())
+
+    def data(self, local: LocalRound) -> ImageSet:
+        """Return the client's own images and the shared ones."""
+        from espalier.data.joined import with_pixels
+
+        own = super().data(local)
+        pixels, labels = (local.aux.get(n, local.state.get(n)) for n in (IMAGES, LABELS))
+        if pixels is None or labels is None:
+            return own
+        return with_pixels(own, pixels, labels)
+
+    def publish(self, trained: dict[str, np.ndarray], local: LocalRound) -> dict[str, np.ndarray]:
+        """Keep the personal tensors and the shared images."""
+        local.state.update({n: np.array(local.aux[n]) for n in (IMAGES, LABELS) if n in local.aux})
+        return super().publish(trained, local)
+
+    # --- the filter ----------------------------------------------------------------------------------
+
+    def contribute(self, tally: Tally, update: Update, server: ServerState) -> None:
+        """Add a client's tensors, unless its loss is too far above the others'."""
+        loss, limit = update.metrics["loss"], float(server.tensors[LIMIT][0])
+        left_out = 0 < limit < loss
+        tally.forward(update.name, {LOSS: np.array([loss]), LEFT_OUT: np.array([left_out])})
+        if left_out:
+            raise ValueError(f"its loss {loss:.4g} is above {limit:.4g}, so it is left out of this round")
+        super().contribute(tally, update, server)
+
+    def check_passed(self, stacks: Mapping[str, Arrays], rows: Arrays, server: ServerState) -> None:
+        """Refuse what is no loss, or no word on whether its update counts."""
+        super().check_passed(stacks, rows, server)
+        for client, stack in stacks.items():
+            loss, left_out = stack.get(LOSS), stack.get(LEFT_OUT)
+            if loss is None or loss.shape != (1,) or loss.dtype.kind != "f" or not np.isfinite(loss[0]):
+                raise ValueError(f"a note on {client} without its loss")
+            if left_out is None or left_out.shape != (1,) or left_out.dtype.kind != "b":
+                raise ValueError(f"a note on {client} that does not say whether its update counts")
+
+    def central_step(self, state: CloudState, tally: Tally) -> None:
+        """Move on, set the next limit, and note who has the shared images."""
+        super().central_step(state, tally)
+        losses = [float(stack[LOSS][0]) for stack in tally.stacks.values()]
+        if losses:  # an edge may have passed none on
+            state.assign({LIMIT: np.array([self.settings.quality_threshold * np.median(losses)])})
+        # The state of a client that was left out goes back to before the round, the images with it.
+        counted = (client for client, stack in tally.stacks.items() if not stack[LEFT_OUT][0])
+        state.extra |= {GIVEN + client: np.ones(1) for client in counted}

@@ -1,0 +1,225 @@
+"""Who trains in each round of a window, and at which edge: drawn ahead at the cloud (DESIGN §2)."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Protocol
+
+import numpy as np
+
+from espalier.methods.homogeneity import Form, edge_probabilities, sh_score
+from espalier.seeds import rng_for
+
+
+@dataclass(frozen=True)
+class Member:
+    """A client that can take part.
+
+    Attributes
+    ----------
+    name : str
+        Its name, unique in the tree.
+    samples : int
+        Training samples it holds.
+    labels : np.ndarray
+        Label counts, shape (classes,); noisy where `histogram-epsilon` is on.
+    edges : tuple[str, ...]
+        Edges it is connected to, sorted.
+    level : float
+        Size of sub-model set by hand at the device, a share in (0, 1]; 0: not set.
+    memory : int
+        Bytes of memory it can train in; 0: not known.
+    speed : float
+        Measured speed, in any unit all clients share; 0: not measured.
+    links : Mapping[str, float]
+        Seconds a message takes to each edge, by the edge's name; an edge without an entry was not measured.
+    """
+
+    name: str
+    samples: int
+    labels: np.ndarray
+    edges: tuple[str, ...]
+    level: float = 0.0
+    memory: int = 0
+    speed: float = 0.0
+    model: str = ""
+    links: Mapping[str, float] = field(default_factory=dict)
+
+
+#: One round: client name -> edge name, in the order of the client names.
+Round = dict[str, str]
+
+
+class EdgeChoice(Protocol):
+    """Which edge each client of a round goes to."""
+
+    def assign(
+        self,
+        picked: Sequence[Member],
+        members: Sequence[Member],
+        loads: Mapping[str, np.ndarray],
+        seed: int,
+        round_: int,
+    ) -> Round:
+        """Give every picked client one of the edges it reaches.
+
+        Parameters
+        ----------
+        picked : sequence of Member
+            Clients that train in the round, in the order of their names.
+        members : sequence of Member
+            All clients that can take part.
+        loads : Mapping[str, np.ndarray]
+            Label counts accumulated at each edge since the last central aggregation, shape (classes,).
+        seed, round_ : int
+            The run's seed and the round.
+
+        Returns
+        -------
+        Round
+            The edge of each picked client, in their order.
+        """
+
+
+class DrawnEdge(ABC):
+    """A rule by which each client draws its edge by itself, all of a round against the same loads."""
+
+    @abstractmethod
+    def probabilities(self, member: Member, loads: Mapping[str, np.ndarray]) -> np.ndarray:
+        """Return the chance of each of the member's edges, shape (len(member.edges),).
+
+        Parameters
+        ----------
+        member : Member
+            The client that draws.
+        loads : Mapping[str, np.ndarray]
+            Label counts accumulated at each edge since the last central aggregation.
+        """
+
+    def assign(
+        self,
+        picked: Sequence[Member],
+        members: Sequence[Member],
+        loads: Mapping[str, np.ndarray],
+        seed: int,
+        round_: int,
+    ) -> Round:
+        """Draw an edge for every picked client; see :class:`EdgeChoice`."""
+        assignment: Round = {}
+        for member in picked:
+            chances = self.probabilities(member, loads)
+            draw = rng_for(seed, member.name, round_, "edge").choice(len(member.edges), p=chances)
+            assignment[member.name] = member.edges[int(draw)]
+        return assignment
+
+
+@dataclass(frozen=True)
+class ByHomogeneity(DrawnEdge):
+    """FedPhD's rule p_e ∝ ReLU(a·mu(q'_e) − n_e + b) (arXiv 2507.06449, Algorithm 1)."""
+
+    a: float
+    b: float
+    form: Form = "root"
+
+    def probabilities(self, member: Member, loads: Mapping[str, np.ndarray]) -> np.ndarray:
+        """See :func:`espalier.methods.homogeneity.edge_probabilities`."""
+        return edge_probabilities(
+            member.labels, [loads[e] for e in member.edges], a=self.a, b=self.b, form=self.form
+        )
+
+
+class AtRandom(DrawnEdge):
+    """Every edge in reach is equally likely: the control for :class:`ByHomogeneity`."""
+
+    def probabilities(self, member: Member, loads: Mapping[str, np.ndarray]) -> np.ndarray:
+        """Return the uniform distribution."""
+        return np.full(len(member.edges), 1.0 / len(member.edges))
+
+
+class Fixed(DrawnEdge):
+    """A client stays at one of the edges it reaches; its name settles which, so clients spread over them."""
+
+    def probabilities(self, member: Member, loads: Mapping[str, np.ndarray]) -> np.ndarray:
+        """Return a one-hot distribution."""
+        chosen = int(rng_for(0, member.name, 0, "fixed-edge").integers(len(member.edges)))
+        chances = np.zeros(len(member.edges))
+        chances[chosen] = 1.0
+        return chances
+
+
+def pick_count(fraction: float, population: int) -> int:
+    """Return m = max(1, round(fraction·N)), the clients a round picks of N."""
+    return max(1, round(fraction * population))
+
+
+def pick_clients(members: Sequence[Member], fraction: float, seed: int, round_: int) -> list[Member]:
+    """Pick max(1, round(fraction·N)) clients uniformly without replacement, in the order of their names.
+
+    The draw depends on the run seed and the round alone, so every method sees the same picks.
+    """
+    ordered = sorted(members, key=lambda m: m.name)
+    count = pick_count(fraction, len(ordered))
+    chosen = rng_for(seed, "cloud", round_, "selection").choice(len(ordered), count, replace=False)
+    return [ordered[i] for i in sorted(chosen)]
+
+
+def plan_window(
+    picks: Sequence[Sequence[Member]],
+    members: Sequence[Member],
+    choice: EdgeChoice,
+    *,
+    first_round: int,
+    seed: int,
+    settled: bool = False,
+) -> list[Round]:
+    """Give the clients of a whole window their edges.
+
+    All clients of a round choose against the same edge loads; the loads grow with the round's
+    clients afterwards, and start empty because a window follows a central aggregation.
+
+    Parameters
+    ----------
+    picks : sequence of sequences of Member
+        Who takes part in each round of the window; where edges keep only some of them, the candidates.
+    members : sequence of Member
+        Clients that can take part; each reaches at least one edge.
+    choice : EdgeChoice
+        The rule.
+    first_round : int
+        Round that `picks` starts with.
+    seed : int
+        The run's seed.
+    settled : bool
+        Whether a client stays at the first edge it is given. Edges do not wait for one another between the
+        rounds of a window, so only at one edge its rounds are sure to follow each other.
+
+    Returns
+    -------
+    list of Round
+        One assignment a round.
+    """
+    loads = {e: np.zeros_like(m.labels, dtype=np.float64) for m in members for e in m.edges}
+    plan: list[Round] = []
+    homes: Round = {}
+    for round_, chosen in enumerate(picks, first_round):
+        picked = sorted(chosen, key=lambda m: m.name)
+        assignment = choice.assign(picked, members, loads, seed, round_)
+        if settled:
+            assignment = {name: homes.setdefault(name, edge) for name, edge in assignment.items()}
+        for member in picked:
+            loads[assignment[member.name]] = loads[assignment[member.name]] + member.labels
+        plan.append(assignment)
+    return plan
+
+
+def mean_homogeneity(plan: Sequence[Round], members: Sequence[Member], form: Form = "root") -> float:
+    """Return the mean SH score over the edges that a plan gives clients to."""
+    by_name = {m.name: m for m in members}
+    loads: dict[str, np.ndarray] = {}
+    for assignment in plan:
+        for client, edge in assignment.items():
+            labels = by_name[client].labels.astype(np.float64)
+            loads[edge] = loads[edge] + labels if edge in loads else labels
+    return float(np.mean([sh_score(q, form) for q in loads.values()])) if loads else 2.0

@@ -1,0 +1,154 @@
+"""Power-of-Choice: of d candidates, those whose loss is largest train (Cho, Wang, Joshi, AISTATS 2022)."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from espalier.methods.planning import Member
+from espalier.methods.selection import Answer, Selection, by_name, proportions, rating, top
+from espalier.seeds import rng_for
+
+if TYPE_CHECKING:
+    from espalier.config.run_config import RunConfig
+
+
+class PowerOfChoice(Selection):
+    """pi_pow-d (Cho, Wang, Joshi, AISTATS 2022, arXiv 2010.01243, §4).
+
+    d candidates are drawn with chance ∝ n_k without replacement, answer with F_k(w), and the m of the
+    largest loss train; the server takes their plain mean. With `adaptive-candidates` (pi_adapow-d) d
+    falls over the run, see :func:`adaptive_count`. `loss-weight=samples`, which is not the paper's, ranks
+    by a client's part p_k F_k of the global loss instead.
+    """
+
+    probe = "loss"
+    weighting = "uniform"
+
+    def __init__(self, settings: RunConfig) -> None:
+        super().__init__(settings)
+        self._keep = 1
+
+    def candidates(self, round_: int, members: Sequence[Member]) -> list[Member]:
+        """Return the d candidates; fewer only if fewer have any samples."""
+        self._keep = self._count(members)
+        return self._draw(round_, members)
+
+    def choose(
+        self, round_: int, candidates: Sequence[Member], answers: Mapping[str, Answer]
+    ) -> list[Member]:
+        """Return the m candidates of the largest loss, ties by name."""
+        losses = {
+            m.name: rating(self.settings, answers[m.name].metrics["loss"], m.samples)
+            for m in candidates
+            if m.name in answers and "loss" in answers[m.name].metrics
+        }
+        chosen = set(top(losses, self._keep))
+        return [m for m in by_name(candidates) if m.name in chosen]
+
+    def later(self, round_: int, members: Sequence[Member]) -> tuple[list[Member], int]:
+        """Return d candidates of whom the edges keep m; if d = m there is nothing to ask."""
+        found, keep = self._draw(round_, members), self._count(members)
+        return found, keep if len(found) > keep else 0
+
+    def _draw(self, round_: int, members: Sequence[Member]) -> list[Member]:
+        ordered, keep = by_name(members), self._count(members)
+        chances = proportions(ordered)
+        wanted = self._candidate_count(round_, len(ordered), keep)
+        rng = rng_for(self.settings.seed, "cloud", round_, "selection")
+        # Without replacement nobody without samples can be drawn, so d is at most who has some.
+        size = min(wanted, int(np.count_nonzero(chances)))
+        drawn = rng.choice(len(ordered), size, replace=False, p=chances)
+        return [ordered[i] for i in sorted(drawn)]
+
+    def _candidate_count(self, round_: int, population: int, keep: int) -> int:
+        s = self.settings
+        if s.adaptive_candidates:
+            return adaptive_count(round_, s.rounds, population, keep)
+        return min(max(s.candidates or 2 * keep, keep), population)
+
+
+class BatchPowerOfChoice(PowerOfChoice):
+    """pi_cpow-d (arXiv 2010.01243, §4): candidates estimate F_k(w) on one random mini-batch."""
+
+    probe = "batch-loss"
+
+
+class RememberedPowerOfChoice(PowerOfChoice):
+    """pi_rpow-d (arXiv 2010.01243, §4): nobody is asked.
+
+    Candidates are ranked by the mean training loss of their last participation; a client never seen
+    counts as infinite, so it comes first, and such ties are settled by a seeded draw.
+    """
+
+    probe = ""
+
+    def __init__(self, settings: RunConfig) -> None:
+        super().__init__(settings)
+        self._losses: dict[str, float] = {}
+
+    def candidates(self, round_: int, members: Sequence[Member]) -> list[Member]:
+        """Return the picks."""
+
+        def rank(member: Member) -> tuple[float, float]:
+            loss = self._losses.get(member.name, math.inf)
+            return -rating(self.settings, loss, member.samples), float(
+                rng_for(self.settings.seed, member.name, round_, "selection-tie").random()
+            )
+
+        return by_name(sorted(self._draw(round_, members), key=rank)[: self._count(members)])
+
+    def choose(
+        self, round_: int, candidates: Sequence[Member], answers: Mapping[str, Answer]
+    ) -> list[Member]:
+        """Return the picks: they were not asked."""
+        return list(candidates)
+
+    def later(self, round_: int, members: Sequence[Member]) -> tuple[list[Member], int]:
+        """Return picks by what the cloud knows at the window's start; all of them train."""
+        return self.candidates(round_, members), 0
+
+    def observe(
+        self,
+        round_: int,
+        metrics: Mapping[str, Mapping[str, float]],
+        gradients: Mapping[str, Mapping[str, np.ndarray]],
+    ) -> None:
+        """Remember the participants' mean training losses."""
+        for name, found in metrics.items():
+            if "loss" in found and not math.isnan(found["loss"]):
+                self._losses[name] = float(found["loss"])
+
+    def state(self) -> dict[str, np.ndarray]:
+        """Return "loss/NAME" for each client seen, shape (1,)."""
+        return {f"loss/{name}": np.array([loss]) for name, loss in sorted(self._losses.items())}
+
+    def restore(self, state: Mapping[str, np.ndarray]) -> None:
+        """Take back the losses."""
+        self._losses = {
+            key.removeprefix("loss/"): float(value[0])
+            for key, value in state.items()
+            if key.startswith("loss/")
+        }
+
+
+def adaptive_count(round_: int, rounds: int, population: int, keep: int) -> int:
+    """Return d of pi_adapow-d: it starts at N and is halved until it is m (arXiv 2010.01243, §4).
+
+    The paper leaves open when; here every value of d, N, ⌈N/2⌉, ⌈N/4⌉, …, m, holds for an equal part of
+    the run: with S values, round r = 1 … R has the value number ⌊(r − 1)·S / R⌋.
+
+    Parameters
+    ----------
+    round_, rounds : int
+        The round r and the rounds in all, R.
+    population, keep : int
+        N and m.
+    """
+    values = [population]
+    while values[-1] > keep:
+        values.append(max(keep, -(-values[-1] // 2)))
+    return values[min((round_ - 1) * len(values) // rounds, len(values) - 1)]

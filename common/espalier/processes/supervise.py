@@ -1,0 +1,279 @@
+"""Child processes that end with us: by a signal, by an error, and on Linux even when we are killed."""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import errno
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import FrameType
+
+from espalier.config.timeouts import KILL
+from espalier.errors import AddressError, EspalierError, StateError
+from espalier.security.transport import Address
+
+ROOT = Path(__file__).resolve().parents[3]
+"""The checkout: the folder of our top packages and of pyproject.toml."""
+
+_PR_SET_PDEATHSIG = 1
+_POLL_SECONDS = 0.05
+
+
+@dataclass(frozen=True)
+class Process:
+    """A child with a process group of its own."""
+
+    name: str
+    popen: subprocess.Popen[bytes]
+    log: Path
+
+    @property
+    def running(self) -> bool:
+        """Whether it has not ended yet."""
+        return self.popen.poll() is None
+
+    def last_words(self, lines: int = 1) -> str:
+        """Return the last non-empty lines of its log."""
+        try:
+            text = self.log.read_text(encoding="utf-8", errors="replace")
+        except OSError:
+            return ""
+        return "\n".join([line for line in text.splitlines() if line.strip()][-lines:])
+
+
+def spawn(name: str, command: Sequence[str], log: Path, env: Mapping[str, str] | None = None) -> Process:
+    """Start a child whose output goes to `log`, in a process group of its own.
+
+    The terminal's Ctrl-C does not reach it; `stop` ends it. On Linux it gets SIGTERM when the thread that
+    started it ends, so start children from a thread that lives as long as they shall.
+
+    Raises
+    ------
+    StateError
+        The log cannot be written.
+    """
+    try:
+        log.parent.mkdir(parents=True, exist_ok=True)
+        output = log.open("ab")
+    except OSError as error:
+        raise StateError(f"cannot write {log}: {error.strerror}; give the folder to this user") from error
+    with output:
+        popen = subprocess.Popen(
+            command,
+            stdin=subprocess.DEVNULL,
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            env={**os.environ, **(env or {})},
+            start_new_session=True,
+            preexec_fn=_die_with(os.getpid()) if sys.platform == "linux" else None,
+        )
+    return Process(name, popen, log)
+
+
+def _die_with(parent: int) -> Callable[[], None]:
+    """Return what a fresh child calls to be terminated when `parent` dies."""
+    libc = ctypes.CDLL(None)  # loaded here: between fork and exec as little as possible may happen
+
+    def arm() -> None:
+        libc.prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
+        if os.getppid() != parent:  # it died before the call took effect
+            os._exit(1)
+
+    return arm
+
+
+def stop(processes: Sequence[Process], grace: float = KILL) -> None:
+    """End children and the groups they lead: SIGTERM to all, SIGKILL to those alive after `grace` seconds."""
+    for process in processes:
+        _signal(process, signal.SIGTERM)
+    deadline = time.monotonic() + grace
+    for process in processes:
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.popen.wait(max(0.0, deadline - time.monotonic()))
+    for process in processes:
+        # Also when the leader is gone: others of its group may have ignored the first signal.
+        while time.monotonic() < deadline and _group_alive(process):
+            time.sleep(_POLL_SECONDS)
+        _signal(process, signal.SIGKILL)
+        process.popen.wait()
+
+
+def _signal(process: Process, number: signal.Signals) -> None:
+    with contextlib.suppress(ProcessLookupError, PermissionError):
+        os.killpg(process.popen.pid, number)
+
+
+def _group_alive(process: Process) -> bool:
+    try:
+        os.killpg(process.popen.pid, 0)
+    except (ProcessLookupError, PermissionError):
+        return False
+    return True
+
+
+class Group:
+    """Children that are started together and stopped together, last one first; a context manager."""
+
+    def __init__(self, grace: float = KILL) -> None:
+        self.grace = grace
+        self.processes: list[Process] = []
+
+    def __enter__(self) -> Group:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.stop()
+
+    def start(
+        self, name: str, command: Sequence[str], log: Path, env: Mapping[str, str] | None = None
+    ) -> Process:
+        """Start a child; see `spawn`."""
+        process = spawn(name, command, log, env)
+        self.processes.append(process)
+        return process
+
+    def ended(self) -> list[Process]:
+        """Return the children that have ended by themselves."""
+        return [process for process in self.processes if not process.running]
+
+    def check(self) -> None:
+        """Raise EspalierError with the last words of a child that has ended by itself."""
+        for process in self.ended():
+            words = process.last_words().removeprefix("error: ")
+            code = process.popen.returncode
+            raise EspalierError(f"{process.name} ended with status {code}: {words} (log: {process.log})")
+
+    def wait_until(self, ready: Callable[[], bool], what: str, timeout: float) -> None:
+        """Wait until `ready()`, failing as soon as a child ends.
+
+        Raises
+        ------
+        EspalierError
+            A child ended, or `timeout` seconds passed; `what` says what was waited for.
+        """
+        deadline = time.monotonic() + timeout
+        while not ready():
+            self.check()
+            if time.monotonic() > deadline:
+                raise EspalierError(f"{what} is not ready after {timeout:g} s; see the logs of its processes")
+            time.sleep(_POLL_SECONDS)
+
+    def stop(self) -> None:
+        """End all children; safe to call twice."""
+        processes, self.processes = self.processes[::-1], []
+        with signals_held():
+            stop(processes, self.grace)
+
+
+def process_alive(pid: int | None) -> bool:
+    """Whether a process of this id runs; None is nobody, and a zombie is dead."""
+    if pid is None:
+        return False
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    with contextlib.suppress(OSError, IndexError):
+        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
+    return True
+
+
+@contextlib.contextmanager
+def signals_interrupt() -> Iterator[None]:
+    """Make SIGTERM and SIGHUP raise KeyboardInterrupt in the main thread, as Ctrl-C does."""
+
+    def interrupt(number: int, frame: FrameType | None) -> None:
+        raise KeyboardInterrupt
+
+    old = {number: signal.signal(number, interrupt) for number in (signal.SIGTERM, signal.SIGHUP)}
+    try:
+        yield
+    finally:
+        for number, handler in old.items():
+            signal.signal(number, handler)
+
+
+@contextlib.contextmanager
+def signals_held() -> Iterator[None]:
+    """Hold SIGINT, SIGTERM and SIGHUP back while children are being stopped, so that none is left over."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+    old = {number: signal.signal(number, signal.SIG_IGN) for number in numbers}
+    try:
+        yield
+    finally:
+        for number, handler in old.items():
+            signal.signal(number, handler)
+
+
+def espalier_command(*arguments: str) -> list[str]:
+    """Return the command that runs `espalier` with this interpreter."""
+    return [sys.executable, "-P", "-m", "espalier.cli", *arguments]
+
+
+def espalier_env() -> dict[str, str]:
+    """Return the environment our processes need: our packages, our tools first, no telemetry."""
+    return {
+        "PATH": os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)]),
+        "FLWR_TELEMETRY_ENABLED": "0",
+        "FLWR_DISABLE_UPDATE_CHECK": "1",
+        "PYTHONUNBUFFERED": "1",
+    }
+
+
+def free_ports(count: int) -> list[int]:
+    """Return different loopback ports that nobody listens on now."""
+    with contextlib.ExitStack() as held:
+        sockets = [held.enter_context(socket.socket()) for _ in range(count)]
+        for sock in sockets:
+            sock.bind(("127.0.0.1", 0))
+        return [sock.getsockname()[1] for sock in sockets]
+
+
+def listens(host: str, port: int) -> bool:
+    """Whether a connection to the address is accepted now."""
+    try:
+        with socket.create_connection((host, port), timeout=1.0):
+            return True
+    except OSError:
+        return False
+
+
+def check_free(address: Address, flag: str) -> None:
+    """Check that an address can be listened on.
+
+    Raises
+    ------
+    AddressError
+        It is in use or none of this machine's; `flag` says which option gave it.
+    """
+    try:
+        family, kind, proto, _, target = socket.getaddrinfo(
+            address.host, address.port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+        )[0]
+        with socket.socket(family, kind, proto) as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            probe.bind(target)
+    except socket.gaierror as error:
+        raise AddressError(f"{flag} {address}: {error.strerror}; give an address of this machine") from error
+    except OSError as error:
+        if error.errno == errno.EADDRINUSE:
+            raise AddressError(
+                f"{flag} {address} is in use; stop what listens there or take another port"
+            ) from error
+        raise AddressError(
+            f"{flag} {address}: {error.strerror}; give an address and port of this machine"
+        ) from error

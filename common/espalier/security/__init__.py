@@ -1,0 +1,1 @@
+"""Addresses, TLS, certificates and node keys."""

@@ -1,0 +1,1 @@
+"""Local training: loops, optimisers, objectives, privacy."""

@@ -1,0 +1,149 @@
+"""What Gaussian noise costs: mechanisms, and their epsilon by Opacus' accountant."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import TYPE_CHECKING
+
+import numpy as np
+from numpy.typing import NDArray
+
+from espalier.errors import ConfigError
+
+if TYPE_CHECKING:
+    from espalier.config.run_config import RunConfig
+
+#: What clients report as spent, in the metrics of a ClientReport.
+EPSILON = {"dp-sgd": "epsilon-dp-sgd", "update": "epsilon-update"}
+
+
+@dataclass(frozen=True)
+class Mechanism:
+    """A subsampled Gaussian mechanism, run several times.
+
+    Attributes
+    ----------
+    noise : float
+        Standard deviation of the noise over the sensitivity.
+    rate : float
+        Probability q with which each image is in a step's batch.
+    steps : int
+        How often it is run.
+    """
+
+    noise: float
+    rate: float
+    steps: int
+
+
+def mechanism_of(settings: RunConfig, images: int, noise: float) -> Mechanism:
+    """Return the mechanism that one round of DP-SGD over a number of images is."""
+    steps = settings.local_steps or settings.local_epochs * math.ceil(images / settings.batch_size)
+    return Mechanism(noise, min(1.0, settings.batch_size / images), steps)
+
+
+def noise_of(settings: RunConfig, images: int) -> float:
+    """Return a client's noise multiplier of DP-SGD: the run's, or the one with which all rounds stay in epsilon.
+
+    A client that misses rounds spends less than it might.
+    """
+    if settings.dp_sgd_noise:
+        return settings.dp_sgd_noise
+    once = mechanism_of(settings, images, 1.0)
+    return noise_for(settings.dp_sgd_epsilon, settings.dp_delta, once.rate, once.steps * settings.rounds)
+
+
+def update_mechanism(settings: RunConfig) -> Mechanism:
+    """Return what noise on one clipped update is, for a change of all of the client's images.
+
+    Two updates that are clipped to C differ by at most 2 C, so noise of sigma C is sigma / 2 times the
+    sensitivity.
+    """
+    return Mechanism(settings.update_noise / 2, 1.0, 1)
+
+
+def require_opacus() -> None:
+    """Check that what privacy needs is installed.
+
+    Raises
+    ------
+    ConfigError
+        It is not.
+    """
+    try:
+        import opacus  # noqa: F401
+    except ImportError as error:
+        raise ConfigError(
+            f"differential privacy needs Opacus ({error}); pip install 'espalier-fl[privacy]'"
+        ) from None
+
+
+def epsilon_of(spent: Iterable[Sequence[float]], delta: float) -> float:
+    """Return the epsilon of subsampled Gaussian mechanisms one after another, by Opacus' RDP accountant.
+
+    Parameters
+    ----------
+    spent : iterable of (noise, rate, steps)
+        As in :class:`Mechanism`.
+    delta : float
+        Delta of the guarantee.
+    """
+    history = [(float(noise), float(rate), int(steps)) for noise, rate, steps in spent]
+    if not history:
+        return 0.0
+    if any(noise == 0 for noise, _, _ in history):
+        return math.inf
+    require_opacus()
+    from opacus.accountants import RDPAccountant
+    from opacus.accountants.analysis.rdp import get_privacy_spent
+
+    spent_by_order = sum(steps * _once(noise, rate) for noise, rate, steps in history)
+    with warnings.catch_warnings():
+        # An optimum at the largest order only means that a still larger one could give less.
+        warnings.simplefilter("ignore")
+        epsilon, _ = get_privacy_spent(orders=RDPAccountant.DEFAULT_ALPHAS, rdp=spent_by_order, delta=delta)
+    return float(epsilon)
+
+
+@lru_cache(maxsize=256)
+def _once(noise: float, rate: float) -> NDArray[np.float64]:
+    """Return the Renyi divergence of one step, by the accountant's orders; steps add up, and this takes a while."""
+    from opacus.accountants import RDPAccountant
+    from opacus.accountants.analysis.rdp import compute_rdp
+
+    orders = RDPAccountant.DEFAULT_ALPHAS
+    return np.asarray(compute_rdp(q=rate, noise_multiplier=noise, steps=1, orders=orders))
+
+
+@lru_cache(maxsize=64)
+def noise_for(epsilon: float, delta: float, rate: float, steps: int) -> float:
+    """Return the smallest noise multiplier with which that many steps stay within epsilon.
+
+    Raises
+    ------
+    ConfigError
+        There is none.
+    """
+    require_opacus()
+    from opacus.accountants.utils import get_noise_multiplier
+
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            return float(
+                get_noise_multiplier(
+                    target_epsilon=epsilon,
+                    target_delta=delta,
+                    sample_rate=rate,
+                    steps=steps,
+                    epsilon_tolerance=min(0.01, epsilon / 100),
+                )
+            )
+    except ValueError as error:
+        raise ConfigError(
+            f"dp-sgd-epsilon: no noise keeps {steps} steps within {epsilon:g} at dp-delta={delta:g}; raise one of them"
+        ) from error

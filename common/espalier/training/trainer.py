@@ -1,0 +1,178 @@
+"""A client's local training: epochs or steps on one objective, from seeded generators only."""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import math
+import time
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from espalier.errors import ConfigError
+from espalier.training.objectives import LocalResult, LocalRound, Objective
+from espalier.training.objectives import TrainingError as TrainingError
+from espalier.training.optimizers import create_optimizer
+
+if TYPE_CHECKING:
+    from espalier.data.imageset import ImageSet
+
+
+def resolve_device(setting: str) -> torch.device:
+    """Return the device a ``device`` setting means; "auto" is CUDA, then MPS, then the CPU.
+
+    Raises
+    ------
+    ConfigError
+        The setting names no device, or one this machine does not have.
+    """
+    if setting == "auto":
+        if torch.cuda.is_available():
+            return torch.device("cuda")
+        return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+    try:
+        device = torch.device(setting)
+        if device.type not in ("cpu", "cuda", "mps"):
+            raise RuntimeError("nothing can be trained there")
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).partition("\n")[0]
+        raise ConfigError(f"device: {setting!r} cannot be used here ({reason}); use auto or cpu") from None
+    return device
+
+
+def train_local(
+    model: nn.Module,
+    objective: Objective,
+    data: ImageSet,
+    local: LocalRound,
+    *,
+    seed: int,
+    device: torch.device | str,
+) -> LocalResult:
+    """Train a client's model in one round.
+
+    Every epoch visits every image once in a new order. ``local_epochs`` of them are made, or, with
+    ``local_steps``, as many as that number of steps takes, the last one cut short. Gradients are clipped to
+    ``clip_norm``; :mod:`espalier.training.optimizers` says how they are applied.
+
+    ``objective.extra`` and ``objective.end`` are the caller's to call, once the update is coded.
+
+    Parameters
+    ----------
+    model : nn.Module
+        Holds the received weights; moved to `device` and trained in place.
+    objective : Objective
+        What to minimise.
+    data : ImageSet
+        The client's own images.
+    local : LocalRound
+        Settings and state; the state is replaced at the end, and only if training went well. Its arrays are
+        left as they are, unless ``own_state`` gives them away.
+    seed : int
+        Seed of order, noise and dropout; the result depends on nothing else that is random.
+    device : torch.device or str
+        Where to train. bf16 autocast is used on CUDA when ``precision`` is auto, and wherever it is "bf16".
+
+    Returns
+    -------
+    LocalResult
+        Steps, samples, mean loss, sum of learning rates and seconds.
+
+    Raises
+    ------
+    TrainingError
+        The client has no images, or the loss is not finite.
+    """
+    settings, count = local.settings, len(data)
+    if count == 0:
+        raise TrainingError(f"round {local.round}: this client has no images to train on")
+    device = torch.device(device)
+    model.to(device).train()
+    started, worked = time.perf_counter(), time.process_time()
+    generator = torch.Generator(device=device).manual_seed(seed)
+    order = np.random.default_rng(seed)
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    labels = np.asarray(data.labels)
+    loss_sum = torch.zeros((), device=device, dtype=torch.float64)
+    lr_sum, steps, seen = 0.0, 0, 0
+    with seeded(seed, device), _full_convolution_speed(device):
+        objective.begin(model, local)
+        parameters += objective.parameters()
+        apart = list(objective.apart())
+        others = set(map(id, apart))
+        together = [p for p in parameters if id(p) not in others]
+        clipped = [group for group in (together, apart) if group and settings.clip_norm > 0]
+        optimizer = create_optimizer(parameters, local)
+        for epoch in itertools.count(1):
+            indices = order.permutation(count)
+            for start in range(0, count, settings.batch_size):
+                chosen = indices[start : start + settings.batch_size]
+                images = data.fetch(chosen).to(device, non_blocking=True)
+                if settings.flip:
+                    mirrored = torch.rand(len(chosen), generator=generator, device=device) < 0.5
+                    images = torch.where(mirrored[:, None, None, None], images.flip(-1), images)
+                batch_labels = torch.from_numpy(labels[chosen]).to(device, non_blocking=True)
+                with _autocast(settings.precision, device):
+                    loss = objective.loss(model, images, batch_labels, generator)
+                loss.backward()  # type: ignore[no-untyped-call]
+                objective.after_backward(model)
+                for group in clipped:
+                    nn.utils.clip_grad_norm_(group, settings.clip_norm)
+                lr_sum += optimizer.step()
+                loss_sum += loss.detach() * len(chosen)
+                steps += 1
+                seen += len(chosen)
+                if steps == settings.local_steps:
+                    break
+            # One synchronisation an epoch: an update made from a NaN must never leave the client.
+            if not math.isfinite(loss_sum.item()):
+                raise TrainingError(
+                    f"the loss is not finite in epoch {epoch} of round {local.round}; "
+                    "lower learning-rate, or set clip-norm=1 or precision=fp32"
+                )
+            if steps == settings.local_steps or (not settings.local_steps and epoch == settings.local_epochs):
+                break
+    optimizer.store(local.state)
+    return LocalResult(
+        steps=steps,
+        samples=count,
+        loss=loss_sum.item() / seen,
+        lr_sum=lr_sum,
+        seconds=time.perf_counter() - started,
+        cpu_seconds=time.process_time() - worked,
+    )
+
+
+def _autocast(precision: str, device: torch.device) -> contextlib.AbstractContextManager[Any]:
+    wanted = precision == "bf16" or (
+        precision == "auto" and device.type == "cuda" and torch.cuda.is_bf16_supported()
+    )
+    return torch.autocast(device.type, dtype=torch.bfloat16) if wanted else contextlib.nullcontext()
+
+
+@contextlib.contextmanager
+def seeded(seed: int, device: torch.device) -> Iterator[None]:
+    """Seed torch's global generators (dropout draws from them) and give them back as they were."""
+    devices = [device] if device.type == "cuda" else []
+    with torch.random.fork_rng(devices=devices):
+        torch.manual_seed(seed)
+        yield
+
+
+@contextlib.contextmanager
+def _full_convolution_speed(device: torch.device) -> Iterator[None]:
+    """Let cuDNN measure its convolution kernels: every batch but the last of an epoch has one shape."""
+    if device.type != "cuda":
+        yield
+        return
+    former = torch.backends.cudnn.benchmark
+    torch.backends.cudnn.benchmark = True
+    try:
+        yield
+    finally:
+        torch.backends.cudnn.benchmark = former

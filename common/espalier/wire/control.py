@@ -1,0 +1,176 @@
+"""Control messages: how a protobuf becomes part of a Flower message, and how one is read back."""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from typing import TypeVar
+
+from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
+from google.protobuf.message import DecodeError
+from google.protobuf.message import Message as Proto
+
+from espalier import distribution
+from espalier.errors import WireError
+from espalier.wire.payload import Layout, Weights
+from espalier_proto import espalier_pb2 as pb
+
+#: Version of proto/espalier_proto/espalier.proto; raised when a message changes its meaning.
+SCHEMA = 1
+
+#: Message types. A plan rides on Flower's own "train", so that any Flower strategy can carry one;
+#: the actions of ours are named so that no user's app has them too.
+TRAIN = "train"
+HELLO = "query.espalier_hello"
+INQUIRY = "query.espalier_inquiry"
+REFUSAL = "query.espalier_refusal"
+PROGRESS = "query.espalier_progress"
+DONE = "query.espalier_done"
+
+#: Record keys: Flower's own defaults for arrays, config and metrics, one of ours for the report.
+ARRAYS, CONFIG, METRICS, REPORT = "arrays", "config", "metrics", "espalier"
+#: Key inside the config record that holds a plan, inside the report record that holds a report.
+PLAN = "espalier"
+#: Flower's weighting key.
+NUM_EXAMPLES = "num-examples"
+
+P = TypeVar("P", bound=Proto)
+
+
+def decode(kind: type[P], data: object, sender: str) -> P:
+    """Parse a control message and check its schema version.
+
+    Parameters
+    ----------
+    kind : type
+        The expected protobuf class; it has a field `schema`.
+    data : object
+        What the record held; bytes if all is well.
+    sender : str
+        Whom an error names.
+
+    Raises
+    ------
+    WireError
+        If it is not bytes, truncated, of another type or of an unknown schema version.
+    """
+    if not isinstance(data, bytes):
+        raise WireError(sender, f"no {kind.__name__} in the message")
+    message = kind()
+    try:
+        message.ParseFromString(data)
+    except DecodeError as error:
+        raise WireError(sender, f"a {kind.__name__} that is truncated or no protobuf") from error
+    schema: int = getattr(message, "schema", 0)
+    if schema != SCHEMA:
+        raise WireError(
+            sender,
+            f"a {kind.__name__} of schema {schema}{_version_of(message)}, this side speaks {SCHEMA} (espalier "
+            f"{distribution.version()}); install one Espalier on both",
+        )
+    return message
+
+
+def _version_of(message: Proto) -> str:
+    """Return which Espalier a hello of another schema says it is from, as far as that can be read."""
+    facts = getattr(message, "facts", None)
+    version = facts.versions.get("espalier", "") if facts is not None else ""
+    return f" (espalier {version[:32]})" if version else ""
+
+
+def plan_bytes(message: Message) -> bytes | None:
+    """Return the plan that a message carries, None for a plain Flower message."""
+    record = config_of(message, CONFIG)
+    data = record.get(PLAN) if record is not None else None
+    return data if isinstance(data, bytes) else None
+
+
+def config_of(message: Message, key: str) -> ConfigRecord | None:
+    """Return a config record of a message, None where there is none of that key.
+
+    Not by `content.config_records`: that view makes a reference cycle which keeps the payload in
+    memory until the garbage collector comes by.
+    """
+    record = message.content.get(key) if message.has_content() else None
+    return record if isinstance(record, ConfigRecord) else None
+
+
+def plan_content(plan: Proto, weights: ArrayRecord) -> RecordDict:
+    """Pack a plan and its payload."""
+    return RecordDict({ARRAYS: weights, CONFIG: ConfigRecord({PLAN: plan.SerializeToString()})})
+
+
+def report_content(report: Proto, weights: ArrayRecord, samples: int, loss: float) -> RecordDict:
+    """Pack a report: an ordinary Flower reply (one ArrayRecord, one MetricRecord) and the report's bytes."""
+    return RecordDict(
+        {
+            ARRAYS: weights,
+            METRICS: MetricRecord({NUM_EXAMPLES: samples, "loss": loss}),
+            REPORT: ConfigRecord({PLAN: report.SerializeToString()}),
+        }
+    )
+
+
+def control_content(message: Proto) -> RecordDict:
+    """Pack a control message without a payload (a hello, a progress note)."""
+    return RecordDict({REPORT: ConfigRecord({PLAN: message.SerializeToString()})})
+
+
+def read_control(kind: type[P], message: Message, sender: str) -> P:
+    """Read the report or hello in a reply; see :func:`decode`.
+
+    Raises
+    ------
+    WireError
+        If the reply is an error or holds no such message.
+    """
+    if message.has_error():
+        raise WireError(sender, f"an error instead of a {kind.__name__}: {message.error.reason}")
+    record = config_of(message, REPORT)
+    return decode(kind, record.get(PLAN) if record is not None else None, sender)
+
+
+def read_weights(message: Message, layout: Layout, sender: str) -> Weights:
+    """Read the payload of a message against the layout that is expected; see `Weights.from_record`."""
+    record = message.content.get(ARRAYS)
+    if not isinstance(record, ArrayRecord):
+        raise WireError(sender, "no payload in the message")
+    return Weights.from_record(record, layout, sender)
+
+
+def plan_layout(plan: pb.WindowPlan | pb.RoundPlan, sender: str) -> Layout:
+    """Return the layout of a plan's payload: its own, or the architecture's tensors."""
+    kind, part = (
+        (pb.Layout, plan.layout) if plan.HasField("layout") else (pb.ArchitectureSpec, plan.architecture)
+    )
+    return _layout(kind, part.SerializeToString(deterministic=True), sender)
+
+
+@lru_cache(maxsize=16)
+def _layout(kind: type[pb.Layout] | type[pb.ArchitectureSpec], data: bytes, sender: str) -> Layout:
+    """Read the tensors of a plan, which is nearly always that of the round before."""
+    return Layout.from_proto(kind.FromString(data).tensors, sender)
+
+
+def reply_layout(report: pb.ClientReport | pb.EdgeReport, planned: Layout, sender: str) -> Layout:
+    """Return the layout of a reply's payload: its own, or the plan's."""
+    return Layout.from_proto(report.layout.tensors, sender) if report.HasField("layout") else planned
+
+
+def check_same_run(
+    plan: pb.WindowPlan | pb.RoundPlan, report: pb.ClientReport | pb.EdgeReport, sender: str
+) -> None:
+    """Refuse a reply to another run, window or round.
+
+    Raises
+    ------
+    WireError
+        If the reply is foreign or stale.
+    """
+    if report.run != plan.run or report.window != plan.window:
+        raise WireError(
+            sender,
+            f"a reply to run {report.run!r} window {report.window}, "
+            f"this is run {plan.run!r} window {plan.window}",
+        )
+    if isinstance(plan, pb.RoundPlan) and isinstance(report, pb.ClientReport) and report.round != plan.round:
+        raise WireError(sender, f"a reply to round {report.round}, this is round {plan.round}")

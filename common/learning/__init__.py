@@ -1,1 +1,0 @@
-"""Local training, objectives, diffusion and quality measures."""

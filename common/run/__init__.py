@@ -1,1 +1,0 @@
-"""Run configuration, checkpoints, ledger and report."""

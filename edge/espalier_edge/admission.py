@@ -1,0 +1,83 @@
+"""Keeps the edge's Fleet server to the clients whose keys are registered, while the registry changes."""
+
+from __future__ import annotations
+
+import logging
+import threading
+
+from espalier.errors import StateError
+from espalier.security.keys import KeyRegistry
+from espalier_edge.fleet.server import InlineFleet
+
+log = logging.getLogger("espalier.edge")
+
+LOOK_SECONDS = 1.0
+
+
+class Admission:
+    """Registers and drops the keys of a Fleet server as its registry says.
+
+    Parameters
+    ----------
+    fleet : InlineFleet
+        The server; it must require keys.
+    registry : KeyRegistry
+        Who is admitted. Another process may change it.
+    """
+
+    def __init__(self, fleet: InlineFleet, registry: KeyRegistry) -> None:
+        self._fleet = fleet
+        self._registry = registry
+        self._admitted: dict[bytes, str] = {}
+        self._stopped = threading.Event()
+        self._thread = threading.Thread(target=self._watch, name="admission", daemon=True)
+
+    def start(self) -> None:
+        """Admit who is registered now, and follow changes from here on.
+
+        Raises
+        ------
+        StateError
+            If the registry is damaged.
+        """
+        self.follow()
+        if not self._admitted:
+            log.warning(
+                "no client is registered in %s, so none can connect; espalier clients add NAME KEY.pub --state %s",
+                self._registry.path,
+                self._registry.path.parent,
+            )
+        self._thread.start()
+
+    def stop(self) -> None:
+        """End following."""
+        self._stopped.set()
+        if self._thread.is_alive():
+            self._thread.join(2 * LOOK_SECONDS)
+
+    def follow(self) -> None:
+        """Make the server admit exactly the keys in force."""
+        wanted = self._registry.owners()
+        for key, name in list(self._admitted.items()):
+            if wanted.get(key) != name:
+                self._fleet.drop_key(key)
+                del self._admitted[key]
+                log.warning("client %s is no longer admitted", name)
+        for key, name in wanted.items():
+            if key not in self._admitted:
+                self._fleet.register_key(key, name)
+                self._admitted[key] = name
+                log.info("client %s is admitted", name)
+
+    def _watch(self) -> None:
+        told = ""
+        while not self._stopped.wait(LOOK_SECONDS):
+            try:
+                self.follow()
+                told = ""
+            except (
+                StateError
+            ) as error:  # a file damaged by hand: who was admitted stays so until it is mended
+                if str(error) != told:
+                    told = str(error)
+                    log.error("%s", error)

@@ -1,0 +1,341 @@
+"""Calling clients: a message to each, and its reply validated, decoded and turned into an update."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+from flwr.app import ArrayRecord, ConfigRecord, Message, RecordDict
+
+from espalier.config.reproducible import in_order
+from espalier.errors import UNSOUND, WireError, unsound
+from espalier.flower.arrays import payload_bytes
+from espalier.flower.payloads import content_id
+from espalier.flower.reply_outcome import fault_kind
+from espalier.methods.base import Method, Update
+from espalier.methods.state import ServerState
+from espalier.methods.views import Sent, answer_layout, buffers_of, whole_view
+from espalier.wire import control
+from espalier.wire.codec import Codec, create_codec
+from espalier.wire.payload import Layout
+from espalier.wire.sent import SentForm
+from espalier.wire.signature import UNSIGNED, check
+from espalier.wire.update import UpdateForm
+from espalier_edge.fleet.server import InlineGrid
+from espalier_edge.pace import Pace, work_of
+from espalier_edge.roster import Known, Roster
+from espalier_proto import espalier_pb2 as pb
+
+log = logging.getLogger("espalier.edge")
+
+
+@dataclass(frozen=True)
+class Answered:
+    """A client's reply that was found sound."""
+
+    report: pb.ClientReport
+    update: Update
+
+
+class Caller:
+    """Sends a window's plans to clients and reads what they answer.
+
+    Parameters
+    ----------
+    edge : str
+        This edge's name.
+    plan : pb.WindowPlan
+        The window's plan.
+    method : Method
+        The run's method.
+    grid : InlineGrid
+        The run's grid.
+    roster : Roster
+        The clients below this edge.
+    report : pb.EdgeReport
+        Takes the faults and the bytes.
+    cancelled : callable
+        Whether nobody waits for the window any more.
+    pace : Pace, optional
+        How long clients took so far.
+    """
+
+    def __init__(
+        self,
+        edge: str,
+        plan: pb.WindowPlan,
+        method: Method,
+        grid: InlineGrid,
+        roster: Roster,
+        report: pb.EdgeReport,
+        cancelled: Callable[[], bool] = lambda: False,
+        pace: Pace | None = None,
+    ) -> None:
+        self.edge, self.plan, self.method = edge, plan, method
+        self._cancelled, self._pace = cancelled, pace or Pace()
+        self.grid, self.roster, self.report = grid, roster, report
+        self._server_peers: dict[str, pb.ArchitectureSpec] = {}
+        name = method.chosen(method.settings, "codec")
+        self.codec: Codec | None = None if name == "none" else create_codec(method.settings, name)
+
+    def call(
+        self,
+        participants: Sequence[pb.Participant],
+        starts: Mapping[str, pb.Version],
+        round_: int,
+        server: ServerState,
+        inquiry: str = "",
+    ) -> Iterator[Answered]:
+        """Send every participant its part of the server's tensors, and yield the sound replies as they come.
+
+        In a reproducible run they are yielded in the order of the clients' names, see `in_order`.
+        What is unsound, missing or late is entered into the report as a fault of its sender.
+
+        Parameters
+        ----------
+        participants : sequence of pb.Participant
+            Whom to call.
+        starts : mapping of str to pb.Version
+            State version each one starts from.
+        round_ : int
+            The round.
+        server : ServerState
+            What to send from.
+        inquiry : str
+            What to ask for instead of training.
+        """
+        clients = self.roster.clients()
+        called = {p.client: clients[p.client] for p in participants if p.client in clients}
+        for absent in (p.client for p in participants if p.client not in clients):
+            self.fault(absent, "lost", "not connected when its round began", round_)
+        views = self._views(server, participants)
+        self._server_peers = server.peers
+        sent = {p.client: views[p.view] for p in participants}
+        plans = {
+            p.client: self._round_plan(round_, p.client, starts[p.client], sent[p.client], inquiry)
+            for p in participants
+            if p.client in called
+        }
+        found = self._answers(plans, sent, called, round_, inquiry)
+        if self.method.settings.reproducible:
+            yield from in_order(found, called)
+            return
+        for _, answer in found:
+            if answer is not None:
+                yield answer
+            del answer
+
+    def _answers(
+        self,
+        plans: Mapping[str, pb.RoundPlan],
+        sent: Mapping[str, Sent],
+        called: Mapping[str, Known],
+        round_: int,
+        inquiry: str,
+    ) -> Iterator[tuple[str, Answered | None]]:
+        """Yield each client's sound reply as it comes, None for one that is not; enter the faults."""
+        done: set[str] = set()
+        works = self._works(called, sent)
+        deadline = self._deadline(works, called, inquiry)
+        messages = self._messages(plans, sent, called)
+        start = time.monotonic()
+        for reply in self.grid.exchange(messages, deadline=deadline, cancelled=self._cancelled):
+            name = self.roster.name_of(reply.metadata.src_node_id)
+            done.add(name)
+            if not inquiry and name in works and reply.has_content():
+                self._pace.took(name, works[name], time.monotonic() - start)
+            try:
+                report = self._read_report(reply, plans, called, name)
+                self._check_signature(reply, report, plans[name], called[name])
+                update = self._read_update(reply, report, plans[name], sent[name], called[name])
+            except WireError as error:
+                self.fault(name, fault_kind(reply), error.fault, round_)
+                yield name, None
+                continue
+            self.report.client_edge.up_bytes += report.up_bytes
+            self.report.client_edge.messages += 1
+            self.report.signatures += report.HasField("signed")
+            yield name, Answered(report, update)
+            del reply, update
+        for name in sorted(set(called) - done):
+            if not inquiry:
+                self._pace.missed(name, works[name], deadline)
+            self.fault(name, "straggler", f"no reply within {deadline:.3g} s", round_)
+
+    def _works(self, called: Mapping[str, Known], sent: Mapping[str, Sent]) -> dict[str, float]:
+        """Return what each client has to do."""
+        settings = self.method.settings
+        return {
+            name: work_of(settings, known.hello.samples, sent[name].weights.layout.nbytes)
+            for name, known in called.items()
+        }
+
+    def _deadline(self, works: Mapping[str, float], called: Mapping[str, Known], inquiry: str) -> float:
+        """Return how long to wait: as the clients' pace says, at most the plan's deadline.
+
+        A reproducible run waits as long as it may: who comes too late there costs the window.
+        """
+        limit, settings = self.plan.round_deadline, self.method.settings
+        if inquiry or settings.reproducible or not settings.adaptive_deadline:
+            return limit
+        return self._pace.deadline(works, {n: k.hello.facts.speed for n, k in called.items()}, limit)
+
+    def fault(self, node: str, kind: str, detail: str, round_: int) -> None:
+        """Enter what went wrong into the report."""
+        fields = {"round": round_, "client": node, "fault": kind}
+        log.warning(
+            "window %d round %d: %s %s: %s", self.plan.window, round_, node, kind, detail, extra=fields
+        )
+        self.report.faults.append(
+            pb.Fault(tier="edge", node=node, kind=kind, detail=detail, window=self.plan.window, round=round_)
+        )
+
+    # --- down --------------------------------------------------------------------------------------
+
+    def _views(self, server: ServerState, participants: Sequence[pb.Participant]) -> dict[str, Sent]:
+        """Cut every view that is needed once."""
+        found = {}
+        for key in {p.view for p in participants}:
+            if key:
+                if key not in self.plan.views:
+                    raise WireError("cloud", f"a plan with the view {key!r}, which it does not describe")
+                found[key] = self.method.cut(key, self.plan.views[key], server)
+            else:
+                found[key] = whole_view(self.method, server)
+        return {key: self._coded(sent) for key, sent in found.items()}
+
+    def _coded(self, sent: Sent) -> Sent:
+        """Return a view with its tensors as clients will read them, and as they lie on the link."""
+        settings = self.method.settings
+        if settings.downlink == "none":
+            return sent
+        coded, read = SentForm(sent.weights.layout, sent.architecture, settings).encode(sent.weights)
+        return replace(sent, weights=read, coded=coded)
+
+    def _round_plan(
+        self, round_: int, client: str, start: pb.Version, sent: Sent, inquiry: str
+    ) -> pb.RoundPlan:
+        """Tell one client what to do, and from which state of its own."""
+        return pb.RoundPlan(
+            schema=control.SCHEMA,
+            run=self.plan.run,
+            window=self.plan.window,
+            round=round_,
+            client=client,
+            edge=self.edge,
+            start=start,
+            checkpoint_window=self.plan.checkpoint_window,
+            settings=self.plan.settings,
+            architecture=sent.architecture,
+            layout=sent.weights.layout.to_proto(),
+            population=self.plan.population,
+            returns=sent.returns,
+            inquiry=inquiry,
+            peers=self._peers(sent),
+            nonce=self.plan.nonce,
+        )
+
+    def _peers(self, sent: Sent) -> dict[str, pb.ArchitectureSpec]:
+        """Return the clients' own networks of which a copy is sent."""
+        owners = {n.split("/")[1] for n in sent.weights.layout.names if n.startswith("peer/")}
+        return {client: spec for client, spec in self._server_peers.items() if client in owners}
+
+    def _messages(
+        self, plans: Mapping[str, pb.RoundPlan], sent: Mapping[str, Sent], called: Mapping[str, Known]
+    ) -> Iterator[Message]:
+        """Yield one message a client; those of one view share a payload, which is stored and hashed once."""
+        records: dict[int, ArrayRecord] = {}
+        for name, plan in plans.items():
+            part = sent[name]
+            if id(part) not in records:
+                records[id(part)] = (part.coded or part.weights).to_record()
+            content = RecordDict(
+                {
+                    control.ARRAYS: records[id(part)],
+                    control.CONFIG: ConfigRecord({control.PLAN: plan.SerializeToString()}),
+                }
+            )
+            self.report.client_edge.down_bytes += payload_bytes(content)
+            self.report.client_edge.messages += 1
+            kind = control.INQUIRY if plan.inquiry else control.TRAIN
+            yield Message(content, called[name].node_id, kind, group_id=str(plan.round))
+
+    # --- up ----------------------------------------------------------------------------------------
+
+    def _read_report(
+        self,
+        reply: Message,
+        plans: Mapping[str, pb.RoundPlan],
+        called: Mapping[str, Known],
+        name: str,
+    ) -> pb.ClientReport:
+        report = control.read_control(pb.ClientReport, reply, name)
+        if name not in plans or report.client != name:
+            raise WireError(name, f"an update in the name of {report.client!r}")
+        control.check_same_run(plans[name], report, name)
+        if not 0 < report.samples <= called[name].hello.samples:
+            raise WireError(name, f"{report.samples} samples, its hello had {called[name].hello.samples}")
+        # Under differential privacy a client keeps its exact loss to itself.
+        untold = np.isnan(report.loss) and self.method.settings.private and not plans[name].inquiry
+        told = [] if untold else [report.loss]
+        if not np.isfinite([*told, *report.metrics.values()]).all():
+            raise WireError(name, "a loss or another metric that is not a number")
+        # No signature covers it, and it is added up: nobody sends more than what came.
+        report.up_bytes = min(report.up_bytes, payload_bytes(reply.content))
+        return report
+
+    def _check_signature(
+        self, reply: Message, report: pb.ClientReport, plan: pb.RoundPlan, known: Known
+    ) -> None:
+        """Check that the client signed this very reply to this very plan."""
+        if not report.HasField("signed"):
+            if self.method.settings.require_signatures:
+                raise WireError(report.client, UNSIGNED)
+            return
+        record = reply.content.get(control.ARRAYS)
+        if not isinstance(record, ArrayRecord):
+            raise WireError(report.client, "no payload in the message")
+        check(plan, report, content_id(record), known.hello.public_key)
+
+    def _read_update(
+        self, reply: Message, report: pb.ClientReport, plan: pb.RoundPlan, sent: Sent, known: Known
+    ) -> Update:
+        """Validate and decode the tensors of a reply, and give them their names at the server."""
+        name, received = report.client, sent.weights.views()
+        metrics = {**report.metrics, "loss": report.loss, "steps": report.steps}
+        try:
+            returned = (
+                answer_layout(
+                    plan.inquiry,
+                    sent.architecture,
+                    self.method.settings,
+                    plan.population,
+                    metrics,
+                    tuple(known.hello.image_shape),
+                )
+                if plan.inquiry
+                else self.method.reply_layout(sent.architecture, sent.weights.layout, sent.returns, report)
+            )
+        except UNSOUND as error:
+            raise WireError(name, unsound(error)) from error
+        form = UpdateForm(
+            returned, sent.weights.layout, buffers_of(sent.architecture), None if plan.inquiry else self.codec
+        )
+        claimed: Layout = control.reply_layout(report, form.wire, name)
+        if fault := form.wire.difference(claimed):
+            raise WireError(name, fault)
+        arrays = form.decode(control.read_weights(reply, form.wire, name), received, name)
+        own = [n for n in arrays if n in received]
+        return Update(
+            name=name,
+            arrays={sent.at_server(n): arrays[n] for n in own},
+            received={sent.at_server(n): received[n] for n in own},
+            samples=report.samples,
+            labels=known.labels,
+            metrics=metrics,
+            extra={n: a for n, a in arrays.items() if n not in received},
+            report=report,
+        )

@@ -1,0 +1,306 @@
+"""A Flower server inside our own process: Fleet gRPC for the nodes, and grids for whoever serves them."""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+
+import grpc
+from flwr.common.config import get_fab_config, get_metadata_from_config
+from flwr.common.constant import NOOP_ACCOUNT_NAME, NOOP_FLWR_AID, SUPERLINK_NODE_ID
+from flwr.proto.fleet_pb2 import DESCRIPTOR
+from flwr.proto.node_pb2 import NodeInfo
+from flwr.server.superlink.fleet.grpc_rere.node_auth_server_interceptor import NodeAuthServerInterceptor
+from flwr.supercore.constant import NOOP_FEDERATION_ID, NodeStatus, TaskType
+from flwr.supercore.fab import Fab
+from flwr.supercore.grpc import GRPC_MAX_MESSAGE_LENGTH
+from flwr.supercore.interceptors import (
+    RpcErrorTranslationServerInterceptor,
+    create_fleet_runtime_version_server_interceptor,
+)
+from flwr.supercore.task_identity import TaskIdentity
+from grpc_health.v1.health_pb2 import HealthCheckResponse
+from grpc_health.v1.health_pb2_grpc import add_HealthServicer_to_server
+
+from espalier.errors import AddressError, StateError
+from espalier.flower.framing import add_fleet
+from espalier.flower.memory import give_back_big_blocks
+from espalier.monitor.health_service import TellingHealth
+from espalier.security.keys import canonical
+from espalier_edge.fleet.grid import InlineGrid
+from espalier_edge.fleet.servicer import InlineFleetServicer, Links
+
+__all__ = ["InlineFleet", "InlineGrid"]
+
+WORKERS = 4000  # most of them hold polls; threads are only made when calls need them
+# Bytes that a connection has room for before they come. gRPC keeps room for as much as came at once, up to a whole
+# chunk of 5 MiB, at every connection and for good: after K big replies 4 MB times K.
+READ_AHEAD = 64 << 10
+TICK = 0.5
+PAUSE = 5.0  # a longer gap between ticks means that this process was stopped
+AFTER_PAUSE = 15.0  # by then every living node has sent a heartbeat
+
+
+def _not_every_call(record: logging.LogRecord) -> bool:
+    """Drop what Flower's servicer writes for every reply and every join; `on_refused` tells who is not admitted."""
+    text = record.getMessage()
+    if "/RegisterNode][ApiError:2001]" in text or "No SuperNode found with the given public key" in text:
+        return False
+    return record.levelno >= logging.WARNING or not text.startswith("[Fleet.")
+
+
+class KnownMethods(grpc.ServerInterceptor):
+    """Refuses methods that Fleet does not have, before Flower's own interceptors stumble over them."""
+
+    _HEAD = "/flwr.proto.Fleet/"
+    _KNOWN = frozenset(DESCRIPTOR.services_by_name["Fleet"].methods_by_name)
+
+    def intercept_service(
+        self,
+        continuation: Callable[[grpc.HandlerCallDetails], grpc.RpcMethodHandler | None],
+        handler_call_details: grpc.HandlerCallDetails,
+    ) -> grpc.RpcMethodHandler | None:
+        """Return the handler of a call, None where there is none."""
+        head, name = handler_call_details.method.rpartition("/")[::2]
+        if head + "/" == self._HEAD and name not in self._KNOWN:
+            return None
+        return continuation(handler_call_details)
+
+
+class InlineFleet:
+    """Flower's Fleet server in this process, without SuperLink, HTTP hop or other processes.
+
+    Parameters
+    ----------
+    address : str
+        HOST:PORT to listen on; port 0 lets the system choose (see :attr:`port`).
+    certificates : tuple of bytes, optional
+        CA certificate, server certificate and private key, PEM; None serves without TLS.
+    require_keys : bool
+        Admit only nodes whose key was given to :meth:`register_key`.
+    on_refused : callable, optional
+        Called, from several threads, with the public key and the address of a node that was not admitted.
+    upload_slots : int
+        How many big replies may be in memory at a time; the others wait their turn.
+    """
+
+    def __init__(
+        self,
+        address: str,
+        *,
+        certificates: tuple[bytes, bytes, bytes] | None = None,
+        require_keys: bool = False,
+        on_refused: Callable[[bytes, str], None] | None = None,
+        upload_slots: int = 2,
+    ) -> None:
+        logging.getLogger("flwr").addFilter(_not_every_call)
+        give_back_big_blocks()
+        self._address = address
+        self._certificates = certificates
+        self.links = Links(upload_slots)
+        self.links.refused_late = self._count_late
+        self._servicer = InlineFleetServicer(self.links, require_keys, on_refused or (lambda key, peer: None))
+        self._server: grpc.Server | None = None
+        self._health = TellingHealth()
+        self._grids: dict[int, InlineGrid] = {}
+        self._stopped = threading.Event()
+        self._watch = threading.Thread(target=self._watch_nodes, name="fleet watch", daemon=True)
+        self._seen = threading.local()
+        self.port = 0
+
+    def start(self) -> None:
+        """Listen.
+
+        Raises
+        ------
+        AddressError
+            If the address cannot be listened on.
+        """
+        pool = ThreadPoolExecutor(WORKERS, thread_name_prefix="fleet")
+        self._server = grpc.server(
+            pool,
+            maximum_concurrent_rpcs=WORKERS,
+            options=[
+                ("grpc.max_send_message_length", GRPC_MAX_MESSAGE_LENGTH),
+                ("grpc.max_receive_message_length", GRPC_MAX_MESSAGE_LENGTH),
+                ("grpc.max_concurrent_streams", WORKERS),
+                ("grpc.keepalive_time_ms", 210_000),
+                ("grpc.http2.max_pings_without_data", 0),
+                ("grpc.experimental.tcp_max_read_buffer_size", READ_AHEAD),
+                ("grpc.so_reuseport", 0),  # a second server on the port is a mistake
+            ],
+            interceptors=[
+                KnownMethods(),
+                RpcErrorTranslationServerInterceptor(),
+                NodeAuthServerInterceptor(self.links.state_factory),
+                create_fleet_runtime_version_server_interceptor(),
+            ],
+        )
+        add_fleet(self._servicer, self._server)
+        add_HealthServicer_to_server(self._health, self._server)
+        try:
+            if self._certificates is None:
+                self.port = self._server.add_insecure_port(self._address)
+            else:
+                authority, certificate, private_key = self._certificates
+                credentials = grpc.ssl_server_credentials(
+                    ((private_key, certificate),), root_certificates=authority, require_client_auth=False
+                )
+                self.port = self._server.add_secure_port(self._address, credentials)
+        except RuntimeError as fault:
+            or_that = ", or its certificate is none for a server" if self._certificates else ""
+            raise AddressError(
+                f"cannot listen on {self._address}: the port is in use or the host is not this machine's{or_that}"
+            ) from fault
+        if not self.port:
+            raise AddressError(f"cannot listen on {self._address}: no HOST:PORT of this machine")
+        self._server.start()
+        self._health.set("", HealthCheckResponse.SERVING)
+        self._watch.start()
+
+    def stop(self, grace: float = 1.0) -> None:
+        """Close every grid and stop listening; calls under way have `grace` seconds."""
+        self._stopped.set()
+        for grid in list(self._grids.values()):
+            grid.close()
+        self.links.node_change()
+        self._health.enter_graceful_shutdown()
+        if self._server is not None:
+            self._server.stop(grace).wait()
+        if self._watch.is_alive():
+            self._watch.join(2 * TICK)
+
+    # Nodes --------------------------------------------------------------------------------------
+
+    def register_key(self, public_key: bytes, name: str) -> None:
+        """Admit a node by its public key.
+
+        Parameters
+        ----------
+        public_key : bytes
+            PEM or OpenSSH.
+        name : str
+            Shown by :meth:`nodes`.
+
+        Raises
+        ------
+        StateError
+            If it is no public key on a NIST curve.
+        """
+        pem = canonical(public_key, name)
+        if self.links.state.get_node_id_by_public_key(pem) is None:
+            self.links.state.create_node(NOOP_FLWR_AID, NOOP_ACCOUNT_NAME, pem, 0, name=name)
+
+    def drop_key(self, public_key: bytes) -> None:
+        """End the admission of a node, at once: its next call is refused, and what it was asked counts as lost.
+
+        Parameters
+        ----------
+        public_key : bytes
+            PEM or OpenSSH; nothing happens if it is not registered.
+        """
+        pem = canonical(public_key, "a node")
+        state = self.links.state
+        with state.lock:
+            node_id = state.get_node_id_by_public_key(pem)
+            if node_id is None:
+                return
+            state.delete_node(NOOP_FLWR_AID, node_id)
+            del state.node_public_key_to_node_id[pem]  # Flower would refuse the key for ever
+        self.links.node_change()
+
+    def nodes(self) -> list[NodeInfo]:
+        """List the nodes that are online, with their public keys."""
+        with self.links.state.lock:
+            online = self.links.state.get_node_info(statuses=[NodeStatus.ONLINE])
+            copies = []
+            for node in online:
+                copy = NodeInfo()
+                copy.CopyFrom(node)
+                copies.append(copy)
+            return copies
+
+    def wait_for_change(self, timeout: float) -> bool:
+        """Wait until a node joins or leaves, at most `timeout` seconds.
+
+        Returns
+        -------
+        bool
+            True at once if that happened since this thread's last call.
+        """
+        links = self.links
+        seen = getattr(self._seen, "generation", 0)
+        with links.nodes_changed:
+            changed = links.nodes_changed.wait_for(lambda: links.generation != seen, timeout)
+            self._seen.generation = links.generation
+            return changed
+
+    def _watch_nodes(self) -> None:
+        """See nodes go offline, give up uploads that stand still, and notice that this process was paused."""
+        links = self.links
+        online: frozenset[int] = frozenset()
+        ticked = time.monotonic()
+        while not self._stopped.wait(TICK):
+            now = time.monotonic()
+            if now - ticked > PAUSE:
+                links.trust_after = now + AFTER_PAUSE
+            ticked = now
+            with links.state.lock:
+                found = links.state.get_node_info(statuses=[NodeStatus.ONLINE])
+                current = frozenset(node.node_id for node in found)
+            if current != online:
+                online = current
+                links.node_change()
+            for upload in links.uploads.stalled():
+                links.give_up_upload(upload.instruction_id)
+
+    # Runs ---------------------------------------------------------------------------------------
+
+    def open_run(
+        self, *, fab: Fab | None = None, run_config: Mapping[str, bool | int | float | str] | None = None
+    ) -> InlineGrid:
+        """Start a run and return its grid; this process is its ServerApp.
+
+        Parameters
+        ----------
+        fab : Fab, optional
+            Bundle of the app, which a stock SuperNode fetches. Resident nodes never run it.
+        run_config : mapping, optional
+            Overrides of the app's configuration.
+        """
+        state = self.links.state
+        fab_hash = state.store_fab(fab) if fab is not None else None
+        fab_id, fab_version = get_metadata_from_config(get_fab_config(fab.content)) if fab else (None, None)
+        run_id = state.create_run(
+            fab_id,
+            fab_version,
+            fab_hash,
+            dict(run_config or {}),
+            NOOP_FEDERATION_ID,
+            None,
+            NOOP_FLWR_AID,
+            TaskType.SERVER_APP,
+        )
+        task_id = state.get_run_info(run_ids=[run_id])[0].primary_task_id
+        if task_id is None or state.claim_task(task_id) is None or not state.activate_task(task_id):
+            raise StateError("Flower's link state did not start the run; check that flwr is 1.39")
+        # This process is the task, so there is no heartbeat to miss: without a token the task never
+        # expires, also not when the process was paused for an hour.
+        with state.lock_task_store:
+            record = state.task_token_store.pop(task_id)
+            state.task_token_to_task_id.pop(record.token, None)
+        TaskIdentity.task_id, TaskIdentity.run_id, TaskIdentity.node_id = task_id, run_id, SUPERLINK_NODE_ID
+        grid = InlineGrid(self.links, run_id, task_id, on_close=self._forget)
+        self._grids[run_id] = grid
+        return grid
+
+    def _forget(self, run_id: int) -> None:
+        self._grids.pop(run_id, None)
+
+    def _count_late(self, run_id: int) -> None:
+        grid = self._grids.get(run_id)
+        if grid is not None:
+            grid.count_late()

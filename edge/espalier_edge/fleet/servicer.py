@@ -1,0 +1,345 @@
+"""Flower's own Fleet servicer, taught to hold polls, to queue uploads and to say when a reply is there."""
+
+# The methods of a gRPC servicer are named as in its .proto file.
+# ruff: noqa: N802
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Mapping
+from typing import cast
+
+import grpc
+from flwr.app.metadata import Metadata
+from flwr.common.constant import PUBLIC_KEY_HEADER, Status
+from flwr.common.serde import message_from_proto
+from flwr.proto.fleet_pb2 import (
+    ActivateNodeRequest,
+    ActivateNodeResponse,
+    DeactivateNodeRequest,
+    DeactivateNodeResponse,
+    PullMessagesRequest,
+    PullMessagesResponse,
+    PushMessagesRequest,
+    PushMessagesResponse,
+    RegisterNodeFleetRequest,
+    RegisterNodeFleetResponse,
+)
+from flwr.proto.heartbeat_pb2 import SendNodeHeartbeatRequest, SendNodeHeartbeatResponse
+from flwr.proto.message_pb2 import (
+    ConfirmMessageReceivedRequest,
+    ConfirmMessageReceivedResponse,
+    PullObjectRequest,
+    PullObjectResponse,
+    PushObjectRequest,
+    PushObjectResponse,
+)
+from flwr.server.superlink.fleet.grpc_rere.fleet_servicer import FleetServicer
+from flwr.server.superlink.fleet.message_handler import message_handler
+from flwr.server.superlink.linkstate import LinkStateFactory
+from flwr.supercore.constant import FLWR_IN_MEMORY_DB_NAME
+from flwr.supercore.object_store import ObjectStoreFactory
+from flwr.supercore.utils import get_metadata_bytes
+from flwr.superlink.federation.noop_federation_manager import NoOpFederationManager
+
+from espalier.flower.framing import ObjectAnswer, ObjectPush
+from espalier.flower.inline_objects import TAKEN, attach, detach
+from espalier.flower.payloads import BIG_CHUNKS, HUGE_CHUNKS, PayloadError, count_chunks, tree_ids
+from espalier.flower.upstreams import GOT_HEADER
+from espalier_edge.fleet.mailboxes import Mailboxes, MailState, poller_of, said
+from espalier_edge.fleet.object_store import PayloadStore
+from espalier_edge.fleet.uploads import Upload, Uploads
+
+UPLOADS_WAITING = 400
+REDELIVERIES = 3
+
+
+class Links:
+    """State, store and wake-ups that the servicer and the grids of one server share."""
+
+    def __init__(self, upload_slots: int) -> None:
+        self.store = PayloadStore()
+        self.store_factory = ObjectStoreFactory(FLWR_IN_MEMORY_DB_NAME)
+        self.store_factory.store_instance = self.store
+        federation = NoOpFederationManager()
+        self.state_factory = LinkStateFactory(FLWR_IN_MEMORY_DB_NAME, federation, self.store_factory)
+        self.state = self.state_factory.state_instance = MailState(federation, self.store)
+        self.mail = Mailboxes()
+        self.uploads = Uploads(upload_slots)
+        self.lock = threading.RLock()
+        # Instructions that a grid waits for, and whom to tell that the reply is complete.
+        self.outstanding: dict[str, Callable[[str], None]] = {}
+        self.redelivered: dict[str, int] = {}
+        # Objects of an instruction that go with its announcement to a node of ours.
+        self.early: dict[str, list[bytes]] = {}
+        self.refused_late: Callable[[int], None] = lambda run_id: None
+        self.nodes_changed = threading.Condition()
+        self.generation = 0
+        self.trust_after = 0.0  # monotonic time before which a silent node may be our own pause
+        # What a node's process was given and has not confirmed; it is offered again if that one polls once more.
+        self.unconfirmed: dict[tuple[int, str], str] = {}
+        self._given: dict[str, tuple[int, str]] = {}  # the same by message
+
+    def node_change(self) -> None:
+        """Wake whoever waits for nodes to come or go."""
+        with self.nodes_changed:
+            self.generation += 1
+            self.nodes_changed.notify_all()
+
+    def wants(self, instruction_id: str) -> bool:
+        """Tell whether some grid still waits for the reply to an instruction."""
+        with self.lock:
+            return instruction_id in self.outstanding
+
+    def give_up_upload(self, instruction_id: str) -> None:
+        """Free an upload's slot and delete what came of it."""
+        upload = self.uploads.release(instruction_id)
+        if upload is None or not upload.reply_id:
+            return
+        with self.state.lock:
+            self.state.message_res_store.pop(upload.reply_id, None)
+            if self.state.message_ins_id_to_message_res_id.get(instruction_id) == upload.reply_id:
+                del self.state.message_ins_id_to_message_res_id[instruction_id]
+        self.forget_session(upload.session_id)
+        self.store.delete(upload.reply_id)
+
+    def forget_session(self, session_id: str) -> None:
+        """End the bookkeeping of a push session; Flower keeps that of a refused reply for ever."""
+        self.state._cleanup_push_session(session_id, cleanup_messages=False)
+
+    def redeliver(self, node_id: int) -> None:
+        """Offer a node that was restarted the unanswered messages that its dead process had pulled."""
+        with self.state.lock, self.lock:
+            for message_id, message in self.state.message_ins_store.items():
+                if message.metadata.dst_node_id == node_id:
+                    self._offer_again(message_id)
+
+    def give(self, node_id: int, poller: str, message_id: str) -> None:
+        """Note that a node's process is being given a message."""
+        self.unconfirmed[node_id, poller] = message_id
+        self._given[message_id] = (node_id, poller)
+
+    def settle(self, message_id: str) -> None:
+        """Note that a message arrived, or that nobody waits for it any more."""
+        given = self._given.pop(message_id, None)
+        if given is not None and self.unconfirmed.get(given) == message_id:
+            self.unconfirmed.pop(given, None)
+
+    def offer_unconfirmed(self, node_id: int, poller: str, got: str) -> None:
+        """Offer a process that polls again what it was given last, if it does not say that it got it."""
+        message_id = self.unconfirmed.get((node_id, poller))
+        if message_id is None:
+            return
+        self.settle(message_id)
+        if message_id != got:
+            with self.state.lock, self.lock:
+                self._offer_again(message_id)
+
+    def _offer_again(self, message_id: str) -> None:
+        message = self.state.message_ins_store.get(message_id)
+        if message is None or not message.metadata.delivered_at or message_id not in self.outstanding:
+            return
+        upload = self.uploads.of(message_id)
+        if upload is not None and upload.complete:
+            return
+        times = self.redelivered.get(message_id, 0)
+        if times < REDELIVERIES:
+            self.redelivered[message_id] = times + 1
+            message.metadata.delivered_at = ""
+            self.mail.put(message.metadata.dst_node_id)
+
+
+class InlineFleetServicer(FleetServicer):
+    """Flower's Fleet servicer over :class:`Links`."""
+
+    def __init__(self, links: Links, require_keys: bool, on_refused: Callable[[bytes, str], None]) -> None:
+        super().__init__(links.state_factory, links.store_factory, require_keys)
+        self._links = links
+        self._on_refused = on_refused
+
+    def ActivateNode(
+        self, request: ActivateNodeRequest, context: grpc.ServicerContext
+    ) -> ActivateNodeResponse:
+        """Activate a node, and offer it again what its dead process had pulled."""
+        self._check_signer(request.public_key, context)
+        if self._links.state.get_node_id_by_public_key(request.public_key) is None:
+            self._on_refused(request.public_key, context.peer())
+        answer: ActivateNodeResponse = super().ActivateNode(request, context)
+        self._links.redeliver(answer.node_id)
+        self._links.node_change()
+        return answer
+
+    def RegisterNode(
+        self, request: RegisterNodeFleetRequest, context: grpc.ServicerContext
+    ) -> RegisterNodeFleetResponse:
+        """Register a node, where keys are not required."""
+        self._check_signer(request.public_key, context)
+        answer: RegisterNodeFleetResponse = super().RegisterNode(request, context)
+        return answer
+
+    @staticmethod
+    def _check_signer(public_key: bytes, context: grpc.ServicerContext) -> None:
+        """Refuse a request for another node's key: Flower only checks that a call is signed by some key.
+
+        Anybody could keep a node away else, by activating it in its stead.
+        """
+        if get_metadata_bytes(context.invocation_metadata(), PUBLIC_KEY_HEADER) != public_key:
+            context.abort(grpc.StatusCode.PERMISSION_DENIED, "the call is not signed with the key it names")
+
+    def DeactivateNode(
+        self, request: DeactivateNodeRequest, context: grpc.ServicerContext
+    ) -> DeactivateNodeResponse:
+        """Deactivate a node."""
+        answer: DeactivateNodeResponse = super().DeactivateNode(request, context)
+        self._links.node_change()
+        return answer
+
+    def SendNodeHeartbeat(
+        self, request: SendNodeHeartbeatRequest, context: grpc.ServicerContext
+    ) -> SendNodeHeartbeatResponse:
+        """Take a heartbeat, which is most of what an edge does while nothing happens: without a line for its log."""
+        answer: SendNodeHeartbeatResponse
+        try:
+            answer = message_handler.send_node_heartbeat(request, self._links.state)
+        except message_handler.InvalidHeartbeatIntervalError:
+            answer = super().SendNodeHeartbeat(request, context)  # it says what is wrong
+        return answer
+
+    def PullMessages(
+        self, request: PullMessagesRequest, context: grpc.ServicerContext
+    ) -> PullMessagesResponse:
+        """Answer a poll at once if there is a message, else hold it until there is one or its caller gives up."""
+        links, node_id, poller = self._links, request.node.node_id, poller_of(context)
+        links.offer_unconfirmed(node_id, poller, said(context, GOT_HEADER))
+        while links.mail.wait(node_id, context):
+            links.mail.take(node_id)
+            # Not Flower's own servicer, which writes every request out for its log, shown or not.
+            answer: PullMessagesResponse = message_handler.pull_messages(request, links.state, links.store)
+            if answer.messages_list:
+                links.mail.put(node_id)  # there may be more
+                [announcement] = answer.messages_list
+                message_id = announcement.metadata.message_id
+                links.give(node_id, poller, message_id)
+                if poller:  # a stock SuperNode fetches everything
+                    attach(announcement, links.early.get(message_id, ()))
+                return answer
+        return PullMessagesResponse()
+
+    def PushMessages(
+        self, request: PushMessagesRequest, context: grpc.ServicerContext
+    ) -> PushMessagesResponse:
+        """Accept a reply that a grid waits for, when its turn has come; refuse every other one quietly."""
+        links = self._links
+        if len(request.messages_list) != 1 or len(request.message_object_trees) != 1:
+            context.abort(grpc.StatusCode.INVALID_ARGUMENT, "one message and one object tree per call")
+        announcement, tree = request.messages_list[0], request.message_object_trees[0]
+        try:
+            early = detach(announcement, tree_ids(tree))
+        except PayloadError as fault:
+            context.abort(grpc.StatusCode.INVALID_ARGUMENT, str(fault))
+        metadata = message_from_proto(announcement).metadata
+        node_id, instruction_id = request.node.node_id, metadata.reply_to_message_id
+        refused = PushMessagesResponse(results={metadata.message_id: 0})
+        instruction = links.state.message_ins_store.get(instruction_id)
+        if instruction is None or not links.wants(instruction_id):
+            links.refused_late(metadata.run_id)
+            return refused
+        if metadata.src_node_id != node_id or instruction.metadata.dst_node_id != node_id:
+            context.abort(grpc.StatusCode.PERMISSION_DENIED, "this node was not asked")
+        if links.uploads.waiting >= UPLOADS_WAITING:
+            context.abort(grpc.StatusCode.UNAVAILABLE, "too many uploads wait for their turn")
+        links.give_up_upload(instruction_id)
+        chunks = count_chunks(tree)
+        upload = Upload(node_id, instruction_id, chunks >= BIG_CHUNKS, chunks >= HUGE_CHUNKS)
+        if not links.uploads.admit(upload, lambda: links.wants(instruction_id) and context.is_active()):
+            if not links.wants(instruction_id):
+                links.refused_late(metadata.run_id)
+            return refused
+        return self._accept(request, context, upload, metadata, early)
+
+    def _accept(
+        self,
+        request: PushMessagesRequest,
+        context: grpc.ServicerContext,
+        upload: Upload,
+        metadata: Metadata,
+        early: Mapping[str, bytes],
+    ) -> PushMessagesResponse:
+        """Store an admitted reply and those of its objects that came with it; ask for the others."""
+        links, reply_id = self._links, metadata.message_id
+        accepted = False
+        try:
+            answer: PushMessagesResponse = super().PushMessages(request, context)
+            accepted = reply_id in links.state.message_res_store
+        finally:
+            if not accepted:
+                links.uploads.release(upload.instruction_id)
+        if not accepted:
+            links.forget_session(answer.session_id)
+            return answer
+        upload.session_id = answer.session_id
+        wanted = set(answer.objects_to_push)
+        stored = {
+            object_id
+            for object_id in wanted & early.keys()
+            if links.state.store_object(metadata.run_id, answer.session_id, object_id, early[object_id])
+        }
+        upload.pending = wanted - stored
+        if early:
+            del answer.objects_to_push[:]
+            answer.objects_to_push.extend(upload.pending)
+            answer.results[reply_id] = TAKEN
+        upload.reply_id = reply_id
+        if not links.wants(upload.instruction_id):  # abandoned meanwhile
+            links.give_up_upload(upload.instruction_id)
+        elif upload.complete:
+            self._tell(upload)
+        return answer
+
+    def PushObject(
+        self, request: PushObjectRequest | ObjectPush, context: grpc.ServicerContext
+    ) -> PushObjectResponse:
+        """Store an object of a reply under way, and tell the grid when it was the last one."""
+        links = self._links
+        upload = links.uploads.find(request.session_id)
+        if upload is None or upload.node_id != request.node.node_id:
+            return PushObjectResponse(stored=False)
+        if request.object_id not in upload.pending:
+            # Sent twice, because the answer to the first one was lost.
+            return PushObjectResponse(stored=request.object_id in links.store)
+        upload.progress_at = time.monotonic()
+        answer: PushObjectResponse = super().PushObject(cast(PushObjectRequest, request), context)
+        if answer.stored and links.uploads.arrived(upload, request.object_id):
+            self._tell(upload)
+        return answer
+
+    def PullObject(self, request: PullObjectRequest, context: grpc.ServicerContext) -> PullObjectResponse:
+        """Answer with an object; one of our own in pieces, so that it is copied but once, into the answer's bytes."""
+        links = self._links
+        pieces = links.store.pieces(request.object_id)
+        status = links.state.get_run_status({request.run_id}).get(request.run_id)
+        if pieces is None or status is None or status.status != Status.RUNNING:
+            return super().PullObject(request, context)
+        size = sum(len(piece) for piece in pieces)
+        links.state.store_traffic(request.run_id, bytes_sent=size, bytes_recv=0)
+        answer = ObjectAnswer(object_found=True, object_available=True, pieces=pieces)
+        return cast(PullObjectResponse, answer)  # to its serializer it is one
+
+    def ConfirmMessageReceived(
+        self, request: ConfirmMessageReceivedRequest, context: grpc.ServicerContext
+    ) -> ConfirmMessageReceivedResponse:
+        """Keep a message's objects until it is answered: its node may be killed and ask again."""
+        given = (request.node.node_id, poller_of(context))
+        if self._links.unconfirmed.get(given) == request.message_object_id:
+            self._links.settle(request.message_object_id)
+        if self._links.wants(request.message_object_id):
+            return ConfirmMessageReceivedResponse()
+        answer: ConfirmMessageReceivedResponse = super().ConfirmMessageReceived(request, context)
+        return answer
+
+    def _tell(self, upload: Upload) -> None:
+        with self._links.lock:
+            tell = self._links.outstanding.get(upload.instruction_id)
+        if tell is not None:
+            tell(upload.instruction_id)

@@ -1,0 +1,130 @@
+"""Who is below an edge: names proved by node keys, and what each client said of itself."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+from flwr.app import ConfigRecord, Message, RecordDict
+
+from espalier.errors import StateError, WireError
+from espalier.names import Claims, check_name
+from espalier.wire import control
+from espalier.wire.hello import check_client_hello, version_mismatch
+from espalier_edge.fleet.server import InlineFleet, InlineGrid
+from espalier_proto import espalier_pb2 as pb
+
+log = logging.getLogger("espalier.edge")
+
+
+@dataclass(frozen=True)
+class Known:
+    """A client that said hello: its node at this edge, its hello, and since when the node is connected."""
+
+    node_id: int
+    hello: pb.ClientHello
+    since: str = ""
+
+    @property
+    def labels(self) -> np.ndarray:
+        """Label counts, shape (classes,)."""
+        return np.asarray(self.hello.histogram.counts, dtype=np.float64)
+
+
+class Roster:
+    """The clients an edge can call.
+
+    Parameters
+    ----------
+    fleet : InlineFleet
+        The edge's Fleet server.
+    names : Claims
+        Who may use which name.
+    """
+
+    def __init__(self, fleet: InlineFleet, names: Claims) -> None:
+        self._fleet = fleet
+        self._names = names
+        self._known: dict[int, Known] = {}
+        self._silent: dict[int, str] = {}
+        self._mismatches: set[tuple[str, str]] = set()
+        self.faults: list[pb.Fault] = []
+
+    def reset(self) -> None:
+        """Forget every hello: another run may ask for noisy histograms."""
+        self._known.clear()
+        self._silent.clear()
+        self._mismatches.clear()
+
+    def clients(self) -> dict[str, Known]:
+        """Return the clients that are connected now, by name."""
+        online = {n.node_id for n in self._fleet.nodes()}
+        return {k.hello.name: k for node, k in sorted(self._known.items()) if node in online}
+
+    def name_of(self, node_id: int) -> str:
+        """Return the name of a node that said hello, or a stand-in that says it did not."""
+        known = self._known.get(node_id)
+        return known.hello.name if known else f"node {node_id}"
+
+    def refresh(self, grid: InlineGrid, request: ConfigRecord, deadline: float) -> None:
+        """Say hello to every connected node that is not known yet, or that was started again since.
+
+        A node that answers badly is left out and reported as a fault; a busy one is asked again next time.
+
+        Parameters
+        ----------
+        grid : InlineGrid
+            The run's grid.
+        request : ConfigRecord
+            What the cloud asks (run, epsilon of the label histogram).
+        deadline : float
+            Seconds to wait for answers.
+        """
+        nodes = {n.node_id: n for n in self._fleet.nodes()}
+        since = {i: n.last_activated_at for i, n in nodes.items()}
+        self._known = {i: k for i, k in self._known.items() if since.get(i) == k.since}
+        self._silent = {i: at for i, at in self._silent.items() if since.get(i) == at}
+        asked = [i for i in nodes if i not in self._known and i not in self._silent]
+        start = time.monotonic()
+        for reply in grid.exchange(self._hellos(asked, request), deadline=deadline):
+            node_id = reply.metadata.src_node_id
+            try:
+                hello = control.read_control(pb.ClientHello, reply, f"node {node_id}")
+                check_client_hello(hello, hello.name or f"node {node_id}")
+                check_name(hello.name)
+                self._names.claim(hello.name, nodes[node_id].public_key)
+            except (WireError, StateError) as error:
+                log.warning("%s", error)
+                self._silent[node_id] = since[node_id]
+                self.faults.append(_refusal(error, node_id, reply))
+                continue
+            self._check_versions(hello)
+            # A client that reconnected with its key replaces its older self and so counts once.
+            self._known = {i: k for i, k in self._known.items() if k.hello.name != hello.name}
+            hello.link_seconds = time.monotonic() - start
+            hello.public_key = nodes[node_id].public_key
+            self._known[node_id] = Known(node_id, hello, since[node_id])
+
+    def _check_versions(self, hello: pb.ClientHello) -> None:
+        """Report, once a run, a client whose versions are not ours; it takes part all the same."""
+        fault = version_mismatch(hello.facts.versions)
+        if fault and (hello.name, fault) not in self._mismatches:
+            self._mismatches.add((hello.name, fault))
+            log.warning("client %s: %s", hello.name, fault)
+            self.faults.append(pb.Fault(tier="edge", node=hello.name, kind="version", detail=fault))
+
+    @staticmethod
+    def _hellos(nodes: list[int], request: ConfigRecord) -> Iterator[Message]:
+        for node_id in nodes:
+            yield Message(RecordDict({control.CONFIG: request}), node_id, control.HELLO)
+
+
+def _refusal(error: WireError | StateError, node_id: int, reply: Message) -> pb.Fault:
+    """Return the fault of a hello; where this edge cannot write down whose name it is, that is the edge's."""
+    if isinstance(error, WireError):
+        return pb.Fault(tier="edge", node=error.sender, kind="refused", detail=error.fault)
+    name = control.read_control(pb.ClientHello, reply, f"node {node_id}").name
+    return pb.Fault(tier="edge", node=name, kind="refused", detail=f"its name is not kept: {error}")

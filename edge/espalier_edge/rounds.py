@@ -1,0 +1,289 @@
+"""A window at an edge: its rounds with its clients, added up as the replies arrive (DESIGN §2)."""
+
+from __future__ import annotations
+
+import logging
+import math
+import threading
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from espalier.config.run_config import RunConfig
+from espalier.errors import UNSOUND, ConfigError, EspalierError, WireError, unsound
+from espalier.methods.registry import create_method
+from espalier.methods.selection import rating, shares, top
+from espalier.methods.state import ServerState
+from espalier.methods.tally import Tally
+from espalier.methods.views import buffers_of
+from espalier.seeds import rng_for
+from espalier.wire import control
+from espalier.wire.codec import create_codec
+from espalier.wire.payload import Weights
+from espalier.wire.update import UpdateForm
+from espalier_edge.calls import Answered, Caller
+from espalier_edge.fleet.server import InlineGrid
+from espalier_edge.pace import Pace
+from espalier_edge.roster import Roster
+from espalier_proto import espalier_pb2 as pb
+
+log = logging.getLogger("espalier.edge")
+
+
+@dataclass
+class EdgeProgress:
+    """How far a window is; read and told what the cloud is at by the thread that answers `query.progress`."""
+
+    run: str = ""
+    window: int = 0
+    round: int = 0
+    training: list[str] = field(default_factory=list)
+    done: list[str] = field(default_factory=list)
+    loss: float = 0.0
+    links: pb.LinkBytes = field(default_factory=pb.LinkBytes)
+    flower_run: int = 0
+    sent_at: float = 0.0
+    overtaken: threading.Event = field(default_factory=threading.Event)
+
+    def learn(self, run: str, window: int, flower_run: int, sent_at: float) -> None:
+        """Take note of what the cloud is at: a window that it went on without is given up.
+
+        Parameters
+        ----------
+        run : str
+            Espalier's run id.
+        window : int
+            The cloud's window; 0 where it did not say.
+        flower_run : int
+            Flower's run id: a run that was submitted again has a new one, and its former windows count no more.
+        sent_at : float
+            When the cloud said so, in seconds; what was sent before the window is no news.
+        """
+        newer = sent_at > self.sent_at and (window > self.window or flower_run != self.flower_run)
+        if self.window and run == self.run and newer:
+            self.overtaken.set()
+
+    def to_proto(self, edge: str) -> pb.Progress:
+        """Return the protobuf form."""
+        return pb.Progress(
+            schema=control.SCHEMA,
+            run=self.run,
+            edge=edge,
+            window=self.window,
+            round=self.round,
+            training=list(self.training),
+            done=list(self.done),
+            loss=self.loss,
+            client_edge=self.links,
+        )
+
+
+class EdgeWindow:
+    """One window of one edge.
+
+    Between its rounds the edge is a server of its own: it moves its tensors on by the method's step.
+    What it reports is not the moved model but the window's tally, so that the cloud takes the step
+    over all clients; with one round a window this is flat federated learning (DESIGN §2).
+
+    Parameters
+    ----------
+    edge : str
+        This edge's name.
+    plan : pb.WindowPlan
+        The cloud's plan; the parts of other edges are passed over.
+    weights : Weights
+        The cloud's tensors to start from.
+    grid : InlineGrid
+        The run's grid.
+    roster : Roster
+        The clients below this edge.
+    progress : EdgeProgress
+        Kept up to date for onlookers.
+    pace : Pace, optional
+        How long clients took in earlier windows.
+    """
+
+    def __init__(
+        self,
+        edge: str,
+        plan: pb.WindowPlan,
+        weights: Weights,
+        grid: InlineGrid,
+        roster: Roster,
+        progress: EdgeProgress,
+        pace: Pace | None = None,
+    ) -> None:
+        self.edge, self.plan, self.progress = edge, plan, progress
+        self.method = create_method(settings_of(plan))
+        self.server = ServerState(plan.architecture, weights, max(plan.population, 1), peers=dict(plan.peers))
+        self.tally = Tally(weights.layout)
+        self.report = pb.EdgeReport(schema=control.SCHEMA, run=plan.run, window=plan.window, edge=edge)
+        self.caller = Caller(
+            edge, plan, self.method, grid, roster, self.report, progress.overtaken.is_set, pace
+        )
+        self._received = weights
+        self._grid, self._roster = grid, roster
+        self._labels: np.ndarray | None = None
+        self._reached: dict[str, pb.Version] = {}
+        # What a client had started a round from that came to nothing, by client, window and round.
+        self._vain: dict[tuple[str, int, int], pb.Version] = {}
+        self._late = grid.late
+
+    def run(self) -> tuple[pb.EdgeReport, Weights]:
+        """Run the window's rounds.
+
+        Returns
+        -------
+        pb.EdgeReport
+            Samples, labels, who took part, losses, bytes and faults.
+        Weights
+            The tally of the window; a round in which too few replied adds nothing to it.
+        """
+        start = time.monotonic()
+        for schedule in self.plan.rounds:
+            mine = [p for p in schedule.participants if p.edge == self.edge]
+            self._check_wanted()
+            if mine and schedule.keep:
+                mine = self._best(schedule, mine)
+            if mine:
+                self._round(schedule.round, mine)
+        self._check_wanted()
+        if self._labels is not None:
+            self.report.labels.counts.extend(self._labels.tolist())
+        return self._close(start)
+
+    def _check_wanted(self) -> None:
+        """Raise EspalierError if the cloud waits for this window no more."""
+        if self._grid.closed:
+            raise EspalierError("the run was ended in the middle of the window")
+        if self.progress.overtaken.is_set():
+            raise EspalierError(f"the cloud went on without window {self.plan.window}")
+
+    def inquire(self) -> tuple[pb.EdgeReport, Weights]:
+        """Ask the plan's participants what it wants to know, and pass on what they answer."""
+        start = time.monotonic()
+        schedule = self.plan.rounds[0]
+        mine = [p for p in schedule.participants if p.edge == self.edge]
+        record = self.report.rounds.add(round=schedule.round)
+        for answer in self._ask(self.plan.inquiry, schedule.round, mine):
+            record.clients.append(_brief(answer.report))
+            if answer.update.extra:
+                self.tally.forward(answer.update.name, answer.update.extra)
+        return self._close(start)
+
+    def _round(self, round_: int, participants: list[pb.Participant]) -> None:
+        """Send the tensors, add up the replies, take the edge's own step."""
+        start = time.monotonic()
+        record = self.report.rounds.add(round=round_)
+        self.progress.round, self.progress.done = round_, []
+        self.progress.training = sorted(p.client for p in participants)
+        tally, labels = Tally(self.server.weights.layout), []
+        starts = {p.client: self._start(p) for p in participants}
+        for answer in self.caller.call(participants, starts, round_, self.server):
+            report, update = answer.report, answer.update
+            try:
+                self.method.add(tally, update, self.server)
+            except UNSOUND as error:
+                self.caller.fault(update.name, "refused", unsound(error), round_)
+                continue
+            record.clients.append(_brief(report))
+            labels.append(update.labels)
+            self._count(report)
+            del answer, update  # before the next one comes in
+        record.seconds = time.monotonic() - start
+        if len(record.clients) < max(self.plan.quorum, 1):
+            detail = f"{len(record.clients)} usable replies, quorum {self.plan.quorum}"
+            self.caller.fault(self.edge, "quorum", detail, round_)
+            # Who trained in vain goes on from what it kept before; so the cloud must not read it took part.
+            record.ClearField("clients")
+            self._note_vain(starts, round_)
+            return
+        counted = {c.client for c in record.clients}
+        self._note_vain({c: start for c, start in starts.items() if c not in counted}, round_)
+        samples = sum(c.samples for c in record.clients)
+        self.report.samples += samples
+        self.report.last_round_samples = samples
+        self._labels = np.sum([*labels, *([] if self._labels is None else [self._labels])], axis=0)
+        for client in record.clients:
+            self._reached[client.client] = pb.Version(window=self.plan.window, round=round_)
+        record.loss = sum(c.loss * c.samples for c in record.clients) / samples
+        log.info(
+            "round %d: %d replies, loss %.4f", round_, len(counted), record.loss, extra={"round": round_}
+        )
+        self.progress.loss = 0.0 if math.isnan(record.loss) else record.loss  # untold under privacy
+        self.server.round = round_
+        if round_ != self.plan.rounds[-1].round:
+            self.method.step(self.server, tally)
+            self.server.weights = self.server.weights.frozen()
+        self.tally = self.method.gather(self.tally, tally)
+
+    def _start(self, participant: pb.Participant) -> pb.Version:
+        """Return the state a client goes on from: the plan supposes that every round before counted."""
+        known = (participant.start, self._reached.get(participant.client, participant.start))
+        start = max(known, key=lambda v: (v.window, v.round))
+        while (key := (participant.client, start.window, start.round)) in self._vain:
+            start = self._vain[key]
+        return start
+
+    def _note_vain(self, starts: Mapping[str, pb.Version], round_: int) -> None:
+        for client, start in starts.items():
+            self._vain[client, self.plan.window, round_] = start
+
+    def _best(self, schedule: pb.RoundSchedule, candidates: list[pb.Participant]) -> list[pb.Participant]:
+        """Keep this edge's share of a round's clients: those of largest loss under its own tensors."""
+        counts: dict[str, int] = {}
+        for participant in schedule.participants:
+            counts[participant.edge] = counts.get(participant.edge, 0) + 1
+        keep = shares(counts, schedule.keep)[self.edge]
+        answers = self._ask("loss", schedule.round, candidates)
+        settings = self.method.settings
+        rated = {a.update.name: rating(settings, a.report.loss, a.report.samples) for a in answers}
+        chosen = set(top(rated, keep))
+        return [p for p in candidates if p.client in chosen]
+
+    def _ask(self, kind: str, round_: int, participants: Sequence[pb.Participant]) -> list[Answered]:
+        starts = {p.client: self._start(p) for p in participants}
+        return list(self.caller.call(participants, starts, round_, self.server, inquiry=kind))
+
+    def _close(self, start: float) -> tuple[pb.EdgeReport, Weights]:
+        if late := self._grid.late - self._late:
+            detail = f"{late} replies came after their deadline and were dropped"
+            self.caller.fault("clients", "late", detail, 0)
+        settings, received = self.method.settings, self._received
+        codec = None if settings.edge_codec == "none" else create_codec(settings, settings.edge_codec)
+        # A coordinate that nobody held is no difference.
+        weights, scalars = self.tally.report(received.views() if codec else None)
+        self.report.metrics.update(scalars)
+        self.report.layout.CopyFrom(weights.layout.to_proto())
+        if codec:
+            form = UpdateForm(weights.layout, received.layout, buffers_of(self.plan.architecture), codec)
+            rng = rng_for(settings.seed, self.edge, self.plan.window, "edge codec")
+            weights = form.payload(weights.views(), received.views(), rng)
+        self.report.seconds = time.monotonic() - start
+        return self.report, weights
+
+    def _count(self, report: pb.ClientReport) -> None:
+        """Tell onlookers of an accepted reply."""
+        self.progress.done.append(report.client)
+        if report.client in self.progress.training:
+            self.progress.training.remove(report.client)
+        self.progress.links.CopyFrom(self.report.client_edge)
+
+
+def settings_of(plan: pb.WindowPlan) -> RunConfig:
+    """Return a plan's settings; raises WireError where they are not this edge's."""
+    try:
+        return RunConfig.from_struct(plan.settings)
+    except ConfigError as error:
+        raise WireError("cloud", f"settings this edge does not take ({error})") from error
+
+
+def _brief(report: pb.ClientReport) -> pb.ClientReport:
+    """Return a client's report without what only its edge needs."""
+    brief = pb.ClientReport()
+    brief.CopyFrom(report)
+    for read_here in ("layout", "table", "architecture"):
+        brief.ClearField(read_here)
+    return brief

@@ -1,0 +1,30 @@
+"""The ServerApp that `flwr run` starts at the cloud's SuperLink."""
+
+from __future__ import annotations
+
+import os
+
+from flwr.app import Context
+from flwr.serverapp import Grid, ServerApp
+
+from espalier.config.run_config import RunConfig
+from espalier.monitor.logs import FORMAT_ENV, configure
+from espalier_server.monitor import remember_run
+from espalier_server.records.resume import at_work
+from espalier_server.run import TreeRun, check_folder, cloud_state, run_folder
+from espalier_server.superlink.grid import TreeGrid
+
+app = ServerApp()
+
+
+@app.main()
+def main(grid: Grid, context: Context) -> None:
+    """Run one run of the tree, as the run config says."""
+    configure(os.environ.get(FORMAT_ENV, "text"))
+    settings = RunConfig.from_flat(context.run_config)
+    out = run_folder(settings, context.run_id)
+    with at_work(out):
+        check_folder(settings, out)
+        run = TreeRun(settings, TreeGrid(grid), out, cloud_state())
+        remember_run(cloud_state(), run.run_id, out)
+        run.run()

@@ -1,0 +1,1 @@
+"""Commands that the cloud contributes to `espalier`."""

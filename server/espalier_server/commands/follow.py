@@ -1,0 +1,154 @@
+"""Submitting a run and watching it to its end: shared by `espalier run` and `espalier demo`."""
+
+from __future__ import annotations
+
+import re
+import time
+import uuid
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+from espalier.config.run_config import FlatValue, RunConfig
+from espalier.errors import EspalierError, StateError
+from espalier.monitor.progress import RunView
+from espalier.processes.supervise import signals_interrupt
+from espalier_server.records.events import EVENTS_FILE, FINAL, read_events, read_from
+from espalier_server.superlink.clouds import Cloud
+from espalier_server.superlink.submission import Submission, flower_status, forget, stop_run, submit
+
+STOP_SECONDS = 60.0
+_SILENT_SECONDS = 20.0  # without a first event, after which Flower is asked what became of the run
+_TICK_SECONDS = 0.25
+
+
+def prepare(settings: Mapping[str, FlatValue], out: Path) -> dict[str, FlatValue]:
+    """Check the settings here, where their faults are said clearly, and complete them.
+
+    Returns
+    -------
+    dict
+        The settings as given, with an absolute ``out`` and a ``run-id``.
+
+    Raises
+    ------
+    ConfigError
+        A setting is at fault.
+    StateError
+        `out` cannot be used, or holds another run.
+    """
+    out = out.expanduser().resolve()
+    given = dict(settings)
+    config = RunConfig.from_flat(given)
+    run = config.run_id or f"{config.method}-{uuid.uuid4().hex[:8]}"
+    check_folder(out, run)
+    return {**given, "out": str(out), "run-id": run}
+
+
+def check_folder(out: Path, run: str) -> None:
+    """Refuse a folder that cannot become, or go on being, the folder of `run`."""
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        probe = out / f".{uuid.uuid4().hex}"
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        raise StateError(
+            f"--out {out} cannot be used: {error.strerror}; give a folder this user may write"
+        ) from error
+    held = {str(event.get("run")) for event in read_events(out / EVENTS_FILE) if event["event"] == "run"} - {
+        run
+    }
+    if held:
+        old = sorted(held)[0]
+        raise StateError(
+            f"--out {out} holds the run {old}; give another folder, or -c run-id={old} to resume it"
+        )
+
+
+def run_to_end(
+    cloud: Cloud,
+    settings: Mapping[str, FlatValue],
+    view: RunView,
+    check: Callable[[RunView], None] = lambda view: None,
+    submitted: Callable[[], None] = lambda: None,
+) -> str:
+    """Submit a run, show it, and return its status once it has ended: "finished" or "stopped".
+
+    Ctrl-C (and SIGTERM) stops the run cleanly; a second one leaves it to itself.
+
+    Parameters
+    ----------
+    check : callable
+        Called with the view several times a second; what it raises ends the run.
+    submitted : callable
+        Called once, as soon as the cloud has the run.
+
+    Raises
+    ------
+    EspalierError
+        The run cannot be submitted, or failed; with the reason.
+    KeyboardInterrupt
+        It was interrupted; the run has been stopped.
+    """
+    submission = submit(cloud, settings)
+    with signals_interrupt():
+        try:
+            submitted()
+            return _follow(cloud, submission, view, check)
+        except KeyboardInterrupt:
+            view.say(f"stopping run {submission.run} …")
+            stop_run(cloud, submission, STOP_SECONDS)
+            _show_rest(submission, view)
+            raise
+
+
+def _follow(cloud: Cloud, submission: Submission, view: RunView, check: Callable[[RunView], None]) -> str:
+    offset, heard, asked = submission.offset, False, time.monotonic()
+    while True:
+        events, offset = read_from(submission.events, offset)
+        for event in events:
+            heard = True
+            view.feed(event)
+            if event["event"] in FINAL:
+                forget(cloud, submission)
+                if event["event"] == "failed":
+                    raise EspalierError(
+                        f"run {submission.run} failed: {event.get('reason') or 'without a reason'}"
+                    )
+                return str(event["event"])
+        view.tick()
+        check(view)
+        if not cloud.running:
+            raise EspalierError(
+                f"the cloud {cloud.name!r} has ended; start it again on {cloud.state} and the run goes on "
+                "from its last checkpoint"
+            )
+        if not heard and time.monotonic() - asked > _SILENT_SECONDS:
+            _ask_flower(cloud, submission)
+            asked = time.monotonic()
+        time.sleep(_TICK_SECONDS)
+
+
+def _ask_flower(cloud: Cloud, submission: Submission) -> None:
+    """Raise if the ServerApp ended before it could write an event."""
+    status, details = flower_status(cloud, submission)
+    if status.startswith("finished"):
+        forget(cloud, submission)
+        reason = re.sub(r"^ServerApp failed with exception: ", "", details)
+        raise EspalierError(
+            f"run {submission.run} failed: {reason} (see `flwr log` and {cloud.state}/superlink.log)"
+        )
+
+
+def _show_rest(submission: Submission, view: RunView) -> None:
+    """Show how a stopped run ended."""
+    events, _ = read_from(submission.events, submission.offset)
+    for event in events:
+        if event["event"] in FINAL:
+            view.feed(event)
+
+
+def describe_result(out: Path, status: str) -> str:
+    """Return where the results of a run that ended are."""
+    made = [name for name in ("report.html", "samples.png", "model") if (out / name).exists()]
+    return f"{status}; in {out}: {', '.join(made) or 'nothing yet'}"

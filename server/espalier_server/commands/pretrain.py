@@ -1,0 +1,71 @@
+"""`espalier pretrain-generator`: train the small GAN that FedKTL uses where no larger generator is at hand."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+
+def pretrain_generator(
+    data: str,
+    out: Path,
+    *,
+    minutes: float,
+    steps: int | None,
+    seed: int,
+    latent_dim: int,
+    size: int | None,
+    device: str,
+    say: Callable[[str], None],
+) -> None:
+    """Train a generator on the data of a SPEC and write its folder.
+
+    Parameters
+    ----------
+    data : str
+        See :func:`espalier.data.spec.open_data`.
+    out : Path
+        Folder to write; a former generator there is replaced.
+    minutes, steps, seed, latent_dim
+        See :func:`espalier_server.generators.pretrain.pretrain`.
+    size : int, optional
+        Height and width of the images, in pixels; what the data have unless given.
+    device : str
+        Where to train.
+    say : callable
+        Gets lines of progress.
+
+    Raises
+    ------
+    ConfigError
+        An option is out of range, or `out` holds something else.
+    DataError
+        The data cannot be opened.
+    StateError
+        `out` cannot be written.
+    TrainingError
+        The training went wrong.
+    """
+    from espalier.data.spec import open_data
+    from espalier.generators.gan import GRID, check_out, save_gan
+    from espalier.training.trainer import resolve_device
+    from espalier_server.generators.pretrain import Progress, pretrain, sample_grid
+
+    def tell(progress: Progress) -> None:
+        say(
+            f"{progress.share:4.0%}  {progress.seconds:5.0f} s  step {progress.step}: "
+            f"generator loss {progress.generator_loss:.2f}, discriminator loss {progress.discriminator_loss:.2f}"
+        )
+
+    check_out(out)
+    place = resolve_device(device)
+    images = open_data(data, size=size)
+    channels, height, _ = images.shape
+    say(
+        f"{len(images)} images of {images.name}, {channels} x {height} x {height}, {len(images.classes)} classes"
+    )
+    network, notes = pretrain(
+        images, minutes=minutes, steps=steps, seed=seed, latent_dim=latent_dim, device=place, say=tell
+    )
+    save_gan(out, network, notes, sample_grid(network, seed=seed))
+    say(f"{out}: the generator; look at {out / GRID} before you use it")

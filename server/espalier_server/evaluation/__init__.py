@@ -1,0 +1,1 @@
+"""What the cloud measures of a run: accuracy, image quality, cost."""

@@ -1,0 +1,170 @@
+"""One exchange with the edges: a plan and its tensors go down, what comes up is checked and read."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+
+import numpy as np
+from flwr.app import Message
+
+from espalier.config.run_config import RunConfig
+from espalier.errors import WireError, unsound
+from espalier.flower.arrays import payload_bytes
+from espalier.flower.reply_outcome import fault_kind
+from espalier.methods.base import CloudState, Method
+from espalier.methods.tally import ROWS, stacked
+from espalier.methods.views import buffers_of
+from espalier.wire import control
+from espalier.wire.codec import create_codec
+from espalier.wire.payload import Layout, Weights
+from espalier.wire.sent import SentForm
+from espalier.wire.traffic import CLIENT_EDGE, EDGE_CLOUD
+from espalier.wire.update import UpdateForm
+from espalier_proto import espalier_pb2 as pb
+from espalier_server.contributions import check_contributions
+from espalier_server.outcome import WindowOutcome
+from espalier_server.planning.tree import Tree
+
+log = logging.getLogger("espalier.cloud")
+
+#: How often a window is sent, or a question put, before a reproducible run that lacks somebody's part is ended.
+TRIES = 3
+
+
+@dataclass
+class Exchange:
+    """A plan at the edges that have a part in it: a window's or an inquiry's.
+
+    Attributes
+    ----------
+    method : Method
+        The algorithm.
+    state : CloudState
+        The global state that the plan was made of.
+    tree : Tree
+        Edges and clients.
+    outcome : WindowOutcome
+        Where bytes, faults and signatures are entered.
+    plan : pb.WindowPlan
+        What is asked of the edges.
+    weights : Weights
+        The tensors that go with it.
+    received : Weights
+        The tensors as the edges read them, which their reports may be differences to; known once they are sent.
+    """
+
+    method: Method
+    state: CloudState
+    tree: Tree
+    outcome: WindowOutcome
+    plan: pb.WindowPlan
+    weights: Weights
+    received: Weights = field(default_factory=lambda: Weights.pack({}))
+
+    @property
+    def settings(self) -> RunConfig:
+        """The run's configuration."""
+        return self.method.settings
+
+    @property
+    def edges(self) -> list[str]:
+        """Edges that have a part in it, in the order of their names."""
+        return sorted({p.edge for r in self.plan.rounds for p in r.participants})
+
+    # --- down --------------------------------------------------------------------------------------
+
+    def send(self) -> Iterator[Message]:
+        """Yield the message to each edge; all get one and the same content, so it is stored and hashed once."""
+        form = SentForm(self.weights.layout, self.plan.architecture, self.settings)
+        coded, self.received = form.encode(self.weights)
+        content = control.plan_content(self.plan, coded.to_record())
+        kind = control.INQUIRY if self.plan.inquiry else control.TRAIN
+        size, nodes = payload_bytes(content), self.tree.edges()
+        for edge in self.edges:
+            if edge not in nodes:
+                self._fault(edge, "lost", "went away before its part was sent")
+                continue
+            self.outcome.ledger.add(EDGE_CLOUD, down_bytes=size, messages=1)
+            yield Message(content, nodes[edge], kind, group_id=str(self.plan.window))
+
+    # --- up ----------------------------------------------------------------------------------------
+
+    def named(self, replies: Iterable[Message]) -> Iterator[tuple[int, str, Message]]:
+        """Yield each reply with its node's id and its edge's name."""
+        for reply in replies:
+            node = reply.metadata.src_node_id
+            yield node, self.tree.name_of(node), reply
+
+    def read(self, reply: Message, name: str) -> tuple[pb.EdgeReport, Weights]:
+        """Read an edge's report and its tensors.
+
+        Raises
+        ------
+        WireError
+            If it is no answer to this plan, or not sound. Where a method stumbles over its numbers, what `UNSOUND`
+            names.
+        """
+        report = control.read_control(pb.EdgeReport, reply, name)
+        if report.edge != name:
+            raise WireError(name, f"a report in the name of {report.edge!r}")
+        control.check_same_run(self.plan, report, name)
+        if report.HasField("roster") and report.roster.name != name:
+            raise WireError(name, f"a list of clients in the name of {report.roster.name!r}")
+        checked = check_contributions(
+            self.plan, report, self.tree.keys.in_force().get, required=self.settings.require_signatures
+        )
+        payload = self._tensors(reply, Layout.from_proto(report.layout.tensors, name), name)
+        # Not only of those it lists: a method may want to know of an update that it left out (Phoenix).
+        given = {p.client for r in self.plan.rounds for p in r.participants if p.edge == name}
+        if foreign := {c for c, _, _ in stacked(payload)} - given:
+            raise WireError(name, f"tensors of {sorted(foreign)[:3]}, which it was not given")
+        if not self.plan.inquiry:
+            self._check_passed(payload)
+        self.outcome.signatures.add(checked)
+        return report, payload
+
+    def _tensors(self, reply: Message, layout: Layout, name: str) -> Weights:
+        """Read a report's tensors; of the network's it may hold coded differences."""
+        s, received = self.settings, self.received
+        if s.edge_codec == "none":
+            return control.read_weights(reply, layout, name)
+        codec, buffers = create_codec(s, s.edge_codec), buffers_of(self.plan.architecture)
+        form = UpdateForm(layout, received.layout, buffers, codec)
+        payload = control.read_weights(reply, form.wire, name)
+        return form.whole(payload, received.views(), name)
+
+    def _check_passed(self, payload: Weights) -> None:
+        """Have the method look at what the edge passes on beside its sums; raises ValueError."""
+        stacks: dict[str, dict[str, np.ndarray]] = {}
+        for client, tensor, array in stacked(payload):
+            stacks.setdefault(client, {})[tensor] = array
+        rows = {n.removeprefix(ROWS): a for n, a in payload.views().items() if n.startswith(ROWS)}
+        self.method.check_passed(stacks, rows, self.state)
+
+    # --- what is entered ---------------------------------------------------------------------------
+
+    def count(self, report: pb.EdgeReport) -> None:
+        """Enter a report's bytes, and the faults below its edge."""
+        self.outcome.faults.extend(report.faults)
+        down = report.client_edge
+        self.outcome.ledger.add(
+            CLIENT_EDGE, up_bytes=down.up_bytes, down_bytes=down.down_bytes, messages=down.messages
+        )
+        self.outcome.ledger.add(EDGE_CLOUD, up_bytes=report.up_bytes, messages=1)
+
+    def refuse(self, reply: Message, name: str, error: Exception) -> None:
+        """Enter a reply that is not taken, and why."""
+        self._fault(name, fault_kind(reply), error.fault if isinstance(error, WireError) else unsound(error))
+
+    def note_silent(self) -> None:
+        """Enter the edges that neither reported nor failed."""
+        for silent in self.edges:
+            if silent not in self.outcome.reports and silent not in {f.node for f in self.outcome.faults}:
+                self._fault(silent, "straggler", "no report of the window before its deadline")
+
+    def _fault(self, node: str, kind: str, detail: str) -> None:
+        window = self.state.window + 1
+        log.warning("window %d: %s %s: %s", window, node, kind, detail)
+        self.outcome.faults.append(pb.Fault(tier="cloud", node=node, kind=kind, detail=detail, window=window))

@@ -1,0 +1,1 @@
+"""Training of image generators at the cloud."""

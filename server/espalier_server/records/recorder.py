@@ -1,0 +1,374 @@
+"""What a run leaves: record, events, TensorBoard, checkpoints and the model, written as the run goes."""
+
+from __future__ import annotations
+
+import datetime
+import logging
+import os
+import shutil
+import time
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Literal
+
+from espalier import distribution
+from espalier.config.run_config import RunConfig
+from espalier.methods.base import CloudState, Deployed, build_model
+from espalier.models.pipeline import save_model
+from espalier.wire.traffic import Ledger
+from espalier_proto import espalier_pb2 as pb
+from espalier_server.evaluation.cost import macs_and_params
+from espalier_server.outcome import WindowOutcome
+from espalier_server.planning.tree import Tree
+from espalier_server.records.checkpoint import Checkpoints
+from espalier_server.records.events import EVENTS_FILE, EventLog, interruptions
+from espalier_server.records.record import (
+    AccuracyEntry,
+    AugmentationEntry,
+    ClientEntry,
+    Evaluation,
+    FaultEntry,
+    ModelSize,
+    Participation,
+    RoundEntry,
+    RunRecord,
+    SignatureEntry,
+    Traffic,
+    WindowEntry,
+)
+from espalier_server.records.report import build_report
+from espalier_server.records.resume import former_record
+from espalier_server.records.snapshot import Snapshot
+from espalier_server.records.tensorboard import Board
+from espalier_server.strategy import WindowStrategy
+
+log = logging.getLogger("espalier.cloud")
+
+
+class Chronicle:
+    """The run's folder, kept up to date while the run goes.
+
+    Parameters
+    ----------
+    settings : RunConfig
+        The run's configuration.
+    run : str
+        Espalier's run id.
+    out : Path
+        The run's folder.
+    """
+
+    def __init__(self, settings: RunConfig, run: str, out: Path) -> None:
+        self.settings, self.run, self.out = settings, run, out
+        self.events = EventLog(out / EVENTS_FILE)
+        self.board = Board(out / "tensorboard")
+        self.checkpoints = Checkpoints(out / "checkpoints", keep=settings.keep_checkpoints)
+        self.ledger = Ledger()
+        self.started = time.monotonic()
+        self._roster: dict[str, dict[str, dict[str, object]]] = {}
+        # A former record is only given up once it is sure that the run begins anew.
+        former = former_record(out)
+        self.record = self._new_record() if former is None else former
+        self.started -= self.record.seconds
+        self.events.write("run", run=run, config=settings.to_flat(), pid=os.getpid())
+
+    def grid_path(self, window: int) -> Path:
+        """Return where the sample grid of a window goes."""
+        return self.out / "samples" / f"window-{window:04d}.png"
+
+    def resume(self) -> Snapshot | None:
+        """Go on from the newest checkpoint of this run, if there is one; what came after it is forgotten.
+
+        Raises
+        ------
+        StateError
+            The checkpoint is damaged; report.json then stays as it is, but for its status.
+        """
+        window = self.checkpoints.latest()
+        if window is None:
+            self.record, self.started = self._new_record(), time.monotonic()
+            return None
+        found = Snapshot.unpack(*self.checkpoints.load(window))
+        record = self.record
+        record.status, record.reason, record.config = "running", "", self.settings.to_flat()
+        record.windows = [w for w in record.windows if w.window <= window]
+        record.quality = [q for q in record.quality if q.window <= window]
+        record.accuracy = [a for a in record.accuracy if a.window <= window]
+        record.faults = [f for f in record.faults if f.window <= window]
+        if (record.model.pruned_at_window or 0) > window:
+            size = record.model
+            record.model = ModelSize(
+                params=size.params_dense,
+                macs=size.macs_dense,
+                params_dense=size.params_dense,
+                macs_dense=size.macs_dense,
+            )
+        spent = [record.augmentation.links] if record.augmentation else []
+        for links in [*spent, *(w.links for w in record.windows)]:
+            self.ledger.merge({link: t.model_dump() for link, t in links.items()})
+        log.info("run %s goes on after window %d", self.run, window)
+        self.events.write("resumed", window=window, round=found.state.round)
+        return found
+
+    def _new_record(self) -> RunRecord:
+        return RunRecord(
+            espalier=distribution.version(),
+            run=self.run,
+            started=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+            method=self.settings.method,
+            config=self.settings.to_flat(),
+        )
+
+    def restarted(self) -> None:
+        """Enter every start of this run's ServerApp after one that ended without a last word."""
+        counted = sum(f.kind == "restart" for f in self.record.faults)
+        window = len(self.record.windows)
+        for _ in range(interruptions(self.out / EVENTS_FILE) - counted):
+            detail = f"the ServerApp was started again and goes on after window {window}"
+            self.faults([pb.Fault(tier="cloud", node="cloud", kind="restart", detail=detail, window=window)])
+
+    # --- what happens ------------------------------------------------------------------------------
+
+    def joined(self, tree: Tree) -> None:
+        """Enter the edges and clients."""
+        members = tree.members()
+        self.record.classes = list(tree.classes)
+        self.record.edges = sorted(tree.edges())
+        for member in members:
+            hello = tree.hello_of(member.name)
+            known = self.record.clients.get(member.name, ClientEntry()).privacy
+            if hello.histogram.noisy:
+                known.histogram = self.settings.histogram_epsilon
+            self.record.clients[member.name] = ClientEntry(
+                samples=member.samples,
+                edges=list(member.edges),
+                labels=member.labels.tolist(),
+                data=hello.data,
+                device=hello.facts.device,
+                privacy=known,
+            )
+        self.events.write("joined", edges=self.record.edges, clients=[m.name for m in members])
+        self.connected(tree)
+
+    def connected(self, tree: Tree) -> None:
+        """Tell those who look on who is connected, if that changed."""
+        roster = tree.roster()
+        if roster != self._roster:
+            self._roster = roster
+            self.events.write("roster", **roster)
+
+    def planned(self, strategy: WindowStrategy, window: int) -> None:
+        """Enter who will train in each round of a window, and where."""
+        rounds = [
+            {
+                "round": strategy.first_round + i,
+                "participants": [{"client": c, "edge": e} for c, e in assignment.items()],
+            }
+            for i, assignment in enumerate(strategy.plan)
+        ]
+        self.events.write("window-start", window=window, rounds=rounds)
+        self.connected(strategy.tree)
+
+    def window(self, strategy: WindowStrategy, seconds: float, mu_planned: float, mu_random: float) -> None:
+        """Enter a window that was aggregated."""
+        outcome, window = strategy.outcome, strategy.state.window
+        self.ledger.merge(outcome.ledger)
+        entry = WindowEntry(
+            window=window,
+            rounds=_round_entries(strategy),
+            rho=dict(outcome.rho),
+            mu=dict(outcome.mu),
+            mu_planned=mu_planned,
+            mu_random=mu_random,
+            samples={name: r.samples for name, r in outcome.reports.items()},
+            labels={name: list(r.labels.counts) for name, r in outcome.reports.items()},
+            # What follows an "@" in a key tells the clients of a group apart, and is none of its name.
+            assignments={
+                c: key.partition("@")[0] for keys in strategy.drawn.keys for c, key in keys.items() if key
+            },
+            links={k: Traffic(**v) for k, v in outcome.ledger.as_dict().items()},
+            metrics=dict(strategy.state.notes),
+            signatures=_signatures(outcome),
+            timings={"train": seconds},
+        )
+        self.record.windows.append(entry)
+        for report in (c for edge in outcome.reports.values() for r in edge.rounds for c in r.clients):
+            self.record.clients.setdefault(report.client, ClientEntry()).privacy.take(report.metrics)
+        self.board.window(entry)
+        self.events.write(
+            "window-end",
+            window=window,
+            losses={r.round: r.loss for r in entry.rounds},
+            rho=outcome.rho,
+            mu=outcome.mu,
+            links=self.ledger.as_dict(),
+            clients=_trainings(strategy),
+        )
+        self.connected(strategy.tree)
+
+    def took(self, what: str, seconds: float) -> None:
+        """Enter what a part of the newest window took, in seconds."""
+        self.record.windows[-1].timings[what] = seconds
+
+    def faults(self, faults: Iterable[pb.Fault]) -> None:
+        """Enter what went wrong and the run went on without."""
+        for fault in faults:
+            entry = FaultEntry(
+                tier=fault.tier,
+                node=fault.node,
+                kind=fault.kind,
+                detail=fault.detail,
+                window=fault.window,
+                round=fault.round,
+            )
+            self.record.faults.append(entry)
+            self.events.write("fault", **entry.model_dump())
+
+    def evaluation(self, found: Evaluation | AccuracyEntry) -> None:
+        """Enter the measures of a window's samples, or its accuracies."""
+        if isinstance(found, Evaluation):
+            self.record.quality.append(found)
+            self.board.evaluation(found)
+            self.events.write("evaluation", **found.model_dump())
+        else:
+            self.record.accuracy.append(found)
+            self.board.accuracy(found)
+            self.events.write("accuracy", **found.model_dump())
+
+    def dense(self, state: CloudState) -> None:
+        """Enter the size of the network before any pruning."""
+        size = self.record.model
+        size.macs, size.params = macs_and_params(state.model())
+        size.macs_dense, size.params_dense = size.macs, size.params
+
+    def pruned(self, state: CloudState) -> None:
+        """Enter the size of the network after pruning."""
+        size = self.record.model
+        size.macs, size.params = macs_and_params(state.model())
+        size.pruned_at_window, size.pruned_at_round = state.window, state.round
+        self.events.write("prune", window=state.window, round=state.round, **size.model_dump())
+
+    def beside(self, outcome: WindowOutcome) -> None:
+        """Enter what an evaluation at the clients cost, into the newest window."""
+        self.ledger.merge(outcome.ledger)
+        for link, counts in outcome.ledger.as_dict().items():
+            entry = self.record.windows[-1].links[link]
+            entry.up_bytes += counts["up_bytes"]
+            entry.down_bytes += counts["down_bytes"]
+            entry.messages += counts["messages"]
+        before, found = self.record.windows[-1].signatures, _signatures(outcome)
+        self.record.windows[-1].signatures = SignatureEntry(
+            edges=before.edges + found.edges,
+            cloud=before.cloud + found.cloud,
+            unsigned=sorted({*before.unsigned, *found.unsigned}),
+        )
+        self.faults(outcome.faults)
+
+    def augmented(self, entry: AugmentationEntry, outcome: WindowOutcome) -> None:
+        """Enter what FAug did before the first round."""
+        self.ledger.merge(outcome.ledger)
+        entry.links = {k: Traffic(**v) for k, v in outcome.ledger.as_dict().items()}
+        self.record.augmentation = entry
+        self.faults(outcome.faults)
+        self.events.write("augmented", **entry.model_dump())
+
+    # --- what is kept ------------------------------------------------------------------------------
+
+    def checkpoint(self, snapshot: Snapshot) -> None:
+        """Write report.json, then the checkpoint: a record may know more than a checkpoint, never less."""
+        self.write()
+        tensors, meta = snapshot.pack()
+        window = snapshot.state.window
+        more = {"run": self.run, "config": self.settings.to_flat(), "score": self._score()}
+        self.checkpoints.save(window, tensors, meta | more)
+        self.events.write("checkpoint", window=window)
+
+    def _score(self) -> float | None:
+        """Return what makes a checkpoint the best one, lower being better."""
+        if self.record.accuracy:
+            newest = self.record.accuracy[-1]
+            best = max((m.accuracy or 0.0 for m in newest.models.values()), default=newest.mean)
+            return None if best is None else -best
+        return self.record.quality[-1].frechet if self.record.quality else None
+
+    def model(self, network: Deployed, state: CloudState) -> None:
+        """Write the model folder, and the newest sample grid as samples.png."""
+        save_model(
+            self.out / "model",
+            build_model(network.architecture, network.weights),
+            schedule=self.settings,
+            metadata={
+                "run": self.run,
+                "method": self.settings.method,
+                "network": network.label,
+                "round": state.round,
+                "params": self.record.model.params,
+                "ema": state.ema is not None,
+            },
+        )
+        if grids := sorted((self.out / "samples").glob("window-*.png")):
+            shutil.copyfile(grids[-1], self.out / "samples.png")
+
+    def write(self) -> None:
+        """Write report.json."""
+        self.record.links = {k: Traffic(**v) for k, v in self.ledger.as_dict().items()}
+        self.record.seconds = time.monotonic() - self.started
+        self.record.write(self.out)
+
+    def close(self, status: Literal["finished", "stopped", "failed"], reason: str) -> None:
+        """Write the last word, and the report's page."""
+        self.record.status, self.record.reason = status, reason
+        self.write()
+        build_report(self.out)
+        self.board.close()
+        self.events.write(status, reason=reason)
+        self.events.close()
+
+
+def _trainings(strategy: WindowStrategy) -> dict[str, dict[str, float]]:
+    """Return how each client trained in a window: its last round, and how many rounds and seconds in all."""
+    found: dict[str, dict[str, float]] = {}
+    records = [record for report in strategy.outcome.reports.values() for record in report.rounds]
+    for record in sorted(records, key=lambda record: record.round):
+        for client in record.clients:
+            before = found.get(client.client, {"rounds": 0, "total_seconds": 0.0, "total_cpu_seconds": 0.0})
+            found[client.client] = {
+                "loss": client.loss,
+                "steps": client.steps,
+                "seconds": client.seconds,
+                "rounds": before["rounds"] + 1,
+                "total_seconds": before["total_seconds"] + client.seconds,
+                "total_cpu_seconds": before["total_cpu_seconds"] + client.cpu_seconds,
+            }
+    return found
+
+
+def _signatures(outcome: WindowOutcome) -> SignatureEntry:
+    found = outcome.signatures
+    return SignatureEntry(edges=found.edges, cloud=found.cloud, unsigned=sorted(found.unsigned))
+
+
+def _round_entries(strategy: WindowStrategy) -> list[RoundEntry]:
+    """Merge the edges' records of each round."""
+    entries = []
+    for round_ in range(strategy.first_round, strategy.first_round + len(strategy.plan)):
+        records = [
+            (name, record)
+            for name, report in sorted(strategy.outcome.reports.items())
+            for record in report.rounds
+            if record.round == round_
+        ]
+        clients = [(edge, client) for edge, record in records for client in record.clients]
+        samples = sum(c.samples for _, c in clients)
+        entries.append(
+            RoundEntry(
+                round=round_,
+                loss=sum(c.loss * c.samples for _, c in clients) / samples if samples else None,
+                participants=[
+                    Participation(client=c.client, edge=e, signed=c.HasField("signed")) for e, c in clients
+                ],
+                samples=samples,
+                seconds=max((record.seconds for _, record in records), default=0.0),
+            )
+        )
+    return entries

@@ -1,0 +1,323 @@
+"""A run at the cloud: window after window, from hello to the last sample grid."""
+
+from __future__ import annotations
+
+import logging
+import os
+import time
+import uuid
+from pathlib import Path
+from typing import Literal
+
+from flwr.app import ArrayRecord, ConfigRecord
+
+from espalier.config.run_config import RunConfig
+from espalier.config.timeouts import window_seconds
+from espalier.errors import EspalierError, StateError
+from espalier.methods.base import CloudState, Method
+from espalier.methods.levels import parse_levels
+from espalier.methods.planning import AtRandom, mean_homogeneity, plan_window
+from espalier.methods.registry import create_method
+from espalier.models.diffusion import ema_update
+from espalier.models.initial import import_ahead
+from espalier.monitor.logs import bind
+from espalier.names import EDGE_NAMES, Claims, NameRegistry
+from espalier.security.keys import EDGE_KEYS, KEYS_ONLY, KeyRegistry
+from espalier.training.determinism import deterministic
+from espalier.training.trainer import resolve_device
+from espalier.wire.payload import Weights
+from espalier_server.client_keys import ClientKeys
+from espalier_server.evaluation.assessment import Assessment
+from espalier_server.evaluation.evaluator import create_evaluator
+from espalier_server.exchange import TRIES
+from espalier_server.outcome import CentralTally
+from espalier_server.planning.tree import Tree
+from espalier_server.records.recorder import Chronicle
+from espalier_server.records.resume import check_changes, former_record
+from espalier_server.records.snapshot import Snapshot
+from espalier_server.strategy import WindowStrategy
+from espalier_server.superlink.grid import LINK_LOST, TreeGrid
+from espalier_server.watch import Watch, stop_requested
+
+log = logging.getLogger("espalier.cloud")
+
+
+#: How often a window in which nobody trained is tried before the run goes on without it.
+ATTEMPTS = 3
+
+
+class StopRequested(Exception):  # noqa: N818 - no error, a wish
+    """Somebody asked for the end of the run."""
+
+
+class TreeRun:
+    """One run of the tree.
+
+    Parameters
+    ----------
+    settings : RunConfig
+        The run's configuration.
+    grid : TreeGrid
+        The run's grid.
+    out : Path
+        The run's folder.
+    state : Path
+        Folder of what the cloud knows beyond a run: which key owns which edge's or client's name.
+    """
+
+    def __init__(self, settings: RunConfig, grid: TreeGrid, out: Path, state: Path) -> None:
+        self.settings, self.grid, self.out = settings, grid, out
+        self.run_id = settings.run_id or uuid.uuid4().hex[:12]
+        self.method: Method = create_method(settings)
+        by_hand = self.method.has_levels and settings.level_choice == "device"
+        smallest = min(parse_levels(settings.levels)) if by_hand else 0.0
+        names, keys = edge_names(state), ClientKeys(state, keys_only=bool(os.environ.get(KEYS_ONLY)))
+        epsilon = settings.histogram_epsilon
+        self.tree = Tree(grid, names, self.run_id, epsilon, keys, smallest, settings.reproducible)
+        self.chronicle = Chronicle(settings, self.run_id, out)
+        self.state: CloudState | None = None
+        self.assessment: Assessment | None = None
+
+    def run(self) -> None:
+        """Run all windows; whatever ends the run, what it made so far is left in its folder.
+
+        Raises
+        ------
+        EspalierError
+            If the tree does not come together or the settings do not fit the data.
+        """
+        try:
+            with bind(run=self.run_id), deterministic(self.settings.reproducible):
+                self._train()
+        except StopRequested:
+            self._close("stopped", "stopped by `espalier stop`")
+        except (*LINK_LOST, KeyboardInterrupt, SystemExit) as error:
+            # The SuperLink is gone, or Flower ends this process because it is. That is not the last
+            # word: the cloud's supervisor starts the SuperLink again and submits the run again.
+            self.chronicle.events.write("interrupted", reason=str(error) or type(error).__name__)
+            raise
+        except Exception as error:
+            self._close("failed", str(error) or type(error).__name__)
+            raise
+        else:
+            self._close("finished", "")
+
+    def _train(self) -> None:
+        s = self.settings
+        resumed = self.chronicle.resume()
+        if resumed is not None:
+            self.tree.settle(resumed.members)
+        import_ahead(s)  # while edges and clients are still on their way, and not once all of them wait
+        self.tree.gather(s, self._stopping)
+        self._check_stop()
+        self.method.meet(self.tree.image_shape, len(self.tree.classes))
+        if resumed is None:
+            self.tree.settle()
+        state = self._initial_state() if resumed is None else resumed.state
+        reached = {} if resumed is None else resumed.reached
+        self.state = state
+        self.chronicle.restarted()
+        self.chronicle.joined(self.tree)
+        evaluator = create_evaluator(
+            s, self.tree.image_shape, self.tree.classes, resolve_device(s.cloud_device), self.out / "features"
+        )
+        strategy = WindowStrategy(self.method, state, self.tree, self.run_id, reached)
+        strategy.summary()
+        if state.window == 0:
+            if s.augment == "faug":
+                self._augment(strategy)
+            self.method.before_run(state, strategy.ask)
+            if state.pruned:
+                self.chronicle.pruned(state)
+        self.assessment = Assessment(self.method, strategy, evaluator, self.chronicle)
+        while state.round < s.rounds:
+            self._window(strategy, state)
+            self._after(strategy, state)
+            self._check_stop()
+        self._keep_model()
+
+    def _augment(self, strategy: WindowStrategy) -> None:
+        """Let clients fill up the labels they lack, and enter what that cost and told."""
+        from espalier_server.augmentation import augment
+
+        samples, place = self.out / "samples" / "augmentation.png", resolve_device(self.settings.cloud_device)
+        entry = augment(self.settings, strategy, len(self.tree.classes), place, samples)
+        self.chronicle.augmented(entry, strategy.outcome)
+
+    def _initial_state(self) -> CloudState:
+        state = self.method.initial_state()
+        if state.architecture.tensors:
+            self.chronicle.dense(state)
+        state.population = self.tree.population
+        return state
+
+    def _window(self, strategy: WindowStrategy, state: CloudState) -> None:
+        """Plan, train at the edges, aggregate; a window in which nobody trained is planned again."""
+        for attempt in range(ATTEMPTS):
+            strategy.may_repeat = attempt + 1 < ATTEMPTS
+            window = state.window
+            self._try_window(strategy, state)
+            if state.window > window:
+                return
+
+    def _try_window(self, strategy: WindowStrategy, state: CloudState) -> None:
+        s = self.settings
+        start = time.monotonic()
+        self._meet()
+        members = self.tree.members()
+        plan, window = strategy.draw(members).rounds, state.window + 1
+        self.chronicle.planned(strategy, window)
+        by_name = {m.name: m for m in members}
+        random_plan = plan_window(
+            [[by_name[c] for c in assignment if c in by_name] for assignment in plan],
+            members,
+            AtRandom(),
+            first_round=strategy.first_round,
+            seed=s.seed,
+        )
+        strategy.move_on(*self._collect(strategy, window))
+        faults = [*strategy.outcome.faults, *self.tree.faults]
+        self.tree.faults.clear()
+        if state.window < window:
+            log.warning("window %d came to nothing; planning it again", window)
+            self.chronicle.ledger.merge(strategy.outcome.ledger)
+            self.chronicle.faults(faults)
+            return
+        planned, random = (mean_homogeneity(p, members, s.homogeneity_form) for p in (plan, random_plan))
+        self.chronicle.window(strategy, time.monotonic() - start, planned, random)
+        self.chronicle.faults(faults)
+
+    def _meet(self, *, everyone: bool = False) -> None:
+        """Say hello; wait while nobody is there, or, in a reproducible run, not everybody."""
+        self.tree.greet(everyone=everyone)
+        while not self.tree.members() or self.tree.absent():
+            self.tree.gather(self.settings, self._stopping)
+            self._check_stop()
+
+    def _collect(self, strategy: WindowStrategy, window: int) -> tuple[CentralTally, int]:
+        """Send a window and add up its reports.
+
+        What came of a reproducible run's window without somebody is dropped, and the window sent again:
+        clients go back to the state that it names.
+
+        Raises
+        ------
+        EspalierError
+            If somebody's part was missing every time.
+        """
+        s = self.settings
+        rounds = len(strategy.plan)
+        for _ in range(TRIES):
+            with Watch(self.tree, self.chronicle.events, window) as watch:
+                replies = self.grid.exchange(
+                    strategy.configure_train(window, ArrayRecord(), ConfigRecord(), self.grid),
+                    deadline=window_seconds(rounds, s.round_deadline, s.window_deadline),
+                    cancelled=self._stopping,
+                    lost=watch.lost,
+                )
+                found = strategy.collect(replies)
+            self._check_stop()
+            lacking = strategy.lacking()
+            if not (s.reproducible and lacking):
+                return found
+            self.chronicle.faults(strategy.outcome.faults)
+            strategy.again()
+            self._meet(everyone=True)
+        raise EspalierError(
+            f"window {window} lacked {'; '.join(lacking[:5])} in {TRIES} tries, so the run is not "
+            "reproducible; see to them and resume it"
+        )
+
+    def _after(self, strategy: WindowStrategy, state: CloudState) -> None:
+        """After an aggregation: moving average, measures, samples, the method's own step, checkpoint."""
+        s = self.settings
+        if s.ema_decay > 0:
+            own = state.weights.layout.only(t.name for t in state.architecture.tensors)
+            before, now = state.ema.views() if state.ema else {}, state.tensors
+            averaged = ema_update(before, {n: now[n] for n in own.names}, s.ema_decay)
+            state.ema = Weights.fill(own, averaged)
+        last = state.round >= s.rounds
+        if last or state.window % s.eval_every == 0:
+            assert self.assessment is not None
+            self.assessment.measure()
+        pruned = state.pruned
+        self.method.after_window(state)
+        if state.pruned and not pruned:
+            self.chronicle.pruned(state)
+        start = time.monotonic()
+        self.chronicle.checkpoint(Snapshot(state, strategy.reached, self.tree.settled))
+        # Only from now on may clients forget what came before this window.
+        strategy.checkpoint_window = state.window
+        self.chronicle.took("checkpoint", time.monotonic() - start)
+
+    def _close(self, status: Literal["finished", "stopped", "failed"], reason: str) -> None:
+        """Let the edges go and leave the report behind; a run that was stopped leaves its model too."""
+        try:
+            self.tree.dismiss()
+            self.grid.collect_late()
+        except LINK_LOST as error:
+            log.warning("the edges were not told that the run is over: %s", error)
+        try:
+            self.chronicle.faults(self.tree.faults)
+            if status == "stopped":
+                self._keep_model()
+            self.chronicle.close(status, reason)
+        except StateError as error:
+            if status != "failed":
+                raise
+            log.error("the run's last word could not be written: %s", error)
+
+    def _keep_model(self) -> None:
+        """Write the foremost network; where every client has its own, the cloud has none to write."""
+        if self.assessment is None or self.state is None or not self.state.window:
+            return
+        if network := next((n for n in self.assessment.networks() if n.at_cloud), None):
+            self.chronicle.model(network, self.state)
+
+    def _stopping(self) -> bool:
+        return stop_requested(self.out)
+
+    def _check_stop(self) -> None:
+        if self._stopping():
+            raise StopRequested
+
+
+def run_folder(settings: RunConfig, flower_run: int) -> Path:
+    """Return the run's folder, made where it was not: `out`, or one below the cloud's state."""
+    out = (
+        Path(settings.out) if settings.out else cloud_state() / "runs" / (settings.run_id or str(flower_run))
+    )
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise StateError(f"cannot make {out}: {error.strerror}; give another --out") from error
+    return out
+
+
+def check_folder(settings: RunConfig, out: Path) -> None:
+    """Refuse a folder in which a run cannot begin, or not go on with these settings.
+
+    Raises
+    ------
+    EspalierError
+        It holds another run, or this one under settings that may not change; one of the same `run-id` goes
+        on there.
+    """
+    record = former_record(out)
+    if record is None:
+        return
+    if record.run != settings.run_id:
+        raise EspalierError(f"{out} already holds another run, {record.run}; give another --out")
+    check_changes(record.config, settings)
+
+
+def edge_names(state: Path) -> Claims:
+    """Return what decides which edge may use which name: the registered keys, where the cloud admits only those."""
+    if os.environ.get(KEYS_ONLY):
+        return KeyRegistry(state / EDGE_KEYS)
+    return NameRegistry(state / EDGE_NAMES)
+
+
+def cloud_state() -> Path:
+    """Return the folder of the cloud this ServerApp runs in: `espalier cloud` names it in the environment."""
+    return Path(os.environ.get("ESPALIER_STATE") or Path.home() / ".local/state/espalier/cloud")

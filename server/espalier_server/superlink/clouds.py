@@ -1,0 +1,139 @@
+"""The clouds that run on this machine: found by name, each with its state folder."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import json
+import os
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from espalier.errors import ConfigError
+from espalier.storage.json_file import write_text
+
+CLOUD_FILE = "cloud.json"
+LOCK_FILE = "lock"
+"""Held by the process that owns a state folder for as long as it lives."""
+
+
+@dataclass(frozen=True)
+class Cloud:
+    """A running cloud, as it describes itself.
+
+    Attributes
+    ----------
+    name : str
+        What ``espalier run --cloud`` calls it.
+    listen, control : str
+        Addresses of its Fleet API (for edges) and Control API (for this machine).
+    pid : int
+        Process that supervises it.
+    state : str
+        Its state folder.
+    root_certificates : str
+        PEM file its ports are checked against; empty when they are plain.
+    monitor : str
+        Address of its live view; empty when it serves none.
+    """
+
+    name: str
+    listen: str
+    control: str
+    pid: int
+    state: str
+    root_certificates: str = ""
+    monitor: str = ""
+
+    @property
+    def folder(self) -> Path:
+        """The state folder."""
+        return Path(self.state)
+
+    @property
+    def flwr_home(self) -> Path:
+        """The folder of Flower's own configuration and installed apps."""
+        return self.folder / "flwr"
+
+    def register(self) -> None:
+        """Write ``STATE/cloud.json``, the per-user registry and the connection that Flower's CLI reads.
+
+        Raises
+        ------
+        StateError
+            One of the folders cannot be written to.
+        """
+        security = f"root-certificates = {json.dumps(self.root_certificates)}"
+        connection = (
+            f'[superlink]\ndefault = "espalier"\n\n[superlink.espalier]\naddress = "{self.control}"\n'
+        )
+        write_text(
+            self.flwr_home / "config.toml",
+            connection + (security if self.root_certificates else "insecure = true") + "\n",
+        )
+        for path in registry().glob("*.json"):
+            other = _read(path)
+            if other is not None and not other.running:  # it was killed and could not take itself off
+                path.unlink(missing_ok=True)
+        text = json.dumps(asdict(self), indent=1) + "\n"
+        write_text(self.folder / CLOUD_FILE, text)
+        write_text(registry() / f"{self.name}.json", text)
+
+    def unregister(self) -> None:
+        """Take the cloud off the registry, if it still is the one of its name."""
+        path = registry() / f"{self.name}.json"
+        if _read(path) == self:
+            path.unlink(missing_ok=True)
+
+    @property
+    def running(self) -> bool:
+        """Whether a process owns its state folder."""
+        return is_locked(self.folder)
+
+
+def registry() -> Path:
+    """Return the folder with one file per cloud of this user."""
+    base = os.environ.get("XDG_STATE_HOME") or str(Path.home() / ".local" / "state")
+    return Path(base) / "espalier" / "clouds"
+
+
+def running_clouds() -> list[Cloud]:
+    """Return the clouds that run, by name."""
+    clouds = [cloud for path in sorted(registry().glob("*.json")) if (cloud := _read(path)) is not None]
+    return [cloud for cloud in clouds if cloud.running]
+
+
+def find_cloud(name: str) -> Cloud:
+    """Return the running cloud of a name.
+
+    Raises
+    ------
+    ConfigError
+        There is none.
+    """
+    clouds = {cloud.name: cloud for cloud in running_clouds()}
+    if name in clouds:
+        return clouds[name]
+    others = f"running: {', '.join(clouds)}" if clouds else "none is running"
+    raise ConfigError(
+        f"no cloud named {name!r} runs on this machine ({others}); start one with "
+        "`espalier cloud --listen HOST:PORT --control 127.0.0.1:PORT --state DIR`, or name it with --cloud"
+    )
+
+
+def is_locked(folder: Path) -> bool:
+    """Whether a process owns a state folder."""
+    try:
+        with (folder / LOCK_FILE).open() as file:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    except OSError:
+        return False
+    return False
+
+
+def _read(path: Path) -> Cloud | None:
+    with contextlib.suppress(OSError, ValueError, TypeError):
+        return Cloud(**json.loads(path.read_text(encoding="utf-8")))
+    return None

@@ -1,0 +1,198 @@
+"""What the tests of whole methods share: tensors by formula, servers, replies, and what clients keep on disk."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from bench.local_tree import LocalClient, LocalTree
+from flwr.app import Message
+
+from espalier.config.run_config import RunConfig
+from espalier.flower.node_state import load_key
+from espalier.flower.payloads import content_id
+from espalier.methods.base import CloudState, Method, Update
+from espalier.methods.registry import create_method
+from espalier.methods.tally import Tally
+from espalier.methods.views import answer_layout
+from espalier.wire import control
+from espalier.wire.payload import Weights
+from espalier.wire.signature import sign, statement_of
+from espalier_client.state import StateStore
+from espalier_client.training import update_form
+from espalier_proto import espalier_pb2 as pb
+from espalier_server.run import TreeRun
+
+Arrays = dict[str, np.ndarray]
+
+
+def wave(seed: int, *shape: int) -> np.ndarray:
+    """Return float32 numbers that anybody can compute again: sin(0.37 (i + 1)(seed + 1))."""
+    count = math.prod(shape)
+    numbers: np.ndarray = np.sin(0.37 * (np.arange(count) + 1) * (seed + 1)).astype(np.float32)
+    return numbers.reshape(shape)
+
+
+def method(name: str, **settings: Any) -> Method:
+    return create_method(RunConfig(method=name, **settings))
+
+
+def server(arrays: Mapping[str, np.ndarray], buffers: Sequence[str] = (), population: int = 1) -> CloudState:
+    """Return a server of a network that consists of the given tensors."""
+    spec = pb.ArchitectureSpec(family="none")
+    for name, array in arrays.items():
+        spec.tensors.add(name=name, dtype=str(array.dtype), shape=array.shape, buffer=name in buffers)
+    return CloudState(spec, Weights.pack(dict(arrays)), population)
+
+
+def reply(
+    state: CloudState,
+    name: str,
+    arrays: Mapping[str, np.ndarray],
+    samples: int = 1,
+    labels: Sequence[int] = (1,),
+    **metrics: float,
+) -> Update:
+    """Return a client's reply; it had been sent the same leading slices of the server's tensors."""
+    sent = {n: state.tensors[n][tuple(slice(0, d) for d in a.shape)] for n, a in arrays.items()}
+    named = {key.replace("_", "-"): value for key, value in metrics.items()}
+    return Update(name, dict(arrays), sent, samples, np.array(labels), named)
+
+
+def aggregate(rule: Method, state: CloudState, replies: Sequence[Update], edges: int = 1) -> None:
+    """Take a method's step as edges and cloud do: each edge adds up its replies, the cloud merges."""
+    merged = Tally(state.weights.layout)
+    for edge in range(edges):
+        part = Tally(state.weights.layout)
+        for update in replies[edge::edges]:
+            rule.add(part, update, state)
+        merged.absorb(*part.report())
+    state.round += 1
+    rule.central_step(state, merged)
+    state.window += 1
+
+
+def same(found: Mapping[str, np.ndarray], expected: Mapping[str, np.ndarray], atol: float = 1e-6) -> None:
+    for name, array in expected.items():
+        np.testing.assert_allclose(found[name], array, rtol=1e-5, atol=atol, err_msg=name)
+
+
+def kept(folder: Path, client: str, run: str = "r") -> Arrays:
+    """Return what a client of a local tree keeps of a run; nothing if it never took part."""
+    return StateStore(folder / "clients" / client / "rounds").load(run, (10**6, 10**6))
+
+
+def mean_kept(folder: Path, clients: Sequence[str], prefix: str, like: Mapping[str, np.ndarray]) -> Arrays:
+    """Return the mean over all clients of what they keep under a prefix; who never took part counts as 0."""
+    total = {name: np.zeros(array.shape) for name, array in like.items()}
+    for client in clients:
+        for name, array in kept(folder, client).items():
+            if name.startswith(prefix):
+                total[name.removeprefix(prefix)] += array
+    return {name: array / len(clients) for name, array in total.items()}
+
+
+# --- whole trees -------------------------------------------------------------------------------------
+
+
+@dataclass
+class Call:
+    """A message to a client of a local tree, and what it answered."""
+
+    plan: pb.RoundPlan
+    sent: Arrays
+    report: pb.ClientReport
+    payload: Arrays
+    raw: bytes
+
+    @property
+    def trains(self) -> bool:
+        return not self.plan.inquiry
+
+
+#: Changes a client's reply before it leaves: what it was sent, its tensors, its report (in place).
+Change = Callable[[Arrays, Arrays, pb.ClientReport], Arrays]
+
+
+def tapped(tree: LocalTree, change: Change | None = None) -> list[Call]:
+    """Listen to all clients of a tree; the list grows while it runs."""
+    calls: list[Call] = []
+    for node in (node for below in tree.edges for node in below):
+        node.app = _tap(node.app, calls, change)
+    return calls
+
+
+def _tap(app: Callable[[Message, Any], Message], calls: list[Call], change: Change | None) -> Any:
+    def answer(message: Message, context: Any) -> Message:
+        reply = app(message, context)
+        data = control.plan_bytes(message)
+        if message.metadata.message_type not in (control.TRAIN, control.INQUIRY) or data is None:
+            return reply
+        plan = control.decode(pb.RoundPlan, data, "edge")
+        sent = control.read_weights(message, control.plan_layout(plan, "edge"), "edge").views()
+        report = control.read_control(pb.ClientReport, reply, plan.client)
+        method_ = create_method(RunConfig.from_struct(plan.settings))
+        received = control.plan_layout(plan, "edge")
+        if plan.inquiry:
+            layout = answer_layout(
+                plan.inquiry,
+                plan.architecture,
+                method_.settings,
+                plan.population,
+                dict(report.metrics),
+                (1, 8, 8),
+            )
+        else:
+            layout = update_form(method_, plan, received, report).wire
+        payload = control.read_weights(reply, layout, plan.client).views()
+        if change is not None and not plan.inquiry:
+            payload = change(sent, payload, report)
+            weights = Weights.pack(payload)
+            report.layout.CopyFrom(weights.layout.to_proto())
+            record, key = weights.to_record(), load_key(Path(context.node_config["key"]))
+            report.signed.CopyFrom(sign(statement_of(plan, report, content_id(record)), key))
+            content = control.report_content(report, record, report.samples, report.loss)
+            reply = Message(content, reply_to=message)
+        calls.append(
+            Call(
+                plan,
+                {n: a.copy() for n, a in sent.items()},
+                report,
+                {n: a.copy() for n, a in payload.items()},
+                raw_bytes(reply),
+            )
+        )
+        return reply
+
+    return answer
+
+
+def raw_bytes(message: Message) -> bytes:
+    """Return everything a message carries, one after another."""
+    parts = [array.data for record in message.content.array_records.values() for array in record.values()]
+    configs = [repr(dict(record)).encode() for record in message.content.config_records.values()]
+    return b"".join([*parts, *configs])
+
+
+def small_tree(folder: Path, clients: int = 4, of: int = 30, edges: int = 2, **more: Any) -> LocalTree:
+    """Return a tree whose clients c0, c1, … hold 1/of of the digits each; all reach all edges."""
+    spec = more.pop("data", "digits:{i}/{of}")
+    reach = more.pop("reach", lambda i: tuple(range(edges)))
+    return LocalTree(
+        folder, [LocalClient(f"c{i}", spec.format(i=i, of=of), reach(i)) for i in range(clients)], edges
+    )
+
+
+def run_tree(tree: LocalTree, name: str, clients: int, **settings: Any) -> TreeRun:
+    """Run it with few and fast rounds; the run must finish."""
+    own = {key.replace("_", "-"): value for key, value in settings.items()}
+    whole: dict[str, bool | int | float | str] = {"method": name, "model": "mlp", "rg": 1}
+    whole |= {"min-edges": len(tree.edges), "min-clients": clients}
+    run = tree.run("r", whole | own)
+    assert run.state is not None
+    assert run.chronicle.record.status == "finished"
+    return run

@@ -1,0 +1,219 @@
+"""IFCA and CFL as whole methods: groups that are there are found, and every model is its own members' mean."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch.nn import functional
+
+from espalier.data.spec import open_data
+from espalier.methods.state import build_model
+from espalier.wire.payload import Weights
+from espalier_proto import espalier_pb2 as pb
+from tests.support.by_hand import (
+    Arrays,
+    aggregate,
+    method,
+    reply,
+    run_tree,
+    same,
+    server,
+    small_tree,
+    tapped,
+    wave,
+)
+
+EDGES = pytest.mark.parametrize("edges", [1, 2, 3])
+
+# --- CFL ---------------------------------------------------------------------------------------------
+
+FIRST_GROUP = (0, 3, 4)
+
+
+@pytest.mark.parametrize("linkage", ["single", "complete"])
+@EDGES
+def test_cfl_gives_the_numbers_of_the_authors_code(linkage: str, edges: int) -> None:
+    """Cosines, norms, parting and both halves' models of `fl_devices.py`, run on the same updates.
+
+    felisat/clustered-federated-learning@23a1c3887ed151a9c6340370337804766d11c69c. Its norms are 0.2066 of the
+    mean and 2.6263 of the longest, between the thresholds 0.4 and 1.6; its linkage is "complete".
+    """
+    state = server({"a": wave(2, 2, 3), "b": wave(3, 2)})
+    rule = method("cfl", model="mlp", cfl_from_round=1, cfl_linkage=linkage)
+    rule.before_run(state, lambda *_: {})
+    w = {n: a.copy() for n, a in state.tensors.items()}
+    replies = []
+    for k in range(6):
+        sign = 1 if k in FIRST_GROUP else -1
+        change = {
+            "cluster0/a": sign * wave(0, 2, 3) + 0.3 * wave(20 + k, 2, 3),
+            "cluster0/b": sign * wave(1, 2) + 0.3 * wave(30 + k, 2),
+        }
+        replies.append(reply(state, f"c{k}", {n: w[n] + c for n, c in change.items()}, samples=k + 1))
+    aggregate(rule, state, replies, edges)
+    cluster = {k: int(state.extra[f"cluster/c{k}"][0]) for k in range(6)}
+    assert len({cluster[k] for k in FIRST_GROUP}) == len({cluster[k] for k in (1, 2, 5)}) == 1
+    assert set(cluster.values()) == {0, 1}
+    first = [1.4261734, 1.3646806, 0.76142293, -0.14662951, 0.50059736, 1.1388069, 1.620005, 1.1673445]
+    second = [0.689865, 0.009532094, -1.1649706, -1.7481155, -1.798366, -0.3640715, 0.28871828, -0.8801813]
+    for member, expected in ((0, first), (1, second)):
+        model = state.section(f"cluster{cluster[member]}")
+        np.testing.assert_allclose(np.concatenate([model["a"].ravel(), model["b"]]), expected, atol=2e-6)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [{"cfl_from_round": 2}, {"cfl_mean_norm": 0.2}, {"cfl_max_norm": 2.7}],
+    ids=["too early", "still moving", "all short"],
+)
+def test_cfl_does_not_part_whom_it_should_not(settings: dict[str, Any]) -> None:
+    """The same updates, with one of the three conditions missed: one cluster, which moves by the mean."""
+    state = server({"a": wave(2, 2, 3), "b": wave(3, 2)})
+    rule = method("cfl", model="mlp", **({"cfl_from_round": 1} | settings))
+    rule.before_run(state, lambda *_: {})
+    replies = []
+    for k in range(6):
+        sign = 1 if k in FIRST_GROUP else -1
+        own = {
+            "cluster0/a": wave(2, 2, 3) + sign * wave(0, 2, 3) + 0.3 * wave(20 + k, 2, 3),
+            "cluster0/b": wave(3, 2) + sign * wave(1, 2) + 0.3 * wave(30 + k, 2),
+        }
+        replies.append(reply(state, f"c{k}", own))
+    aggregate(rule, state, replies)
+    assert set(state.tensors) == {"cluster0/a", "cluster0/b"}
+    same(state.tensors, {n: np.mean([u.arrays[n] for u in replies], axis=0) for n in state.tensors})
+
+
+def test_cfl_parts_two_groups_on_a_tree_and_each_goes_its_own_way(tmp_path: Path) -> None:
+    """Opposite updates from c0, c2, c4 and c1, c3, c5, which reach different edges; the split is in round 2."""
+    tree = small_tree(tmp_path, 6, reach=lambda i: (i // 3,))
+
+    def pulled(sent: Arrays, arrays: Arrays, report: pb.ClientReport) -> Arrays:
+        number = int(report.client[1:])
+        sign = 1 if number % 2 else -1
+        return {
+            n: sent[n]
+            + np.float32(0.02) * (sign * wave(i, *a.shape) + 0.3 * wave(50 + number + report.round, *a.shape))
+            for i, (n, a) in enumerate(arrays.items())
+        }
+
+    calls = tapped(tree, pulled)
+    thresholds = {"cfl_from_round": 2, "cfl_mean_norm": 0.5, "cfl_max_norm": 1.0}
+    run = run_tree(tree, "cfl", 6, rounds=4, **thresholds)
+    assert run.state is not None
+    groups = [[f"c{i}" for i in (0, 2, 4)], [f"c{i}" for i in (1, 3, 5)]]
+    member = {c: int(run.state.extra[f"cluster/{c}"][0]) for group in groups for c in group}
+    assert [len({member[c] for c in group}) for group in groups] == [1, 1]
+    assert sorted(set(member.values())) == [0, 1]
+    names = [t.name for t in run.state.architecture.tensors]
+    models = [{n: calls[0].sent[n].astype(np.float64) for n in names} for _ in groups]
+    for round_ in range(1, 5):
+        change = {
+            c.plan.client: {n: c.payload[n].astype(np.float64) - c.sent[n] for n in names}
+            for c in calls
+            if c.plan.round == round_
+        }
+        assert len(change) == 6
+        for model, group in zip(models, groups, strict=True):
+            together = group if round_ >= 2 else list(change)
+            for n in names:
+                model[n] = model[n] + np.mean([change[c][n] for c in together], axis=0)
+    for model, group in zip(models, groups, strict=True):
+        same(run.state.section(f"cluster{member[group[0]]}"), model, atol=3e-6)
+    assert run.assessment is not None
+    served = {n.label: n.clients for n in run.assessment.networks()}
+    assert sorted(served.values()) == sorted(map(tuple, groups))  # type: ignore[type-var]
+
+
+# --- IFCA --------------------------------------------------------------------------------------------
+
+
+@EDGES
+def test_ifca_averages_each_model_over_its_members_and_shared_layers_over_all(edges: int) -> None:
+    """Nobody picked model 2: it stays bit for bit."""
+    shapes = {"body.weight": (3, 2), "classifier.weight": (2, 3)}
+    start = {"body.weight": wave(0, 3, 2)} | {
+        f"cluster{j}/classifier.weight": wave(1 + j, 2, 3) for j in range(3)
+    }
+    state = server(start)
+    rule = method("ifca", model="mlp", clusters=3, shared_layers="body")
+    picks, samples = [0, 1, 0, 0, 1], [10, 40, 30, 5, 8]
+    replies = []
+    for k, (j, n) in enumerate(zip(picks, samples, strict=True)):
+        own = {"body.weight": wave(20 + k, 3, 2), f"cluster{j}/classifier.weight": wave(30 + k, 2, 3)}
+        assert {a.shape for a in own.values()} == set(shapes.values())
+        replies.append(reply(state, f"c{k}", own, samples=n, cluster=j))
+    aggregate(rule, state, replies, edges)
+    total = sum(samples)
+    expected = {
+        "body.weight": np.sum([n / total * wave(20 + k, 3, 2) for k, n in enumerate(samples)], axis=0)
+    }
+    for j in (0, 1):
+        members = [k for k, picked in enumerate(picks) if picked == j]
+        size = sum(samples[k] for k in members)
+        expected[f"cluster{j}/classifier.weight"] = np.sum(
+            [samples[k] / size * wave(30 + k, 2, 3) for k in members], axis=0
+        )
+    same(state.tensors, expected)
+    untouched = "cluster2/classifier.weight"
+    assert state.tensors[untouched].tobytes() == start[untouched].tobytes()
+
+
+def own_loss(architecture: pb.ArchitectureSpec, arrays: Arrays, data: str) -> float:
+    model = build_model(architecture, Weights.pack(arrays)).eval()
+    images = open_data(data)
+    with torch.no_grad():
+        logits = model(images.fetch(np.arange(len(images))))
+    return float(functional.cross_entropy(logits, torch.from_numpy(np.asarray(images.labels))))
+
+
+@pytest.mark.parametrize("shared", ["", "hidden1"])
+def test_ifca_recovers_rotated_groups_on_a_tree(shared: str, tmp_path: Path) -> None:
+    """Odd clients' digits stand on their head: the two models part them, and each client is at its own."""
+    spec = "digits:{i}/{of}:iid+rotate=2"
+    tree = small_tree(tmp_path, 6, of=12, data=spec, reach=lambda i: (i // 3,))
+    calls = tapped(tree)
+    run = run_tree(
+        tree, "ifca", 6, rounds=6, local_epochs=4, batch_size=16, learning_rate=0.1, shared_layers=shared
+    )
+    assert run.state is not None
+    names = [t.name for t in run.state.architecture.tensors]
+    for call in (c for c in calls if c.trains):
+        losses = [
+            own_loss(
+                run.state.architecture,
+                {n: call.sent.get(f"cluster{j}/{n}", call.sent.get(n, np.zeros(0))) for n in names},
+                spec.format(i=call.plan.client[1:], of=12),
+            )
+            for j in range(2)
+        ]
+        # The picked model has the smaller loss on all of the client's images, and only it comes back.
+        assert int(call.report.metrics["cluster"]) == int(np.argmin(losses))
+        prefixes = {n.partition("/")[0] for n in call.payload if "/" in n}
+        assert prefixes == {f"cluster{int(np.argmin(losses))}"}
+        assert {n for n in call.payload if "/" not in n} == {
+            n for n in names if shared and n.startswith(shared)
+        }
+    last = {c.plan.client: int(c.report.metrics["cluster"]) for c in calls if c.trains and c.plan.round == 6}
+    groups = [{last[f"c{i}"] for i in parity} for parity in ((0, 2, 4), (1, 3, 5))]
+    assert sorted(map(sorted, groups)) == [[0], [1]]
+
+
+def test_ifca_leaves_a_model_that_nobody_picks_as_it_was(tmp_path: Path) -> None:
+    """On a tree: with three models and clients that are alike, one at least is picked by nobody."""
+    tree = small_tree(tmp_path, 2)
+    calls = tapped(tree)
+    run = run_tree(tree, "ifca", 2, rounds=2, clusters=3)
+    assert run.state is not None
+    picked = {int(c.report.metrics["cluster"]) for c in calls if c.trains}
+    alone = set(range(3)) - picked
+    assert alone
+    first = next(c for c in calls if c.trains)
+    for j in range(3):
+        section = run.state.section(f"cluster{j}")
+        kept = [np.array_equal(a, first.sent[f"cluster{j}/{n}"]) for n, a in section.items()]
+        assert all(kept) if j in alone else not any(kept)

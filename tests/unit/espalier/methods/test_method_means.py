@@ -1,0 +1,300 @@
+"""Methods that are a mean of whole models with other weights, steps or codes, against formulas written out here."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch.nn import functional
+
+from espalier.data.spec import open_data
+from espalier.methods.state import build_model
+from espalier.wire.compression import QSGD
+from espalier.wire.payload import Layout
+from espalier_proto import espalier_pb2 as pb
+from espalier_server.run import TreeRun
+from tests.support.by_hand import (
+    Arrays,
+    Call,
+    aggregate,
+    method,
+    reply,
+    run_tree,
+    same,
+    server,
+    small_tree,
+    tapped,
+    wave,
+)
+
+EDGES = pytest.mark.parametrize("edges", [1, 2, 3])
+
+
+def network_loss(architecture: pb.ArchitectureSpec, arrays: Arrays, data: str) -> torch.Tensor:
+    """Return the mean cross-entropy of all of a client's images, in evaluation, by plain torch."""
+    model, images = loaded(architecture, arrays), open_data(data)
+    logits = model(images.fetch(np.arange(len(images))))
+    return functional.cross_entropy(logits, torch.from_numpy(np.asarray(images.labels)))
+
+
+def loaded(architecture: pb.ArchitectureSpec, arrays: Arrays) -> Any:
+    from espalier.wire.payload import Weights
+
+    own = {t.name: np.array(arrays[t.name]) for t in architecture.tensors}
+    return build_model(architecture, Weights.pack(own)).eval()
+
+
+def gradient(architecture: pb.ArchitectureSpec, arrays: Arrays, data: str) -> Arrays:
+    model, images = loaded(architecture, arrays), open_data(data)
+    logits = model(images.fetch(np.arange(len(images))))
+    loss = functional.cross_entropy(logits, torch.from_numpy(np.asarray(images.labels)))
+    loss.backward()  # type: ignore[no-untyped-call]
+    return {n: p.grad.numpy().astype(np.float64) for n, p in model.named_parameters()}
+
+
+def trained(run: TreeRun) -> Arrays:
+    assert run.state is not None
+    return {t.name: run.state.tensors[t.name] for t in run.state.architecture.tensors}
+
+
+# --- the weights of a mean --------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("name", "settings", "weight"),
+    [
+        ("fedavg", {}, 40),
+        ("fedavg", {"selection": "bernoulli"}, 40),
+        ("fedavg", {"selection": "proportional"}, 1),
+        ("fedavg", {"selection": "pow-d"}, 1),
+        ("fedavg", {"weighting": "uniform"}, 1),
+        ("fedprox", {}, 40),
+        ("moon", {}, 40),
+        ("power-of-choice", {}, 1),
+        ("power-of-choice", {"selection": "rpow-d"}, 1),
+        ("divfl", {}, 40),
+        ("fedpaq", {}, 1),
+        ("scaffold", {}, 1),
+        ("feddyn", {}, 1),
+        ("heterofl", {}, 1),
+        ("depthfl", {}, 1),
+        ("fjord", {}, 40),
+        ("split-mix", {}, 40),
+        ("cfl", {}, 1),
+        ("ifca", {}, 40),
+    ],
+)
+def test_sampling_and_weighting_never_count_the_samples_twice(
+    name: str, settings: dict[str, str], weight: float
+) -> None:
+    """Uniform sampling weighs by n_k, sampling by n_k does not (Power-of-Choice, q-FFL); some papers say 1/m."""
+    state = server({"w": wave(0, 2)})
+    update = reply(state, "c", {"w": wave(1, 2)}, samples=40)
+    assert method(name, **settings).weight_of(update) == weight
+
+
+# --- q-FedAvg ---------------------------------------------------------------------------------------
+
+LOSSES, RATE = (2.5, 0.4, 1.1), 0.1
+
+
+def fair_replies(state: Any, rate: float = RATE) -> list[Any]:
+    return [
+        reply(
+            state,
+            f"c{k}",
+            {"a": wave(10 + 10 * k, 2, 3), "b": wave(11 + 10 * k, 2)},
+            samples=5 * k + 1,
+            received_loss=loss,
+            lr_sum=3 * rate,
+            steps=3,
+        )
+        for k, loss in enumerate(LOSSES)
+    ]
+
+
+@EDGES
+@pytest.mark.parametrize("q", [0.0, 0.5, 1.0, 5.0])
+def test_qfedavg_is_its_formula_written_out(q: float, edges: int) -> None:
+    """W ← w − ΣΔ_k / Σh_k, Δ_k = F^q L (w − y), h_k = q F^{q−1} ‖L (w − y)‖² + L F^q; in float64."""
+    state = server({"a": wave(0, 2, 3), "b": wave(1, 2)})
+    w = {n: a.astype(np.float64) for n, a in state.tensors.items()}
+    replies, lipschitz = fair_replies(state), 1 / RATE
+    numerator, denominator = {n: np.zeros_like(a) for n, a in w.items()}, 0.0
+    for update, loss in zip(replies, LOSSES, strict=True):
+        step = {n: lipschitz * (w[n] - update.arrays[n].astype(np.float64)) for n in w}
+        square = sum(float((s**2).sum()) for s in step.values())
+        for n in w:
+            numerator[n] += loss**q * step[n]
+        denominator += q * loss ** (q - 1) * square + lipschitz * loss**q
+    aggregate(method("qfedavg", model="mlp", fairness_q=q), state, replies, edges)
+    same(state.tensors, {n: w[n] - numerator[n] / denominator for n in w})
+    if q == 0:
+        same(state.tensors, {n: np.mean([u.arrays[n] for u in replies], axis=0) for n in w})
+
+
+@pytest.mark.parametrize(
+    ("q", "expected"),
+    [
+        (
+            0.0,
+            [
+                -0.23124879598617554,
+                0.10460086166858673,
+                -0.3901066184043882,
+                0.025350183248519897,
+                0.8763121167818705,
+                -0.1539504031340282,
+                -0.22263894478480017,
+                -0.3387190103530884,
+            ],
+        ),
+        (
+            1.0,
+            [
+                0.3484191890635641,
+                0.6705994819607124,
+                0.8803643912086929,
+                0.9813776124472224,
+                0.9606333609578671,
+                0.7803562009975141,
+                0.6564273372940526,
+                0.9827868734430122,
+            ],
+        ),
+        (
+            5.0,
+            [
+                0.35615929223055465,
+                0.6754895697530521,
+                0.8898999666035736,
+                0.988785724573401,
+                0.961423927268482,
+                0.7897920006333237,
+                0.6666333178955979,
+                0.9935255326788441,
+            ],
+        ),
+    ],
+)
+def test_qfedavg_gives_the_numbers_of_the_authors_code(q: float, expected: list[float]) -> None:
+    """Numbers of `aggregate2` with Δ_k and h_k of `qffedavg.py`, run on the same tensors.
+
+    litian96/fair_flearn@f09797113147b5ae66eb0348e93f575d5d63baed, flearn/trainers/fedbase.py; learning rate 0.1.
+    """
+    state = server({"a": wave(0, 2, 3), "b": wave(1, 2)})
+    aggregate(method("qfedavg", model="mlp", fairness_q=q), state, fair_replies(state))
+    found = np.concatenate([state.tensors[n].ravel() for n in ("a", "b")])
+    np.testing.assert_allclose(found, expected, atol=1e-6)
+
+
+def test_qfedavg_leaves_statistics_and_counters_to_the_mean() -> None:
+    """Fair steps are of trained tensors; a counter stays whole (stock QFedAvg crashes on it)."""
+    before = {"w": wave(0, 2), "mean": wave(1, 2), "count": np.array(3)}
+    state = server(before, ["mean", "count"])
+    replies = [
+        reply(
+            state,
+            f"c{k}",
+            {"w": wave(2 + k, 2), "mean": wave(4 + k, 2), "count": np.array(5 + k)},
+            received_loss=loss,
+            lr_sum=0.1,
+            steps=1,
+        )
+        for k, loss in enumerate((1.0, 1.0))
+    ]
+    aggregate(method("qfedavg", fairness_q=0.0), state, replies)
+    assert state.tensors["count"].dtype == np.int64
+    assert int(state.tensors["count"]) == 6
+    same(state.tensors, {"mean": (wave(4, 2) + wave(5, 2)) / 2})
+    with pytest.raises(ValueError, match="its loss at the received model is 0"):
+        aggregate(method("qfedavg"), state, [reply(state, "c", before, lr_sum=0.1, steps=1)])
+
+
+def test_qfedavg_on_a_tree_weighs_by_the_loss_at_the_received_model(tmp_path: Path) -> None:
+    tree = small_tree(tmp_path, 3, data="digits:{i}/{of}:dirichlet=0.3")
+    calls = tapped(tree)
+    run = run_tree(tree, "qfedavg", 3, rounds=1, fairness_q=2.0, learning_rate=0.1, clip_norm=0.0)
+    assert run.state is not None
+    # Clients are drawn with replacement, so two or three of the three train.
+    top, bottom = {n: np.zeros(a.shape) for n, a in trained(run).items()}, 0.0
+    assert len(calls) >= 2
+    for call in calls:
+        data = f"digits:{call.plan.client[1:]}/30:dirichlet=0.3"
+        with torch.no_grad():
+            loss = float(network_loss(run.state.architecture, call.sent, data))
+        assert call.report.metrics["received-loss"] == pytest.approx(loss, rel=1e-5)
+        step = {n: 10 * (call.sent[n].astype(np.float64) - call.payload[n]) for n in top}
+        square = sum(float((s**2).sum()) for s in step.values())
+        for n in top:
+            top[n] = top[n] + loss**2 * step[n]
+        bottom += 2 * loss * square + 10 * loss**2
+    same(trained(run), {n: calls[0].sent[n] - top[n] / bottom for n in top})
+
+
+# --- FedPAQ -----------------------------------------------------------------------------------------
+
+
+def test_fedpaq_adds_the_plain_mean_of_the_quantised_differences(tmp_path: Path) -> None:
+    """W + (1/r) Σ Q(y_k − w): the differences are those of a run without a codec, rounded to a level beside."""
+    settings = {"rounds": 1, "local_steps": 3, "data": "digits:{i}/{of}:dirichlet=0.5"}
+    data = settings.pop("data")
+    plain_tree = small_tree(tmp_path / "plain", 3, data=data)
+    plain = tapped(plain_tree)
+    run_tree(plain_tree, "fedavg", 3, **settings)
+    tree = small_tree(tmp_path / "coded", 3, data=data)
+    calls = tapped(tree)
+    run = run_tree(tree, "fedpaq", 3, codec_levels=5, **settings)
+    exact: dict[str, Call] = {call.plan.client: call for call in plain}
+    names = list(trained(run))
+    layout = Layout.of({n: calls[0].sent[n] for n in names})
+    total = {n: np.zeros(calls[0].sent[n].shape) for n in names}
+    assert len({call.report.samples for call in calls}) == 3  # weighted, the mean would be another
+    for call in calls:
+        code = {n.removeprefix("code/"): a for n, a in call.payload.items()}
+        decoded = QSGD(5).decode(code, layout, "me")
+        other = exact[call.plan.client]
+        difference = {n: (other.payload[n] - other.sent[n]).astype(np.float64) for n in names}
+        norm = math.sqrt(sum(float((d**2).sum()) for d in difference.values()))
+        for n in names:
+            assert np.abs(decoded[n] - difference[n]).max() <= norm / 5 * (1 + 1e-5)
+            np.testing.assert_allclose(decoded[n] * 5 / norm, np.round(decoded[n] * 5 / norm), atol=1e-4)
+            total[n] += decoded[n]
+    same(trained(run), {n: calls[0].sent[n] + total[n] / 3 for n in names})
+    # 32 + d(1 + ⌈log2(s + 1)⌉) bits, the padding of a byte aside.
+    size = sum(a.size for a in total.values())
+    assert sum(a.nbytes for a in calls[0].payload.values()) == 4 + math.ceil(size * 4 / 8)
+
+
+# --- the guard --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("shape", ["narrow", "flat", "row"])
+def test_a_mean_refuses_a_narrow_reply_by_name(shape: str, tmp_path: Path) -> None:
+    """A client that answers whole tensors' plan with others, and says so: NumPy would broadcast some of them."""
+    tree = small_tree(tmp_path, 3, edges=1)
+
+    def narrowed(sent: Arrays, arrays: Arrays, report: pb.ClientReport) -> Arrays:
+        if report.client != "c1":
+            return arrays
+        name = "hidden2.weight"
+        whole = arrays[name]
+        part = {"narrow": whole[:16, :16], "flat": whole.reshape(-1), "row": whole[:1]}[shape]
+        return arrays | {name: np.ascontiguousarray(part)}
+
+    calls = tapped(tree, narrowed)
+    run = run_tree(tree, "fedavg", 3, rounds=1)
+    [fault] = run.chronicle.record.faults
+    assert (fault.node, fault.kind) == ("c1", "refused")
+    assert "'hidden2.weight'" in fault.detail
+    own = [call for call in calls if call.plan.client != "c1"]
+    total = sum(call.report.samples for call in own)
+    expected = {
+        n: np.sum([call.report.samples / total * call.payload[n] for call in own], axis=0)
+        for n in trained(run)
+    }
+    same(trained(run), expected)

@@ -1,0 +1,490 @@
+"""What servers add up: every split of clients over edges gives what all clients give at once."""
+
+from __future__ import annotations
+
+import itertools
+import tracemalloc
+from dataclasses import dataclass
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from espalier.config.run_config import RunConfig
+from espalier.methods.base import ServerState, Update
+from espalier.methods.homogeneity import edge_weights
+from espalier.methods.registry import create_method
+from espalier.methods.tally import COUNT, NOMINAL, STACK, SUM, WEIGHT, Tally, stacked
+from espalier.wire.payload import Layout, TensorSpec, Weights
+from espalier_proto import espalier_pb2 as pb
+from espalier_server.outcome import CentralTally
+
+SERVER: dict[str, np.ndarray] = {
+    "w": np.full((4, 3, 2), 7, np.float32),
+    "b": np.full(4, 8, np.float32),
+    "n": np.array(9, np.int64),
+    "k": np.array([-8, -9], np.int32),
+}
+LAYOUT = Layout.of(SERVER)
+
+
+@dataclass(frozen=True)
+class Client:
+    """What one client replies: slices of the server's tensors (some of them), rows of `b` that count."""
+
+    name: str
+    arrays: dict[str, np.ndarray]
+    weight: float
+    rows: np.ndarray | None
+
+    def add(self, tally: Tally) -> None:
+        rows = {"b": self.rows} if self.rows is not None and "b" in self.arrays else None
+        tally.mean(self.arrays, self.weight, rows=rows)
+        tally.sum({n: a for n, a in self.arrays.items() if n in ("w", "b")}, factor=0.5)
+        tally.count("clients", 1)
+        tally.count("loss", self.weight)
+        tally.forward(self.name, {"about/x": np.array([self.weight])})
+
+    def weight_at(self, name: str, index: tuple[int, ...]) -> float:
+        """Return the weight with which it holds a coordinate."""
+        array = self.arrays.get(name)
+        if array is None or not all(i < n for i, n in zip(index, array.shape, strict=True)):
+            return 0.0
+        return 0.0 if name == "b" and self.rows is not None and not self.rows[index[0]] else self.weight
+
+
+@st.composite
+def clients(draw: st.DrawFn) -> list[Client]:
+    made = []
+    for i in range(draw(st.integers(1, 6))):
+        rng = np.random.default_rng(draw(st.integers(0, 2**32 - 1)))
+        tall, wide = draw(st.integers(1, 4)), draw(st.integers(1, 3))
+        arrays: dict[str, np.ndarray] = {
+            "w": rng.normal(size=(tall, wide, 2)).astype(np.float32),
+            "b": rng.normal(size=tall).astype(np.float32),
+            "n": np.asarray(rng.integers(0, 100), np.int64),
+            "k": rng.integers(-50, 50, draw(st.integers(1, 2))).astype(np.int32),
+        }
+        kept = draw(st.sets(st.sampled_from(sorted(arrays))))
+        weight = draw(st.sampled_from([0.0, 0.25, 1.0, 30.0, 977.0]))
+        rows = rng.random(tall) < 0.5 if draw(st.booleans()) else None
+        made.append(Client(f"c{i}", {n: a for n, a in arrays.items() if n in kept}, weight, rows))
+    return made
+
+
+def added(members: list[Client]) -> Tally:
+    tally = Tally(LAYOUT)
+    for member in members:
+        member.add(tally)
+    return tally
+
+
+def expected_mean(members: list[Client], name: str) -> np.ndarray:
+    """Average by definition, one coordinate after the other, in double precision."""
+    found = SERVER[name].astype(np.float64)
+    for index in np.ndindex(found.shape):
+        held = [(m.weight_at(name, index), m) for m in members]
+        held = [(w, m) for w, m in held if w > 0]
+        if not held:
+            continue
+        if SERVER[name].dtype.kind == "i":
+            found[index] = max(m.arrays[name][index] for _, m in held)
+        else:
+            found[index] = sum(w * float(m.arrays[name][index]) for w, m in held) / sum(w for w, _ in held)
+    return found
+
+
+@given(clients(), st.lists(st.integers(0, 3), min_size=6, max_size=6))
+def test_any_split_over_edges_is_the_flat_tally(members: list[Client], edge_of: list[int]) -> None:
+    flat, cloud = added(members), Tally(LAYOUT)
+    for edge in range(4):
+        below = [m for m, e in zip(members, edge_of, strict=False) if e == edge]
+        cloud.absorb(*added(below).report())
+    assert cloud.weight == pytest.approx(flat.weight)
+    assert cloud.counts == pytest.approx(flat.counts)
+    for tally in (flat, cloud):
+        means = tally.means(SERVER)
+        for name in SERVER:
+            expected = expected_mean(members, name)
+            mean = means.get(name, SERVER[name])
+            assert mean.dtype == SERVER[name].dtype
+            np.testing.assert_allclose(mean, expected, rtol=1e-5, atol=1e-5)
+            held = np.array([any(m.weight_at(name, i) for m in members) for i in np.ndindex(mean.shape)])
+            np.testing.assert_array_equal(
+                np.broadcast_to(tally.held(name), mean.shape), held.reshape(mean.shape)
+            )
+        for name, total in tally.sums().items():
+            by_hand = np.zeros(SERVER[name].shape)
+            for m in members:
+                if name in m.arrays:
+                    by_hand[tuple(slice(0, n) for n in m.arrays[name].shape)] += 0.5 * m.arrays[name]
+            np.testing.assert_allclose(total, by_hand, atol=1e-5)
+        assert {c: s["about/x"].tolist() for c, s in tally.stacks.items()} == {
+            m.name: [m.weight] for m in members
+        }
+    assert set(cloud.sums()) == set(flat.sums())
+
+
+def test_fedavg_by_hand() -> None:
+    tally = Tally(Layout.of({"w": np.zeros(3, np.float32)}))
+    tally.mean({"w": np.full(3, 1, np.float32)}, 10)
+    tally.mean({"w": np.full(3, 4, np.float32)}, 30)
+    [mean] = tally.means({}).values()
+    np.testing.assert_allclose(mean, (10 * 1 + 30 * 4) / 40)
+
+
+def test_widths_by_hand() -> None:
+    """HeteroFL's rule on one tensor: the wide client alone holds what the narrow one lacks."""
+    former = np.full((3, 3), 9, np.float32)
+    tally = Tally(Layout.of({"w": former}))
+    tally.mean({"w": np.full((2, 2), 1, np.float32)}, 1)
+    tally.mean({"w": np.full((1, 1), 4, np.float32)}, 2)
+    np.testing.assert_array_equal(tally.means({"w": former})["w"], [[3, 1, 9], [1, 1, 9], [9, 9, 9]])
+
+
+def test_nobody_and_weight_nothing_leave_no_mean() -> None:
+    tally = Tally(LAYOUT)
+    tally.mean(SERVER, 0)
+    assert tally.means(SERVER) == {}
+    assert tally.weight == 0
+    assert not tally.held("w").any()
+    report, scalars = tally.report()
+    assert report.layout.names == ()
+    assert scalars == {NOMINAL: 0}
+
+
+def test_scale_weighs_an_edge_and_neither_sums_nor_counts() -> None:
+    reports = []
+    for value, weight in ((1, 10), (4, 30)):
+        edge = Tally(Layout.of({"w": np.zeros(2, np.float32)}))
+        edge.mean({"w": np.full(2, value, np.float32)}, weight)
+        edge.sum({"w": np.ones(2, np.float32)})
+        edge.count("clients", 1)
+        reports.append(edge.report())
+    cloud = Tally(Layout.of({"w": np.zeros(2, np.float32)}))
+    # 10·0.3 = 3 to 30·0.1 = 3: the edges count alike.
+    cloud.absorb(*reports[0], scale=0.3)
+    cloud.absorb(*reports[1], scale=0.1)
+    np.testing.assert_allclose(cloud.means({})["w"], 2.5)
+    np.testing.assert_array_equal(cloud.sums()["w"], 2)
+    assert cloud.weight == pytest.approx(6)
+    assert cloud.counts == {"clients": 2}
+
+
+# --- several rounds of a window ----------------------------------------------------------------------
+
+
+def round_of(width: int, value: float, weight: float, counter: int, client: str) -> Tally:
+    tally = Tally(Layout.of({"w": np.zeros(3, np.float32), "n": np.array(0)}))
+    tally.mean({"w": np.full(width, value, np.float32), "n": np.array(counter)}, weight)
+    tally.sum({"w": np.full(width, value, np.float32)})
+    tally.count("clients", 1)
+    tally.forward(client, {"x": np.array([value])})
+    return tally
+
+
+def test_a_window_has_the_later_means_and_the_weights_of_all_rounds() -> None:
+    tally = Tally(Layout.of({"w": np.zeros(3, np.float32), "n": np.array(0)}))
+    tally.extend(round_of(3, 1.0, 10, 5, "a"))
+    tally.extend(round_of(2, 4.0, 30, 3, "b"))
+    tally.extend(round_of(2, 6.0, 20, 4, "a"))
+    means = tally.means({})
+    # The last coordinate was held in the first round only, and keeps what that made of it.
+    np.testing.assert_allclose(means["w"], [6, 6, 1])
+    assert means["n"] == 5
+    np.testing.assert_allclose(tally.sums()["w"], [11, 11, 1])
+    assert tally.weight == 60
+    assert tally.counts == {"clients": 3}
+    assert {c: s["x"].tolist() for c, s in tally.stacks.items()} == {"a": [6.0], "b": [4.0]}
+    # At the cloud the window meets an edge whose one round held everything with weight 40.
+    cloud = Tally(Layout.of({"w": np.zeros(3, np.float32), "n": np.array(0)}))
+    cloud.absorb(*tally.report())
+    cloud.absorb(*round_of(3, 0.0, 40, 0, "c").report())
+    np.testing.assert_allclose(cloud.means({})["w"], [6 * 0.6, 6 * 0.6, 1 * 10 / 50], rtol=1e-6)
+
+
+def test_extending_leaves_the_later_round_and_the_clouds_report_alone() -> None:
+    tally = Tally(LAYOUT)
+    first, later = added([member(1.0)]), added([member(2.0)])
+    before = later.means(SERVER)
+    tally.extend(first)
+    tally.extend(later)
+    report, scalars = tally.report()
+    tally.extend(added([member(5.0)]))
+    np.testing.assert_array_equal(later.means(SERVER)["w"], before["w"])
+    again = Tally(LAYOUT)
+    again.absorb(report, scalars)
+    np.testing.assert_array_equal(again.means(SERVER)["w"], 2)
+
+
+def member(value: float) -> Client:
+    arrays = {"w": np.full((4, 3, 2), value, np.float32), "b": np.full(4, value, np.float32)}
+    return Client("c", arrays, 3.0, None)
+
+
+# --- what does not fit -------------------------------------------------------------------------------
+
+WIDE = {"kernel": np.zeros((4, 4, 3, 3), np.float32), "bias": np.zeros(4, np.float32)}
+
+
+@pytest.mark.parametrize(
+    ("name", "array", "fault"),
+    [
+        (
+            "kernel",
+            np.ones((1, 1, 1, 1), np.float32),
+            r"shape \[1, 1, 1, 1\], the server's is \[4, 4, 3, 3\]",
+        ),
+        ("kernel", np.ones((4, 4, 1, 1), np.float32), "shape"),
+        ("kernel", np.ones((4, 5, 3, 3), np.float32), "shape"),
+        ("kernel", np.ones((3, 3), np.float32), "shape"),
+        ("kernel", np.float32(1), "shape"),
+        ("bias", np.ones((4, 1), np.float32), "shape"),
+        ("bias", np.ones(4, np.int64), "'bias' is int64, the server's is float32"),
+        ("gain", np.ones(4, np.float32), "'gain' is none of the server's"),
+    ],
+)
+def test_what_numpy_would_broadcast_is_refused(name: str, array: np.ndarray, fault: str) -> None:
+    tally = Tally(Layout.of(WIDE))
+    whole = {n: np.ones_like(a) for n, a in WIDE.items()}
+    tally.mean(whole, 1)
+    array = np.asarray(array)
+    with pytest.raises(ValueError, match=fault):
+        tally.mean(whole | {name: array}, 1)
+    with pytest.raises(ValueError, match=fault):
+        tally.sum({name: array})
+    for section in ("", SUM):
+        with pytest.raises(ValueError, match=fault):
+            tally.absorb(Weights.pack({section + name: array}), {NOMINAL: 1.0})
+    # Nothing of the refused ones was added.
+    assert tally.weight == 1
+    np.testing.assert_array_equal(tally.means(WIDE)["kernel"], 1)
+
+
+@given(st.lists(st.tuples(st.integers(1, 4), st.integers(1, 4)), min_size=2, max_size=5))
+def test_mixed_widths_are_averaged_over_their_holders_never_broadcast(sizes: list[tuple[int, int]]) -> None:
+    """A narrow client's single column must not reach the columns it does not hold."""
+    tally = Tally(Layout.of(WIDE))
+    for i, (rows, columns) in enumerate(sizes):
+        tally.mean({"kernel": np.full((rows, columns, 3, 3), i, np.float32)}, 1)
+    mean = tally.means({"kernel": np.full_like(WIDE["kernel"], -1)})["kernel"]
+    for r, c in itertools.product(range(4), range(4)):
+        held = [i for i, (rows, columns) in enumerate(sizes) if r < rows and c < columns]
+        np.testing.assert_allclose(mean[r, c], np.mean(held) if held else -1, rtol=1e-6)
+
+
+def test_a_slice_of_an_edge_is_refused_at_the_cloud() -> None:
+    """Edges report whole tensors and say by weights what was held."""
+    with pytest.raises(ValueError, match=r"'bias' has shape \[2\]"):
+        Tally(Layout.of(WIDE)).absorb(Weights.pack({"bias": np.ones(2, np.float32)}), {NOMINAL: 1.0})
+
+
+@pytest.mark.parametrize("weight", [-1.0, float("nan"), float("inf")])
+def test_bad_weights(weight: float) -> None:
+    tally = Tally(Layout.of(WIDE))
+    with pytest.raises(ValueError, match="weight"):
+        tally.mean({"bias": np.ones(4, np.float32)}, weight)
+    payload = Weights.pack({"bias": np.ones(4, np.float32)})
+    with pytest.raises(ValueError, match="weight"):
+        tally.absorb(payload, {NOMINAL: weight})
+    with pytest.raises(ValueError, match="weight"):
+        tally.absorb(payload, {NOMINAL: 1e-320}, scale=float("inf"))
+    by_row = Weights.pack({"bias": np.ones(4, np.float32), WEIGHT + "bias": np.array([1, 1, 1, weight])})
+    with pytest.raises(ValueError, match="weights of tensor 'bias'"):
+        tally.absorb(by_row, {NOMINAL: 1.0})
+    assert tally.means({}) == {}
+
+
+def test_weights_of_another_shape_and_counts_that_are_no_numbers() -> None:
+    tally = Tally(Layout.of(WIDE))
+    payload = Weights.pack({"bias": np.ones(4, np.float32), WEIGHT + "bias": np.ones(2)})
+    with pytest.raises(ValueError, match=r"weights of tensor 'bias' have shape \[2\]"):
+        tally.absorb(payload, {NOMINAL: 1.0})
+    with pytest.raises(ValueError, match="count 'x' is not finite"):
+        tally.absorb(Weights.pack({}), {NOMINAL: 1.0, COUNT + "x": float("nan")})
+    assert tally.counts == {}
+
+
+def test_rows_must_be_the_tensors_own() -> None:
+    tally = Tally(Layout.of(WIDE))
+    with pytest.raises(ValueError, match="'bias' has shape"):
+        tally.mean({"bias": np.ones(4, np.float32)}, 1, rows={"bias": np.array([True])})
+    assert tally.weight == 0
+
+
+def test_bfloat16_is_refused() -> None:
+    tally = Tally(Layout((TensorSpec("w", "bfloat16", (2,)),)))
+    bits = np.ones(2, np.uint16)
+    with pytest.raises(ValueError, match="bfloat16"):
+        tally.mean({"w": bits}, 1)
+    with pytest.raises(ValueError, match="bfloat16"):
+        tally.sum({"w": bits})
+
+
+def test_counters_are_never_averaged() -> None:
+    arrays = [
+        {"n": np.array([3, 9]), "m": np.array([True, False]), "u": np.array([1, 2], np.uint8)},
+        {"n": np.array([4, -2]), "m": np.array([False, False]), "u": np.array([0, 9], np.uint8)},
+    ]
+    cloud = Tally(Layout.of(arrays[0]))
+    for part, weight in zip(arrays, (1, 9), strict=True):
+        edge = Tally(Layout.of(part))
+        edge.mean(part, weight)
+        cloud.absorb(*edge.report(), scale=0.5)
+    means = cloud.means({n: np.zeros_like(a) for n, a in arrays[0].items()})
+    assert {n: a.tolist() for n, a in means.items()} == {"n": [4, 9], "m": [True, False], "u": [1, 9]}
+    assert {n: a.dtype for n, a in means.items()} == {n: a.dtype for n, a in arrays[0].items()}
+
+
+def test_half_precision_is_summed_in_single() -> None:
+    edge, cloud = (Tally(Layout.of({"w": np.zeros(1, np.float16)})) for _ in range(2))
+    for _ in range(1000):
+        edge.mean({"w": np.full(1, 1.001, np.float16)}, 100)
+        edge.sum({"w": np.full(1, 1.001, np.float16)})
+    cloud.absorb(*edge.report())
+    mean = cloud.means({"w": np.zeros(1, np.float16)})["w"]
+    assert mean.dtype == np.float16
+    assert float(mean[0]) == float(np.float16(1.001))
+    assert float(cloud.sums()["w"][0]) == pytest.approx(1000 * float(np.float16(1.001)), rel=1e-4)
+
+
+def test_stacks_are_told_apart_by_client_and_name() -> None:
+    tally = Tally(LAYOUT)
+    tally.forward("cam-7", {"gradient/conv.weight": np.ones(2), "about/x": np.zeros(1)})
+    tally.forward("cam-7", {"about/y": np.zeros(1)})
+    tally.forward("cam-8", {"about/x": np.ones(1)})
+    report, _ = tally.report()
+    assert [(c, n) for c, n, _ in stacked(report)] == [
+        ("cam-7", "gradient/conv.weight"),
+        ("cam-7", "about/x"),
+        ("cam-7", "about/y"),
+        ("cam-8", "about/x"),
+    ]
+    assert all(name.startswith(STACK) for name in report.layout.names)
+
+
+def test_adding_many_updates_keeps_one_sum() -> None:
+    """The edge's memory does not grow with its clients (DESIGN §2)."""
+    size = 10_000_000
+    layout = Layout((TensorSpec("w", "float32", (size // 4,)),))
+    tracemalloc.start()
+    try:
+        tally = Tally(layout)
+        for i in range(32):
+            tally.mean({"w": np.full(size // 4, i, np.float32)}, 1)
+        kept, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    np.testing.assert_allclose(tally.means({})["w"][::100_000], 15.5)
+    # One sum stays; while one is added there are the update, its product with the weight, and the sum.
+    assert kept < 1.1 * size
+    assert peak < 3.2 * size
+
+
+# --- the cloud's share of each edge (FedPhD) ------------------------------------------------------------
+
+
+def edge_report(value: float, samples: float) -> tuple[Weights, dict[str, float]]:
+    edge = Tally(Layout.of({"w": np.zeros(3, np.float32)}))
+    edge.mean({"w": np.full(3, value, np.float32)}, samples)
+    return edge.report()
+
+
+def central(
+    edges: list[tuple[float, tuple[float, ...]]], order: tuple[int, ...], **more: bool | float | str
+) -> tuple[float | None, dict[str, float]]:
+    """Merge edges (last round's samples, labels) into the mean and the shares; edge i reports the value i."""
+    method = create_method(RunConfig.from_flat({"method": "fedphd", **more}))
+    merged = CentralTally(Layout.of({"w": np.zeros(3, np.float32)}))
+    for i in order:
+        last, labels = edges[i]
+        samples = float(sum(labels))
+        if samples:
+            share = method.edge_share(samples, last, np.array(labels, dtype=float))
+            merged.absorb(f"e{i}", *edge_report(float(i), samples), share)
+    tally, shares = merged.result()
+    mean = tally.means({}).get("w")
+    return (None if mean is None else float(mean[0])), shares
+
+
+def test_homogeneity_weighted_by_hand() -> None:
+    mean, shares = central(
+        [(0, (10, 10)), (0, (30, 0))], (0, 1), **{"aggregation-a": 10.0, "aggregation-b": 5.0}
+    )
+    first, second = 20 + 20 + 5, 30 + 10 * (2 - 0.5**0.5) + 5
+    assert shares == pytest.approx({"e0": first / (first + second), "e1": second / (first + second)})
+    assert mean == pytest.approx(second / (first + second))
+
+
+@given(
+    st.lists(st.tuples(st.integers(0, 50), st.integers(0, 50)), min_size=1, max_size=4),
+    st.floats(-100, 100),
+    st.floats(-200, 200),
+)
+def test_homogeneity_weighted_is_rho(labels: list[tuple[int, int]], a: float, b: float) -> None:
+    """The merged tally has rho_e of the formula, in any order of arrival, all-zero shares included."""
+    samples = [float(sum(q)) for q in labels]
+    if sum(samples) == 0:
+        return
+    rho = edge_weights(samples, [np.array(q, dtype=float) for q in labels], a=a, b=b)
+    edges: list[tuple[float, tuple[float, ...]]] = [(0.0, q) for q in labels]
+    for order in itertools.permutations(range(len(labels))):
+        mean, shares = central(edges, order, **{"aggregation-a": a, "aggregation-b": b})
+        assert [shares.get(f"e{i}", 0.0) for i in range(len(labels))] == pytest.approx(rho.tolist())
+        assert mean == pytest.approx(sum(i * r for i, r in enumerate(rho)), abs=1e-4)
+
+
+def test_last_round_count() -> None:
+    more: dict[str, float | str] = {
+        "aggregation-a": 0.0,
+        "aggregation-b": 0.0,
+        "rho-count": "last-round",
+    }
+    _, shares = central([(10, (50, 50)), (30, (50, 50))], (0, 1), **more)
+    assert shares == pytest.approx({"e0": 0.25, "e1": 0.75})
+
+
+def test_nobody_reports() -> None:
+    tally, shares = CentralTally(Layout.of(SERVER)).result()
+    assert shares == {}
+    assert tally.means(SERVER) == {}
+
+
+# --- a method that needs to know its clients' step ------------------------------------------------------
+
+
+@pytest.mark.parametrize("method", ["qfedavg", "scaffold"])
+@pytest.mark.parametrize("known", [{}, {"lr-sum": 0.0}])
+def test_a_client_that_hides_its_step_size_is_refused_and_adds_nothing(
+    method: str, known: dict[str, float]
+) -> None:
+    weights = Weights.pack({"w": np.zeros(2, np.float32)})
+    server = ServerState(pb.ArchitectureSpec(tensors=weights.layout.to_proto().tensors), weights)
+    server.add_section("control")
+    tally = Tally(server.weights.layout)
+    one = {"w": np.ones(2, np.float32)}
+    metrics = {"steps": 3.0, "loss": 1.0, "received-loss": 1.0, **known}
+    update = Update("c", one, weights.views(), 10, np.ones(2), metrics)
+    with pytest.raises(ValueError, match="sum of step sizes"):
+        create_method(RunConfig.from_flat({"method": method, "model": "cnn"})).add(tally, update, server)
+    assert tally.means(server.tensors) == {}
+
+
+def test_only_the_edges_of_the_newest_round_count_where_a_method_says_so() -> None:
+    layout = Layout.of({"w": np.zeros(2, np.float32)})
+
+    def told(value: float) -> tuple[Weights, dict[str, float]]:
+        tally = Tally(layout)
+        tally.mean({"w": np.full(2, value, np.float32)}, 1.0)
+        return tally.report()
+
+    values = {"old": (1.0, 7), "new": (2.0, 8), "late": (4.0, 8)}
+    for order in (("old", "new", "late"), ("new", "late", "old"), ("new", "old", "late")):
+        merged = CentralTally(layout, newest_only=True)
+        for name in order:
+            value, newest = values[name]
+            merged.absorb(name, *told(value), None, newest)
+        tally, shares = merged.result()
+        np.testing.assert_allclose(tally.means({"w": np.zeros(2, np.float32)})["w"], 3.0)
+        assert shares == {"new": 0.5, "late": 0.5}

@@ -1,0 +1,117 @@
+"""Structured logs: one JSON object an event, with what is known beside the message."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from espalier.monitor import logs
+from espalier.monitor.node_log import event_logger
+from tests.support.processes import wait_until
+
+
+@pytest.fixture
+def as_json() -> Iterator[None]:
+    flower = logging.getLogger("flwr")
+    handlers, level = list(flower.handlers), flower.level
+    logs.configure("json")
+    yield
+    logs.configure("text")
+    flower.handlers[:] = handlers
+    flower.setLevel(level)
+
+
+def lines(capsys: pytest.CaptureFixture[str]) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in capsys.readouterr().err.splitlines()]
+
+
+@pytest.mark.usefixtures("as_json")
+def test_a_line_has_time_level_logger_message_and_fields(capsys: pytest.CaptureFixture[str]) -> None:
+    log = logging.getLogger("espalier.edge")
+    with logs.bind(run="r-1", window=2):
+        log.info("round %d:\n%s", 3, "done", extra={"round": 3})
+    log.warning("after", extra={"path": Path("x"), "odd": object()})
+    first, second = lines(capsys)
+    assert first.pop("time").endswith("+00:00")
+    assert first == {
+        "level": "INFO",
+        "logger": "espalier.edge",
+        "message": "round 3: done",
+        "run": "r-1",
+        "window": 2,
+        "round": 3,
+    }
+    assert second["message"] == "after"
+    assert "run" not in second
+    assert second["odd"].startswith("<object")
+
+
+@pytest.mark.usefixtures("as_json")
+def test_flowers_loggers_warnings_and_tracebacks(capsys: pytest.CaptureFixture[str]) -> None:
+    logging.getLogger("flwr").info("Starting Flower")
+    try:
+        raise ValueError("broken")
+    except ValueError:
+        logging.getLogger("espalier").exception("unforeseen")
+    logs.announce("cloud is ready")
+    logs.say_error("no data")
+    found = lines(capsys)
+    assert [(f["logger"], f["level"], f["message"]) for f in found] == [
+        ("flwr", "INFO", "Starting Flower"),
+        ("espalier", "ERROR", "unforeseen"),
+        ("espalier", "INFO", "cloud is ready"),
+        ("espalier", "ERROR", "no data"),
+    ]
+    assert "ValueError: broken" in found[1]["exception"]
+
+
+@pytest.mark.usefixtures("as_json")
+def test_a_nodes_events_are_fields(capsys: pytest.CaptureFixture[str]) -> None:
+    event_logger(logging.getLogger("espalier.client"))("disconnected", {"home": "e:1", "reason": "gone"})
+    [found] = lines(capsys)
+    assert (found["event"], found["home"], found["reason"]) == ("disconnected", "e:1", "gone")
+
+
+@pytest.mark.usefixtures("as_json")
+def test_lines_of_a_stock_process_are_forwarded(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "superlink.log"
+    path.write_text("INFO :      old\n")
+    said: list[dict[str, Any]] = []
+    with logs.Forwarder(path, "flwr.superlink"), path.open("a") as file:
+        file.write(
+            "\x1b[93mWARNING\x1b[0m :      a node is gone\n\nplain words\n"
+            '{"level": "INFO", "message": "ours"}\nINFO : half'
+        )
+        file.flush()
+
+        def all_said() -> bool:
+            said.extend(lines(capsys))
+            return len(said) >= 3
+
+        wait_until(all_said, 10, "the lines")
+        file.write(" a line\n")
+        file.flush()
+    said += lines(capsys)
+    assert [(f["level"], f["message"]) for f in said] == [
+        ("WARNING", "a node is gone"),
+        ("INFO", "plain words"),
+        ("INFO", "ours"),
+        ("INFO", "half a line"),
+    ]
+    assert [f.get("logger") for f in said] == ["flwr.superlink", "flwr.superlink", None, "flwr.superlink"]
+
+
+def test_text_is_as_it_was(capsys: pytest.CaptureFixture[str]) -> None:
+    logs.configure("text")
+    logging.getLogger("espalier.edge").info("hello")
+    logs.announce("ready")
+    logs.say_error("no data")
+    said = capsys.readouterr()
+    assert said.out == "ready\n"
+    assert "espalier.edge INFO hello" in said.err
+    assert said.err.endswith("error: no data\n")
