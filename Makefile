@@ -25,6 +25,8 @@ lint: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/lint-imports
+	$(BIN)/lint-imports tests/repo/edge_imports.toml
 
 # One worker a core and one thread a worker; integration tests start processes of their own and stay in a row.
 unit: setup
@@ -65,4 +67,4 @@ proto: setup
 	$(BIN)/python -m espalier_proto.generate
 
 clean:
-	rm -rf $(VENV) build *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	rm -rf $(VENV) build *.egg-info .mypy_cache .ruff_cache .pytest_cache .import_linter_cache .hypothesis

@@ -1,66 +1,75 @@
-"""The rules between packages: imports run one way, Flower's internals stay in the adapter, edges need no torch."""
+"""What import-linter's contracts (pyproject.toml) leave open: circles between modules, and what a process loads."""
 
 from __future__ import annotations
 
 import ast
 import subprocess
 import sys
-from collections.abc import Iterator
-from pathlib import Path
 
+import grimp
 import pytest
 
 from tests.support.paths import ROOT
 
-TIERS = ("client", "edge", "server")
-#: The folders that may touch what Flower does not offer publicly.
-ADAPTERS = ("common/espalier/flower", "edge/espalier_edge/fleet", "server/espalier_server/superlink")
-#: What Flower offers publicly: everything else is an internal.
-PUBLIC = {
-    "flwr.app",
-    "flwr.clientapp",
-    "flwr.serverapp",
-    "flwr.serverapp.strategy",
+PACKAGES = ("espalier", "espalier_server", "espalier_edge", "espalier_client", "espalier_proto")
+#: Imports that close a circle. Each line goes with the change that ends the import.
+CIRCULAR = {
+    ("espalier.config.run_config", "espalier.methods.registry"),
+    ("espalier.config.run_config", "espalier.methods.compatibility"),
+    ("espalier.config.run_config", "espalier.methods.levels"),
+    ("espalier.methods.selection", "espalier.methods.power_of_choice"),
+    ("espalier.methods.selection", "espalier.methods.facility"),
+    ("espalier.methods.base", "espalier.methods.views"),
+    ("espalier.wire.codec", "espalier.wire.compression"),
 }
 
 
-def modules(package: str) -> list[Path]:
-    return sorted((ROOT / package).rglob("*.py"))
+def components(graph: dict[str, set[str]]) -> list[list[str]]:
+    """Return the strongly connected components of more than one node (Tarjan, SIAM J. Comput. 1972)."""
+    order: dict[str, int] = {}
+    low: dict[str, int] = {}
+    stack: list[str] = []
+    found: list[list[str]] = []
+
+    def visit(node: str) -> None:
+        order[node] = low[node] = len(order)
+        stack.append(node)
+        for other in graph[node]:
+            if other not in order:
+                visit(other)
+                low[node] = min(low[node], low[other])
+            elif other in stack:
+                low[node] = min(low[node], order[other])
+        if low[node] == order[node]:
+            at = stack.index(node)
+            if len(stack) - at > 1:
+                found.append(sorted(stack[at:]))
+            del stack[at:]
+
+    for node in graph:
+        if node not in order:
+            visit(node)
+    return found
 
 
-def imports(path: Path) -> Iterator[str]:
-    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-        if isinstance(node, ast.Import):
-            yield from (alias.name for alias in node.names)
-        elif isinstance(node, ast.ImportFrom) and node.module:
-            assert node.level == 0, f"{path}: relative import"
-            yield node.module
+def test_components_are_found() -> None:
+    assert components({"a": {"b"}, "b": {"c"}, "c": set()}) == []
+    assert components({"a": {"b"}, "b": {"c", "d"}, "c": {"a"}, "d": set()}) == [["a", "b", "c"]]
 
 
-@pytest.mark.parametrize("package", ["common", *TIERS])
-def test_imports_run_one_way(package: str) -> None:
-    """Common imports no tier, and no tier another one."""
-    forbidden = {t for t in TIERS if t != package}
-    allowed = {("common/espalier/commands/tiers.py", t) for t in TIERS}
-    for path in modules(package):
-        for name in imports(path):
-            top = name.split(".")[0].removeprefix("espalier_")
-            where = (path.relative_to(ROOT).as_posix(), top)
-            assert top not in forbidden or where in allowed, f"{where[0]} imports {name}"
-
-
-@pytest.mark.parametrize("package", ["common", *TIERS])
-def test_flowers_internals_stay_in_the_adapter(package: str) -> None:
-    for path in modules(package):
-        if any(path.is_relative_to(ROOT / adapter) for adapter in ADAPTERS):
-            continue
-        for name in imports(path):
-            assert name.split(".")[0] != "flwr" or name in PUBLIC, f"{path.relative_to(ROOT)} imports {name}"
+def test_no_two_modules_import_each_other() -> None:
+    """Neither directly nor through others; imports inside functions and under TYPE_CHECKING count."""
+    graph = grimp.build_graph(*PACKAGES, cache_dir=None)
+    imported = {
+        module: {o for o in graph.find_modules_directly_imported_by(module) if (module, o) not in CIRCULAR}
+        for module in sorted(graph.modules)
+    }
+    assert components(imported) == []
 
 
 def test_every_module_says_why_it_exists() -> None:
-    for package in ("common", "bench", *TIERS):
-        for path in modules(package):
+    for package in ("common", "bench", "client", "edge", "server"):
+        for path in sorted((ROOT / package).rglob("*.py")):
             assert ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))), f"{path} has no docstring"
 
 
