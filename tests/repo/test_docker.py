@@ -10,14 +10,13 @@ from types import ModuleType
 from typing import Any
 
 import pytest
-import typer
 import yaml
 
-from espalier.cli import app
 from espalier.config.run_config import RunConfig, parse_assignments
 from espalier.data.spec import parse_spec
 from espalier.security.keys import CLIENT_KEYS, EDGE_KEYS, KeyRegistry
 from espalier_server.commands.demo import DEMO
+from tests.support.command_line import options
 from tests.support.paths import ROOT
 
 MACHINES = sorted((ROOT / "docker" / "machines").glob("*.yml"))
@@ -101,12 +100,6 @@ def test_volumes_that_certs_makes_belong_to_the_user_of_the_image(services: dict
     assert made is not None
     targets = {volume.split(":")[1] for service in services.values() for volume in service["volumes"]}
     assert targets == set(made[1].split())
-
-
-def options(command: str) -> set[str]:
-    """Return the options that a command of `espalier` has."""
-    group: Any = typer.main.get_command(app)
-    return {word for parameter in group.commands[command].params for word in parameter.opts}
 
 
 @pytest.mark.parametrize("path", [ROOT / "docker-compose.yml", *MACHINES], ids=lambda path: path.name)
