@@ -7,17 +7,20 @@ import os
 import sys
 from collections import Counter
 from collections.abc import Iterator
+from pathlib import Path
 from types import FrameType
 from typing import Any
 
 import pytest
 
+import espalier.wire
+import espalier_edge
+import espalier_server
 from espalier.wire import control
 from tests.fuzz.campaign import Case, Tally, throw
 from tests.fuzz.decoders import client_cases, tree_cases, wire_cases
 from tests.fuzz.recorded import Recording, record
 from tests.fuzz.tree_cases import RUNS
-from tests.support.paths import ROOT
 
 #: How many messages in all; the ports' tests take a tenth of them.
 COUNT = int(os.environ.get("FUZZ") or 600)
@@ -63,12 +66,14 @@ def test_every_mutant_is_refused_or_sound(cases: list[Case]) -> None:
     assert sum(t.refused.total() for t in TALLIES) > 0.4 * sum(t.sent for t in TALLIES)
 
 
-#: Where what came over a link is read: all of common/wire, and what the tiers read themselves.
+#: Modules that read messages of other tiers.
 READERS = (
-    *sorted((ROOT / "common" / "wire").glob("*.py")),
-    ROOT / "edge" / "calls.py",
-    ROOT / "edge" / "relay.py",
-    *(ROOT / "server" / f"{name}.py" for name in ("contributions", "exchange", "inquiries", "strategy")),
+    *sorted(Path(espalier.wire.__path__[0]).glob("*.py")),
+    *(Path(espalier_edge.__path__[0]) / f"{name}.py" for name in ("calls", "relay")),
+    *(
+        Path(espalier_server.__path__[0]) / f"{name}.py"
+        for name in ("contributions", "exchange", "inquiries", "strategy")
+    ),
 )
 
 

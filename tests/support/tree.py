@@ -24,8 +24,7 @@ from espalier.config.run_config import RunConfig
 from espalier_server.records.snapshot import Snapshot
 from espalier_server.run import TreeRun
 from espalier_server.superlink.grid import TreeGrid
-
-ROOT = Path(__file__).resolve().parent.parent
+from tests.support.paths import ROOT
 
 
 def espalier(*arguments: str) -> list[str]:
