@@ -1,4 +1,4 @@
-"""Fleets, residents and messages for the tests of common/flower."""
+"""Fleets, residents and messages for tests of the Flower adapters."""
 
 from __future__ import annotations
 

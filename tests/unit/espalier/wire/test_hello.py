@@ -1,4 +1,4 @@
-"""Tiers of unequal versions: a mismatch is named with both versions, and only a foreign schema is refused."""
+"""Versions in a hello: a mismatch names both versions, and only another schema is refused."""
 
 from __future__ import annotations
 

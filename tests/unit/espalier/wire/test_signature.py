@@ -1,4 +1,4 @@
-"""Signed updates in whole trees: what a client, an edge or somebody between them changes is refused by name."""
+"""Signed updates in whole trees: what a client, an edge or a third party alters is refused."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What common/flower relies on in Flower's internals; an upgrade of the pinned version fails here first, and loudly."""
+"""What the adapters use of Flower's internals: an upgrade of Flower that changes it fails here first."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Mutants that once got through: found by tests/fuzz, each is refused by name now."""
+"""Mutated messages that were once accepted: each is refused, and its sender named."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The exactness law, for every registered method: the tree gives what flat federated learning gives (DESIGN §2)."""
+"""The exactness law, for every registered method: a tree gives what flat federated learning gives."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Classes and image sizes are agreed at hello: who does not fit is left out by name, and told."""
+"""Classes and image sizes are agreed on at hello: a client that does not fit is excluded and notified."""
 
 from __future__ import annotations
 
