@@ -12,7 +12,8 @@ from pathlib import Path
 import pytest
 from bench.stock import SuperLink, environment, free_port, running, superlink, supernode, wait_until
 
-from tests.support.tree import ROOT, LiveTree, espalier, process_environment, start_client, start_edge
+from tests.support.paths import ROOT
+from tests.support.tree import LiveTree, espalier, process_environment, start_client, start_edge
 
 PYPROJECT = """
 [build-system]

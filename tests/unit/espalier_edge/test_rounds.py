@@ -100,7 +100,7 @@ def add_one(plan: pb.RoundPlan, weights: Weights, message: Message) -> Message:
 
 MODEL = {"w": np.zeros((2, 2), np.float32), "b": np.zeros(2, np.float32)}
 LAYOUT = Layout.of(MODEL)
-#: These replies are not signed; test_signed_updates.py has some that are.
+#: These replies are not signed; those of wire/test_signature.py are.
 SETTINGS = {"method": "fedavg", "model": "cnn", "require-signatures": False}
 
 
