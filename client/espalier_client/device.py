@@ -12,13 +12,13 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from espalier.config.names import check_name, is_name
 from espalier.data.histogram import label_histogram
 from espalier.data.joined import with_pixels
 from espalier.data.spec import open_data, open_test
 from espalier.errors import ConfigError
 from espalier.flower.node_state import load_key
 from espalier.models.presets import classifiers
+from espalier.names import check_name, is_name
 from espalier.seeds import seed_for
 from espalier.storage.tensor_file import read_tensors, write_tensors
 from espalier.wire import control

@@ -11,8 +11,8 @@ from pathlib import Path
 
 import numpy as np
 
-from espalier.config.names import NAME_RULE, is_name
 from espalier.errors import StateError
+from espalier.names import NAME_RULE, is_name
 from espalier.storage.tensor_file import read_tensors, write_tensors
 
 Version = tuple[int, int]

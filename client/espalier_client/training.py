@@ -11,7 +11,6 @@ import numpy as np
 import torch
 from flwr.app import ArrayRecord, Message, MetricRecord, RecordDict
 
-from espalier.config.names import NAME_RULE, is_name
 from espalier.config.reproducible import is_reproducible
 from espalier.config.run_config import RunConfig
 from espalier.errors import ConfigError, WireError
@@ -23,6 +22,7 @@ from espalier.models.architecture import describe
 from espalier.models.arrays import model_arrays, to_tensor
 from espalier.models.initial import initial_model
 from espalier.models.model_cache import give_back
+from espalier.names import NAME_RULE, is_name
 from espalier.seeds import rng_for, seed_for
 from espalier.tasks.base import base_objective, dataset_loss
 from espalier.training.determinism import deterministic

@@ -17,7 +17,7 @@ from espalier.flower.arrays import payload_bytes
 from espalier.flower.memory import give_back_freed
 from espalier.flower.resident import Fab
 from espalier.monitor.logs import bind
-from espalier.names import CLIENT_NAMES, Claims, NameRegistry
+from espalier.security.name_registry import CLIENT_NAMES, Claims, NameRegistry
 from espalier.wire import control
 from espalier.wire.hello import device_facts
 from espalier.wire.payload import Weights

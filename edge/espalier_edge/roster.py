@@ -11,7 +11,8 @@ import numpy as np
 from flwr.app import ConfigRecord, Message, RecordDict
 
 from espalier.errors import StateError, WireError
-from espalier.names import Claims, check_name
+from espalier.names import check_sender
+from espalier.security.name_registry import Claims
 from espalier.wire import control
 from espalier.wire.hello import check_client_hello, version_mismatch
 from espalier_edge.fleet.server import InlineFleet, InlineGrid
@@ -94,7 +95,7 @@ class Roster:
             try:
                 hello = control.read_control(pb.ClientHello, reply, f"node {node_id}")
                 check_client_hello(hello, hello.name or f"node {node_id}")
-                check_name(hello.name)
+                check_sender(hello.name)
                 self._names.claim(hello.name, nodes[node_id].public_key)
             except (WireError, StateError) as error:
                 log.warning("%s", error)

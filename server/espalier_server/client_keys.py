@@ -5,8 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 from espalier.errors import WireError
-from espalier.names import CLIENT_NAMES, NameRegistry
 from espalier.security.keys import CLIENT_KEYS, KeyRegistry
+from espalier.security.name_registry import CLIENT_NAMES, NameRegistry
 
 
 class ClientKeys:

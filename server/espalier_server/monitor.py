@@ -14,9 +14,9 @@ from espalier import distribution
 from espalier.errors import AddressError, EspalierError
 from espalier.monitor.service import MonitorServer
 from espalier.monitor.view import TreeView
-from espalier.names import EDGE_NAMES, NameRegistry
 from espalier.processes.supervise import process_alive
 from espalier.security.keys import EDGE_KEYS, KeyRegistry
+from espalier.security.name_registry import EDGE_NAMES, NameRegistry
 from espalier.security.transport import Security
 from espalier.storage.json_file import write_text
 from espalier_proto import monitor_pb2 as mpb

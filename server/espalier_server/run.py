@@ -21,8 +21,8 @@ from espalier.methods.registry import create_method
 from espalier.models.diffusion import ema_update
 from espalier.models.initial import import_ahead
 from espalier.monitor.logs import bind
-from espalier.names import EDGE_NAMES, Claims, NameRegistry
 from espalier.security.keys import EDGE_KEYS, KEYS_ONLY, KeyRegistry
+from espalier.security.name_registry import EDGE_NAMES, Claims, NameRegistry
 from espalier.training.determinism import deterministic
 from espalier.training.trainer import resolve_device
 from espalier.wire.payload import Weights

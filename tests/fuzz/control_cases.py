@@ -16,7 +16,7 @@ from espalier.errors import WireError
 from espalier.flower.arrays import array_from_numpy, numpy_view, payload_bytes
 from espalier.flower.payloads import PayloadError, content_id, pack, unpack
 from espalier.flower.run_info import parse_run_record
-from espalier.names import check_name, is_name
+from espalier.names import check_sender, is_name
 from espalier.security.keys import canonical
 from espalier.wire import control
 from espalier.wire.hello import check_client_hello
@@ -53,7 +53,7 @@ def hello_case() -> Case:
     def feed(data: bytes) -> pb.ClientHello:
         hello = control.decode(pb.ClientHello, data, "node 1")
         check_client_hello(hello, hello.name)
-        check_name(hello.name)
+        check_sender(hello.name)
         return hello
 
     def unsound(data: bytes, hello: pb.ClientHello) -> str:

@@ -20,7 +20,7 @@ from espalier.methods.registry import create_method
 from espalier.methods.state import CloudState
 from espalier.methods.tally import Tally
 from espalier.monitor.formatting import duration, spark
-from espalier.names import NameRegistry
+from espalier.security.name_registry import NameRegistry
 from espalier.wire import control
 from espalier.wire.hello import MAX_SAMPLES, check_client_hello
 from espalier.wire.payload import Layout, Weights

@@ -13,7 +13,7 @@ from flwr.app import ConfigRecord
 
 from espalier.data.spec import open_data
 from espalier.flower.node_state import load_key
-from espalier.names import NameRegistry
+from espalier.security.name_registry import NameRegistry
 from espalier_edge.fleet.server import InlineFleet
 from espalier_edge.roster import Roster
 from tests.support.tree import LiveTree, espalier, live_tree, process_environment, start_client

@@ -18,7 +18,7 @@ from espalier.config.run_config import RunConfig
 from espalier.errors import EspalierError
 from espalier.models.initial import initial_model
 from espalier.models.pipeline import load_pipeline
-from espalier.names import NameRegistry
+from espalier.security.name_registry import NameRegistry
 from espalier.training.privacy import epsilon_of
 from espalier_server.client_keys import ClientKeys
 from espalier_server.planning.tree import Tree

@@ -21,7 +21,7 @@ from espalier.methods.planning import Member
 from espalier.methods.registry import create_method
 from espalier.methods.selection import Answer
 from espalier.methods.tally import Tally
-from espalier.names import NameRegistry
+from espalier.security.name_registry import NameRegistry
 from espalier.wire.payload import Weights
 from espalier_client.app import app as client_app
 from espalier_edge.calls import Caller

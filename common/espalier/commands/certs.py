@@ -100,7 +100,7 @@ def edge(
     renew_key: RenewKey = False,
 ) -> None:
     """Make an edge's certificate (for its clients) and its node key (for the cloud)."""
-    from espalier.config.names import check_name
+    from espalier.names import check_name
 
     check_name(name, "--name")
     out = out or folder / name
@@ -122,7 +122,7 @@ def client(
     renew_key: RenewKey = False,
 ) -> None:
     """Make a client's node key."""
-    from espalier.config.names import check_name
+    from espalier.names import check_name
 
     check_name(name, "--name")
     out = out or folder / name

@@ -86,8 +86,8 @@ class Files(NamedTuple):
 
 
 def _files(kind: Literal["client", "edge"], state: Path) -> Files:
-    from espalier.names import CLIENT_NAMES, EDGE_NAMES
     from espalier.security.keys import CLIENT_KEYS, EDGE_KEYS
+    from espalier.security.name_registry import CLIENT_NAMES, EDGE_NAMES
 
     clients, edges = state / CLIENT_KEYS, state / EDGE_KEYS
     if kind == "client":
@@ -144,8 +144,8 @@ def _revoke(files: Files, name: str) -> None:
 
 def _forget(files: Files, name: str, runs: list[Path] | None) -> None:
     """Delete a name's keys and its place among the names claimed; say which runs' folders still have it."""
-    from espalier.names import NameRegistry
     from espalier.security.keys import KeyRegistry
+    from espalier.security.name_registry import NameRegistry
 
     gone = [f"its key in {files.keys.name}"] if KeyRegistry(files.keys).forget(name) else []
     if NameRegistry(files.names).forget(name):

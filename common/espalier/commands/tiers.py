@@ -90,7 +90,7 @@ def edge(
 ) -> None:
     """Serve as an edge, until interrupted."""
     metrics = start_process(log_format, metrics_port, metrics_host)
-    from espalier.config.names import check_name
+    from espalier.names import check_name
     from espalier.security.certificates import check_served
     from espalier.security.transport import parse_address
 
@@ -148,8 +148,8 @@ def client(
 ) -> None:
     """Serve as a client, until interrupted."""
     metrics = start_process(log_format, metrics_port, metrics_host)
-    from espalier.config.names import check_name
     from espalier.config.run_config import parse_assignments
+    from espalier.names import check_name
     from espalier.security.transport import parse_address
 
     check_name(name, "--name")

@@ -14,11 +14,11 @@ from google.protobuf.struct_pb2 import Struct
 from pydantic import ValidationError, field_validator
 from pydantic_core import ErrorDetails, PydanticCustomError
 
-from espalier.config.names import NAME_RULE, is_name
 from espalier.config.settings import Settings
 from espalier.config.timeouts import chains, order_faults
 from espalier.errors import ConfigError
 from espalier.models.presets import MODELS
+from espalier.names import NAME_RULE, is_name
 
 DEFAULTS = "defaults"
 """Key of a plan's settings that holds the fingerprint of the sender's defaults."""

@@ -78,7 +78,7 @@ def _parse(text: str, *, listen: bool = False) -> Address | None:
 
 
 def _check_name(found: Findings, name: str) -> None:
-    from espalier.config.names import check_name
+    from espalier.names import check_name
 
     found.attempt("name", lambda: check_name(name, "--name"))
 

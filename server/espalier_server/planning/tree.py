@@ -15,7 +15,8 @@ from espalier.config.run_config import RunConfig
 from espalier.config.timeouts import EDGE_HELLO, EDGE_REFUSAL, RETURN_HELLO, WATCH_CALL
 from espalier.errors import EspalierError, WireError
 from espalier.methods.planning import Member
-from espalier.names import Claims, check_name
+from espalier.names import check_sender
+from espalier.security.name_registry import Claims
 from espalier.wire import control
 from espalier.wire.hello import check_client_hello, version_mismatch
 from espalier_proto import espalier_pb2 as pb
@@ -274,7 +275,7 @@ class Tree:
             node_id = reply.metadata.src_node_id
             try:
                 hello = control.read_control(pb.EdgeHello, reply, f"node {node_id}")
-                check_name(hello.name)
+                check_sender(hello.name)
                 self.names.claim(hello.name, nodes[node_id].public_key)
             except WireError as error:
                 self._refuse(error.sender, error.fault)
@@ -303,7 +304,7 @@ class Tree:
         for client in hello.clients:
             try:
                 check_client_hello(client, client.name)
-                check_name(client.name)
+                check_sender(client.name)
                 self.keys.claim(client.name, client.public_key)
                 self._agree(client)
             except WireError as error:

@@ -12,11 +12,11 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
-from espalier.config.names import check_name
 from espalier.errors import ConfigError, EspalierError, StateError
 from espalier.flower.node_state import StateLock
 from espalier.monitor.logs import Forwarder, announce, is_json
 from espalier.monitor.metrics import TreeCollector, serve_metrics
+from espalier.names import check_name
 from espalier.processes.supervise import (
     Process,
     check_free,

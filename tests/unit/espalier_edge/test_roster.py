@@ -12,7 +12,7 @@ from flwr.app import ConfigRecord, Message
 from flwr.supercore.task_identity import TaskIdentity
 
 from espalier.errors import StateError, WireError
-from espalier.names import NameRegistry
+from espalier.security.name_registry import NameRegistry
 from espalier.wire import control
 from espalier_edge.roster import Roster
 from espalier_proto import espalier_pb2 as pb

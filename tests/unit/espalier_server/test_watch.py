@@ -12,7 +12,7 @@ import pytest
 from flwr.app import Message
 from flwr.supercore.task_identity import TaskIdentity
 
-from espalier.names import NameRegistry
+from espalier.security.name_registry import NameRegistry
 from espalier.wire import control
 from espalier_edge.rounds import EdgeProgress
 from espalier_proto import espalier_pb2 as pb

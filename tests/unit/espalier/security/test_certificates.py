@@ -15,7 +15,6 @@ from cryptography.hazmat.primitives.serialization import load_ssh_private_key
 from espalier import cli
 from espalier.errors import ConfigError
 from espalier.flower.node_state import load_key, load_or_make_key
-from espalier.names import EDGE_NAMES, NameRegistry
 from espalier.security.certificates import (
     Pair,
     check_served,
@@ -27,6 +26,7 @@ from espalier.security.certificates import (
     node_key_pair,
 )
 from espalier.security.keys import EDGE_KEYS, KeyRegistry, canonical, fingerprint, openssh
+from espalier.security.name_registry import EDGE_NAMES, NameRegistry
 from espalier.security.transport import Security
 
 SECONDS = 1 / 86400
