@@ -11,9 +11,10 @@ from contextlib import ExitStack
 from pathlib import Path
 
 from espalier.monitor.ask import ask_status, watch
-from espalier.processes.supervise import ROOT, espalier_command, espalier_env, free_ports
+from espalier.processes.supervise import espalier_command, espalier_env, free_ports
 from espalier.security.transport import Security
 from tests.support.certificates import Authority
+from tests.support.paths import ROOT
 from tests.support.processes import running, wait_until
 
 

@@ -16,9 +16,10 @@ import pytest
 from bench.local_tree import LocalClient, LocalTree
 from bench.stock import running
 
-from espalier.processes.supervise import ROOT, espalier_command, espalier_env, free_ports
+from espalier.processes.supervise import espalier_command, espalier_env, free_ports
 from espalier_server.records.checkpoint import Checkpoints
 from espalier_server.records.events import read_events
+from tests.support.paths import ROOT
 from tests.support.processes import wait_until
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="looks at processes as Linux shows them")

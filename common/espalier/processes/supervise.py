@@ -21,9 +21,6 @@ from espalier.config.timeouts import KILL
 from espalier.errors import AddressError, EspalierError, StateError
 from espalier.security.transport import Address
 
-ROOT = Path(__file__).resolve().parents[3]
-"""The checkout: the folder of our top packages and of pyproject.toml."""
-
 _PR_SET_PDEATHSIG = 1
 _POLL_SECONDS = 0.05
 

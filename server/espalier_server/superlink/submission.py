@@ -17,8 +17,9 @@ from typing import Any
 
 from espalier.config.run_config import FlatValue
 from espalier.errors import ConfigError, EspalierError, StateError
-from espalier.processes.supervise import ROOT, espalier_env
+from espalier.processes.supervise import espalier_env
 from espalier.storage.json_file import write_text
+from espalier_server import FLOWER_APP
 from espalier_server.records.events import EVENTS_FILE, FINAL, STOP_FILE, EventLog, read_from
 from espalier_server.superlink.clouds import Cloud, running_clouds
 
@@ -101,7 +102,7 @@ def submit(cloud: Cloud, config: Mapping[str, FlatValue]) -> Submission:
         # JSON's texts, numbers and truth values are TOML's too.
         lines = [f"{key} = {json.dumps(value, ensure_ascii=False)}\n" for key, value in config.items()]
         settings.write_text("".join(lines), encoding="utf-8")
-        reply = flwr(cloud, "run", str(ROOT), CONNECTION, "--run-config", str(settings))
+        reply = flwr(cloud, "run", str(FLOWER_APP), CONNECTION, "--run-config", str(settings))
     submission = replace(submission, flower_run=str(reply["run-id"]), offset=size)
     remember(cloud, submission)
     return submission

@@ -16,6 +16,7 @@ from pydantic import ValidationError
 
 from espalier.config.run_config import CLOUD_ONLY, RunConfig, parse_assignments
 from espalier.errors import ConfigError
+from espalier_server import FLOWER_APP
 from tests.support.paths import ROOT
 
 
@@ -30,8 +31,8 @@ def faults(**settings: object) -> list[str]:
     return [line.strip() for line in str(caught.value).splitlines()[1:]]
 
 
-def test_pyproject_holds_the_defaults() -> None:
-    table = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["flwr"]["app"]["config"]
+def test_the_flower_app_holds_the_defaults() -> None:
+    table = tomllib.loads((FLOWER_APP / "pyproject.toml").read_text())["tool"]["flwr"]["app"]["config"]
     expected = RunConfig().to_flat()
     assert table == expected
     assert list(table) == list(expected)

@@ -9,7 +9,7 @@ import time
 
 import pytest
 
-from espalier.processes.supervise import ROOT
+from tests.support.paths import ROOT
 
 HANGS = """
 import sys, threading

@@ -15,7 +15,8 @@ import psutil
 import pytest
 
 from espalier.errors import EspalierError
-from espalier.processes.supervise import ROOT, Group, espalier_env, free_ports, listens, spawn, stop
+from espalier.processes.supervise import Group, espalier_env, free_ports, listens, spawn, stop
+from tests.support.paths import ROOT
 
 SLEEP = "import time; time.sleep(600)"
 STUBBORN = """
