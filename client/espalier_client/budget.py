@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import threading
 from pathlib import Path
 from typing import Annotated, Literal
@@ -13,7 +12,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from espalier.data.histogram import add_laplace_noise
 from espalier.errors import ConfigError, StateError
 from espalier.names import check_name
-from espalier.storage.json_file import write_text
+from espalier.storage.json_file import write_json
 from espalier.training.privacy import Mechanism, epsilon_of
 
 Kind = Literal["dp-sgd", "update"]
@@ -148,7 +147,7 @@ class Budget:
             ) from error
 
     def _write(self, ledger: _Ledger) -> None:
-        write_text(self.path, json.dumps(ledger.model_dump(by_alias=True), indent=1) + "\n")
+        write_json(self.path, ledger.model_dump(by_alias=True))
 
     def _check_limit(self, ledger: _Ledger) -> None:
         if self.limit and (total := _total(ledger)) > self.limit:

@@ -18,7 +18,7 @@ from espalier.processes.supervise import process_alive
 from espalier.security.keys import EDGE_KEYS, KeyRegistry
 from espalier.security.name_registry import EDGE_NAMES, NameRegistry
 from espalier.security.transport import Security
-from espalier.storage.json_file import write_text
+from espalier.storage.json_file import write_json
 from espalier_proto import monitor_pb2 as mpb
 from espalier_server.records.events import EVENTS_FILE, read_from
 from espalier_server.superlink import submission as runs
@@ -37,7 +37,7 @@ NODES_AGE, NODES_WAIT = 4.0, 1.0
 
 def remember_run(state: Path, run: str, folder: Path) -> None:
     """Note which run began last, for those who look on."""
-    write_text(state / RUN_FILE, json.dumps({"run": run, "folder": str(folder)}) + "\n")
+    write_json(state / RUN_FILE, {"run": run, "folder": str(folder)})
 
 
 class Nodes:

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import datetime
 import json
-import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
 from espalier.errors import ConfigError, StateError
+from espalier.storage.atomic import write_bytes
 
 if TYPE_CHECKING:
     from espalier.security.certificates import Facts, Pair
@@ -56,7 +56,7 @@ def init(
         held = in_force(_read(roots), str(roots))[:1]
         if not held:
             raise ConfigError(f"{roots} has expired; make a new authority with --renew")
-        _write(roots, held[0], 0o644)
+        write_bytes(roots, held[0], 0o644)
         typer.echo(f"{roots}: one authority; copy it to every machine")
         return
     _refuse_overwriting(roots, renew, "--renew")
@@ -65,8 +65,8 @@ def init(
     _make_folder(folder)
     for path in (roots, folder / CA_KEY):
         _keep_aside(path)
-    _write(folder / CA_KEY, pair.private_key, 0o600)
-    _write(roots, b"".join([pair.certificate, *old]), 0o644)
+    write_bytes(folder / CA_KEY, pair.private_key, 0o600)
+    write_bytes(roots, b"".join([pair.certificate, *old]), 0o644)
     typer.echo(f"{roots}: what every machine checks servers against (--root-certificates)")
     typer.echo(f"{folder / CA_KEY}: the authority's key; it stays here")
     if old:
@@ -130,7 +130,7 @@ def client(
     _make_folder(out)
     _make_node_key(out)
     if (folder / CA).exists():
-        _write(out / CA, _read(folder / CA), 0o644)
+        write_bytes(out / CA, _read(folder / CA), 0o644)
         typer.echo(f"{out / CA}: --root-certificates")
     typer.echo(
         f"register it at its edges and at the cloud: espalier clients add {name} {out / NODE_PUBLIC} --state DIR"
@@ -187,9 +187,9 @@ def _certify(folder: Path, out: Path, hosts: list[str] | None, days: float) -> N
     _make_folder(out)
     for name in (CERTIFICATE, PRIVATE_KEY):
         _keep_aside(out / name)
-    _write(out / PRIVATE_KEY, pair.private_key, 0o600)
-    _write(out / CERTIFICATE, pair.certificate, 0o644)
-    _write(out / CA, _read(folder / CA), 0o644)
+    write_bytes(out / PRIVATE_KEY, pair.private_key, 0o600)
+    write_bytes(out / CERTIFICATE, pair.certificate, 0o644)
+    write_bytes(out / CA, _read(folder / CA), 0o644)
     typer.echo(f"{out / CERTIFICATE}: --certificate")
     typer.echo(f"{out / PRIVATE_KEY}: --private-key")
     typer.echo(f"{out / CA}: --root-certificates")
@@ -201,8 +201,8 @@ def _make_node_key(out: Path) -> None:
     private, public = node_key_pair()
     for name in (NODE_KEY, NODE_PUBLIC):
         _keep_aside(out / name)
-    _write(out / NODE_KEY, private, 0o600)
-    _write(out / NODE_PUBLIC, public, 0o644)
+    write_bytes(out / NODE_KEY, private, 0o600)
+    write_bytes(out / NODE_PUBLIC, public, 0o644)
     typer.echo(f"{out / NODE_KEY}: --key")
     typer.echo(f"{out / NODE_PUBLIC}: its public half")
 
@@ -239,18 +239,3 @@ def _make_folder(folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True, mode=0o700)
     except OSError as error:
         raise StateError(f"cannot make {folder}: {error.strerror}; give another --out or --dir") from error
-
-
-def _write(path: Path, content: bytes, mode: int) -> None:
-    """Write a file whole, never readable by more than `mode` says."""
-    partial = path.with_name(f".{path.name}.partial")
-    try:
-        partial.unlink(missing_ok=True)
-        descriptor = os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode)
-        with os.fdopen(descriptor, "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        partial.replace(path)
-    except OSError as error:
-        raise StateError(f"cannot write {path}: {error.strerror}; see to space and rights there") from error

@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import json
-import os
 import threading
 from collections import OrderedDict
 from pathlib import Path
-from typing import IO
 
 from cryptography.exceptions import UnsupportedAlgorithm
 from cryptography.hazmat.primitives.asymmetric import ec
@@ -26,61 +23,8 @@ from flwr.supercore.primitives.asymmetric import private_key_to_bytes
 from google.protobuf.message import DecodeError
 
 from espalier.errors import StateError
-
-
-def write_atomic(path: Path, content: bytes) -> None:
-    """Replace a file so that a power cut leaves the old one or the new one, never a part."""
-    partial = path.with_name(f".{path.name}.{os.getpid()}.{threading.get_ident()}.part")
-    try:
-        with partial.open("wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        partial.replace(path)
-    except OSError as fault:
-        partial.unlink(missing_ok=True)
-        raise StateError(
-            f"cannot write {path}: {fault.strerror}; free some space or mend its rights"
-        ) from fault
-
-
-class StateLock:
-    """Keeps a second process off a state folder; the kernel lets go when the holder dies.
-
-    Raises
-    ------
-    StateError
-        If another process holds the folder, or it cannot be made or written.
-    """
-
-    def __init__(self, folder: Path) -> None:
-        self._file: IO[str] | None = None
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-            file = (folder / "lock").open("a+")
-        except OSError as fault:
-            raise StateError(
-                f"cannot use the state folder {folder}: {fault.strerror}; choose another --state"
-            ) from fault
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            file.seek(0)
-            holder = file.read().strip() or "unknown"
-            file.close()
-            raise StateError(
-                f"the state folder {folder} is in use by process {holder}; stop it or choose another --state"
-            ) from None
-        file.truncate(0)
-        file.write(str(os.getpid()))
-        file.flush()
-        self._file = file
-
-    def release(self) -> None:
-        """Let the folder go."""
-        if self._file is not None:
-            self._file.close()
-            self._file = None
+from espalier.storage.atomic import write_bytes
+from espalier.storage.json_file import write_json
 
 
 def load_key(path: Path) -> ec.EllipticCurvePrivateKey:
@@ -117,15 +61,10 @@ def load_or_make_key(path: Path) -> ec.EllipticCurvePrivateKey:
     else:
         # P-256: signed and verified with every call, and ten times faster than P-384 in OpenSSL.
         key = ec.generate_private_key(ec.SECP256R1())
-        try:
-            descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
-            with os.fdopen(descriptor, "wb") as file:
-                file.write(private_key_to_bytes(key))
-        except OSError as fault:
-            raise StateError(f"cannot write the key {path}: {fault.strerror}") from fault
+        write_bytes(path, private_key_to_bytes(key), mode=0o600)
     if not path.with_suffix(".pub").exists():
         line = key.public_key().public_bytes(Encoding.OpenSSH, PublicFormat.OpenSSH)
-        write_atomic(path.with_suffix(".pub"), line + b"\n")
+        write_bytes(path.with_suffix(".pub"), line + b"\n")
     return key
 
 
@@ -153,7 +92,7 @@ class HomeIds:
         with self._lock:
             if self._ids.get(home) != node_id:
                 self._ids[home] = node_id
-                write_atomic(self._path, json.dumps(self._ids, indent=1).encode())
+                write_json(self._path, self._ids)
 
 
 class ContextStates:
@@ -217,7 +156,7 @@ class ContextStates:
         digest = hashlib.sha256(content).digest()
         if self._written.get(run) == digest:
             return
-        write_atomic(path, content)
+        write_bytes(path, content)
         self._written = {run: digest}
         files = sorted(self._folder.glob("*.pb"), key=lambda file: file.stat().st_mtime_ns, reverse=True)
         for old in files[self._keep :]:

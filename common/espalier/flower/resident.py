@@ -14,10 +14,11 @@ from flwr.supercore.fab import Fab
 from espalier.config.timeouts import STOP_CALL
 from espalier.errors import StateError
 from espalier.flower.node_resources import Crew
-from espalier.flower.node_state import ContextStates, HomeIds, StateLock, load_key, load_or_make_key
+from espalier.flower.node_state import ContextStates, HomeIds, load_key, load_or_make_key
 from espalier.flower.run_info import RUN_RECORD, UserConfig
 from espalier.flower.upstream_session import App, Desk, HomeLoop
 from espalier.flower.upstreams import Home, HomeFault, HomeRefused, MessageGone
+from espalier.storage.lock import FolderLock
 
 __all__ = ["RUN_RECORD", "Fab", "Home", "ResidentNode"]
 
@@ -71,7 +72,7 @@ class ResidentNode:
     ) -> None:
         if not homes or len({home.address for home in homes}) < len(homes):
             raise ValueError("a node needs at least one home, and none twice")
-        self._lock_file = StateLock(state)
+        self._lock_file = FolderLock(state)
         try:
             self._desk = Desk(
                 app=app,

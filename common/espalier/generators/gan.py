@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import tempfile
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
@@ -16,6 +15,7 @@ from torch import Tensor
 from espalier.errors import ConfigError, StateError
 from espalier.generators.images import in_batches
 from espalier.generators.networks import GanConfig, StyleGenerator
+from espalier.storage.atomic import replacing_folder, write_error
 
 WEIGHTS, INDEX, GRID = "generator.safetensors", "generator.json", "samples.png"
 _KIND, _FORMAT = "espalier-gan", 1
@@ -104,20 +104,12 @@ def save_gan(folder: Path, network: StyleGenerator, notes: Mapping[str, Any], gr
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in network.state_dict().items()}
     index = {"kind": _KIND, "format": _FORMAT, "config": asdict(network.config), "training": dict(notes)}
     try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(prefix=f".{folder.name}-", dir=folder.parent) as scratch:
-            new = Path(scratch, "new")
-            new.mkdir()
+        with replacing_folder(folder) as new:
             save_file(tensors, new / WEIGHTS)
             (new / INDEX).write_text(json.dumps(index, indent=1) + "\n", encoding="utf-8")
             grid.save(new / GRID, format="PNG")
-            if folder.exists():
-                folder.rename(Path(scratch, "old"))
-            new.rename(folder)
-    except (OSError, SafetensorError) as error:
-        raise StateError(
-            f"cannot write the generator to {folder}: {error}; free space there or give another --out"
-        ) from error
+    except SafetensorError as error:
+        raise write_error(folder, error) from error
 
 
 def check_out(folder: Path) -> None:

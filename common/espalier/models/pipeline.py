@@ -7,10 +7,7 @@ diffusers' own ``from_pretrained`` builds a net from its configuration alone and
 
 from __future__ import annotations
 
-import contextlib
 import json
-import os
-import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -22,6 +19,7 @@ from torch import nn
 from espalier.errors import StateError
 from espalier.models.architecture import build_with, describe, to_json
 from espalier.models.diffusion import ScheduleSettings, ddim_schedule
+from espalier.storage.atomic import replacing_folder, write_error
 from espalier_proto import espalier_pb2 as pb
 
 if TYPE_CHECKING:
@@ -68,23 +66,12 @@ def save_model(
         _INDEX: json.dumps(index, indent=1),
     }
     try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(prefix=f".{folder.name}-", dir=folder.parent) as scratch:
-            new = Path(scratch, "new")
-            new.mkdir()
+        with replacing_folder(folder) as new:
             save_file(tensors, new / _WEIGHTS)
             for name, text in texts.items():
                 (new / name).write_text(text + "\n", encoding="utf-8")
-            for file in new.iterdir():
-                _sync(file)
-            if folder.exists():
-                folder.rename(Path(scratch, "old"))
-            new.rename(folder)
-        _sync(folder.parent)
-    except (OSError, SafetensorError) as error:
-        raise StateError(
-            f"cannot write the model to {folder}: {error}; free space there or give the folder to this user"
-        ) from error
+    except SafetensorError as error:
+        raise write_error(folder, error) from error
 
 
 def load_model(folder: Path) -> tuple[nn.Module, DDIMScheduler, dict[str, Any]]:
@@ -159,11 +146,3 @@ def _damaged(path: Path, reason: str) -> StateError:
     return StateError(
         f"{path} {state} ({reason}); save the model again, or take it from a checkpoint of the run"
     )
-
-
-def _sync(path: Path) -> None:
-    """Force a file or folder to the disk, where the file system can."""
-    handle = os.open(path, os.O_RDONLY)
-    with contextlib.suppress(OSError):
-        os.fsync(handle)
-    os.close(handle)

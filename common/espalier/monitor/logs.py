@@ -15,7 +15,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
-from espalier.storage.json_file import plain
+from espalier.storage.json_file import jsonable
 
 #: Tells the ServerApp, which Flower starts, in which form the cloud logs.
 FORMAT_ENV = "ESPALIER_LOG_FORMAT"
@@ -62,7 +62,7 @@ class JsonFormatter(logging.Formatter):
         if record.exc_info:
             line["exception"] = self.formatException(record.exc_info)
         try:
-            return json.dumps(plain(line), ensure_ascii=False)
+            return json.dumps(jsonable(line), ensure_ascii=False)
         except TypeError:  # a field of a library's own type
             return json.dumps({key: str(value) for key, value in line.items()}, ensure_ascii=False)
 

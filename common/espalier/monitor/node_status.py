@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from espalier.errors import StateError
-from espalier.storage.json_file import write_text
-from espalier_server.superlink.clouds import is_locked
+from espalier.storage.json_file import write_json
+from espalier.storage.lock import is_locked
 
 STATUS_FILE = "status.json"
 #: Seconds between two signs of life, and how old the last one may be: a process that was stopped gives none.
@@ -132,7 +132,7 @@ class NodeStatus:
     def _write(self) -> None:
         with self._lock:
             content = {"pid": os.getpid(), "homes": {a: vars(h) for a, h in self.homes.items()}}
-        write_text(self.path, json.dumps(content, indent=1) + "\n")
+        write_json(self.path, content)
 
 
 def connected_homes(state: Path) -> list[str]:

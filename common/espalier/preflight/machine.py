@@ -12,7 +12,7 @@ from espalier import distribution
 from espalier.errors import EspalierError, StateError
 from espalier.preflight.findings import Findings
 from espalier.preflight.tls import check_mode
-from espalier_server.superlink.clouds import is_locked
+from espalier.storage.lock import is_locked
 
 GB = 1e9
 FLOWER = "1.39"

@@ -5,7 +5,6 @@ from __future__ import annotations
 import base64
 import contextlib
 import datetime
-import fcntl
 import hashlib
 import json
 import threading
@@ -24,7 +23,8 @@ from cryptography.hazmat.primitives.serialization import (
 
 from espalier.errors import ConfigError, StateError, WireError
 from espalier.names import NAME_RULE, is_name
-from espalier.storage.json_file import write_text
+from espalier.storage.json_file import write_json
+from espalier.storage.lock import locked_file
 
 #: In a cloud's or an edge's state folder: clients whose contributions count.
 CLIENT_KEYS = "clients.json"
@@ -221,20 +221,13 @@ class KeyRegistry:
     @contextlib.contextmanager
     def _changing(self) -> Iterator[list[Entry]]:
         """Yield the entries to change, with other processes kept from changing them meanwhile."""
-        guard = self.path.with_name(f".{self.path.name}.lock")
-        try:
-            guard.parent.mkdir(parents=True, exist_ok=True)
-            file = guard.open("a")
-        except OSError as error:
-            raise StateError(f"cannot write {self.path}: {error.strerror}; see to rights there") from error
-        with file, self._lock:
-            fcntl.flock(file, fcntl.LOCK_EX)
+        with locked_file(self.path), self._lock:
             self._read()
             entries = list(self._entries)
             yield entries
             if entries != list(self._entries):
                 plain = [asdict(e) | {"public_key": e.public_key.decode()} for e in entries]
-                write_text(self.path, json.dumps(plain, indent=1) + "\n", mode=0o600)
+                write_json(self.path, plain, mode=0o600)
 
     def _read(self) -> None:
         """Read the file if it is not the one that was read last."""

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Protocol
 
 from espalier.errors import StateError, WireError
-from espalier.storage.json_file import write_text
+from espalier.storage.json_file import write_json
 
 #: File names of the registries in state folders: the clients' names at an edge, the edges' names at a cloud.
 CLIENT_NAMES, EDGE_NAMES = "names.json", "edges.json"
@@ -78,4 +78,4 @@ class NameRegistry:
         return known
 
     def _write(self, keys: dict[str, str]) -> None:
-        write_text(self.path, json.dumps(keys, indent=1) + "\n")
+        write_json(self.path, keys)

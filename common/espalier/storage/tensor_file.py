@@ -1,9 +1,7 @@
-"""Named arrays in a safetensors file that is written whole or not at all, and whose damage is noticed."""
+"""Named arrays in a safetensors file, replaced atomically and protected by a checksum."""
 
 from __future__ import annotations
 
-import contextlib
-import os
 import zlib
 from collections.abc import Mapping
 from pathlib import Path
@@ -13,59 +11,44 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from espalier.errors import StateError
+from espalier.storage.atomic import replacing, write_error
 
 _CHECKSUM = "crc32"
 
 
 def write_tensors(path: Path, tensors: Mapping[str, np.ndarray]) -> None:
-    """Write `tensors` to `path` by way of a temporary file and a rename; an old file is replaced.
+    """Replace the file at `path` with `tensors`; see :func:`espalier.storage.atomic.replacing`.
 
     Raises
     ------
     StateError
-        The folder cannot be written to.
+        The file cannot be written.
     """
     arrays = {name: np.ascontiguousarray(array).reshape(np.shape(array)) for name, array in tensors.items()}
-    partial = path.with_name(f".{path.name}.partial")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        save_file(arrays, partial, metadata={_CHECKSUM: _checksum(arrays)})
-        with partial.open("rb") as file:
-            os.fsync(file.fileno())
-        partial.replace(path)
-        sync_folder(path.parent)
-    except (OSError, SafetensorError) as error:
-        with contextlib.suppress(OSError):
-            partial.unlink(missing_ok=True)
-        raise StateError(f"cannot write {path}: {error}; see to space and rights there") from error
+        with replacing(path) as temporary:
+            save_file(arrays, temporary, metadata={_CHECKSUM: _checksum(arrays)})
+    except SafetensorError as error:
+        raise write_error(path, error) from error
 
 
 def read_tensors(path: Path) -> dict[str, np.ndarray]:
-    """Read what `write_tensors` wrote.
+    """Read a file that :func:`write_tensors` wrote.
 
     Raises
     ------
     StateError
-        The file is absent, truncated, or its content is not what was written.
+        The file is missing or truncated, or its checksum does not match.
     """
     try:
         with safe_open(path, framework="numpy") as file:
             checksum = (file.metadata() or {}).get(_CHECKSUM)
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - no mapping
     except (OSError, SafetensorError, ValueError) as error:
-        raise StateError(f"{path} is damaged ({error}); remove it to go on from an older one") from error
+        raise StateError(f"{path} is damaged ({error}); remove it to continue from an older one") from error
     if checksum != _checksum(tensors):
-        raise StateError(f"{path} is damaged (its checksum differs); remove it to go on from an older one")
+        raise StateError(f"{path} is damaged (its checksum differs); remove it to continue from an older one")
     return tensors
-
-
-def sync_folder(folder: Path) -> None:
-    """Make a rename inside `folder` survive a power cut."""
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 def _checksum(tensors: Mapping[str, np.ndarray]) -> str:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import logging
 import os
-import tempfile
 from collections.abc import Iterator
 from functools import cached_property
 from pathlib import Path
@@ -21,6 +20,7 @@ from espalier.data.imageset import ImageSet, to_float, to_uint8
 from espalier.data.sources import default_root
 from espalier.errors import ConfigError, DataError
 from espalier.seeds import rng_for, seed_for
+from espalier.storage.atomic import replacing
 from espalier.torchvision_shim import import_torchvision
 
 log = logging.getLogger(__name__)
@@ -299,11 +299,8 @@ def _load(model: nn.Module, file: Path) -> bool:
 
 
 def _save(model: nn.Module, file: Path) -> None:
-    """Write the network whole or not at all, also where two processes do it at once."""
-    file.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=file.parent) as folder:
-        save_file({name: value.cpu() for name, value in model.state_dict().items()}, Path(folder) / "whole")
-        os.replace(Path(folder) / "whole", file)
+    with replacing(file) as temporary:
+        save_file({name: value.cpu() for name, value in model.state_dict().items()}, temporary)
 
 
 def _inception_file(download: bool) -> Path:

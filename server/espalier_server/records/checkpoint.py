@@ -14,8 +14,9 @@ from typing import Any
 import numpy as np
 
 from espalier.errors import StateError
-from espalier.storage.json_file import plain, write_text
-from espalier.storage.tensor_file import read_tensors, sync_folder, write_tensors
+from espalier.storage.atomic import sync_folder
+from espalier.storage.json_file import jsonable, write_json
+from espalier.storage.tensor_file import read_tensors, write_tensors
 
 _FOLDER = re.compile(r"window-(\d+)")
 _TENSORS, _META = "tensors.safetensors", "meta.json"
@@ -62,12 +63,12 @@ class Checkpoints:
             self._hidden("partial", window),
             self._hidden("old", window),
         )
-        content = plain(dict(meta))
+        content = jsonable(dict(meta))
         document = {"window": window, "meta": content, "sha256": _digest(content)}
         try:
             shutil.rmtree(partial, ignore_errors=True)
             write_tensors(partial / _TENSORS, tensors)
-            write_text(partial / _META, json.dumps(document, indent=1))
+            write_json(partial / _META, document)
             sync_folder(partial)
             if target.exists():
                 target.replace(replaced)

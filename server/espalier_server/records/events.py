@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from espalier.errors import StateError
-from espalier.storage.json_file import plain
+from espalier.storage.atomic import write_error
+from espalier.storage.json_file import jsonable
 
 EVENTS_FILE = "events.jsonl"
 STOP_FILE = "stop"
@@ -78,14 +79,12 @@ class EventLog:
                 **fields,
                 "pid": os.getpid(),
             }  # so that a reader sees when the writer dies without a word
-        line = json.dumps({"event": event, "time": time.time(), **plain(fields)}) + "\n"
+        line = json.dumps({"event": event, "time": time.time(), **jsonable(fields)}) + "\n"
         with self._lock:
             try:
                 self._append(line.encode())
             except OSError as error:
-                raise StateError(
-                    f"cannot write {self.path}: {error.strerror}; see to space and rights there"
-                ) from error
+                raise write_error(self.path, error) from error
 
     def _append(self, data: bytes) -> None:
         data = b"\n" + data if self._torn else data

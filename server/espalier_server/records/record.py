@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Mapping
 from pathlib import Path
@@ -12,7 +11,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, computed_fie
 
 from espalier.errors import StateError
 from espalier.models.presets import Task, is_model, task_of
-from espalier.storage.json_file import plain, write_text
+from espalier.storage.json_file import jsonable, write_json
 from espalier.training.privacy import EPSILON
 from espalier.wire.traffic import LINKS
 
@@ -291,7 +290,7 @@ class RunRecord(_Part):
 
     def as_dict(self) -> dict[str, Any]:
         """Return the record in JSON's types; NaN becomes None."""
-        content: dict[str, Any] = plain(self.model_dump())
+        content: dict[str, Any] = jsonable(self.model_dump())
         return content
 
     def write(self, folder: Path) -> Path:
@@ -303,7 +302,7 @@ class RunRecord(_Part):
             The folder cannot be written to.
         """
         path = folder / REPORT_FILE
-        write_text(path, json.dumps(self.as_dict(), indent=1) + "\n")
+        write_json(path, self.as_dict())
         return path
 
     @classmethod

@@ -3,19 +3,17 @@
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import logging
-import os
-import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from espalier.config.run_config import FlatValue, RunConfig
 from espalier.errors import ConfigError, StateError
+from espalier.storage.lock import FolderInUseError, FolderLock, holder, is_locked
 from espalier_server.records.events import EVENTS_FILE, read_events
 from espalier_server.records.rebuild import from_events
 from espalier_server.records.record import REPORT_FILE, RunRecord
-from espalier_server.superlink.clouds import LOCK_FILE, is_locked, running_clouds
+from espalier_server.superlink.clouds import running_clouds
 from espalier_server.superlink.submission import submissions
 
 log = logging.getLogger("espalier.cloud")
@@ -165,7 +163,7 @@ def _refuse_running(folder: Path, run: str) -> None:
             )
     if is_locked(folder):
         raise ConfigError(
-            f"run {run} is still going on (process {_holder(folder)}); wait for its end, or end it with "
+            f"run {run} is still going on (process {holder(folder)}); wait for its end, or end it with "
             f"`espalier stop {run}`"
         )
 
@@ -180,28 +178,12 @@ def at_work(folder: Path, patience: float = LOCK_PATIENCE) -> Iterator[None]:
         Another process still does after `patience` seconds, or the folder cannot be written to.
     """
     try:
-        file = (folder / LOCK_FILE).open("a+")
-    except OSError as error:
-        raise StateError(f"cannot write {folder}: {error.strerror}; give the folder to this user") from error
-    with file:
-        end = time.monotonic() + patience
-        while True:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                break
-            except BlockingIOError:
-                if time.monotonic() > end:
-                    raise StateError(
-                        f"process {_holder(folder)} works on the run in {folder}; end it, or wait for its end"
-                    ) from None
-                time.sleep(0.1)
-        file.truncate(0)
-        file.write(str(os.getpid()))
-        file.flush()
+        lock = FolderLock(folder, patience)
+    except FolderInUseError as error:
+        raise StateError(
+            f"process {error.holder} works on the run in {folder}; stop it, or wait until it ends"
+        ) from None
+    try:
         yield
-
-
-def _holder(folder: Path) -> str:
-    with contextlib.suppress(OSError):
-        return (folder / LOCK_FILE).read_text().strip() or "unknown"
-    return "unknown"
+    finally:
+        lock.release()

@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import json
 import os
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from espalier.errors import ConfigError
-from espalier.storage.json_file import write_text
+from espalier.storage.atomic import write_text
+from espalier.storage.json_file import write_json
+from espalier.storage.lock import is_locked
 
 CLOUD_FILE = "cloud.json"
-LOCK_FILE = "lock"
-"""Held by the process that owns a state folder for as long as it lives."""
 
 
 @dataclass(frozen=True)
@@ -75,9 +74,8 @@ class Cloud:
             other = _read(path)
             if other is not None and not other.running:  # it was killed and could not take itself off
                 path.unlink(missing_ok=True)
-        text = json.dumps(asdict(self), indent=1) + "\n"
-        write_text(self.folder / CLOUD_FILE, text)
-        write_text(registry() / f"{self.name}.json", text)
+        for path in (self.folder / CLOUD_FILE, registry() / f"{self.name}.json"):
+            write_json(path, asdict(self))
 
     def unregister(self) -> None:
         """Take the cloud off the registry, if it still is the one of its name."""
@@ -119,18 +117,6 @@ def find_cloud(name: str) -> Cloud:
         f"no cloud named {name!r} runs on this machine ({others}); start one with "
         "`espalier cloud --listen HOST:PORT --control 127.0.0.1:PORT --state DIR`, or name it with --cloud"
     )
-
-
-def is_locked(folder: Path) -> bool:
-    """Whether a process owns a state folder."""
-    try:
-        with (folder / LOCK_FILE).open() as file:
-            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return True
-    except OSError:
-        return False
-    return False
 
 
 def _read(path: Path) -> Cloud | None:

@@ -18,7 +18,7 @@ from typing import Any
 from espalier.config.run_config import FlatValue
 from espalier.errors import ConfigError, EspalierError, StateError
 from espalier.processes.supervise import espalier_env
-from espalier.storage.json_file import write_text
+from espalier.storage.json_file import write_json
 from espalier_server import FLOWER_APP
 from espalier_server.records.events import EVENTS_FILE, FINAL, STOP_FILE, EventLog, read_from
 from espalier_server.superlink.clouds import Cloud, running_clouds
@@ -110,7 +110,7 @@ def submit(cloud: Cloud, config: Mapping[str, FlatValue]) -> Submission:
 
 def remember(cloud: Cloud, submission: Submission) -> None:
     """Write a submission into the cloud's state."""
-    write_text(_folder(cloud) / f"{submission.run}.json", json.dumps(asdict(submission), indent=1) + "\n")
+    write_json(_folder(cloud) / f"{submission.run}.json", asdict(submission))
 
 
 def forget(cloud: Cloud, submission: Submission) -> None:

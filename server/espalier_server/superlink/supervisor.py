@@ -13,7 +13,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from espalier.errors import ConfigError, EspalierError, StateError
-from espalier.flower.node_state import StateLock
 from espalier.monitor.logs import Forwarder, announce, is_json
 from espalier.monitor.metrics import TreeCollector, serve_metrics
 from espalier.names import check_name
@@ -30,6 +29,7 @@ from espalier.processes.supervise import (
 from espalier.security.certificates import check_served
 from espalier.security.keys import EDGE_KEYS, KEYS_ONLY, KeyRegistry
 from espalier.security.transport import Address, Security, parse_address
+from espalier.storage.lock import FolderLock
 from espalier_server.monitor import CloudSource, monitored
 from espalier_server.records.events import FINAL, read_from
 from espalier_server.superlink import submission as runs
@@ -98,7 +98,7 @@ def run_cloud(
     security.server_certificates(control)
     if any(cloud.name == name and cloud.folder != state for cloud in running_clouds()):
         raise ConfigError(f"a cloud named {name!r} already runs on this machine; give another --name")
-    lock = StateLock(state)
+    lock = FolderLock(state)
     source = CloudSource(name, str(fleet_address), state)
     try:
         check_free(fleet_address, "--listen")

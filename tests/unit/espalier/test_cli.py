@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from espalier import cli
+from espalier.storage.lock import LOCK_FILE
 from espalier_server.superlink import clouds, submission
 from espalier_server.superlink.clouds import Cloud
 from espalier_server.superlink.submission import Submission
@@ -207,7 +208,7 @@ def cloud(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Cloud:
 
 def hold(cloud: Cloud) -> subprocess.Popen[str]:
     """Own a cloud's state folder in another process, as its supervisor would."""
-    lock = str(cloud.folder / clouds.LOCK_FILE)
+    lock = str(cloud.folder / LOCK_FILE)
     program = f"""
 import fcntl, time
 file = open({lock!r}, "w")

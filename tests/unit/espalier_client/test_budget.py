@@ -168,3 +168,15 @@ def test_a_budget_that_is_none(budget: object) -> None:
         Device.from_node_config({"name": "c", "data": "digits:0/16", "privacy-budget": "2.5"}).privacy_budget
         == 2.5
     )
+
+
+def test_what_was_spent_survives_a_power_cut(tmp_path: Path, synced: list[Path]) -> None:
+    """Before anything leaves the device, the ledger's content and then its rename are on the disk."""
+    here = device(tmp_path)
+    synced.clear()
+    here.budget.charge("r", "update", Mechanism(1.0, 1.0, 1))
+    assert [path.parent for path in synced[:1]] == synced[1:] == [here.budget.path.parent]
+    assert synced[0].name.startswith(f".{here.budget.path.name}.")
+    synced.clear()
+    here.budget.histogram("r", COUNTS, 1.0, rng())
+    assert synced[1:] == [here.budget.path.parent]

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import stat
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -16,42 +14,9 @@ from espalier.errors import StateError
 from espalier.flower.node_state import (
     ContextStates,
     HomeIds,
-    StateLock,
     load_key,
     load_or_make_key,
-    write_atomic,
 )
-
-HOLD = """
-import pathlib, sys
-from espalier.flower.node_state import StateLock
-lock = StateLock(pathlib.Path(sys.argv[1]))
-print("held", flush=True)
-sys.stdin.read()
-"""
-
-
-def test_a_second_process_on_a_state_folder_is_refused_until_the_first_one_dies(tmp_path: Path) -> None:
-    first = subprocess.Popen(
-        [sys.executable, "-c", HOLD, str(tmp_path)], stdout=subprocess.PIPE, stdin=subprocess.PIPE, text=True
-    )
-    try:
-        assert first.stdout is not None
-        assert first.stdout.readline() == "held\n"
-        with pytest.raises(
-            StateError, match=f"in use by process {first.pid}; stop it or choose another --state"
-        ):
-            StateLock(tmp_path)
-    finally:
-        first.kill()
-        first.wait()
-    StateLock(tmp_path).release()
-
-
-def test_a_state_folder_that_cannot_be_made(tmp_path: Path) -> None:
-    (tmp_path / "file").write_text("")
-    with pytest.raises(StateError, match="choose another --state"):
-        StateLock(tmp_path / "file" / "state")
 
 
 def test_a_key_is_made_once_and_only_its_owner_reads_it(tmp_path: Path) -> None:
@@ -85,14 +50,6 @@ def test_home_ids_outlive_the_process_and_damage(tmp_path: Path) -> None:
     assert HomeIds(path).get("a:1") == 2**63 + 5
     path.write_text("[1")
     assert HomeIds(path).get("a:1") is None
-
-
-def test_an_atomic_write_leaves_no_part(tmp_path: Path) -> None:
-    write_atomic(tmp_path / "x", b"1")
-    write_atomic(tmp_path / "x", b"2")
-    assert [(file.name, file.read_bytes()) for file in tmp_path.iterdir()] == [("x", b"2")]
-    with pytest.raises(StateError, match="cannot write"):
-        write_atomic(tmp_path / "absent" / "x", b"1")
 
 
 def test_run_states_are_restored_and_only_the_newest_kept(tmp_path: Path) -> None:

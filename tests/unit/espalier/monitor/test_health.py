@@ -12,10 +12,10 @@ from typer.testing import CliRunner
 
 from espalier.cli import app
 from espalier.errors import AddressError, EspalierError, StateError
-from espalier.flower.node_state import StateLock
 from espalier.monitor.health import check_health
 from espalier.monitor.node_status import STALE, STATUS_FILE, NodeStatus, connected_homes
 from espalier.security.transport import Security
+from espalier.storage.lock import FolderLock
 from espalier_edge.fleet.server import InlineFleet
 from tests.support.processes import free_port
 
@@ -64,7 +64,7 @@ def test_a_port_without_the_service_says_so() -> None:
 
 @pytest.fixture
 def state(tmp_path: Path) -> Iterator[Path]:
-    lock = StateLock(tmp_path)
+    lock = FolderLock(tmp_path)
     yield tmp_path
     lock.release()
 
@@ -92,7 +92,7 @@ def test_a_node_is_well_while_one_home_is_connected(state: Path) -> None:
 def test_a_node_that_is_stopped_or_gone_is_not_well(tmp_path: Path) -> None:
     with pytest.raises(StateError, match="no process holds"):
         connected_homes(tmp_path)
-    lock = StateLock(tmp_path)
+    lock = FolderLock(tmp_path)
     with pytest.raises(StateError, match="tells nothing"):
         connected_homes(tmp_path)
     path = tmp_path / STATUS_FILE

@@ -14,13 +14,14 @@ from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
 from typer.testing import CliRunner
 
 from espalier.cli import app
-from espalier.flower.node_state import StateLock, load_or_make_key
+from espalier.flower.node_state import load_or_make_key
 from espalier.monitor import health
 from espalier.preflight import machine
 from espalier.preflight.findings import Finding, Findings
 from espalier.preflight.tiers import _compare
 from espalier.preflight.tls import check_above, check_own
 from espalier.security.transport import Security, parse_address
+from espalier.storage.lock import FolderLock
 from espalier_edge.fleet.server import InlineFleet
 from tests.support.certificates import Authority
 from tests.support.processes import free_port
@@ -172,7 +173,7 @@ def test_a_client_and_its_admission(tmp_path: Path, authority: Authority) -> Non
         assert found[f"admission {address}"]["level"] == "ok"
         # It left again: a second look is admitted, too. Beside a running client nothing is tried.
         assert preflight(*client, str(authority.roots), "--edge", address)[0] == 0
-        lock = StateLock(state)
+        lock = FolderLock(state)
         _, found = preflight(*client, str(authority.roots), "--edge", address)
         lock.release()
         assert found["state"]["level"] == "warn"
