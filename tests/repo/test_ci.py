@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -35,7 +36,7 @@ def test_hooks_check_what_make_lint_checks() -> None:
 
 
 @pytest.mark.parametrize("path", TEMPLATES, ids=lambda path: path.name)
-def test_issue_templates_are_forms(path: Any) -> None:
+def test_issue_templates_are_forms(path: Path) -> None:
     form = load(f".github/ISSUE_TEMPLATE/{path.name}")
     if path.name == "config.yml":
         assert form == {"blank_issues_enabled": True}
