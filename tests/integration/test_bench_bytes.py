@@ -2,14 +2,10 @@
 
 from __future__ import annotations
 
-import json
-import subprocess
-import sys
-
 import pytest
 from bench.bytes import Point, common_distance, reached, saved
 
-from tests.support.paths import ROOT
+from tests.support.benches import RunBench
 
 
 def test_bytes_are_counted_up_to_the_distance_that_all_reach() -> None:
@@ -23,12 +19,9 @@ def test_bytes_are_counted_up_to_the_distance_that_all_reach() -> None:
     assert saved(1.0, 8.0) == pytest.approx(0.875)
 
 
-def test_savings_are_those_of_the_ledger() -> None:
+def test_savings_are_those_of_the_ledger(run_bench: RunBench) -> None:
     rows_of = ["FedAvg E=1", "FedPhD-OS, 8 bits"]
-    command = [sys.executable, "-m", "bench.bytes", "--tiny", "--json", "--clients", "4", "--only", *rows_of]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=300)
-    assert done.returncode == 0, done.stderr
-    flat, best = json.loads(done.stdout)["rows"]
+    flat, best = run_bench("bytes", "--clients", "4", "--only", *rows_of)["rows"]
     dense, pruned = 4e-6 * flat["params"], 4e-6 * best["params"]
     # Four clients, five rounds, both ways; two edges every round.
     assert flat["below_MB"] == pytest.approx(40 * dense, rel=0.02)

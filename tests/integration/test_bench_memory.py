@@ -2,18 +2,11 @@
 
 from __future__ import annotations
 
-import json
-import subprocess
-import sys
-
-from tests.support.paths import ROOT
+from tests.support.benches import RunBench
 
 
-def test_memory() -> None:
-    command = [sys.executable, "-m", "bench.memory", "--tiny", "--json"]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=200)
-    assert done.returncode == 0, done.stderr
-    result = json.loads(done.stdout)
+def test_memory(run_bench: RunBench) -> None:
+    result = run_bench("memory")
     one, three = result["rows"]
     assert (one["clients"], three["clients"]) == (1, 3)
     assert 0 < one["uss_mb"] <= one["pss_mb"] <= one["rss_mb"]

@@ -2,19 +2,11 @@
 
 from __future__ import annotations
 
-import json
-import subprocess
-import sys
-
-from tests.support.paths import ROOT
+from tests.support.benches import RunBench
 
 
-def test_overhead() -> None:
-    command = [sys.executable, "-m", "bench.overhead", "--tiny", "--json"]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=200)
-    assert done.returncode == 0, done.stderr
-    result = json.loads(done.stdout)
-    assert result["bench"] == "overhead"
+def test_overhead(run_bench: RunBench) -> None:
+    result = run_bench("overhead")
     rows = {row["setup"]: row for row in result["rows"]}
     assert set(rows) == {"edge, residents", "edge, residents, TLS", "all stock, one array"}
     assert all((row["clients"], row["bytes"]) == (2, 4096) for row in rows.values())

@@ -1,26 +1,12 @@
-"""The benches of big payloads run: rounds beside a plain stream, and updates added up in a process of its own."""
+"""The benches of large payloads run: rounds against a plain stream, and aggregation in a process of its own."""
 
 from __future__ import annotations
 
-import json
-import subprocess
-import sys
-from typing import Any
-
-from tests.support.paths import ROOT
+from tests.support.benches import RunBench
 
 
-def tiny(name: str) -> dict[str, Any]:
-    command = [sys.executable, "-m", f"bench.{name}", "--tiny", "--json"]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=200)
-    assert done.returncode == 0, done.stderr
-    result: dict[str, Any] = json.loads(done.stdout)
-    assert result["bench"] == name
-    return result
-
-
-def test_payload() -> None:
-    result = tiny("payload")
+def test_payload(run_bench: RunBench) -> None:
+    result = run_bench("payload")
     rows = {row["setup"]: row for row in result["rows"]}
     assert [target["limit"] for target in result["targets"]] == [0.3]
     timed = ["plain gRPC stream", "plain gRPC stream, TLS", "edge", "edge, TLS", "edge, fp16"]
@@ -36,8 +22,8 @@ def test_payload() -> None:
     assert all(row["median_s"] > 0 for row in steps)
 
 
-def test_aggregate() -> None:
-    result = tiny("aggregate")
+def test_aggregate(run_bench: RunBench) -> None:
+    result = run_bench("aggregate")
     edges = [row for row in result["rows"] if row["by"] == "edge"]
     assert [row["updates"] for row in edges] == [2, 4]
     assert all(row["idle_mb"] < row["peak_mb"] for row in edges)

@@ -2,19 +2,11 @@
 
 from __future__ import annotations
 
-import json
-import subprocess
-import sys
-
-from tests.support.paths import ROOT
+from tests.support.benches import RunBench
 
 
-def test_security() -> None:
-    command = [sys.executable, "-m", "bench.security", "--tiny", "--json"]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=200)
-    assert done.returncode == 0, done.stderr
-    result = json.loads(done.stdout)
-    assert result["bench"] == "security"
+def test_security(run_bench: RunBench) -> None:
+    result = run_bench("security")
     setups = ["plain", "TLS", "TLS, signatures"]
     assert [row["setup"] for row in result["rows"]] == setups * 2
     assert [row["clients do"] for row in result["rows"]] == ["an epoch of training"] * 3 + ["nothing"] * 3

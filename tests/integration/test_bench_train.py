@@ -2,20 +2,13 @@
 
 from __future__ import annotations
 
-import json
-import subprocess
-import sys
-
 from bench.train import CHANNELS_LAST, COMPILED, PLAIN_ATTENTION, TINY, sides
 
-from tests.support.paths import ROOT
+from tests.support.benches import RunBench
 
 
-def test_train() -> None:
-    command = [sys.executable, "-m", "bench.train", "--tiny", "--json"]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=200)
-    assert done.returncode == 0, done.stderr
-    result = json.loads(done.stdout)
+def test_train(run_bench: RunBench) -> None:
+    result = run_bench("train")
     [row] = result["rows"]
     assert row["network"] == "unet-tiny, 1 x 8 x 8, batches of 8"
     assert min(row["client_images_s"], row["loop_images_s"], row["pruned_images_s"]) > 0
