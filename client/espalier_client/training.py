@@ -184,7 +184,7 @@ def _train_round(device: Device, task: Task) -> RecordDict:
     arrays = privacy.noised(arrays, received, form.names, buffers_of(plan.architecture))
     rng = rng_for(local.settings.seed, device.name, plan.round, "codec")
     payload, decoded = form.encode(arrays, received, rng)
-    further = objective.end(task.model, result, as_read(task.model, decoded, arrays, received))
+    further = objective.end(task.model, result, as_read(task.model, decoded, received))
     report.metrics.update(further)
     privacy.describe(report)
     device.save_state(plan, local.state)
@@ -205,7 +205,6 @@ def update_form(method: Method, plan: pb.RoundPlan, received: Layout, report: pb
 def as_read(
     model: nn.Module,
     decoded: Mapping[str, np.ndarray],
-    published: Mapping[str, np.ndarray],
     received: Mapping[str, np.ndarray],
 ) -> dict[str, torch.Tensor]:
     """Return the network's tensors as the servers read them.

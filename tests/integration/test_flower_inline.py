@@ -391,15 +391,6 @@ def test_an_address_in_use() -> None:
             InlineFleet("no such host:1").start()
 
 
-def test_waiting_for_nodes(tmp_path: Path) -> None:
-    with fleet() as server:
-        server.wait_for_change(0.0)
-        assert not server.wait_for_change(0.05)
-        with resident(app, tmp_path, address(server)):
-            assert server.wait_for_change(20)
-        assert server.wait_for_change(20)
-
-
 def test_two_homes_are_served_one_call_at_a_time(tmp_path: Path) -> None:
     with fleet() as one, fleet() as two, resident_process(tmp_path, address(one), address(two)) as process:
         grids = {server: server.open_run() for server in (one, two)}

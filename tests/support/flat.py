@@ -11,11 +11,11 @@ from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
+from bench.local_grid import LocalFleet, LocalGrid, client_node
 from bench.local_tree import LocalClient
 from flwr.app import ConfigRecord
 
 from espalier.config.run_config import RunConfig
-from espalier.flower.local import LocalFleet, LocalGrid, client_node
 from espalier.methods.base import CloudState
 from espalier.methods.planning import Member
 from espalier.methods.registry import create_method

@@ -6,8 +6,6 @@ import itertools
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from espalier.errors import ConfigError
-
 # --- a node and its home --------------------------------------------------------------------------
 #: Seconds a heartbeat may take.
 HEARTBEAT_CALL = 5.0
@@ -135,15 +133,3 @@ def order_faults(table: Iterable[Iterable[Limit]]) -> list[str]:
                     f"{upper.seconds:g} s ({upper.meaning})"
                 )
     return faults
-
-
-def check_order(table: Iterable[Iterable[Limit]]) -> None:
-    """Refuse a table out of order.
-
-    Raises
-    ------
-    ConfigError
-        With a line for each pair in the wrong order.
-    """
-    if faults := order_faults(table):
-        raise ConfigError("\n  ".join(["time limits out of order:", *faults]))

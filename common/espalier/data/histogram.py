@@ -65,22 +65,3 @@ def add_laplace_noise(
     if not (np.isfinite(epsilon) and epsilon > 0):
         raise DataError(f"the histogram's epsilon must be a finite number above 0, not {epsilon}")
     return np.maximum(np.asarray(counts, np.float64) + rng.laplace(0.0, 1 / epsilon, len(counts)), 0.0)
-
-
-def check_histogram(counts: ArrayLike, classes: int) -> NDArray[np.float64]:
-    """Return a received histogram as float64, or refuse it.
-
-    Raises
-    ------
-    DataError
-        Its length is not the number of classes, or a count is negative or not finite.
-    """
-    values = np.asarray(counts, np.float64)
-    if values.shape != (classes,):
-        length = len(values) if values.ndim == 1 else values.shape
-        raise DataError(f"label histogram has length {length} but the data have {classes} classes")
-    if not np.isfinite(values).all():
-        raise DataError("label histogram holds a count that is not finite")
-    if (values < 0).any():
-        raise DataError("label histogram holds a negative count")
-    return values

@@ -59,11 +59,6 @@ class DataSpec:
         return _is_path(self.source)
 
 
-def known_data() -> tuple[str, ...]:
-    """Return the names of the data sets that are known by name."""
-    return tuple(NAMED)
-
-
 def parse_spec(text: str) -> DataSpec:
     """Read a SPEC, without opening anything.
 

@@ -108,7 +108,6 @@ class InlineFleet:
         self._grids: dict[int, InlineGrid] = {}
         self._stopped = threading.Event()
         self._watch = threading.Thread(target=self._watch_nodes, name="fleet watch", daemon=True)
-        self._seen = threading.local()
         self.port = 0
 
     def start(self) -> None:
@@ -166,7 +165,6 @@ class InlineFleet:
         self._stopped.set()
         for grid in list(self._grids.values()):
             grid.close()
-        self.links.node_change()
         self._health.enter_graceful_shutdown()
         if self._server is not None:
             self._server.stop(grace).wait()
@@ -210,7 +208,6 @@ class InlineFleet:
                 return
             state.delete_node(NOOP_FLWR_AID, node_id)
             del state.node_public_key_to_node_id[pem]  # Flower would refuse the key for ever
-        self.links.node_change()
 
     def nodes(self) -> list[NodeInfo]:
         """List the nodes that are online, with their public keys."""
@@ -223,25 +220,9 @@ class InlineFleet:
                 copies.append(copy)
             return copies
 
-    def wait_for_change(self, timeout: float) -> bool:
-        """Wait until a node joins or leaves, at most `timeout` seconds.
-
-        Returns
-        -------
-        bool
-            True at once if that happened since this thread's last call.
-        """
-        links = self.links
-        seen = getattr(self._seen, "generation", 0)
-        with links.nodes_changed:
-            changed = links.nodes_changed.wait_for(lambda: links.generation != seen, timeout)
-            self._seen.generation = links.generation
-            return changed
-
     def _watch_nodes(self) -> None:
-        """See nodes go offline, give up uploads that stand still, and notice that this process was paused."""
+        """Mark nodes offline, abandon stalled uploads, and detect that this process was paused."""
         links = self.links
-        online: frozenset[int] = frozenset()
         ticked = time.monotonic()
         while not self._stopped.wait(TICK):
             now = time.monotonic()
@@ -249,11 +230,9 @@ class InlineFleet:
                 links.trust_after = now + AFTER_PAUSE
             ticked = now
             with links.state.lock:
-                found = links.state.get_node_info(statuses=[NodeStatus.ONLINE])
-                current = frozenset(node.node_id for node in found)
-            if current != online:
-                online = current
-                links.node_change()
+                links.state.get_node_info(
+                    statuses=[NodeStatus.ONLINE]
+                )  # marks nodes offline whose lease ended
             for upload in links.uploads.stalled():
                 links.give_up_upload(upload.instruction_id)
 

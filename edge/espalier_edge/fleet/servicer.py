@@ -17,8 +17,6 @@ from flwr.common.serde import message_from_proto
 from flwr.proto.fleet_pb2 import (
     ActivateNodeRequest,
     ActivateNodeResponse,
-    DeactivateNodeRequest,
-    DeactivateNodeResponse,
     PullMessagesRequest,
     PullMessagesResponse,
     PushMessagesRequest,
@@ -74,18 +72,10 @@ class Links:
         # Objects of an instruction that go with its announcement to a node of ours.
         self.early: dict[str, list[bytes]] = {}
         self.refused_late: Callable[[int], None] = lambda run_id: None
-        self.nodes_changed = threading.Condition()
-        self.generation = 0
         self.trust_after = 0.0  # monotonic time before which a silent node may be our own pause
         # What a node's process was given and has not confirmed; it is offered again if that one polls once more.
         self.unconfirmed: dict[tuple[int, str], str] = {}
         self._given: dict[str, tuple[int, str]] = {}  # the same by message
-
-    def node_change(self) -> None:
-        """Wake whoever waits for nodes to come or go."""
-        with self.nodes_changed:
-            self.generation += 1
-            self.nodes_changed.notify_all()
 
     def wants(self, instruction_id: str) -> bool:
         """Tell whether some grid still waits for the reply to an instruction."""
@@ -167,7 +157,6 @@ class InlineFleetServicer(FleetServicer):
             self._on_refused(request.public_key, context.peer())
         answer: ActivateNodeResponse = super().ActivateNode(request, context)
         self._links.redeliver(answer.node_id)
-        self._links.node_change()
         return answer
 
     def RegisterNode(
@@ -186,14 +175,6 @@ class InlineFleetServicer(FleetServicer):
         """
         if get_metadata_bytes(context.invocation_metadata(), PUBLIC_KEY_HEADER) != public_key:
             context.abort(grpc.StatusCode.PERMISSION_DENIED, "the call is not signed with the key it names")
-
-    def DeactivateNode(
-        self, request: DeactivateNodeRequest, context: grpc.ServicerContext
-    ) -> DeactivateNodeResponse:
-        """Deactivate a node."""
-        answer: DeactivateNodeResponse = super().DeactivateNode(request, context)
-        self._links.node_change()
-        return answer
 
     def SendNodeHeartbeat(
         self, request: SendNodeHeartbeatRequest, context: grpc.ServicerContext

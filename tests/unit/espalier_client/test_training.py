@@ -194,7 +194,7 @@ def test_servers_read_what_was_decoded_under_whatever_name_it_left() -> None:
         "gradient/c": np.full(2, 30, np.float32),
     }
     received = {n: np.zeros(2, np.float32) for n in ("a", "cluster0/b", "cluster1/b", "c")}
-    found = as_read(Small(), decoded, decoded, received)
+    found = as_read(Small(), decoded, received)
     # a was coded; b left as a cluster's; c stayed at home, its gradient is no model tensor.
     assert {n: t.tolist() for n, t in found.items()} == {"a": [10.0] * 2, "b": [20.0] * 2, "c": [3.0] * 2}
 

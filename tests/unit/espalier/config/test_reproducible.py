@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from bench.local_grid import LocalGrid
 from bench.local_tree import LocalClient, LocalTree
 from flwr.app import Message
 from hypothesis import given
@@ -18,7 +19,6 @@ from hypothesis import strategies as st
 from espalier.config.reproducible import in_order
 from espalier.config.run_config import RunConfig
 from espalier.errors import ConfigError
-from espalier.flower.local import LocalGrid
 from espalier.training.determinism import deterministic
 from espalier_client import device
 from espalier_edge.rounds import EdgeWindow
@@ -142,7 +142,7 @@ class Shuffled(LocalGrid):
 
 
 def shuffle(patch: pytest.MonkeyPatch) -> None:
-    for place in ("espalier.flower.local.LocalGrid", "bench.local_tree.LocalGrid"):
+    for place in ("bench.local_grid.LocalGrid", "bench.local_tree.LocalGrid"):
         patch.setattr(place, Shuffled)
 
 

@@ -6,7 +6,7 @@ import pytest
 
 from espalier.config import timeouts
 from espalier.config.run_config import RunConfig
-from espalier.config.timeouts import Limit, chains, check_order, order_faults, window_seconds
+from espalier.config.timeouts import Limit, chains, order_faults, window_seconds
 from espalier.errors import ConfigError
 from tests.support.paths import ROOT
 
@@ -15,7 +15,7 @@ PAGE = (ROOT / "docs" / "faults.md").read_text(encoding="utf-8")
 
 def test_the_table_is_in_order() -> None:
     settings = RunConfig()
-    check_order(chains(settings.round_deadline, settings.window_deadline, settings.rg))
+    assert order_faults(chains(settings.round_deadline, settings.window_deadline, settings.rg)) == []
 
 
 def test_flowers_lease_is_as_the_table_says() -> None:
@@ -33,8 +33,6 @@ def test_limits_out_of_order_are_named() -> None:
     table = [[Limit("a", 1, "one"), Limit("b", 3, "three"), Limit("c", 3, "also three")]]
     [fault] = order_faults(table)
     assert fault == "b: 3 s (three) must be less than c, 3 s (also three)"
-    with pytest.raises(ConfigError, match="time limits out of order:\n  b: 3 s"):
-        check_order(table)
 
 
 def test_a_window_shorter_than_its_round_is_refused() -> None:

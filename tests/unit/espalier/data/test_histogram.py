@@ -1,11 +1,11 @@
-"""Label histograms: counts by hand, noise that keeps them non-negative, refusals."""
+"""Label histograms: counts by hand, noise that keeps them non-negative."""
 
 from __future__ import annotations
 
 import numpy as np
 import pytest
 
-from espalier.data.histogram import add_laplace_noise, check_histogram, label_histogram
+from espalier.data.histogram import add_laplace_noise, label_histogram
 from espalier.errors import DataError
 
 
@@ -33,22 +33,3 @@ def test_an_epsilon_that_is_none_is_refused() -> None:
     for epsilon in (0.0, -1.0, float("nan"), float("inf")):
         with pytest.raises(DataError, match="epsilon must be a finite number above 0"):
             add_laplace_noise(np.array([1.0, 2.0]), epsilon, np.random.default_rng(0))
-
-
-@pytest.mark.parametrize(
-    ("counts", "fault"),
-    [
-        ([1, 2], "length 2 but the data have 3 classes"),
-        ([1, 2, 3, 4], "length 4"),
-        ([1, -1, 0], "negative"),
-        ([1, float("nan"), 0], "not finite"),
-        ([1, float("inf"), 0], "not finite"),
-    ],
-)
-def test_bad_histograms_are_refused(counts: list[float], fault: str) -> None:
-    with pytest.raises(DataError, match=fault):
-        check_histogram(counts, 3)
-
-
-def test_good_histogram_passes() -> None:
-    assert check_histogram((0, 1.5, 2), 3).tolist() == [0, 1.5, 2]

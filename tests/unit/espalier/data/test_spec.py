@@ -21,7 +21,7 @@ from espalier.data.histogram import label_histogram
 from espalier.data.imageset import ImageSet
 from espalier.data.partition import Scheme, assign, assign_apart
 from espalier.data.sources import NAMED, Source
-from espalier.data.spec import known_data, open_data, parse_spec, sharing_sources
+from espalier.data.spec import open_data, parse_spec, sharing_sources
 from espalier.errors import DataError
 from espalier.seeds import seed_for
 from tests.support.paths import ROOT
@@ -137,8 +137,8 @@ def test_shares_of_digits_cover_them_disjointly() -> None:
 
 
 def test_missing_data_sets_say_where_and_how(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert known_data() == ("digits", "mnist", "fashion-mnist", "cifar10", "celeba")
-    for name in known_data()[1:]:
+    assert tuple(NAMED) == ("digits", "mnist", "fashion-mnist", "cifar10", "celeba")
+    for name in tuple(NAMED)[1:]:
         with pytest.raises(DataError) as caught:
             open_data(name, root=tmp_path)
         assert str(tmp_path) in str(caught.value)

@@ -2,10 +2,8 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 
-from espalier.methods.homogeneity import edge_probabilities, edge_weights, sh_score
+from espalier.methods.homogeneity import edge_probabilities, sh_score
 
 
 def test_known_scores() -> None:
@@ -34,36 +32,3 @@ def test_all_zero_is_a_coin_flip() -> None:
     full = np.array([1e6, 1e6])
     assert edge_probabilities(np.ones(2), [full, full], a=1.0, b=0.0) == pytest.approx([0.5, 0.5])
     assert edge_probabilities(np.ones(2), [full, np.zeros(2)], a=0.0, b=0.0) == pytest.approx([0.5, 0.5])
-
-
-def test_edge_weights_by_hand() -> None:
-    labels = [np.array([10.0, 10.0]), np.array([30.0, 0.0])]
-    # mu = 2 and 2 - sqrt(.5).
-    rho = edge_weights([20, 30], labels, a=10.0, b=5.0)
-    first, second = 20 + 20 + 5, 30 + 10 * (2 - 0.5**0.5) + 5
-    assert rho == pytest.approx([first / (first + second), second / (first + second)])
-
-
-def test_edge_weights_without_samples_or_without_relu() -> None:
-    labels = [np.array([10.0, 10.0]), np.zeros(2), np.array([30.0, 0.0])]
-    assert edge_weights([20, 0, 30], labels, a=100.0, b=0.0)[1] == 0.0
-    # Every ReLU zero: proportional to n_e.
-    assert edge_weights([20, 0, 30], labels, a=0.0, b=-1000.0) == pytest.approx([0.4, 0.0, 0.6])
-    with pytest.raises(ValueError, match="no edge has a sample"):
-        edge_weights([0], [np.zeros(2)], a=1.0, b=0.0)
-
-
-@given(
-    st.lists(st.lists(st.integers(0, 1000), min_size=4, max_size=4), min_size=1, max_size=5),
-    st.floats(0, 1e5),
-    st.floats(-1e4, 1e4),
-)
-def test_weights_are_a_distribution(edges: list[list[int]], a: float, b: float) -> None:
-    labels = [np.array(e, dtype=float) for e in edges]
-    samples = [float(q.sum()) for q in labels]
-    if sum(samples) == 0:
-        return
-    rho = edge_weights(samples, labels, a=a, b=b)
-    assert rho.sum() == pytest.approx(1)
-    assert (rho >= 0).all()
-    assert all(r == 0 for r, n in zip(rho, samples, strict=True) if n == 0)

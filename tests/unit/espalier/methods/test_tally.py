@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from espalier.config.run_config import RunConfig
 from espalier.methods.base import ServerState, Update
-from espalier.methods.homogeneity import edge_weights
+from espalier.methods.homogeneity import sh_score
 from espalier.methods.registry import create_method
 from espalier.methods.tally import COUNT, NOMINAL, STACK, SUM, WEIGHT, Tally, stacked
 from espalier.wire.payload import Layout, TensorSpec, Weights
@@ -408,6 +408,15 @@ def central(
     return (None if mean is None else float(mean[0])), shares
 
 
+def edge_weights(samples: list[float], labels: list[tuple[int, int]], a: float, b: float) -> np.ndarray:
+    """Return rho_e = ReLU(n_e + a mu_e + b) / sum; proportional to n_e where every ReLU is zero."""
+    n = np.array(samples)
+    mu = np.array([sh_score(np.array(q, dtype=float)) for q in labels])
+    rho = np.where(n > 0, np.maximum(n + a * mu + b, 0.0), 0.0)
+    weights: np.ndarray = rho / rho.sum() if rho.sum() > 0 else n / n.sum()
+    return weights
+
+
 def test_homogeneity_weighted_by_hand() -> None:
     mean, shares = central(
         [(0, (10, 10)), (0, (30, 0))], (0, 1), **{"aggregation-a": 10.0, "aggregation-b": 5.0}
@@ -427,7 +436,7 @@ def test_homogeneity_weighted_is_rho(labels: list[tuple[int, int]], a: float, b:
     samples = [float(sum(q)) for q in labels]
     if sum(samples) == 0:
         return
-    rho = edge_weights(samples, [np.array(q, dtype=float) for q in labels], a=a, b=b)
+    rho = edge_weights(samples, labels, a, b)
     edges: list[tuple[float, tuple[float, ...]]] = [(0.0, q) for q in labels]
     for order in itertools.permutations(range(len(labels))):
         mean, shares = central(edges, order, **{"aggregation-a": a, "aggregation-b": b})

@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from bench.local_grid import LocalNode
 from bench.local_tree import LocalClient, LocalTree
 from flwr.app import Context, Error, Message
 from typer.testing import CliRunner
@@ -22,7 +23,6 @@ from typer.testing import CliRunner
 from espalier.cli import app
 from espalier.config.run_config import RunConfig
 from espalier.errors import ConfigError, EspalierError, StateError
-from espalier.flower.local import LocalNode
 from espalier.storage.tensor_file import write_tensors
 from espalier_client import device
 from espalier_server.records.checkpoint import Checkpoints
