@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 DEMO_OUT ?= runs/demo
 
-.PHONY: setup demo test lint unit integration chaos test-chaos fuzz test-fuzz soak test-docker proto bench clean
+.PHONY: setup demo test lint unit integration chaos test-chaos fuzz test-fuzz soak test-docker proto docs bench clean
 
 setup: $(VENV)/.installed
 
@@ -19,7 +19,7 @@ $(VENV)/.installed: pyproject.toml
 demo: setup
 	$(BIN)/espalier demo --method fedphd --edges 2 --clients 4 --data digits --out $(DEMO_OUT)
 
-test: lint unit integration chaos fuzz
+test: lint docs unit integration chaos fuzz
 
 lint: setup
 	$(BIN)/ruff check .
@@ -27,6 +27,10 @@ lint: setup
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 	$(BIN)/lint-imports tests/repo/edge_imports.toml
+
+# The site, in build/site; a link, an anchor or a name that does not resolve is an error.
+docs: setup
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 
 # One worker a core and one thread a worker; integration tests start processes of their own and stay in a row.
 unit: setup
