@@ -23,9 +23,6 @@ from espalier.security.transport import Address, Security
 
 log = logging.getLogger("espalier.client")
 
-#: A user's module of one of these names would hide ours, or ours it.
-OWN_PACKAGES = ("client", "edge", "server", "common", "proto")
-
 
 def run_client(
     name: str,
@@ -126,15 +123,12 @@ def load_app(reference: str) -> ClientApp:
     Raises
     ------
     ConfigError
-        If it cannot be found, is no ClientApp, or its module has a name of ours.
+        If it cannot be found or is no ClientApp.
     """
     module_name, _, attribute = reference.partition(":")
     if not module_name or not attribute:
         raise ConfigError(f"--app {reference!r} is not of the form module:object, e.g. myapp.client_app:app")
-    if module_name.split(".")[0] in OWN_PACKAGES:
-        raise ConfigError(
-            f"--app {reference!r}: Espalier has a package {module_name.split('.')[0]!r}; rename yours"
-        )
+    # First, so that the app's modules go before installed ones of the same names. Ours begin with "espalier".
     sys.path.insert(0, str(Path.cwd()))
     try:
         found = getattr(importlib.import_module(module_name), attribute)

@@ -6,7 +6,7 @@ from typing import Any
 
 import typer
 
-from espalier.cli import app
+from espalier.cli import command_line
 
 
 def find_command(words: list[str]) -> tuple[str, Any]:
@@ -17,7 +17,7 @@ def find_command(words: list[str]) -> tuple[str, Any]:
     KeyError
         If there is no such command.
     """
-    command: Any = typer.main.get_command(app)
+    command: Any = typer.main.get_command(command_line())
     path = []
     for word in words:
         if not hasattr(command, "commands"):

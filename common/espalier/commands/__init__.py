@@ -1,1 +1,4 @@
-"""What the commands of `espalier` do, one module each; `common/espalier/cli.py` only reads their options."""
+"""Commands of `espalier` that need the base installation only, and options that the commands of several tiers share."""
+
+COMMANDS = "espalier.commands"
+"""Entry-point group of the commands."""

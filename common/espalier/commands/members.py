@@ -160,7 +160,7 @@ def _forget(files: Files, name: str, runs: list[Path] | None) -> None:
 
 def _runs_that_name(folders: list[Path], name: str) -> list[Path]:
     """Return the folders of runs, at or below `folders`, whose report holds a name."""
-    from espalier_server.records.record import REPORT_FILE
+    from espalier.storage.run_folder import REPORT_FILE
 
     reports = [path for folder in folders for path in sorted(folder.rglob(REPORT_FILE))]
     return [path.parent for path in reports if json.dumps(name) in path.read_text(encoding="utf-8")]

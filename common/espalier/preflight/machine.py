@@ -1,42 +1,60 @@
-"""Checks of this machine: versions, state folder, disk, memory, device, data, node key."""
+"""Checks of this machine: versions, state folder, disk, memory, node key."""
 
 from __future__ import annotations
 
-import os
 import platform
 import shutil
 import uuid
+from dataclasses import dataclass
 from pathlib import Path
 
 from espalier import distribution
-from espalier.errors import EspalierError, StateError
+from espalier.environment import check_libraries
+from espalier.errors import ConfigError, StateError
 from espalier.preflight.findings import Findings
 from espalier.preflight.tls import check_mode
 from espalier.storage.lock import is_locked
 
 GB = 1e9
-FLOWER = "1.39"
-#: What each tier needs to start at all, and what a run of the U-Nets here is comfortable with: (disk, memory) in bytes.
-LEAST = {"cloud": (0.5 * GB, 1.0 * GB), "edge": (0.1 * GB, 0.25 * GB), "client": (0.2 * GB, 0.5 * GB)}
-GOOD = {"cloud": (5.0 * GB, 3.0 * GB), "edge": (1.0 * GB, 1.0 * GB), "client": (1.0 * GB, 1.5 * GB)}
 
 
-def check_versions(found: Findings, packages: tuple[str, ...]) -> None:
-    """Check what is installed."""
-    versions = {"python": platform.python_version(), **distribution.versions("flwr", *packages)}
-    for name in packages:
-        if name not in versions:
-            found.fail("versions", f"{name} is not installed", f"pip install {name}")
-            return
-    said = ", ".join(f"{name} {version}" for name, version in versions.items())
-    if versions["flwr"].split(".")[:2] != FLOWER.split("."):
-        found.fail("versions", said, f"pip install 'flwr=={FLOWER}.*'")
-    else:
-        found.ok("versions", said)
+@dataclass(frozen=True)
+class Needs:
+    """Bytes of disk and memory that a tier needs to start, and those that runs of the larger models take."""
+
+    disk: float
+    memory: float
+    comfortable_disk: float
+    comfortable_memory: float
+
+
+def check_versions(found: Findings, extra: str = "", shown: tuple[str, ...] = ()) -> bool:
+    """Check that the libraries of the base and of an extra are installed, and that Flower is in range.
+
+    Parameters
+    ----------
+    extra : str
+        The extra that the tier needs; "" for the base alone.
+    shown : tuple of str
+        Distributions whose versions are reported beside those of Python, Espalier and Flower.
+
+    Returns
+    -------
+    bool
+        Whether all are there.
+    """
+    versions = {"python": platform.python_version(), **distribution.versions("flwr", *shown)}
+    try:
+        check_libraries(*filter(None, [extra]))
+    except ConfigError as error:
+        found.fault("versions", error)
+        return False
+    found.ok("versions", ", ".join(f"{name} {version}" for name, version in versions.items()))
+    return True
 
 
 def check_state(found: Findings, state: Path) -> bool:
-    """Check that the state folder is ours to write; tell whether no process holds it."""
+    """Check that this user can write the state folder; return whether no process holds it."""
     try:
         state.mkdir(parents=True, exist_ok=True)
         probe = state / f".{uuid.uuid4().hex}"
@@ -49,36 +67,35 @@ def check_state(found: Findings, state: Path) -> bool:
         return False
     if is_locked(state):
         found.warn(
-            "state", f"{state} is held by a running process", "stop it first, if this is to replace it"
+            "state", f"{state} is held by a running process", "stop that process before you start another one"
         )
         return False
     found.ok("state", f"{state} can be written")
     return True
 
 
-def check_space(found: Findings, tier: str, state: Path) -> None:
-    """Check disk and memory against what the tier needs."""
+def check_space(found: Findings, needs: Needs, state: Path) -> None:
+    """Compare free disk space and memory with what the tier needs."""
     folder = next((path for path in (state, *state.resolve().parents) if path.exists()), Path("/"))
-    _against(
-        found, "disk", shutil.disk_usage(folder).free, LEAST[tier][0], GOOD[tier][0], f"free below {folder}"
-    )
+    disk = shutil.disk_usage(folder).free
+    _compare(found, "disk", disk, needs.disk, needs.comfortable_disk, f"free below {folder}")
     memory = available_memory()
     if memory is not None:
-        _against(found, "memory", memory, LEAST[tier][1], GOOD[tier][1], "available")
+        _compare(found, "memory", memory, needs.memory, needs.comfortable_memory, "available")
 
 
-def _against(found: Findings, check: str, have: float, least: float, good: float, where: str) -> None:
+def _compare(found: Findings, check: str, have: float, needed: float, comfortable: float, where: str) -> None:
     said = f"{have / GB:.1f} GB {where}"
-    if have < least:
-        found.fail(check, said, f"this tier needs {least / GB:g} GB; free some")
-    elif have < good:
-        found.warn(check, said, f"{good / GB:g} GB are comfortable for the larger models")
+    if have < needed:
+        found.fail(check, said, f"this tier needs {needed / GB:g} GB; free some")
+    elif have < comfortable:
+        found.warn(check, said, f"runs of the larger models need {comfortable / GB:g} GB")
     else:
         found.ok(check, said)
 
 
 def available_memory() -> int | None:
-    """Return the bytes that a new process can have: the machine's, or its container's limit if that is less."""
+    """Return the bytes of memory that a new process can use, on this machine and within its container's limit."""
     try:
         lines = dict(line.split(":", 1) for line in Path("/proc/meminfo").read_text().splitlines())
         free = int(lines["MemAvailable"].split()[0]) * 1024
@@ -90,37 +107,6 @@ def available_memory() -> int | None:
     except (OSError, ValueError):
         return free
     return free if limit == "max" else min(free, int(limit) - used)
-
-
-def check_device(found: Findings, device: str) -> None:
-    """Check that the device the client is to train on is there."""
-    from espalier.training.trainer import resolve_device
-
-    found.attempt("device", lambda: f"{device}: trains on {resolve_device(device)}, {os.cpu_count()} cores")
-
-
-def check_data(found: Findings, spec: str) -> None:
-    """Open a client's data and count them."""
-    import numpy as np
-
-    from espalier.data.spec import open_data
-
-    try:
-        images = open_data(spec)
-        first = images.fetch(np.arange(1)) if len(images) else None
-    except EspalierError as error:
-        found.fault("data", error)
-        return
-    if first is None:
-        found.fail("data", f"{spec} holds no image", "give another --data")
-        return
-    held = int((np.bincount(images.labels, minlength=len(images.classes)) > 0).sum())
-    shape = "x".join(map(str, images.shape))
-    said = f"{len(images)} images of {shape} in {held} of {len(images.classes)} classes"
-    if len(images) < 10:
-        found.warn("data", said, "few images: is it the right folder?")
-    else:
-        found.ok("data", said)
 
 
 def check_node_key(found: Findings, path: Path, given: bool) -> object | None:

@@ -13,14 +13,14 @@ from espalier.security.certificates import WARN_DAYS, Facts, Pair, check_server,
 from espalier.security.transport import Address, Security
 
 CONNECT_SECONDS = 5.0
-# OpenSSL's verdicts on a server's certificate.
+# OpenSSL's verification errors of a server's certificate.
 _NOT_YET, _EXPIRED, _MISMATCH, _UNKNOWN = 9, 10, (62, 64), (18, 19, 20, 21)
 
 
 def check_own(found: Findings, security: Security, listen: Address) -> None:
-    """Check the certificate that this process shows to those who connect to `listen`."""
+    """Check the certificate that this process presents at `listen`."""
     if security.certificate is None and security.private_key is None:
-        _note_plain(found, security, listen, f"{listen} is served")
+        _report_plain(found, security, listen, f"{listen} is served")
         return
     try:
         files = security.server_certificates(str(listen))
@@ -31,23 +31,25 @@ def check_own(found: Findings, security: Security, listen: Address) -> None:
         found.fault("certificate", error)
         return
     found.ok("certificate", f"{security.certificate} fits its key{' and the roots' if roots else ''}")
-    _note_end(found, said, "certificate dates")
+    _report_expiry(found, said, "certificate dates")
     check_mode(
         found, "private key", Path(str(security.private_key)).expanduser(), "belongs to the certificate"
     )
     _check_names(found, said, listen)
 
 
-def _note_plain(found: Findings, security: Security, address: Address, what: str) -> None:
+def _report_plain(found: Findings, security: Security, address: Address, what: str) -> None:
     if address.is_loopback:
         found.ok("TLS", f"{what} without TLS, on this machine only")
     elif security.insecure:
-        found.warn("TLS", f"{what} without TLS (--insecure)", "give certificates where others can listen in")
+        found.warn(
+            "TLS", f"{what} without TLS (--insecure)", "use certificates where others share the network"
+        )
     else:
         found.fail("TLS", f"{what} beyond this machine without TLS", "give TLS files, or --insecure")
 
 
-def _note_end(found: Findings, said: Facts, check: str) -> None:
+def _report_expiry(found: Findings, said: Facts, check: str) -> None:
     if said.days_left < WARN_DAYS:
         left = f"expires in {said.days_left:.0f} days, on {said.ends:%Y-%m-%d}"
         found.warn(check, left, "renew the certificate soon")
@@ -56,7 +58,7 @@ def _note_end(found: Findings, said: Facts, check: str) -> None:
 
 
 def check_mode(found: Findings, check: str, path: Path, said: str) -> None:
-    """Check that only a key's owner can read it."""
+    """Check that only the owner can read a private key."""
     mode = stat.S_IMODE(path.stat().st_mode)
     if mode & 0o077:
         found.warn(check, f"{said}; others can read it (mode {mode:o})", f"chmod 600 {path}")
@@ -74,35 +76,35 @@ def _check_names(found: Findings, said: Facts, listen: Address) -> None:
         found.warn(
             "certificate names",
             f"it is for {shown}, this host is {' or '.join(sorted(wanted))}",
-            "see that those who connect use one of its names",
+            "clients must connect by one of its names",
         )
 
 
-def check_above(found: Findings, security: Security, server: Address) -> bool:
-    """Check that the server above can be reached: its name resolves, it answers, its certificate holds.
+def check_server_link(found: Findings, security: Security, server: Address) -> bool:
+    """Check that a server can be reached: its name resolves, it accepts connections, its certificate is valid.
 
     Returns
     -------
     bool
-        Whether it is worth while to ask it more.
+        Whether further checks over this link make sense.
     """
     try:
         socket.getaddrinfo(server.host, server.port, type=socket.SOCK_STREAM)
     except OSError as error:
-        found.fail(f"name {server.host}", f"does not resolve ({error.strerror})", "see to the name or to DNS")
+        found.fail(f"name {server.host}", f"does not resolve ({error.strerror})", "check the name and DNS")
         return False
     try:
         link = socket.create_connection(server, timeout=CONNECT_SECONDS)
     except OSError as error:
         reason = error.strerror or "no answer in time"
         found.fail(
-            f"reach {server}", f"nobody answers ({reason})", "start it, or see to address and firewall"
+            f"reach {server}", f"no connection ({reason})", "start it, or check the address and the firewall"
         )
         return False
     found.ok(f"reach {server}", "it accepts connections")
     with link:
         if security.root_certificates is None:
-            _note_plain(found, security, server, f"{server} is reached")
+            _report_plain(found, security, server, f"{server} is reached")
             return True
         return _handshake(found, security.root_certificates.expanduser(), server, link)
 
@@ -124,18 +126,20 @@ def _handshake(found: Findings, roots: Path, server: Address, link: socket.socke
         found.fail(check, *_verdict(error, server))
         return False
     except (OSError, ssl.SSLError) as error:
-        found.fail(check, f"no TLS comes about ({error})", "is it served with TLS, and is it this port?")
+        found.fail(
+            check, f"the TLS handshake failed ({error})", "check that the server uses TLS at this port"
+        )
         return False
     if raw:
-        _note_end(found, facts(ssl.DER_cert_to_PEM_cert(raw).encode(), check)[0], check)
+        _report_expiry(found, facts(ssl.DER_cert_to_PEM_cert(raw).encode(), check)[0], check)
     return True
 
 
 def _verdict(error: ssl.SSLCertVerificationError, server: Address) -> tuple[str, str]:
-    """Return what a refused certificate means, and what to do."""
-    said = f"its certificate does not hold: {error.verify_message}"
+    """Return why OpenSSL rejected a certificate, and the remedy."""
+    said = f"its certificate is not valid: {error.verify_message}"
     if error.verify_code == _EXPIRED:
-        return said, "renew the server's certificate; or is this machine's clock ahead?"
+        return said, "renew the server's certificate, or check this machine's clock"
     if error.verify_code == _NOT_YET:
         return said, "set this machine's clock, or the one that made the certificate"
     if error.verify_code in _MISMATCH:

@@ -1,1 +1,1 @@
-"""Commands that the cloud contributes to `espalier`."""
+"""The commands of the cloud tier."""

@@ -15,7 +15,11 @@ def sample(
     seed: Annotated[int, typer.Option(min=0, help="Seed of the noise.")] = 0,
     out: Annotated[Path, typer.Option(help="PNG file to write.")] = Path("grid.png"),
 ) -> None:
-    """Draw images with a trained model."""
+    """Generate images with a trained model."""
+    from espalier.environment import check_libraries
+
+    check_libraries("cloud")
+
     from espalier_server.commands.sample import sample_model
 
     sample_model(model, count, steps, seed, out)
@@ -35,6 +39,10 @@ def pretrain_generator(
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
 ) -> None:
     """Train a small generator of images for FedKTL; a few minutes on a CPU."""
+    from espalier.environment import check_libraries
+
+    check_libraries("cloud")
+
     from espalier_server.commands.pretrain import pretrain_generator as make
 
     make(

@@ -10,9 +10,9 @@ from typing import Any
 from pydantic import ValidationError
 
 from espalier.errors import StateError
+from espalier.storage.run_folder import REPORT_FILE
 from espalier_server.records.events import EVENTS_FILE, FINAL
 from espalier_server.records.record import (
-    REPORT_FILE,
     AccuracyEntry,
     ClientEntry,
     Evaluation,

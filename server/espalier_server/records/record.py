@@ -12,10 +12,9 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, computed_fie
 from espalier.errors import StateError
 from espalier.models.presets import Task, is_model, task_of
 from espalier.storage.json_file import jsonable, write_json
+from espalier.storage.run_folder import REPORT_FILE
 from espalier.training.privacy import EPSILON
 from espalier.wire.traffic import LINKS
-
-REPORT_FILE = "report.json"
 
 
 class _Part(BaseModel):

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch.nn import functional
 
-from espalier.cli import app
+from espalier.cli import command_line
 from espalier.data.imageset import TensorImages
 from espalier.errors import ConfigError, StateError
 from espalier.generators.base import open_generator
@@ -195,7 +195,7 @@ def test_the_command_trains_and_writes(tmp_path: Path) -> None:
 
     out = tmp_path / "digits"
     command = ["pretrain-generator", "--data", "digits", "--out", str(out), "--steps", "2", "--latent", "8"]
-    done = CliRunner().invoke(app, [*command, "--device", "cpu"], catch_exceptions=False)
+    done = CliRunner().invoke(command_line(), [*command, "--device", "cpu"], catch_exceptions=False)
     assert done.exit_code == 0
     assert "1437 images of digits, 1 x 8 x 8, 10 classes" in done.stdout
     assert "100%" in done.stdout

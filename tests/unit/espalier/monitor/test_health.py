@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from espalier.cli import app
+from espalier.cli import command_line
 from espalier.errors import AddressError, EspalierError, StateError
 from espalier.monitor.health import check_health
 from espalier.monitor.node_status import STALE, STATUS_FILE, NodeStatus, connected_homes
@@ -32,7 +32,7 @@ def edge() -> Iterator[str]:
 
 def test_a_serving_port_is_well(edge: str) -> None:
     check_health(edge, Security())
-    done = CliRunner().invoke(app, ["health", edge])
+    done = CliRunner().invoke(command_line(), ["health", edge])
     assert done.exit_code == 0, done.output
     assert done.stdout == f"{edge} is serving\n"
 
@@ -41,7 +41,7 @@ def test_where_nobody_listens() -> None:
     address = f"127.0.0.1:{free_port()}"
     with pytest.raises(AddressError, match=f"{address}: nobody answers"):
         check_health(address, Security())
-    done = CliRunner().invoke(app, ["health", address])
+    done = CliRunner().invoke(command_line(), ["health", address])
     assert done.exit_code == 1
     assert done.stderr.startswith("unhealthy: ")
 
@@ -77,7 +77,7 @@ def test_a_node_is_well_while_one_home_is_connected(state: Path) -> None:
         status("connected", {"home": HOME, "node_id": 1})
         status("unreachable", {"home": "b:1", "reason": "refused"})
         assert connected_homes(state) == [HOME]
-        done = CliRunner().invoke(app, ["health", "--state", str(state)])
+        done = CliRunner().invoke(command_line(), ["health", "--state", str(state)])
         assert (done.exit_code, done.stdout) == (0, f"connected to {HOME}\n")
         # A call that is refused leaves the connection; one that is lost does not.
         status("refused", {"home": HOME, "reason": "too big"})
@@ -121,6 +121,6 @@ def test_what_a_node_did_is_counted(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("arguments", [[], ["127.0.0.1:1", "--state", "s"]])
 def test_one_of_both_must_be_given(arguments: list[str]) -> None:
-    done = CliRunner().invoke(app, ["health", *arguments])
+    done = CliRunner().invoke(command_line(), ["health", *arguments])
     assert done.exit_code != 0
     assert "either HOST:PORT or --state DIR" in str(done.exception)

@@ -13,16 +13,17 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
 from typer.testing import CliRunner
 
-from espalier.cli import app
+from espalier.cli import command_line
 from espalier.flower.node_state import load_or_make_key
 from espalier.monitor import health
 from espalier.preflight import machine
 from espalier.preflight.findings import Finding, Findings
-from espalier.preflight.tiers import _compare
-from espalier.preflight.tls import check_above, check_own
+from espalier.preflight.network import _compare
+from espalier.preflight.tls import check_own, check_server_link
 from espalier.security.transport import Security, parse_address
 from espalier.storage.lock import FolderLock
 from espalier_edge.fleet.server import InlineFleet
+from espalier_server.preflight import NEEDS
 from tests.support.certificates import Authority
 from tests.support.processes import free_port
 
@@ -108,7 +109,7 @@ def test_plain_links(authority: Authority) -> None:
 
 def above(address: str, roots: Path | None) -> Findings:
     found = Findings()
-    check_above(found, Security(root_certificates=roots), parse_address(address))
+    check_server_link(found, Security(root_certificates=roots), parse_address(address))
     return found
 
 
@@ -123,13 +124,13 @@ def test_the_servers_certificate_holds_or_says_why_not(authority: Authority) -> 
     with edge(Security(authority.roots, *authority.issue("other", hosts=("other.example",)))) as address:
         assert "by a name of the certificate" in of(above(address, authority.roots), "TLS").mend
     with edge(Security()) as address:
-        assert "is it served with TLS" in of(above(address, authority.roots), "TLS").mend
+        assert "check that the server uses TLS" in of(above(address, authority.roots), "TLS").mend
 
 
 def test_nobody_above() -> None:
     address = f"127.0.0.1:{free_port()}"
     finding = of(above(address, None), f"reach {address}")
-    assert (finding.level, "nobody answers" in finding.said) == ("fail", True)
+    assert (finding.level, "no connection" in finding.said) == ("fail", True)
     assert of(above("no-such-host.invalid:1", None), "name no-such-host.invalid").level == "fail"
 
 
@@ -154,7 +155,7 @@ def test_versions_and_clocks_are_compared(monkeypatch: pytest.MonkeyPatch) -> No
 
 
 def preflight(*arguments: str) -> tuple[int, dict[str, dict[str, str]]]:
-    done = CliRunner().invoke(app, ["preflight", *arguments, "--format", "json"])
+    done = CliRunner().invoke(command_line(), ["preflight", *arguments, "--format", "json"])
     found = json.loads(done.stdout)
     assert found["ok"] is (done.exit_code == 0)
     return done.exit_code, {check["check"]: check for check in found["checks"]}
@@ -218,10 +219,12 @@ def test_a_port_in_use_and_an_open_control_port(tmp_path: Path) -> None:
 def test_an_edge_as_text(tmp_path: Path) -> None:
     arguments = ["--cloud", f"127.0.0.1:{free_port()}", "--listen", f"127.0.0.1:{free_port()}"]
     done = CliRunner().invoke(
-        app, ["preflight", "edge", "--name", "e", "--state", str(tmp_path), *arguments], env={"COLUMNS": "80"}
+        command_line(),
+        ["preflight", "edge", "--name", "e", "--state", str(tmp_path), *arguments],
+        env={"COLUMNS": "80"},
     )
     assert done.exit_code == 1
-    assert "→ start it, or see to address and firewall" in done.stdout
+    assert "→ start it, or check the address and the firewall" in done.stdout
     assert max(map(len, done.stdout.splitlines())) <= 80
 
 
@@ -231,7 +234,7 @@ def test_disk_and_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
         monkeypatch.setattr("shutil.disk_usage", lambda _, free=free: Free(free))
         monkeypatch.setattr(machine, "available_memory", lambda free=free: int(free))
         found = Findings()
-        machine.check_space(found, "cloud", tmp_path / "not" / "made")
+        machine.check_space(found, NEEDS, tmp_path / "not" / "made")
         levels.append([f.level for f in found.all])
     assert levels == [["fail", "fail"], ["warn", "warn"], ["ok", "ok"]]
 
@@ -246,6 +249,8 @@ class Free:
 def test_every_option_of_a_tier_is_taken() -> None:
     """The same command line, one word more."""
     for tier in ("cloud", "edge", "client"):
-        own_help = CliRunner().invoke(app, [tier, "--help"]).stdout
+        own_help = CliRunner().invoke(command_line(), [tier, "--help"]).stdout
         options = {word for word in own_help.split() if word.startswith("--")}
-        assert options <= set(CliRunner().invoke(app, ["preflight", tier, "--help"]).stdout.split())
+        assert options <= set(
+            CliRunner().invoke(command_line(), ["preflight", tier, "--help"]).stdout.split()
+        )

@@ -20,7 +20,7 @@ from bench.local_tree import LocalClient, LocalTree
 from flwr.app import Context, Error, Message
 from typer.testing import CliRunner
 
-from espalier.cli import app
+from espalier.cli import command_line
 from espalier.config.run_config import RunConfig
 from espalier.errors import ConfigError, EspalierError, StateError
 from espalier.storage.tensor_file import write_tensors
@@ -120,12 +120,12 @@ def test_pruning_stays_where_it_was_when_rounds_are_added(tmp_path: Path) -> Non
 
 def test_the_command_names_what_is_wrong(tmp_path: Path) -> None:
     runner = CliRunner()
-    both = runner.invoke(app, ["run", "--out", "a", "--resume", "b"])
+    both = runner.invoke(command_line(), ["run", "--out", "a", "--resume", "b"])
     assert isinstance(both.exception, ConfigError)
     assert "--resume RUN_DIR" in str(both.exception)
-    neither = runner.invoke(app, ["run"])
+    neither = runner.invoke(command_line(), ["run"])
     assert isinstance(neither.exception, ConfigError)
-    nothing = runner.invoke(app, ["run", "--resume", str(tmp_path)])
+    nothing = runner.invoke(command_line(), ["run", "--resume", str(tmp_path)])
     assert isinstance(nothing.exception, StateError)
     assert "holds no run" in str(nothing.exception)
 
