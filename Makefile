@@ -8,12 +8,12 @@ DEMO_OUT ?= runs/demo
 
 setup: $(VENV)/.installed
 
-# torch first and pinned: a package that asks for it unpinned would otherwise bring another build.
-$(VENV)/.installed: pyproject.toml
+# torch first: resolved together with torchvision, pip may choose another build of it. The constraints pin all versions.
+$(VENV)/.installed: pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "Espalier needs Python >= 3.11; run make PYTHON=/path/to/python3.11"; exit 1; }
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check torch==2.13.0
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[cloud,testbed,dev]'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt torch
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[cloud,testbed,dev]'
 	@touch $@
 
 demo: setup

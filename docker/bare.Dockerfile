@@ -4,9 +4,9 @@ ARG BUILDER=${BASE}
 
 # Apart, so that the packages' layer is kept as long as these three stay the same.
 FROM ${BASE} AS wanted
-COPY pyproject.toml /
-RUN grep -oE 'torch==[0-9.]+' /pyproject.toml | head -n 1 > /first.txt \
-    && grep -oE '"(diffusers|flwr)==[0-9.*]+' /pyproject.toml | tr -d '"' > /rest.txt
+COPY constraints.txt /
+RUN grep -E '^torch==' /constraints.txt > /first.txt \
+    && grep -E '^(diffusers|flwr)==' /constraints.txt > /rest.txt
 
 FROM ${BUILDER} AS packages
 RUN apt-get update && apt-get install -y --no-install-recommends python3 python3-venv

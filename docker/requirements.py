@@ -1,8 +1,9 @@
-"""What an image installs, read from pyproject.toml: torch by itself first, then the base and the extras asked for."""
+"""What an image installs, read from pyproject.toml: torch by itself first, then the base and the chosen extras."""
 
 from __future__ import annotations
 
 import json
+import re
 import sys
 import tomllib
 from pathlib import Path
@@ -18,7 +19,9 @@ or build for GPUs: --build-arg COMPUTE=cuda (docker/gpu.yml does)."""
 
 
 def requirements(project: dict[str, object], extras: list[str]) -> list[str]:
-    """Return the requirements of the base and of some extras.
+    """Return the requirements of the base and of some extras, each once.
+
+    A requirement of the project itself (``espalier-fl[client]``) stands for what those extras require.
 
     Parameters
     ----------
@@ -37,12 +40,19 @@ def requirements(project: dict[str, object], extras: list[str]) -> list[str]:
     assert isinstance(optional, dict)
     if unknown := [name for name in extras if name not in optional]:
         sys.exit(f"EXTRAS names {', '.join(unknown)}; there are {', '.join(optional)}")
-    return [*base, *(line for name in extras for line in optional[name])]
+    found: list[str] = list(base)
+    for name in extras:
+        for line in optional[name]:
+            inner = re.fullmatch(rf"{project['name']}\[([\w,-]+)\]", line)
+            more = requirements(project, inner[1].split(",")) if inner else [line]
+            found += [line for line in more if line not in found]
+    return found
 
 
 def is_first(requirement: str) -> bool:
     """Whether a requirement is one of `FIRST`."""
-    return requirement.partition("==")[0] in FIRST
+    name = re.match(r"[\w.-]+", requirement)
+    return name is not None and name[0] in FIRST
 
 
 def check_cpu(plan: dict[str, object]) -> None:
@@ -61,7 +71,7 @@ def check_cpu(plan: dict[str, object]) -> None:
 
 
 def main(command: str, *arguments: str) -> None:
-    """Serve the Dockerfile: ``first PYPROJECT``, ``rest PYPROJECT EXTRAS`` or ``check-cpu`` (a report on stdin)."""
+    """Run a command of the Dockerfile: ``first PYPROJECT``, ``rest PYPROJECT EXTRAS`` or ``check-cpu`` (a report on stdin)."""
     if command == "check-cpu":
         check_cpu(json.load(sys.stdin))
         return

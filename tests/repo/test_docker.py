@@ -180,7 +180,7 @@ def test_the_build_is_given_all_packages_and_little_else() -> None:
     let_in = {line[1:].split("/")[0] for line in ignore if line.startswith("!")}
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
     packages = set(project["tool"]["hatch"]["build"]["dev-mode-dirs"])
-    assert let_in == packages | {"docker", "LICENSE", "README.md", "pyproject.toml"}
+    assert let_in == packages | {"constraints.txt", "docker", "LICENSE", "README.md", "pyproject.toml"}
     for line in ignore:
         if line.startswith("!"):
             assert (ROOT / line[1:]).exists(), line
@@ -189,10 +189,14 @@ def test_the_build_is_given_all_packages_and_little_else() -> None:
 def test_requirements_are_those_of_the_project() -> None:
     requirements = script("requirements")
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
-    lines = requirements.requirements(project, ["cloud"])
-    assert lines == project["dependencies"] + project["optional-dependencies"]["cloud"]
+    base, extras = project["dependencies"], project["optional-dependencies"]
+    assert requirements.requirements(project, []) == base
+    lines = requirements.requirements(project, ["cloud", "client"])
+    assert extras["cloud"][0] == "espalier-fl[client]"
+    assert lines == base + extras["client"] + extras["cloud"][1:]
     first = [line for line in lines if requirements.is_first(line)]
-    assert [line.split("==")[0] for line in first] == ["torch", "torchvision"]
+    assert [line.split(">=")[0] for line in first] == ["torch", "torchvision"]
+    assert not any(requirements.is_first(line) for line in base)
     with pytest.raises(SystemExit, match="clouds"):
         requirements.requirements(project, ["clouds"])
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import importlib.metadata
 import json
 import tomllib
@@ -45,7 +46,7 @@ def wheel(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     (folder / "METADATA").write_text(METADATA)
     (folder / "entry_points.txt").write_text("[espalier.commands]\nb = m:b\na = m:a\n[other]\nc = m:c\n")
     monkeypatch.syspath_prepend(str(tmp_path))
-    importlib.metadata.MetadataPathFinder.invalidate_caches()
+    importlib.invalidate_caches()
     return folder
 
 
@@ -69,7 +70,7 @@ def test_others_contribute_but_do_not_replace(wheel: Path, tmp_path: Path) -> No
     folder.mkdir()
     (folder / "METADATA").write_text("Metadata-Version: 2.4\nName: plugin\nVersion: 1\n")
     (folder / "entry_points.txt").write_text("[espalier.commands]\na = plugin:a\nzz = plugin:z\n")
-    importlib.metadata.MetadataPathFinder.invalidate_caches()
+    importlib.invalidate_caches()
     found = {p.name: p.value for p in distribution.entry_points("espalier.commands")}
     assert (found["a"], found["zz"]) == ("m:a", "plugin:z")
 
