@@ -71,7 +71,7 @@ def check_cpu(plan: dict[str, object]) -> None:
 
 
 def main(command: str, *arguments: str) -> None:
-    """Run a command of the Dockerfile: ``first PYPROJECT``, ``rest PYPROJECT EXTRAS`` or ``check-cpu`` (a report on stdin)."""
+    """Serve the Dockerfile: ``first PYPROJECT``, ``rest PYPROJECT EXTRAS`` or ``check-cpu`` (a report on stdin)."""
     if command == "check-cpu":
         check_cpu(json.load(sys.stdin))
         return
