@@ -204,7 +204,7 @@ class Caller:
                     raise WireError("cloud", f"a plan with the view {key!r}, which it does not describe")
                 found[key] = self.method.cut(key, self.plan.views[key], server)
             else:
-                found[key] = whole_view(self.method, server)
+                found[key] = whole_view(server, self.method.server_sections)
         return {key: self._coded(sent) for key, sent in found.items()}
 
     def _coded(self, sent: Sent) -> Sent:

@@ -110,7 +110,7 @@ class TreeRun:
         import_ahead(s)  # while edges and clients are still on their way, and not once all of them wait
         self.tree.gather(s, self._stopping)
         self._check_stop()
-        self.method.meet(self.tree.image_shape, len(self.tree.classes))
+        self.method.set_data_shape(self.tree.image_shape, len(self.tree.classes))
         if resumed is None:
             self.tree.settle()
         state = self._initial_state() if resumed is None else resumed.state

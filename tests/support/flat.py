@@ -50,7 +50,7 @@ class FlatRun:
         ]
         first = next(iter(self.hellos.values()))
         channels, height, width = first.image_shape
-        self.method.meet((channels, height, width), len(first.classes))
+        self.method.set_data_shape((channels, height, width), len(first.classes))
         self.state = self.method.initial_state()
         self.state.population = len(self.members)
         self.reached: dict[str, tuple[int, int]] = {}

@@ -17,39 +17,39 @@ from espalier_proto import espalier_pb2 as pb
 if TYPE_CHECKING:
     from espalier.config.run_config import RunConfig
 
-#: Keys of `CloudState.extra`: which cluster a client is in.
+#: Prefix of `CloudState.extra`: the cluster of each client.
 MEMBER = "cluster/"
-#: What is passed on beside Δ.
+#: Arrays that are forwarded with Δ.
 WEIGHT, CLUSTER = "about/weight", "about/cluster"
 
 
 class CFL(Method):
     """Algorithms 1 to 3.
 
-    All clients of a cluster train from its model. A cluster whose mean update is short (‖mean Δ‖ < ε1)
-    although some client's is long (max ‖Δ_i‖ > ε2) is at rest where its clients are not: it is split so
-    that the largest cosine between the halves is smallest, and each half goes on by its own mean.
+    All clients of a cluster train from its model. A cluster with a small mean update (‖mean Δ‖ < ε1) and a large
+    update of some client (max ‖Δ_i‖ > ε2) is stationary although its clients are not. It is split so that the
+    largest cosine between the two parts is as small as possible, and each part continues with its own mean.
 
-    The cloud needs every client's Δ, so edges pass updates on instead of adding them up. With several
-    rounds a window an edge averages within clusters between its reports and passes on the updates of its
-    last round, and the mean of the models they started from.
+    The cloud needs every client's Δ, so edges forward updates instead of aggregating them. With several rounds per
+    window an edge averages within clusters between its reports, and forwards the updates of its last round and the
+    mean of the models they started from.
     """
 
     name = "cfl"
     has_one_model = False
     own_weighting = "uniform"
-    sample_wise = True
+    per_example_loss = True
 
     @classmethod
     def contradictions(cls, settings: RunConfig) -> list[str]:
-        """Refuse to miss a client's update, or to blur it."""
+        """Require the updates of all clients without a lossy codec."""
         faults = []
         if settings.fraction < 1 or cls.chosen(settings, "selection") != "uniform":
             faults.append(
                 "fraction: cfl compares the updates of all clients; set fraction=1, selection=uniform"
             )
         if cls.chosen(settings, "codec") in ("qsgd", "top-k"):
-            faults.append("codec: cfl splits by cosines, which a lossy codec shrinks; set codec=none or fp16")
+            faults.append("codec: cfl splits by cosines, which a lossy codec reduces; set codec=none or fp16")
         return faults
 
     def before_run(self, state: CloudState, ask: Inquiry) -> None:
@@ -59,7 +59,7 @@ class CFL(Method):
     def assign(
         self, state: CloudState, picked: Sequence[str], members: Mapping[str, Member], round_: int
     ) -> dict[str, str]:
-        """Return each client's cluster; one that joins later starts in the first."""
+        """Return each client's cluster; a client that joins later starts in the first."""
         return {name: str(int(state.extra.get(MEMBER + name, np.zeros(1))[0])) for name in picked}
 
     def view(self, state: CloudState, key: str) -> pb.View:
@@ -70,7 +70,7 @@ class CFL(Method):
     # --- edge and cloud ------------------------------------------------------------------------------
 
     def contribute(self, tally: Tally, update: Update, server: ServerState) -> None:
-        """Pass Δ on; add where it started from to that cluster's mean."""
+        """Forward Δ; add the received model to its cluster's mean."""
         weight = self.weight_of(update)
         tally.mean(update.received, weight)
         cluster = int(next(iter(update.arrays)).partition("/")[0].removeprefix("cluster"))
@@ -79,7 +79,7 @@ class CFL(Method):
         tally.forward(update.name, about | change)
 
     def check_passed(self, stacks: Mapping[str, Arrays], rows: Arrays, server: ServerState) -> None:
-        """Refuse a Δ that is none of its cluster's model, or without its cluster and weight."""
+        """Refuse a Δ that does not fit its cluster's model, or lacks its cluster and weight."""
         super().check_passed(stacks, rows, server)
         for client, stack in stacks.items():
             weight, cluster = stack.get(WEIGHT), stack.get(CLUSTER)
@@ -98,14 +98,16 @@ class CFL(Method):
             if not whole or {n: (a.dtype, a.shape) for n, a in plain.items()} != {
                 n: (a.dtype, a.shape) for n, a in whole.items()
             }:
-                raise ValueError(f"an update of {client} that is none of a model of cluster {int(cluster)}")
+                raise ValueError(
+                    f"an update of {client} that does not fit the model of cluster {int(cluster)}"
+                )
 
     def step(self, server: ServerState, tally: Tally) -> None:
-        """Move every cluster's model by the mean update of its clients."""
+        """Update every cluster's model by the mean update of its clients."""
         self._move(server, tally, {c: int(stack[CLUSTER]) for c, stack in tally.stacks.items()})
 
     def central_step(self, state: CloudState, tally: Tally) -> None:
-        """Split the clusters that are due, then move every cluster."""
+        """Split the clusters that meet the criterion, then update every cluster."""
         member = {c: int(stack[CLUSTER]) for c, stack in tally.stacks.items()}
         for clients in _groups(member).values():
             if leaving := self._leaving(state, tally, clients):
@@ -117,7 +119,7 @@ class CFL(Method):
         self._move(state, tally, member)
 
     def _leaving(self, state: CloudState, tally: Tally, clients: list[str]) -> list[str]:
-        """Return the clients that part from a cluster, if it is time."""
+        """Return the clients that leave a cluster; empty if it is not split."""
         trained = [t.name for t in state.architecture.tensors if not t.buffer]
         updates = [{n: tally.stacks[c][n] for n in trained} for c in clients]
         weights = np.array([float(tally.stacks[c][WEIGHT]) for c in clients])
@@ -129,7 +131,7 @@ class CFL(Method):
 
     @staticmethod
     def _move(server: ServerState, tally: Tally, member: Mapping[str, int]) -> None:
-        """Give every cluster where its clients started from plus the mean of what they changed."""
+        """Set every cluster's model to the mean received model of its clients plus their mean update."""
         started, moved = server.tensors | tally.means(server.tensors), {}
         for cluster, clients in _groups(member).items():
             stacks = [tally.stacks[c] for c in clients]
@@ -145,7 +147,7 @@ class CFL(Method):
         server.assign(moved)
 
     def deployed(self, state: CloudState, ask: Inquiry) -> list[Deployed]:
-        """Return every cluster's model, for the clients in it."""
+        """Return every cluster's model with its clients."""
         member = {n.removeprefix(MEMBER): int(v[0]) for n, v in state.extra.items() if n.startswith(MEMBER)}
         return [
             Deployed(

@@ -7,8 +7,14 @@ from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 
+from espalier import lazy
+
 if TYPE_CHECKING:
+    from sklearn import cluster
+
     from espalier.config.settings import Settings
+else:
+    cluster = lazy.load("sklearn.cluster")
 
 Linkage = Literal["single", "complete"]
 
@@ -142,15 +148,13 @@ def bipartition(similarity: np.ndarray, linkage: Linkage = "single") -> tuple[li
     ValueError
         If there are fewer than 2 clients, or a similarity is not finite.
     """
-    from sklearn.cluster import AgglomerativeClustering
-
     if len(similarity) < 2:
         raise ValueError(f"{len(similarity)} client(s) cannot be parted in two")
     if not np.isfinite(similarity).all():
         raise ValueError("a similarity between clients is not finite")
     distance = 1.0 - similarity
     np.fill_diagonal(distance, 0.0)
-    model = AgglomerativeClustering(n_clusters=2, metric="precomputed", linkage=linkage)
+    model = cluster.AgglomerativeClustering(n_clusters=2, metric="precomputed", linkage=linkage)
     labels = model.fit_predict(distance)
     first = np.flatnonzero(labels == labels[0]).tolist()
     second = np.flatnonzero(labels != labels[0]).tolist()

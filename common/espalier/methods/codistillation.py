@@ -1,73 +1,79 @@
-"""Co-distillation: clients teach each other by copies of their networks (Anil et al., ICLR 2018, arXiv 1804.03235)."""
+"""Co-distillation: clients distil from copies of each other's networks (Anil et al., ICLR 2018, arXiv 1804.03235)."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
 from google.protobuf.message import DecodeError
 
+from espalier import lazy, models
+from espalier.errors import WireError
 from espalier.methods.base import CloudState, ServerState, Update
 from espalier.methods.own_models import OwnModels
 from espalier.methods.planning import Member
 from espalier.methods.state import architecture_layout
 from espalier.methods.tally import Arrays, Tally
+from espalier.training.forward_hooks import ForwardCapture, RunningMean, require_classifier, single_output
+from espalier.training.objectives import LocalResult, LocalRound, Objective, TrainingError
 from espalier.wire.payload import Layout, TensorSpec, Weights
 from espalier_proto import espalier_pb2 as pb
 
 if TYPE_CHECKING:
-    from torch import nn
+    import torch
+    from torch import Generator, Tensor, nn
+    from torch.nn import functional
+else:
+    torch, functional = lazy.load("torch"), lazy.load("torch.nn.functional")
 
-    from espalier.training.objectives import LocalRound, Objective
-
-COPY, SPEC = "copy/", "about/architecture"
+#: Sections of a reply that holds a copy of a client's network, of the description that is forwarded with it, and of the
+#: servers' copies.
+COPY, SPEC, PEER = "copy/", "about/architecture", "peer/"
 
 
 class CoDistillation(OwnModels):
     """Algorithm 1 with stale copies.
 
-    Every `peer-every` rounds a client sends a copy of its network. Each edge keeps its clients' newest
-    copies, and the cloud those of all, which it hands to the edges with every window. After the burn-in
-    the loss carries the cross-entropy against the mean prediction of the others' copies on the same batch.
+    Every `peer-every` rounds a client sends a copy of its network. An edge stores its clients' newest copies, the cloud
+    those of all clients, and it sends them to the edges with every window. After the burn-in the local loss adds the
+    cross-entropy against the mean prediction of the other clients' copies on the same batch.
     """
 
     name = "codistillation"
 
     def sends(self, round_: int) -> bool:
-        """Tell whether copies are exchanged after a round."""
+        """Return whether copies are exchanged after a round."""
         return round_ % self.settings.peer_every == 0
 
     def assign(
         self, state: CloudState, picked: Sequence[str], members: Mapping[str, Member], round_: int
     ) -> dict[str, str]:
-        """Return each client's model, and whose copy it needs not."""
+        """Return each client's model and its name, so that its own copy is not sent to it."""
         models = super().assign(state, picked, members, round_)
         return {name: f"{model}@{name}" for name, model in models.items()}
 
     def is_for(self, key: str, name: str) -> bool:
-        """Tell whether a tensor is of another client's copy."""
+        """Return whether a tensor belongs to another client's copy."""
         return not name.startswith(_key(key.partition("@")[2], ""))
 
     # --- client --------------------------------------------------------------------------------------
 
     def objective(self, round_: int) -> Objective:
-        """Return the cross-entropy and the peers' term."""
-        from espalier.training.peers import Peers
-
-        return super().objective(round_) + Peers(self.settings.peer_weight, self.settings.peer_burn_in)
+        """Return the cross-entropy and the distillation from the peers."""
+        return super().objective(round_) + PeerDistillation(
+            self.settings.peer_weight, self.settings.peer_burn_in
+        )
 
     def publish(self, trained: dict[str, np.ndarray], local: LocalRound) -> dict[str, np.ndarray]:
-        """Keep the network, and send a copy when it is time."""
+        """Store the network, and return a copy in rounds with an exchange."""
         super().publish(trained, local)
         return {COPY + name: array for name, array in trained.items()} if self.sends(local.round) else {}
 
     def describe_reply(self, objective: Objective, model: nn.Module, report: pb.ClientReport) -> None:
         """Describe the copy."""
-        from espalier.models.architecture import describe
-
         if self.sends(report.round):
-            report.architecture.CopyFrom(describe(model))
+            report.architecture.CopyFrom(models.describe(model))
 
     def reply_layout(
         self, architecture: pb.ArchitectureSpec, sent: Layout, names: Sequence[str], report: pb.ClientReport
@@ -76,14 +82,14 @@ class CoDistillation(OwnModels):
         if not self.sends(report.round):
             return Layout(())
         if not report.architecture.tensors:
-            raise ValueError("no description of its network, of which a copy is due")
+            raise ValueError("a copy of its network without a description")
         own = Layout.from_proto(report.architecture.tensors, report.client)
         return Layout(tuple(TensorSpec(COPY + t.name, t.dtype, t.shape) for t in own.tensors))
 
     # --- servers -------------------------------------------------------------------------------------
 
     def contribute(self, tally: Tally, update: Update, server: ServerState) -> None:
-        """Pass a copy on, its description beside it."""
+        """Forward a copy with its description."""
         tally.mean({}, 1.0)
         if update.extra:
             spec = np.frombuffer(update.report.architecture.SerializeToString(), np.uint8)
@@ -91,7 +97,7 @@ class CoDistillation(OwnModels):
             tally.forward(update.name, {SPEC: spec, **copy})
 
     def check_passed(self, stacks: Mapping[str, Arrays], rows: Arrays, server: ServerState) -> None:
-        """Refuse a copy that is not what its description says."""
+        """Refuse a copy that does not match its description."""
         super().check_passed(stacks, rows, server)
         for client, stack in stacks.items():
             spec = _described(client, stack)
@@ -102,7 +108,7 @@ class CoDistillation(OwnModels):
                 raise ValueError(f"a copy of {client}'s network: {fault}")
 
     def step(self, server: ServerState, tally: Tally) -> None:
-        """Put the new copies in the place of the old ones."""
+        """Replace the old copies by the new ones."""
         tensors = dict(server.tensors)
         for client, stack in sorted(tally.stacks.items()):
             spec = _described(client, stack)
@@ -113,7 +119,7 @@ class CoDistillation(OwnModels):
 
 
 def _described(client: str, stack: Arrays) -> pb.ArchitectureSpec:
-    """Return the description beside a copy; raises ValueError where it is none."""
+    """Return the description of a copy; raises ValueError if it is missing or invalid."""
     data = stack.get(SPEC)
     if data is None or data.dtype != np.uint8:
         raise ValueError(f"a copy of {client}'s network without a description")
@@ -124,4 +130,91 @@ def _described(client: str, stack: Arrays) -> pb.ArchitectureSpec:
 
 
 def _key(client: str, name: str) -> str:
-    return f"peer/{client}/{name}"
+    return f"{PEER}{client}/{name}"
+
+
+class PeerDistillation(Objective):
+    """``weight`` times the cross-entropy against the mean prediction of the peers on the same batch.
+
+    Algorithm 1: the teacher is the mean of the *other* clients' softmax outputs; their networks are frozen copies from
+    an earlier round. Without peers and during the burn-in the term is 0.
+
+    Parameters
+    ----------
+    weight : float
+        Weight of the term.
+    burn_in : int
+        First rounds of the run without the term.
+    peers : callable
+        Returns the other clients' networks of a round, of any architectures: :func:`received_peers`. They are moved to
+        the device, put into evaluation mode and not trained.
+    """
+
+    def __init__(
+        self,
+        weight: float,
+        burn_in: int = 0,
+        peers: Callable[[LocalRound], Iterable[nn.Module]] | None = None,
+    ) -> None:
+        self._weight, self._burn_in, self._peers = weight, burn_in, peers or received_peers
+        self._outputs = ForwardCapture()
+
+    def begin(self, model: nn.Module, local: LocalRound) -> None:
+        """Freeze the peers after the burn-in."""
+        network, device = require_classifier(model, "co-distillation"), next(model.parameters()).device
+        self._mean = RunningMean()
+        self._active = tuple(self._peers(local)) if local.round > self._burn_in else ()
+        for peer in self._active:
+            classes = require_classifier(peer, "co-distillation").classes
+            if classes != network.classes:
+                raise TrainingError(
+                    f"a peer's network has {classes} classes, this client's {network.classes}"
+                )
+            peer.to(device).eval().requires_grad_(False)
+        self._outputs.attach(model)
+
+    def loss(self, model: nn.Module, images: Tensor, labels: Tensor, generator: Generator) -> Tensor:
+        """Return the term for the batch that the base loss just ran the network on."""
+        output = self._outputs.take()
+        if not self._active:
+            return images.new_zeros(())
+        with torch.no_grad():
+            outputs = [single_output(peer(images), "co-distillation").softmax(1) for peer in self._active]
+            teacher = torch.stack(outputs).mean(0)
+        value = functional.cross_entropy(single_output(output, "co-distillation"), teacher)
+        self._mean.add(value)
+        return self._weight * value
+
+    def end(self, model: nn.Module, result: LocalResult, sent: Mapping[str, Tensor]) -> dict[str, float]:
+        """Report the term."""
+        self._outputs.release()
+        return self._mean.report("peer-loss")
+
+
+def received_peers(local: LocalRound) -> list[nn.Module]:
+    """Build the other clients' networks from their descriptions and tensors.
+
+    Parameters
+    ----------
+    local : LocalRound
+        Its `peers` are the descriptions, its `aux` has the tensors as "peer/CLIENT/TENSOR". The client's own network
+        is skipped.
+
+    Raises
+    ------
+    WireError
+        A network cannot be built; the message names its client.
+    """
+    networks = []
+    for name, description in local.peers.items():
+        if name == local.name:
+            continue
+        prefix = f"{PEER}{name}/"
+        arrays = {n.removeprefix(prefix): a for n, a in local.aux.items() if n.startswith(prefix)}
+        try:
+            networks.append(
+                models.build_with(description, {n: models.to_tensor(a) for n, a in arrays.items()})
+            )
+        except ValueError as error:
+            raise WireError("the servers", f"{name}'s network cannot be built ({error})") from error
+    return networks

@@ -6,7 +6,7 @@ from espalier.methods.base import Method
 
 
 class FedAvg(Method):
-    """Clients train E epochs, edges and the cloud average by samples; with rg=1 this is flat FedAvg."""
+    """Clients train E epochs; edges and the cloud average by samples. With rg=1 this is flat FedAvg."""
 
     name = "fedavg"
-    sample_wise = True
+    per_example_loss = True

@@ -14,44 +14,44 @@ from espalier_proto import espalier_pb2 as pb
 if TYPE_CHECKING:
     from espalier.config.run_config import RunConfig
 
-#: Parts of the U-Net by the beginnings of their tensors' names; the time embedding goes with the way down.
+#: Parts of the U-Net by prefixes of their tensors' names; the time embedding belongs to the encoder.
 PARTS = {
     "down": ("conv_in", "time_proj", "time_embedding", "down_blocks"),
     "mid": ("mid_block",),
     "up": ("up_blocks", "conv_norm_out", "conv_out"),
 }
-#: Parts that stay at home, by `exchange`.
-HOME = {"full": (), "usplit": (), "ulatdec": ("down",), "udec": ("down", "mid")}
+#: Parts that stay on the clients, by `exchange`.
+LOCAL = {"full": (), "usplit": (), "ulatdec": ("down",), "udec": ("down", "mid")}
 
 
 class FedDiffuse(PersonalLayers):
-    """The four ways of §3.
+    """The four exchange schemes of §3.
 
-    FULL is FedAvg. USPLIT: clients go in pairs, everybody gets the whole network and trains it, one of a
-    pair sends the way down, the other the way up, one of them by lot the bottleneck; every part is
-    averaged by samples over those who sent it. ULATDEC shares bottleneck and way up, UDEC the way up
-    alone; the rest stays at home.
+    FULL is FedAvg. USPLIT: participants are paired. All receive and train the whole network; one of a pair sends
+    the encoder, the other the decoder, and one of them, at random, the bottleneck. Every part is averaged by
+    samples over the clients that sent it. ULATDEC shares bottleneck and decoder, UDEC the decoder only; the rest
+    stays on the clients.
     """
 
     name = "feddiffuse"
     tasks = ("diffusion",)
-    sample_wise = True
+    per_example_loss = True
 
     @classmethod
     def contradictions(cls, settings: RunConfig) -> list[str]:
-        """Refuse an average of what is never averaged."""
-        if settings.ema_decay and HOME[settings.exchange]:
+        """Refuse a moving average of a network that the cloud does not have."""
+        if settings.ema_decay and LOCAL[settings.exchange]:
             return [f"ema-decay: with exchange={settings.exchange} the cloud has no whole model; set it to 0"]
         return []
 
-    def stays_home(self, name: str) -> bool:
-        """Tell whether a tensor is of a part that is not exchanged."""
-        return part_of(name) in HOME[self.settings.exchange]
+    def is_personal(self, name: str) -> bool:
+        """Return whether a tensor belongs to a part that is not exchanged."""
+        return part_of(name) in LOCAL[self.settings.exchange]
 
     def assign(
         self, state: CloudState, picked: Sequence[str], members: Mapping[str, Member], round_: int
     ) -> dict[str, str]:
-        """Return what each client sends, e.g. "down+mid"; a client without a partner sends all."""
+        """Return the parts that each client sends, e.g. "down+mid"; a client without a partner sends all."""
         if self.settings.exchange != "usplit":
             return super().assign(state, picked, members, round_)
         rng = rng_for(self.settings.seed, "cloud", round_, "pairs")
@@ -63,7 +63,7 @@ class FedDiffuse(PersonalLayers):
         return dict.fromkeys(order, "down+mid+up") | sends
 
     def view(self, state: CloudState, key: str) -> pb.View:
-        """Return the whole network, of which only some parts come back."""
+        """Return the whole network, of which some parts are returned."""
         if self.settings.exchange != "usplit":
             return super().view(state, key)
         names = [t.name for t in state.architecture.tensors if part_of(t.name) in key.split("+")]

@@ -2,26 +2,35 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 import numpy as np
 
+from espalier import lazy
 from espalier.methods.base import CloudState, Inquiry, Method, ServerState, Update
+from espalier.methods.proximal import SquaredDistance
 from espalier.methods.tally import Tally
+from espalier.training.named_state import on_device, read_blocks, trainable_parameters, write_blocks
+from espalier.training.objectives import LocalResult, LocalRound, Objective
 
 if TYPE_CHECKING:
-    from espalier.training.objectives import Objective
+    import torch
+    from torch import Generator, Tensor, nn
+else:
+    torch = lazy.load("torch")
 
-SECTION = "dyn"
+#: Section of the servers' h, and prefix of g_k in a client's state.
+SECTION, STATE = "dyn", "dyn/"
 
 
 class FedDyn(Method):
     """Algorithm 1.
 
-    Clients minimise F_k(θ) − ⟨g_k, θ⟩ + α/2 ‖θ − w‖² and renew g_k ← g_k − α(θ_k − w). Servers keep
+    Clients minimise F_k(θ) − ⟨g_k, θ⟩ + α/2 ‖θ − w‖² and update g_k ← g_k − α(θ_k − w). Servers update
     h ← h − (α/N) Σ_S (θ_k − w), which stays the mean of all g_k, and send w = mean_S θ_k − h/α. A
-    coordinate that nobody held keeps its value (for sub-models this is DepthFL's rule); statistics
-    and counters are averaged without h. Between its reports an edge moves its own w and h.
+    coordinate that no participant holds does not change (for sub-models this is DepthFL's rule); running statistics
+    and counters are averaged without h. Between its reports an edge updates its own w and h.
     """
 
     name = "feddyn"
@@ -30,18 +39,20 @@ class FedDyn(Method):
     own_weighting = "uniform"
     server_sections = frozenset({SECTION})
     mean_sections = frozenset({SECTION})
-    settled = True
-    sample_wise = True
+    sticky_edge = True
+    per_example_loss = True
 
     def before_run(self, state: CloudState, ask: Inquiry) -> None:
         """Start from h = 0."""
         state.add_section(SECTION)
 
+    # --- client --------------------------------------------------------------------------------------
+
     def objective(self, round_: int) -> Objective:
         """Return the task's loss and the dynamic regulariser."""
-        from espalier.training.dynamic import Dynamic
+        return super().objective(round_) + DynamicRegularizer(self.settings.dyn_alpha)
 
-        return super().objective(round_) + Dynamic(self.settings.dyn_alpha)
+    # --- edge and cloud ------------------------------------------------------------------------------
 
     def contribute(self, tally: Tally, update: Update, server: ServerState) -> None:
         """Add θ_k to the mean, −(α/N)(θ_k − w) to the change of h."""
@@ -54,7 +65,7 @@ class FedDyn(Method):
         tally.sum(drift, -self.settings.dyn_alpha / server.population)
 
     def step(self, server: ServerState, tally: Tally) -> None:
-        """Move h, then w."""
+        """Update h, then w."""
         before, alpha = server.tensors, self.settings.dyn_alpha
         h = {name: before[name] + change for name, change in tally.sums().items()}
         means = tally.means(before)
@@ -62,3 +73,45 @@ class FedDyn(Method):
             if (key := f"{SECTION}/{name}") in h:
                 means[name] = np.where(tally.held(name), mean - h[key] / mean.dtype.type(alpha), before[name])
         server.assign(h | means)
+
+
+class DynamicRegularizer(Objective):
+    """``-<theta, g_k> + alpha/2 ||theta - w||^2``, then ``g_k <- g_k - alpha (theta_k - w)``.
+
+    g_k starts at zero and converges to the gradient of the client's own loss at the common optimum, so that every
+    client's regularised loss has its minimum there. It covers parameters only. A sub-network uses the leading block of
+    the stored g_k (DepthFL); values outside the block do not change. theta_k is the model as the server decodes it, so
+    that the server's h stays the mean of all g_k.
+
+    Parameters
+    ----------
+    alpha : float
+        Weight of the regulariser, the server's alpha, too.
+    """
+
+    depends_on = "weights"
+
+    def __init__(self, alpha: float) -> None:
+        self._alpha = alpha
+
+    def begin(self, model: nn.Module, local: LocalRound) -> None:
+        """Read the received parameters w and g_k."""
+        self._local = local
+        self._distance = SquaredDistance(model, local)
+        self._g = read_blocks(local.state, STATE, trainable_parameters(model))
+        self._flat_g = torch.cat([g.flatten() for g in self._g.values()])
+
+    def loss(self, model: nn.Module, images: Tensor, labels: Tensor, generator: Generator) -> Tensor:
+        """Return the regulariser's value; it does not depend on the batch."""
+        flat = self._distance.flat()
+        return 0.5 * self._alpha * self._distance.squared(flat) - (flat * self._flat_g).sum()
+
+    def end(self, model: nn.Module, result: LocalResult, sent: Mapping[str, Tensor]) -> dict[str, float]:
+        """Update g_k."""
+        received = self._local.received
+        updated = {
+            name: g - self._alpha * (on_device(model, sent, name) - on_device(model, received, name))
+            for name, g in self._g.items()
+        }
+        write_blocks(self._local.state, STATE, updated)
+        return {}

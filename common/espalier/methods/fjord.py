@@ -3,44 +3,57 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
 
+from espalier import lazy, models
 from espalier.methods.base import CloudState, Deployed, Inquiry
 from espalier.methods.levels import parse_levels
 from espalier.methods.submodels import SubModels, sliced
+from espalier.models.presets import PRESETS
+from espalier.tasks.classification import cross_entropy, single_precision
+from espalier.training.named_state import leading_block
+from espalier.training.objectives import LocalRound, Objective, TrainingError
 from espalier.wire.payload import Layout, TensorSpec, Weights
 from espalier_proto import espalier_pb2 as pb
 
 if TYPE_CHECKING:
-    from espalier.training.objectives import Objective
+    import torch
+    from torch import Generator, Tensor, nn
+    from torch.nn import functional
+else:
+    torch, functional = lazy.load("torch"), lazy.load("torch.nn.functional")
+
+
+def section(width: float) -> str:
+    """Return the section of the running statistics of one width, e.g. ``"p0.4/"``."""
+    return f"p{width:g}/"
 
 
 class FjORD(SubModels):
     """Algorithm 1.
 
-    A client of width p_max trains, batch by batch, the leading slice of a width p ≤ p_max drawn
-    uniformly, and the smaller one learns from the larger. Servers average every coordinate by samples
-    over the clients whose p_max holds it. Batch normalisation keeps statistics for each width, as
-    "pWIDTH/…", which only clients that train the width move.
+    For every batch a client of width p_max trains the leading slice of a width p ≤ p_max, drawn uniformly, with
+    distillation from the larger one. Servers average every coordinate by samples over the clients whose p_max
+    includes it. Batch normalisation has statistics for each width, as "pWIDTH/…", which are updated by the clients
+    that train the width.
     """
 
     name = "fjord"
 
     def variant(self, architecture: pb.ArchitectureSpec, level: float) -> pb.ArchitectureSpec:
         """Return the network of a width."""
-        from espalier.models.variants import narrowed
-
-        return narrowed(architecture, level)
+        return models.narrowed(architecture, level)
 
     def before_run(self, state: CloudState, ask: Inquiry) -> None:
-        """Give every width its own statistics."""
+        """Add the statistics of every width."""
         sections: dict[str, np.ndarray] = {}
         for width in parse_levels(self.settings.levels):
             spec = self.variant(state.architecture, width)
             own = sliced(state.weights, spec).views()
-            sections |= {_key(width, t.name): own[t.name] for t in spec.tensors if t.buffer}
+            sections |= {section(width) + t.name: own[t.name] for t in spec.tensors if t.buffer}
         state.weights = Weights.pack(state.tensors | sections)
 
     def view(self, state: CloudState, key: str) -> pb.View:
@@ -54,13 +67,11 @@ class FjORD(SubModels):
         return pb.View(architecture=spec, layout=Layout(tuple(tensors)).to_proto())
 
     def objective(self, round_: int) -> Objective:
-        """Return ordered dropout's loss."""
-        from espalier.training.ordered import OrderedDropout
-
+        """Return the loss of ordered dropout."""
         return OrderedDropout()
 
     def returned(self, sent: Layout, names: Sequence[str], metrics: Mapping[str, float]) -> Layout:
-        """Return everything: network and statistics."""
+        """Return all tensors: network and statistics."""
         return sent
 
     def deployed(self, state: CloudState, ask: Inquiry) -> list[Deployed]:
@@ -70,11 +81,150 @@ class FjORD(SubModels):
         for width in parse_levels(self.settings.levels):
             spec = self.variant(state.architecture, width)
             arrays = sliced(state.weights, spec).views()
-            arrays |= {t.name: tensors[_key(width, t.name)] for t in spec.tensors if t.buffer}
+            arrays |= {t.name: tensors[section(width) + t.name] for t in spec.tensors if t.buffer}
             label = "global" if width == 1 else f"level {width:g}"
             found.append(Deployed(label, spec, Weights.pack(arrays), at_clients=not found))
         return found
 
 
-def _key(width: float, name: str) -> str:
-    return f"p{width:g}/{name}"
+class OrderedDropout(Objective):
+    """Every batch trains the leading slice of a random width. It replaces the task's loss.
+
+    For each batch p is drawn uniformly from the `levels` up to the client's p_max, one p for all layers; the first
+    ceil(p C) units of each layer are trained by cross-entropy. With ``distillation`` every batch trains p_max by
+    cross-entropy and the drawn p towards softmax(z_pmax), a constant there: the paper's (1 - alpha) CE + alpha KL with
+    alpha = T = 1. The authors use the cross-entropy between the two outputs, which differs from KL by the teacher's
+    entropy only, a constant.
+
+    All widths share the affine parameters of batch normalisation but not its running statistics: those of width p
+    are in the section "p0.4/" (:func:`section`), under the names of the network's own. The network's own
+    statistics are neither used nor updated; a server that deploys a network of width p replaces them by those of
+    the section.
+
+    Weight decay acts on the client's whole network, so also on units beyond the drawn p.
+    """
+
+    def begin(self, model: nn.Module, local: LocalRound) -> None:
+        """Build the narrower networks inside the client's."""
+        if not isinstance(model, models.Classifier):
+            raise TrainingError("ordered dropout needs a classifier, whose layers come in several widths")
+        whole = _whole(model, local.settings.model)
+        spec, held = (
+            models.describe(whole),
+            {name: tensor.shape for name, tensor in model.state_dict().items()},
+        )
+        self._widths: list[Slice] = []
+        for width in sorted(parse_levels(local.settings.levels)):
+            network = models.build(models.narrowed(spec, width))
+            shapes = {name: tensor.shape for name, tensor in network.state_dict().items()}
+            if not all(_within(shape, held.get(name)) for name, shape in shapes.items()):
+                break
+            self._widths.append(Slice(width, network, _statistics(network, model, local.aux, width)))
+            fits = shapes == held
+        if not self._widths or not fits:
+            raise TrainingError(
+                f"the received network has none of the widths levels={local.settings.levels} of "
+                f"model={local.settings.model}"
+            )
+        self._distills = local.settings.distillation
+
+    def loss(self, model: nn.Module, images: Tensor, labels: Tensor, generator: Generator) -> Tensor:
+        """Return the batch's loss; in evaluation the cross-entropy at p_max."""
+        largest = self._widths[-1]
+        drawn = self._draw(images.device, generator) if model.training else largest
+        if not self._distills:
+            return cross_entropy(drawn(model, images), labels)
+        teacher_logits = largest(model, images)
+        total = cross_entropy(teacher_logits, labels)
+        if drawn is largest:  # its own teacher: KL and gradient are 0
+            return total
+        divergences = [
+            functional.kl_div(
+                functional.log_softmax(z, 1),
+                functional.log_softmax(teacher.detach(), 1),
+                reduction="batchmean",
+                log_target=True,
+            )
+            for z, teacher in zip(drawn(model, images), teacher_logits, strict=True)
+        ]
+        return total + torch.stack(divergences).sum()
+
+    def extra(self) -> dict[str, np.ndarray]:
+        """Return every width's running statistics."""
+        return {
+            section(part.width) + name: tensor.detach().cpu().numpy().copy()
+            for part in self._widths
+            for name, tensor in part.buffers.items()
+        }
+
+    def _draw(self, device: torch.device, generator: Generator) -> Slice:
+        index = torch.randint(len(self._widths), (1,), generator=generator, device=device)
+        return self._widths[int(index)]
+
+
+@dataclass
+class Slice:
+    """The leading slice of one width of a client's network.
+
+    Attributes
+    ----------
+    width : float
+        p, as a share of the whole network.
+    network : nn.Module
+        Its layers, on ``meta``: every call passes the tensors.
+    buffers : dict of str to Tensor
+        Normalisation statistics of this width, updated by passes in training mode.
+    """
+
+    width: float
+    network: nn.Module
+    buffers: dict[str, Tensor]
+
+    def __call__(self, model: nn.Module, images: Tensor) -> list[Tensor]:
+        """Return the logits, by exit, of the leading slices of a model's parameters.
+
+        The slices are views, so gradients are added to the blocks of the model's parameters.
+        """
+        own = dict(model.named_parameters())
+        tensors = {name: _corner(own[name], like) for name, like in self.network.named_parameters()}
+        self.network.train(model.training)
+        return single_precision(
+            torch.func.functional_call(self.network, tensors | self.buffers, (images,), strict=True)
+        )
+
+
+def _whole(model: models.Classifier, preset: str) -> nn.Module:
+    """Return the full-width network of a client's sub-network, on meta.
+
+    The widths are the preset's, because those of a narrow network are rounded up and do not determine the full ones.
+    """
+    own, full = model.arguments, PRESETS[preset].arguments
+    hidden = {name: full[name] for name in getattr(own, "HIDDEN", ()) if name in full}
+    with torch.device("meta"):
+        return type(model)(own.model_copy(update=hidden))  # type: ignore[call-arg]
+
+
+def _statistics(
+    network: nn.Module, model: nn.Module, aux: Mapping[str, np.ndarray], width: float
+) -> dict[str, Tensor]:
+    """Return the statistics of a width: the received ones, or a slice of the network's own."""
+    own, statistics = dict(model.named_buffers()), {}
+    for name, like in network.named_buffers():
+        received = aux.get(section(width) + name)
+        if received is not None and received.shape != tuple(like.shape):
+            raise TrainingError(
+                f"the received statistics {section(width) + name!r} are {list(received.shape)}, "
+                f"the network's {list(like.shape)}"
+            )
+        given = own[name].cpu().numpy() if received is None else received
+        empty = torch.empty(like.shape, dtype=own[name].dtype, device=own[name].device)
+        statistics[name] = leading_block(given, empty)
+    return statistics
+
+
+def _corner(tensor: Tensor, like: Tensor) -> Tensor:
+    return tensor[tuple(slice(0, length) for length in like.shape)]
+
+
+def _within(shape: torch.Size, held: torch.Size | None) -> bool:
+    return held is not None and len(shape) == len(held) and all(map(int.__le__, shape, held))

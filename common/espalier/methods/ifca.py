@@ -7,10 +7,12 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from espalier import models
 from espalier.methods.base import CloudState, Deployed, Inquiry, Method
 from espalier.methods.clustering import nearest_model, well_spread
 from espalier.methods.prefixes import matches
 from espalier.seeds import seed_for
+from espalier.tasks.local_metrics import network_loss
 from espalier.wire.payload import Layout, Weights
 
 if TYPE_CHECKING:
@@ -19,22 +21,22 @@ if TYPE_CHECKING:
     from espalier.config.run_config import RunConfig
     from espalier.training.objectives import LocalRound
 
-#: Initialisations that are tried before the last one is taken.
+#: Largest number of initialisations; the last one is used in any case.
 TRIES = 20
 
 
 class IFCA(Method):
     """Algorithm 1, model averaging.
 
-    Servers hold k models. A client gets all of them, picks the one of least loss on its own images,
-    trains it and sends it back; each model becomes the mean over the clients that picked it, an unpicked
-    one stays. Tensors under `shared-layers` exist once and are averaged over everybody. Initial models
-    are drawn until every one is picked by enough clients.
+    Servers hold k models. A client receives all of them, chooses the one with the lowest loss on its own images,
+    trains it and returns it. Each model becomes the mean over the clients that chose it; one that no client chose
+    does not change. Tensors under `shared-layers` exist once and are averaged over all clients. Initial models are
+    drawn until each is chosen by enough clients.
     """
 
     name = "ifca"
     has_one_model = False
-    tells = "which cluster fits its images best"
+    extra_disclosure = "which cluster fits its images best"
     tasks = ("classification",)
 
     @classmethod
@@ -45,45 +47,45 @@ class IFCA(Method):
         return []
 
     def before_run(self, state: CloudState, ask: Inquiry) -> None:
-        """Draw k models until the clients spread over them."""
+        """Draw k models until clients choose each of them."""
         k = self.settings.clusters
         for attempt in range(TRIES):
             self._draw(state, attempt)
             answers = ask("loss", state.architecture, state.weights, None)
-            picked = [int(a.metrics["cluster"]) for a in answers.values()]
-            if not picked or well_spread(picked, k):
+            chosen = [int(a.metrics["cluster"]) for a in answers.values()]
+            if not chosen or well_spread(chosen, k):
                 return
 
     def _draw(self, state: CloudState, attempt: int) -> None:
-        from espalier.models.arrays import model_arrays
-        from espalier.models.initial import initial_model
-
         s, shared = self.settings, self.settings.shared_layers
-        models = []
+        networks = []
         for j in range(s.clusters):
             seed = seed_for(s.seed, "cloud", attempt, f"cluster {j}")
-            drawn = initial_model(s.model_copy(update={"seed": seed}), self.image_shape, self.classes)
-            models.append(model_arrays(drawn))
-        tensors = {n: a for n, a in models[0].items() if matches(n, shared)}
-        for j, arrays in enumerate(models):
+            network = models.initial_model(
+                s.model_copy(update={"seed": seed}), self.image_shape, self.classes
+            )
+            networks.append(models.model_arrays(network))
+        tensors = {n: a for n, a in networks[0].items() if matches(n, shared)}
+        for j, arrays in enumerate(networks):
             tensors |= {_key(j, n): a for n, a in arrays.items() if not matches(n, shared)}
         state.weights = Weights.pack(tensors)
 
     # --- client --------------------------------------------------------------------------------------
 
     def start(self, local: LocalRound) -> Mapping[str, Tensor]:
-        """Pick the model of least loss on all of the client's images."""
-        from espalier.models.arrays import to_tensor
-        from espalier.training.network_loss import network_loss
-
-        models = [
+        """Choose the model with the lowest loss on all of the client's images."""
+        clusters = [
             dict(local.received)
-            | {n.partition("/")[2]: to_tensor(a) for n, a in local.aux.items() if n.startswith(_key(j, ""))}
+            | {
+                n.partition("/")[2]: models.to_tensor(a)
+                for n, a in local.aux.items()
+                if n.startswith(_key(j, ""))
+            }
             for j in range(self.settings.clusters)
         ]
-        picked = nearest_model([network_loss(local, tensors) for tensors in models])
-        local.metrics["cluster"] = picked
-        return models[picked]
+        chosen = nearest_model([network_loss(local, tensors) for tensors in clusters])
+        local.metrics["cluster"] = chosen
+        return clusters[chosen]
 
     def publish(self, trained: dict[str, np.ndarray], local: LocalRound) -> dict[str, np.ndarray]:
         """Return the trained tensors under their cluster's names."""
@@ -91,7 +93,7 @@ class IFCA(Method):
         return {n if matches(n, shared) else _key(j, n): a for n, a in trained.items()}
 
     def returned(self, sent: Layout, names: Sequence[str], metrics: Mapping[str, float]) -> Layout:
-        """Return the tensors of the picked cluster, and the shared ones."""
+        """Return the layout of the chosen cluster's and the shared tensors."""
         j = metrics.get("cluster", -1)
         if j not in range(self.settings.clusters):
             raise ValueError(f"cluster {j:g} of {self.settings.clusters}")
@@ -100,7 +102,7 @@ class IFCA(Method):
     # --- cloud ---------------------------------------------------------------------------------------
 
     def deployed(self, state: CloudState, ask: Inquiry) -> list[Deployed]:
-        """Return the clusters' models; clients pick theirs among all of them."""
+        """Return the clusters' models; at clients, the best of all of them is evaluated."""
         shared = {n: a for n, a in state.tensors.items() if "/" not in n}
         clusters = [
             Deployed(

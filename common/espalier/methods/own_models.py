@@ -1,4 +1,4 @@
-"""What methods share whose clients keep networks of their own, which may be unlike, and exchange knowledge."""
+"""Model-heterogeneous methods: the base of methods whose clients have networks of their own and exchange knowledge."""
 
 from __future__ import annotations
 
@@ -7,10 +7,12 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from espalier import models
 from espalier.config.run_config import RunConfig
 from espalier.methods.base import CloudState, Deployed, Inquiry, Method, ServerState, Update
 from espalier.methods.planning import Member
 from espalier.methods.tally import Tally
+from espalier.methods.views import Sent
 from espalier.models.families import model_of
 from espalier.models.presets import is_model
 from espalier.seeds import seed_for
@@ -20,17 +22,16 @@ from espalier_proto import espalier_pb2 as pb
 if TYPE_CHECKING:
     from torch import nn
 
-    from espalier.methods.views import Sent
     from espalier.training.objectives import LocalRound
 
-#: Architecture family of a network that a client builds, and keeps, by itself.
+#: Architecture family of a network that a client builds and stores itself.
 OWN = "own"
-#: Where a client keeps its network.
-HOME = "own/"
+#: Prefix of the network in a client's state.
+STATE = "own/"
 
 
 class OwnModels(Method):
-    """Every client trains a network of its own and keeps it; servers hold no network at all.
+    """Every client trains and stores a network of its own; servers hold no network.
 
     Client i, in the order of names, gets model i mod X of `families`, unless its owner chose one
     (`espalier client --model`). Its initial weights depend on the run's seed and its name.
@@ -39,12 +40,12 @@ class OwnModels(Method):
     tasks = ("classification",)
     has_one_model = False
     own_models = True
-    settled = True
-    tells = "what a network of its own makes of its images"
+    sticky_edge = True
+    extra_disclosure = "outputs of a network of its own on its images"
 
     @classmethod
     def contradictions(cls, settings: RunConfig) -> list[str]:
-        """Refuse selections that compare networks, and codecs of differences."""
+        """Refuse selections that compare networks, and codecs of weights."""
         faults = []
         if cls.chosen(settings, "selection") == "divfl":
             faults.append(f"selection: divfl compares gradients of one network; {cls.name} has many")
@@ -72,53 +73,47 @@ class OwnModels(Method):
         return {name: members[name].model or model_of(family, places[name]) for name in picked}
 
     def view(self, state: CloudState, key: str) -> pb.View:
-        """Return a client's model by name; what it is sent beside, each server settles by itself."""
+        """Return a client's model by name; each server adds the tensors it sends."""
         spec = pb.ArchitectureSpec(family=OWN)
         spec.config.update({"model": key.partition("@")[0]})
         return pb.View(architecture=spec)
 
     def cut(self, key: str, view: pb.View, server: ServerState) -> Sent:
-        """Return all that a server holds for this client."""
-        from espalier.methods.views import Sent
-
+        """Return all tensors that a server holds for this client."""
         own = server.weights
-        kept = [n for n in own.layout.names if self.is_for(key, n)]
+        names = [n for n in own.layout.names if self.is_for(key, n)]
         views = own.views()
-        weights = own if len(kept) == len(views) else Weights.fill(own.layout.only(kept), views)
+        weights = own if len(names) == len(views) else Weights.fill(own.layout.only(names), views)
         return Sent(view.architecture, weights, {}, ())
 
     def is_for(self, key: str, name: str) -> bool:
-        """Tell whether a client is sent a tensor."""
+        """Return whether a tensor is sent to a client."""
         return name.partition("/")[0] not in self.server_sections
 
     def deployed(self, state: CloudState, ask: Inquiry) -> list[Deployed]:
-        """Return nothing for the cloud: clients answer with what they have."""
+        """Return an entry for clients only, which evaluate their own networks."""
         return [Deployed("own models", state.architecture, state.weights, at_cloud=False)]
 
     # --- client --------------------------------------------------------------------------------------
 
     def network(self, local: LocalRound, architecture: pb.ArchitectureSpec) -> nn.Module:
-        """Return the client's own network as it left it, or a new one."""
-        from espalier.models.architecture import describe
-        from espalier.models.arrays import load_arrays
-        from espalier.models.initial import initial_model
-
+        """Return the client's own network from its state, or a new one."""
         name = architecture.config["model"] if "model" in architecture.config.keys() else ""  # noqa: SIM118 - a Struct
         if architecture.family != OWN or not isinstance(name, str) or not is_model(name):
             raise ValueError(f"a plan for the unknown model {name!r}")
         images = local.require_data()
         seed = seed_for(self.settings.seed, local.name, 0, "own model")
         settings = self.settings.model_copy(update={"model": name, "seed": seed})
-        model = initial_model(settings, images.shape, len(images.classes))
-        if kept := {n.removeprefix(HOME): a for n, a in local.state.items() if n.startswith(HOME)}:
-            load_arrays(model, kept)
-        local.architecture = describe(model)
+        model = models.initial_model(settings, images.shape, len(images.classes))
+        if stored := {n.removeprefix(STATE): a for n, a in local.state.items() if n.startswith(STATE)}:
+            models.load_arrays(model, stored)
+        local.architecture = models.describe(model)
         local.received = {n: t.detach().clone() for n, t in model.state_dict().items()}
         return model
 
     def publish(self, trained: dict[str, np.ndarray], local: LocalRound) -> dict[str, np.ndarray]:
-        """Keep the network at home."""
-        local.state.update({HOME + name: array.copy() for name, array in trained.items()})
+        """Store the network in the client's state; nothing of it is sent."""
+        local.state.update({STATE + name: array.copy() for name, array in trained.items()})
         return {}
 
     # --- servers -------------------------------------------------------------------------------------
@@ -126,9 +121,9 @@ class OwnModels(Method):
     def reply_layout(
         self, architecture: pb.ArchitectureSpec, sent: Layout, names: Sequence[str], report: pb.ClientReport
     ) -> Layout:
-        """Return the layout of what a client tells."""
+        """Return the layout of the knowledge that a client sends."""
         raise NotImplementedError
 
     def add(self, tally: Tally, update: Update, server: ServerState) -> None:
-        """Add what a client told; nothing of it is passed on but what `contribute` does."""
+        """Add a client's knowledge; only `contribute` forwards tensors."""
         self.contribute(tally, update, server)

@@ -1,4 +1,4 @@
-"""What methods share whose clients keep some layers at home."""
+"""Personal layers: the base of methods whose clients do not exchange some layers."""
 
 from __future__ import annotations
 
@@ -7,9 +7,10 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from espalier import models
 from espalier.methods.base import CloudState, Deployed, Inquiry, Method
 from espalier.methods.planning import Member
-from espalier.wire.payload import Layout
+from espalier.wire.payload import Layout, Weights
 from espalier_proto import espalier_pb2 as pb
 
 if TYPE_CHECKING:
@@ -17,73 +18,70 @@ if TYPE_CHECKING:
 
     from espalier.training.objectives import LocalRound
 
-#: Where a client keeps its own layers.
-HOME = "personal/"
+#: Prefix of the personal layers in a client's state.
+STATE = "personal/"
+#: Key of the view that holds the shared tensors.
 SHARED = "shared"
 
 
 class PersonalLayers(Method):
-    """Some tensors never leave a client: it starts from the run's initial ones and keeps its own.
+    """Some tensors never leave a client: it starts from the run's initial values and stores its own.
 
-    The cloud's copy of them stays as it was, so its network is of no use alone; what clients reach
-    is measured by samples they draw (`eval-clients`).
+    The cloud's copy of them does not change, so its network alone cannot be evaluated; clients' networks are
+    evaluated by samples that the clients draw (`eval-clients`).
     """
 
-    settled = True
+    sticky_edge = True
 
-    def stays_home(self, name: str) -> bool:
-        """Tell whether a tensor is personal."""
+    def is_personal(self, name: str) -> bool:
+        """Return whether a tensor is personal."""
         raise NotImplementedError
 
     def assign(
         self, state: CloudState, picked: Sequence[str], members: Mapping[str, Member], round_: int
     ) -> dict[str, str]:
-        """Return the view of the shared tensors for everybody, if some are personal."""
-        some = any(self.stays_home(t.name) for t in state.architecture.tensors)
+        """Return the view of the shared tensors for all clients, if some tensors are personal."""
+        some = any(self.is_personal(t.name) for t in state.architecture.tensors)
         return dict.fromkeys(picked, SHARED) if some else {}
 
     def view(self, state: CloudState, key: str) -> pb.View:
         """Return the shared tensors."""
         layout = state.weights.layout
-        kept = layout.only(n for n in layout.names if "/" not in n and not self.stays_home(n))
+        kept = layout.only(n for n in layout.names if "/" not in n and not self.is_personal(n))
         return pb.View(architecture=state.architecture, layout=kept.to_proto())
 
     def start(self, local: LocalRound) -> Mapping[str, Tensor]:
-        """Return what was received, and the client's own layers."""
-        from espalier.models.arrays import model_arrays, to_tensor
-
+        """Return the received tensors and the client's own layers."""
         assert local.architecture is not None
-        home = [t.name for t in local.architecture.tensors if t.name not in local.received]
-        if not home:
+        personal = [t.name for t in local.architecture.tensors if t.name not in local.received]
+        if not personal:
             return local.received
         own: Mapping[str, np.ndarray] = {
-            n.removeprefix(HOME): a for n, a in local.state.items() if n.startswith(HOME)
+            n.removeprefix(STATE): a for n, a in local.state.items() if n.startswith(STATE)
         }
         if not own:
             assert local.data is not None
-            own = model_arrays(self.initial(local.data.shape, len(local.labels)))
-        return dict(local.received) | {n: to_tensor(own[n]) for n in home}
+            own = models.model_arrays(self.initial(local.data.shape, len(local.labels)))
+        return dict(local.received) | {n: models.to_tensor(own[n]) for n in personal}
 
     def publish(self, trained: dict[str, np.ndarray], local: LocalRound) -> dict[str, np.ndarray]:
-        """Keep the personal tensors, return the others."""
+        """Store the personal tensors, return the others."""
         for name, array in trained.items():
-            if self.stays_home(name):
-                local.state[HOME + name] = array.copy()
-        return {n: a for n, a in trained.items() if not self.stays_home(n)}
+            if self.is_personal(name):
+                local.state[STATE + name] = array.copy()
+        return {n: a for n, a in trained.items() if not self.is_personal(n)}
 
     def returned(self, sent: Layout, names: Sequence[str], metrics: Mapping[str, float]) -> Layout:
-        """Return the tensors that the plan wants, without personal ones."""
-        return sent.only(n for n in names if not self.stays_home(n))
+        """Return the layout of the requested tensors without the personal ones."""
+        return sent.only(n for n in names if not self.is_personal(n))
 
     def deployed(self, state: CloudState, ask: Inquiry) -> list[Deployed]:
-        """Return the network; where layers are personal, only clients can use it."""
+        """Return the network; with personal layers, for clients only."""
         [network] = super().deployed(state, ask)
-        if any(self.stays_home(t.name) for t in state.architecture.tensors):
+        if any(self.is_personal(t.name) for t in state.architecture.tensors):
             shared = network.weights.layout.only(
-                n for n in network.weights.layout.names if "/" not in n and not self.stays_home(n)
+                n for n in network.weights.layout.names if "/" not in n and not self.is_personal(n)
             )
-            from espalier.wire.payload import Weights
-
             views = network.weights.views()
             weights = Weights.fill(shared, {n: views[n] for n in shared.names})
             return [Deployed("personal", state.architecture, weights, at_cloud=False)]

@@ -7,6 +7,9 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from espalier.data.imageset import to_uint8
+from espalier.data.joined import with_pixels
+from espalier.data.spec import open_data
 from espalier.methods.base import CloudState, Inquiry, ServerState, Update
 from espalier.methods.personal import SHARED, PersonalLayers
 from espalier.methods.planning import Member
@@ -21,7 +24,7 @@ if TYPE_CHECKING:
     from espalier.data.imageset import ImageSet
     from espalier.training.objectives import LocalRound
 
-#: Sections: what is handed out, and the loss above which a client is left out; kept once given.
+#: Sections of the shared images, of the loss limit, and of a client's forwarded loss; keys of clients with the images.
 IMAGES, LABELS, LIMIT, LOSS, LEFT_OUT, GIVEN = (
     "handout/images",
     "handout/labels",
@@ -34,43 +37,40 @@ WITH_DATA = "shared+data"
 
 
 class Phoenix(PersonalLayers):
-    """Three remedies for non-IID clients around FedAvg.
+    """FedAvg with three extensions for non-IID clients.
 
-    Data sharing: every client gets the same small set of images once, and trains on them, too. Personal
-    layers: those under `personal-layers` stay at home. Threshold filtering: a client whose loss exceeds
-    `quality-threshold` times the median of the window before is left out, and named.
+    Data sharing: every client receives the same small set of images once, and trains on them, too. Personal
+    layers: those under `personal-layers` are not exchanged. Threshold filtering: a client whose loss exceeds
+    `quality-threshold` times the previous window's median is excluded and reported by name.
     """
 
     name = "phoenix"
     tasks = ("diffusion",)
     server_sections = frozenset({"limit"})
-    tells = "its loss, by which clients are filtered"
+    extra_disclosure = "its loss, by which clients are filtered"
 
     @classmethod
     def contradictions(cls, settings: RunConfig) -> list[str]:
-        """Refuse shared data of which nobody gets any, and the reverse."""
+        """Refuse shared data of which no image is sent, and a moving average of an incomplete model."""
         faults = []
-        # The reverse cannot be seen here: `shared-data` names a place at the cloud and never leaves it.
+        # The reverse cannot be checked here: `shared-data` is a location at the cloud and is not sent.
         if settings.shared_data and not settings.shared_count:
-            faults.append("shared-count: 0 of shared-data are handed out; set e.g. shared-count=100")
+            faults.append("shared-count: no image of shared-data is sent; set e.g. shared-count=100")
         if settings.ema_decay and settings.personal_layers:
             faults.append("ema-decay: with personal-layers the cloud has no whole model; set it to 0")
         return faults
 
-    def stays_home(self, name: str) -> bool:
-        """Tell whether a tensor is under `personal-layers`."""
+    def is_personal(self, name: str) -> bool:
+        """Return whether a tensor is under `personal-layers`."""
         return matches(name, self.settings.personal_layers)
 
     # --- the shared images ---------------------------------------------------------------------------
 
     def before_run(self, state: CloudState, ask: Inquiry) -> None:
-        """Draw the images that everybody gets."""
+        """Draw the images that all clients receive."""
         further: dict[str, np.ndarray] = {LIMIT: np.zeros(1)}
         s = self.settings
         if s.shared_data and s.shared_count:
-            from espalier.data.imageset import to_uint8
-            from espalier.data.spec import open_data
-
             images = open_data(s.shared_data)
             count = min(s.shared_count, len(images))
             chosen = rng_for(s.seed, "cloud", 0, "handout").choice(len(images), count, replace=False)
@@ -81,22 +81,22 @@ class Phoenix(PersonalLayers):
     def assign(
         self, state: CloudState, picked: Sequence[str], members: Mapping[str, Member], round_: int
     ) -> dict[str, str]:
-        """Return the shared tensors, and the images for those who have not reported since they got them."""
-        lacks = set() if IMAGES not in state.tensors else {n for n in picked if GIVEN + n not in state.extra}
-        return {name: WITH_DATA if name in lacks else SHARED for name in picked}
+        """Return the shared tensors, with the images for clients that have not reported since they received them."""
+        missing = (
+            set() if IMAGES not in state.tensors else {n for n in picked if GIVEN + n not in state.extra}
+        )
+        return {name: WITH_DATA if name in missing else SHARED for name in picked}
 
     def view(self, state: CloudState, key: str) -> pb.View:
         """Return the shared tensors, with or without the images."""
         layout = state.weights.layout
-        names = [n for n in layout.names if "/" not in n and not self.stays_home(n)]
+        names = [n for n in layout.names if "/" not in n and not self.is_personal(n)]
         if key == WITH_DATA:
             names += [IMAGES, LABELS]
         return pb.View(architecture=state.architecture, layout=layout.only(names).to_proto())
 
     def data(self, local: LocalRound) -> ImageSet:
         """Return the client's own images and the shared ones."""
-        from espalier.data.joined import with_pixels
-
         own = super().data(local)
         pixels, labels = (local.aux.get(n, local.state.get(n)) for n in (IMAGES, LABELS))
         if pixels is None or labels is None:
@@ -104,14 +104,14 @@ class Phoenix(PersonalLayers):
         return with_pixels(own, pixels, labels)
 
     def publish(self, trained: dict[str, np.ndarray], local: LocalRound) -> dict[str, np.ndarray]:
-        """Keep the personal tensors and the shared images."""
+        """Store the personal tensors and the shared images."""
         local.state.update({n: np.array(local.aux[n]) for n in (IMAGES, LABELS) if n in local.aux})
         return super().publish(trained, local)
 
     # --- the filter ----------------------------------------------------------------------------------
 
     def contribute(self, tally: Tally, update: Update, server: ServerState) -> None:
-        """Add a client's tensors, unless its loss is too far above the others'."""
+        """Add a client's tensors, unless its loss is above the limit."""
         loss, limit = update.metrics["loss"], float(server.tensors[LIMIT][0])
         left_out = 0 < limit < loss
         tally.forward(update.name, {LOSS: np.array([loss]), LEFT_OUT: np.array([left_out])})
@@ -120,7 +120,7 @@ class Phoenix(PersonalLayers):
         super().contribute(tally, update, server)
 
     def check_passed(self, stacks: Mapping[str, Arrays], rows: Arrays, server: ServerState) -> None:
-        """Refuse what is no loss, or no word on whether its update counts."""
+        """Refuse a forwarded record without a finite loss or the exclusion flag."""
         super().check_passed(stacks, rows, server)
         for client, stack in stacks.items():
             loss, left_out = stack.get(LOSS), stack.get(LEFT_OUT)
@@ -130,11 +130,11 @@ class Phoenix(PersonalLayers):
                 raise ValueError(f"a note on {client} that does not say whether its update counts")
 
     def central_step(self, state: CloudState, tally: Tally) -> None:
-        """Move on, set the next limit, and note who has the shared images."""
+        """Update the model, set the next limit, and record the clients that have the shared images."""
         super().central_step(state, tally)
         losses = [float(stack[LOSS][0]) for stack in tally.stacks.values()]
-        if losses:  # an edge may have passed none on
+        if losses:  # an edge may have forwarded none
             state.assign({LIMIT: np.array([self.settings.quality_threshold * np.median(losses)])})
-        # The state of a client that was left out goes back to before the round, the images with it.
+        # An excluded client's state, including the images, is rolled back to before the round.
         counted = (client for client, stack in tally.stacks.items() if not stack[LEFT_OUT][0])
         state.extra |= {GIVEN + client: np.ones(1) for client in counted}

@@ -172,7 +172,7 @@ def plan_window(
     *,
     first_round: int,
     seed: int,
-    settled: bool = False,
+    sticky_edge: bool = False,
 ) -> list[Round]:
     """Give the clients of a whole window their edges.
 
@@ -191,7 +191,7 @@ def plan_window(
         Round that `picks` starts with.
     seed : int
         The run's seed.
-    settled : bool
+    sticky_edge : bool
         Whether a client stays at the first edge it is given. Edges do not wait for one another between the
         rounds of a window, so only at one edge its rounds are sure to follow each other.
 
@@ -206,7 +206,7 @@ def plan_window(
     for round_, chosen in enumerate(picks, first_round):
         picked = sorted(chosen, key=lambda m: m.name)
         assignment = choice.assign(picked, members, loads, seed, round_)
-        if settled:
+        if sticky_edge:
             assignment = {name: homes.setdefault(name, edge) for name, edge in assignment.items()}
         for member in picked:
             loads[assignment[member.name]] = loads[assignment[member.name]] + member.labels

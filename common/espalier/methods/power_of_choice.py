@@ -1,4 +1,4 @@
-"""Power-of-Choice: of d candidates, those whose loss is largest train (Cho, Wang, Joshi, AISTATS 2022)."""
+"""Power-of-Choice: clients of largest loss train (Cho, Wang, Joshi, AISTATS 2022, arXiv 2010.01243)."""
 
 from __future__ import annotations
 
@@ -8,21 +8,41 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from espalier.methods.fedavg import FedAvg
 from espalier.methods.planning import Member
-from espalier.methods.selection import Answer, Selection, by_name, proportions, rating, top
+from espalier.methods.selection import (
+    Answer,
+    Selection,
+    by_name,
+    proportions,
+    rating,
+    register_selection,
+    top,
+)
 from espalier.seeds import rng_for
 
 if TYPE_CHECKING:
     from espalier.config.run_config import RunConfig
 
 
-class PowerOfChoice(Selection):
-    """pi_pow-d (Cho, Wang, Joshi, AISTATS 2022, arXiv 2010.01243, §4).
+class PowerOfChoice(FedAvg):
+    """FedAvg over the m of d candidates with the largest loss.
 
-    d candidates are drawn with chance ∝ n_k without replacement, answer with F_k(w), and the m of the
-    largest loss train; the server takes their plain mean. With `adaptive-candidates` (pi_adapow-d) d
-    falls over the run, see :func:`adaptive_count`. `loss-weight=samples`, which is not the paper's, ranks
-    by a client's part p_k F_k of the global loss instead.
+    Candidates are sampled ∝ n_k, so the mean over the participants is not weighted. `selection` = cpow-d, rpow-d and
+    `adaptive-candidates` are the paper's variants.
+    """
+
+    name = "power-of-choice"
+    own_selection = "pow-d"
+
+
+@register_selection("pow-d")
+class PowD(Selection):
+    """pi_pow-d (§4).
+
+    d candidates are sampled ∝ n_k without replacement and answer with F_k(w); the m of the largest loss train. With
+    `adaptive-candidates` (pi_adapow-d) d decreases over the run, see :func:`adaptive_count`. `loss-weight=samples`,
+    which is not the paper's, ranks by a client's share p_k F_k of the global loss instead.
     """
 
     probe = "loss"
@@ -33,7 +53,7 @@ class PowerOfChoice(Selection):
         self._keep = 1
 
     def candidates(self, round_: int, members: Sequence[Member]) -> list[Member]:
-        """Return the d candidates; fewer only if fewer have any samples."""
+        """Return the d candidates, or fewer if fewer have samples."""
         self._keep = self._count(members)
         return self._draw(round_, members)
 
@@ -50,7 +70,7 @@ class PowerOfChoice(Selection):
         return [m for m in by_name(candidates) if m.name in chosen]
 
     def later(self, round_: int, members: Sequence[Member]) -> tuple[list[Member], int]:
-        """Return d candidates of whom the edges keep m; if d = m there is nothing to ask."""
+        """Return d candidates, of which edges choose m; if d = m they are not asked."""
         found, keep = self._draw(round_, members), self._count(members)
         return found, keep if len(found) > keep else 0
 
@@ -59,7 +79,7 @@ class PowerOfChoice(Selection):
         chances = proportions(ordered)
         wanted = self._candidate_count(round_, len(ordered), keep)
         rng = rng_for(self.settings.seed, "cloud", round_, "selection")
-        # Without replacement nobody without samples can be drawn, so d is at most who has some.
+        # Without replacement d is at most the number of clients with samples.
         size = min(wanted, int(np.count_nonzero(chances)))
         drawn = rng.choice(len(ordered), size, replace=False, p=chances)
         return [ordered[i] for i in sorted(drawn)]
@@ -71,17 +91,19 @@ class PowerOfChoice(Selection):
         return min(max(s.candidates or 2 * keep, keep), population)
 
 
-class BatchPowerOfChoice(PowerOfChoice):
-    """pi_cpow-d (arXiv 2010.01243, §4): candidates estimate F_k(w) on one random mini-batch."""
+@register_selection("cpow-d")
+class BatchPowD(PowD):
+    """pi_cpow-d (§4): candidates estimate F_k(w) on one random mini-batch."""
 
     probe = "batch-loss"
 
 
-class RememberedPowerOfChoice(PowerOfChoice):
-    """pi_rpow-d (arXiv 2010.01243, §4): nobody is asked.
+@register_selection("rpow-d")
+class StalePowD(PowD):
+    """pi_rpow-d (§4): candidates are not asked.
 
-    Candidates are ranked by the mean training loss of their last participation; a client never seen
-    counts as infinite, so it comes first, and such ties are settled by a seeded draw.
+    They are ranked by the mean training loss of their last participation. The loss of a client that never participated
+    counts as infinite, so it comes first; such ties are broken by a seeded draw.
     """
 
     probe = ""
@@ -91,7 +113,7 @@ class RememberedPowerOfChoice(PowerOfChoice):
         self._losses: dict[str, float] = {}
 
     def candidates(self, round_: int, members: Sequence[Member]) -> list[Member]:
-        """Return the picks."""
+        """Return the chosen clients."""
 
         def rank(member: Member) -> tuple[float, float]:
             loss = self._losses.get(member.name, math.inf)
@@ -104,11 +126,11 @@ class RememberedPowerOfChoice(PowerOfChoice):
     def choose(
         self, round_: int, candidates: Sequence[Member], answers: Mapping[str, Answer]
     ) -> list[Member]:
-        """Return the picks: they were not asked."""
+        """Return the chosen clients, which were not asked."""
         return list(candidates)
 
     def later(self, round_: int, members: Sequence[Member]) -> tuple[list[Member], int]:
-        """Return picks by what the cloud knows at the window's start; all of them train."""
+        """Return clients chosen by the losses known at the window's start; all of them train."""
         return self.candidates(round_, members), 0
 
     def observe(
@@ -117,17 +139,17 @@ class RememberedPowerOfChoice(PowerOfChoice):
         metrics: Mapping[str, Mapping[str, float]],
         gradients: Mapping[str, Mapping[str, np.ndarray]],
     ) -> None:
-        """Remember the participants' mean training losses."""
+        """Store the participants' mean training losses."""
         for name, found in metrics.items():
             if "loss" in found and not math.isnan(found["loss"]):
                 self._losses[name] = float(found["loss"])
 
     def state(self) -> dict[str, np.ndarray]:
-        """Return "loss/NAME" for each client seen, shape (1,)."""
+        """Return "loss/NAME", shape (1,), for each client that participated."""
         return {f"loss/{name}": np.array([loss]) for name, loss in sorted(self._losses.items())}
 
     def restore(self, state: Mapping[str, np.ndarray]) -> None:
-        """Take back the losses."""
+        """Restore the losses."""
         self._losses = {
             key.removeprefix("loss/"): float(value[0])
             for key, value in state.items()
@@ -136,15 +158,15 @@ class RememberedPowerOfChoice(PowerOfChoice):
 
 
 def adaptive_count(round_: int, rounds: int, population: int, keep: int) -> int:
-    """Return d of pi_adapow-d: it starts at N and is halved until it is m (arXiv 2010.01243, §4).
+    """Return d of pi_adapow-d: it starts at N and is halved until it is m (§4).
 
-    The paper leaves open when; here every value of d, N, ⌈N/2⌉, ⌈N/4⌉, …, m, holds for an equal part of
-    the run: with S values, round r = 1 … R has the value number ⌊(r − 1)·S / R⌋.
+    The paper does not say when. Here each value of d, N, ⌈N/2⌉, ⌈N/4⌉, …, m, is used for an equal part of the run: with
+    S values, round r = 1 … R has value number ⌊(r − 1)·S / R⌋.
 
     Parameters
     ----------
     round_, rounds : int
-        The round r and the rounds in all, R.
+        The round r and the total number of rounds R.
     population, keep : int
         N and m.
     """

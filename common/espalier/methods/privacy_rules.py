@@ -1,4 +1,4 @@
-"""What cannot be combined with differential privacy at the clients: faults of a configuration."""
+"""Configuration checks of differential privacy: what cannot be combined with noise at the clients."""
 
 from __future__ import annotations
 
@@ -6,24 +6,24 @@ from espalier.config.run_config import RunConfig
 from espalier.methods.base import Method
 from espalier.models.presets import MODELS, normalises_batches, task_of
 
-#: Selections that ask clients nothing.
-_BLIND = ("uniform", "proportional", "bernoulli")
-#: Inquiries that a client under differential privacy answers: its test images are no part of the guarantee.
+#: Selections without an inquiry to clients.
+_WITHOUT_INQUIRY = ("uniform", "proportional", "bernoulli")
+#: Inquiries that a client under differential privacy answers: the guarantee does not cover its test images.
 ANSWERED = frozenset({"accuracy", "samples"})
 
 
 def privacy_faults(method: type[Method], settings: RunConfig) -> list[str]:
     """Return the faults of the privacy settings, one line each, key first.
 
-    What would leave a client beside what is noised is refused, so that the reported epsilon is that of
-    everything that a server learns from training.
+    Disclosures without noise are refused, so that the reported epsilon covers everything that a server receives from
+    training.
     """
     faults = _own_faults(settings)
     selection = method.chosen(settings, "selection")
     if settings.update_clip and (method.own_models or selection == "divfl"):
         what = method.name if method.own_models else "selection=divfl"
         faults.append(
-            f"update-clip: with {what} a reply is more than a change of received weights; set it to 0"
+            f"update-clip: with {what} a reply is more than an update of the received weights; set it to 0"
         )
     if not settings.private:
         return faults
@@ -31,20 +31,22 @@ def privacy_faults(method: type[Method], settings: RunConfig) -> list[str]:
     if normalises_batches(settings.model):
         fitting = [m for m in MODELS if task_of(m) == task_of(settings.model) and not normalises_batches(m)]
         faults.append(
-            f"model: batch normalisation mixes the images of a batch and shows its statistics, so {key} bounds "
-            f"nobody's part; use {', '.join(fitting)}"
+            f"model: batch normalisation mixes the images of a batch and reveals its statistics, so {key} does "
+            f"not bound the influence of an image; use {', '.join(fitting)}"
         )
-    if method.tells:
-        faults.append(f"{key}: with {method.name} a client also tells {method.tells}; use fedavg")
-    elif settings.dp_sgd and not method.sample_wise:
+    if method.extra_disclosure:
         faults.append(
-            f"{key}: the loss of {method.name} is no mean over single images; use fedavg, or update-noise"
+            f"{key}: with {method.name} a client also discloses {method.extra_disclosure}; use fedavg"
         )
-    if selection not in _BLIND:
+    elif settings.dp_sgd and not method.per_example_loss:
+        faults.append(
+            f"{key}: the loss of {method.name} is not a mean of per-image losses; use fedavg, or update-noise"
+        )
+    if selection not in _WITHOUT_INQUIRY:
         faults.append(f"selection: {selection} asks clients for losses or gradients; use uniform with {key}")
     if settings.augment != "none":
         faults.append(
-            f"augment: {settings.augment} uploads images, which {key} does not hide; set augment=none"
+            f"augment: {settings.augment} uploads images, which {key} does not protect; set augment=none"
         )
     if (
         settings.update_noise
@@ -53,7 +55,7 @@ def privacy_faults(method: type[Method], settings: RunConfig) -> list[str]:
         and task_of(settings.model) == "diffusion"
     ):
         faults.append(
-            "eval-clients: clients would draw from networks that update-noise does not cover; set it to false"
+            "eval-clients: clients would send samples of networks without update-noise; set it to false"
         )
     return faults
 
@@ -62,7 +64,7 @@ def _own_faults(settings: RunConfig) -> list[str]:
     """Return the faults among the privacy settings themselves."""
     faults = []
     if settings.dp_sgd_noise and settings.dp_sgd_epsilon:
-        faults.append("dp-sgd-epsilon: dp-sgd-noise settles it already; set one of the two to 0")
+        faults.append("dp-sgd-epsilon: dp-sgd-noise determines it already; set one of the two to 0")
     if settings.dp_sgd and not settings.clip_norm:
         faults.append("clip-norm: DP-SGD clips every image's gradient to it; set e.g. clip-norm=1")
     if settings.dp_sgd and settings.precision == "bf16":

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from espalier.methods.base import Method, ServerState, Update
 from espalier.methods.tally import Tally
+from espalier.tasks.local_metrics import local_loss
+from espalier.training.objectives import LocalResult, LocalRound, Objective
 
 if TYPE_CHECKING:
+    from torch import Generator, Tensor, nn
+
     from espalier.config.run_config import RunConfig
-    from espalier.training.objectives import Objective
 
 
 class QFedAvg(Method):
@@ -19,18 +23,18 @@ class QFedAvg(Method):
 
     With F_k the loss at the received w and L = 1/η, the paper has Δ_k = F_k^q L(w − y_k),
     h_k = q F_k^{q−1} ‖L(w − y_k)‖² + L F_k^q and w ← w − ΣΔ_k / Σh_k. That is the mean of w − Δ_k/h_k
-    with weights h_k, which is how it is added up here: it merges from edges to the cloud, and an edge's
-    window weighs as much as its Σh_k. Clients are drawn ∝ n_k, so a mean over them is not weighted again.
+    with weights h_k, which is how it is aggregated here: it merges from edges to the cloud, and the weight of an
+    edge's window is its Σh_k. Clients are sampled ∝ n_k, so their mean is not weighted again.
     """
 
     name = "qfedavg"
     own_selection = "proportional"
     own_optimizer = "sgd"
-    tells = "its loss at the received model, by which it is weighted"
+    extra_disclosure = "its loss at the received model, by which it is weighted"
 
     @classmethod
     def contradictions(cls, settings: RunConfig) -> list[str]:
-        """Refuse a weighting: the clients' losses are the weights."""
+        """Refuse weighting by samples, because the losses are the weights, and optimisers other than SGD."""
         faults = []
         if settings.weighting == "samples":
             faults.append("weighting: q-FedAvg weighs clients by their loss; leave it at auto")
@@ -38,14 +42,16 @@ class QFedAvg(Method):
             faults.append("optimizer: q-FedAvg's L is 1 over SGD's step size; set optimizer=sgd")
         return faults
 
-    def objective(self, round_: int) -> Objective:
-        """Return the task's loss; F_k(w) is reported beside it."""
-        from espalier.training.received_model import ReceivedLoss
+    # --- client --------------------------------------------------------------------------------------
 
+    def objective(self, round_: int) -> Objective:
+        """Return the task's loss; F_k(w) is reported, too."""
         return super().objective(round_) + ReceivedLoss()
 
+    # --- edge and cloud ------------------------------------------------------------------------------
+
     def contribute(self, tally: Tally, update: Update, server: ServerState) -> None:
-        """Add w − Δ_k/h_k with weight h_k; statistics and counters as they are."""
+        """Add w − Δ_k/h_k with weight h_k; running statistics and counters without the correction."""
         q, loss = self.settings.fairness_q, update.metrics.get("received-loss", 0.0)
         if not loss > 0:
             raise ValueError(f"its loss at the received model is {loss}; q-FedAvg needs a positive one")
@@ -64,3 +70,23 @@ class QFedAvg(Method):
             w = update.received[name]
             fair[name] = w + (update.arrays[name] - w) / w.dtype.type(damping)
         tally.mean(fair, lipschitz * loss**q * damping)
+
+
+class ReceivedLoss(Objective):
+    """Reports F_k(w), the loss at the received model over all local data, as "received-loss".
+
+    This is the loss *before* training, not the mean loss during training. As in the authors' code 1e-10 is added,
+    so that a power of it is defined. It has no gradient.
+    """
+
+    def begin(self, model: nn.Module, local: LocalRound) -> None:
+        """Measure F_k(w)."""
+        self._value = 1e-10 + local_loss(model, local, "received loss")
+
+    def loss(self, model: nn.Module, images: Tensor, labels: Tensor, generator: Generator) -> Tensor:
+        """Return 0: the term only measures."""
+        return images.new_zeros(())
+
+    def end(self, model: nn.Module, result: LocalResult, sent: Mapping[str, Tensor]) -> dict[str, float]:
+        """Report the loss."""
+        return {"received-loss": self._value}

@@ -2,53 +2,62 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 from espalier.methods.base import CloudState, Inquiry, Method, ServerState, Update
 from espalier.methods.tally import Tally
+from espalier.training.named_state import on_device, read_blocks, trainable_parameters, write_blocks
+from espalier.training.objectives import LocalResult, LocalRound, Objective
 
 if TYPE_CHECKING:
-    from espalier.config.run_config import RunConfig
-    from espalier.training.objectives import Objective
+    from torch import Generator, Tensor, nn
 
-SECTION = "control"
+    from espalier.config.run_config import RunConfig
+
+#: Section of the servers' c, and prefix of c_k in a client's state.
+SECTION, STATE = "control", "scaffold/"
 
 
 class SCAFFOLD(Method):
     """Algorithm 1 with option II.
 
-    Clients step along g(θ) − c_k + c and renew c_k⁺ = c_k − c + (w − y_k)/(Kη). Servers move
+    Clients step along g(θ) − c_k + c and update c_k⁺ = c_k − c + (w − y_k)/(Kη). Servers update
     w ← w + η_g · mean Δ_k and c ← c + (1/N) Σ Δc_k, all uniformly weighted, so that c stays the mean
     of all c_k. A client sends y_k and Kη only: Δc_k = −c + (w − y_k)/(Kη) follows from them. Between
-    its reports an edge moves its own w and c; its changes of c add up at the cloud.
+    its reports an edge updates its own w and c; its changes of c add up at the cloud.
     """
 
     name = "scaffold"
     own_optimizer = "sgd"
     own_weighting = "uniform"
     mean_sections = frozenset({SECTION})
-    settled = True
-    sample_wise = True
+    sticky_edge = True
+    per_example_loss = True
 
     @classmethod
     def contradictions(cls, settings: RunConfig) -> list[str]:
         """Refuse optimisers whose step is not Kη times a mean gradient."""
         faults = []
         if settings.optimizer == "adam":
-            faults.append("optimizer: scaffold takes c_k from the length of SGD's steps; set optimizer=sgd")
+            faults.append(
+                "optimizer: scaffold computes c_k from the length of SGD's steps; set optimizer=sgd"
+            )
         if settings.momentum or settings.weight_decay:
-            faults.append("momentum: scaffold's c_k would hold momentum and weight decay; set both to 0")
+            faults.append("momentum: scaffold's c_k would contain momentum and weight decay; set both to 0")
         return faults
 
     def before_run(self, state: CloudState, ask: Inquiry) -> None:
         """Start from c = 0."""
         state.add_section(SECTION)
 
+    # --- client --------------------------------------------------------------------------------------
+
     def objective(self, round_: int) -> Objective:
         """Return the task's loss, its gradients corrected by c − c_k."""
-        from espalier.training.variates import ControlVariates
-
         return super().objective(round_) + ControlVariates()
+
+    # --- edge and cloud ------------------------------------------------------------------------------
 
     def contribute(self, tally: Tally, update: Update, server: ServerState) -> None:
         """Add w + η_g Δ_k to the mean, Δc_k / N to the change of c."""
@@ -64,7 +73,53 @@ class SCAFFOLD(Method):
         tally.sum(change, 1.0 / server.population)
 
     def step(self, server: ServerState, tally: Tally) -> None:
-        """Take the mean, and move c."""
+        """Update w by the mean, and c."""
         super().step(server, tally)
         tensors = server.tensors
         server.assign({name: tensors[name] + change for name, change in tally.sums().items()})
+
+
+class ControlVariates(Objective):
+    """Every step follows ``g(theta) - c_k + c``; then ``c_k <- c_k - c + (w - theta_k) / (K eta)``.
+
+    c and c_k cover parameters only and start at zero. K eta is the sum of the applied learning rates, so it is
+    right with a schedule, too. The reply contains it as "lr-sum", and the server recomputes the change of c_k,
+    ``-c + (w - theta_k) / (K eta)``, from it and from the model it decodes, which is the theta_k used here. With
+    momentum, weight decay or clipping c_k is an estimate that includes them; with Adam it is not an estimate of a
+    gradient, so the method requires SGD (``LocalRound.optimizer``).
+    """
+
+    depends_on = "weights"
+
+    def begin(self, model: nn.Module, local: LocalRound) -> None:
+        """Read c and c_k."""
+        parameters = trainable_parameters(model)
+        self._local = local
+        self._c = read_blocks(local.aux, SECTION + "/", parameters)
+        self._c_k = read_blocks(local.state, STATE, parameters)
+        self._correction = {name: c - self._c_k[name] for name, c in self._c.items()}
+
+    def loss(self, model: nn.Module, images: Tensor, labels: Tensor, generator: Generator) -> Tensor:
+        """Return 0: the term only changes the gradients."""
+        return images.new_zeros(())
+
+    def after_backward(self, model: nn.Module) -> None:
+        """Add c - c_k to the gradients."""
+        for name, parameter in trainable_parameters(model).items():
+            correction = self._correction[name]
+            if parameter.grad is None:
+                parameter.grad = correction.clone()
+            else:
+                parameter.grad += correction
+
+    def end(self, model: nn.Module, result: LocalResult, sent: Mapping[str, Tensor]) -> dict[str, float]:
+        """Update c_k; report K eta."""
+        received = self._local.received
+        updated = {
+            name: c_k
+            - self._c[name]
+            + (on_device(model, received, name) - on_device(model, sent, name)) / result.lr_sum
+            for name, c_k in self._c_k.items()
+        }
+        write_blocks(self._local.state, STATE, updated)
+        return {"lr-sum": result.lr_sum}

@@ -1,16 +1,18 @@
-"""Who trains in a round: sampling, Power-of-Choice and DivFL, asked alike by whoever runs a round.
+"""Client selection: the interface of selection rules, random sampling, and the registry of rules by name.
 
-A round is opened by :meth:`Selection.candidates` (whom to ask) and settled by :meth:`Selection.choose`.
-Inside a window the cloud is not there to choose: :meth:`Selection.later` says what edges do by themselves.
+A round starts with :meth:`Selection.candidates`, the clients to ask, and :meth:`Selection.choose` returns the
+participants. Between the rounds of a window the cloud cannot choose: :meth:`Selection.later` says what edges
+choose from. Rules of single methods are in the methods' modules, which register them by
+:func:`register_selection`.
 """
 
 from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, ClassVar, TypeVar
 
 import numpy as np
 
@@ -19,18 +21,19 @@ from espalier.seeds import rng_for
 
 if TYPE_CHECKING:
     from espalier.config.run_config import RunConfig
+    from espalier.training.objectives import Objective
 
 
 @dataclass(frozen=True)
 class Answer:
-    """What a candidate answered to a probe.
+    """A candidate's answer to a probe.
 
     Attributes
     ----------
     metrics : Mapping[str, float]
-        Its scalars; "loss" is F_k(w), the mean loss of the model it was sent.
+        Scalars; "loss" is F_k(w), the mean loss of the received model w.
     arrays : Mapping[str, np.ndarray]
-        Its tensors; to the probe "gradient", the full-batch gradient of F_k at w by tensor name.
+        Tensors; for the probe "gradient", the full-batch gradient of F_k at w by tensor name.
     """
 
     metrics: Mapping[str, float]
@@ -38,7 +41,7 @@ class Answer:
 
 
 class Selection(ABC):
-    """A rule that picks m = max(1, round(fraction·N)) of N clients.
+    """A rule that chooses m = max(1, round(fraction·N)) of N clients.
 
     Parameters
     ----------
@@ -46,49 +49,52 @@ class Selection(ABC):
         The run's configuration.
     """
 
-    #: What candidates are asked: "" nothing, "loss" F_k(w) on all data, "batch-loss" on one random
-    #: mini-batch, "gradient" the full-batch gradient.
+    #: Inquiry to the candidates: "" none, "loss" F_k(w) on all data, "batch-loss" on one random mini-batch,
+    #: "gradient" the full-batch gradient.
     probe: ClassVar[str] = ""
-    #: The mean that matches the sampling (heterogeneity.md §8): "samples" n_k / Σ n_k, "uniform" 1 / m.
+    #: Weights of the mean that match the sampling: "samples" n_k / Σ n_k, "uniform" 1 / m.
     weighting: ClassVar[str] = "samples"
-    #: What every participant adds to its report for `observe`: "" nothing, "gradient" ∇F_k at the
-    #: model it received.
+    #: What every participant reports for `observe`: "" nothing more, "gradient" ∇F_k at the received model.
     reports: str = ""
 
     def __init__(self, settings: RunConfig) -> None:
         self.settings = settings
 
+    def measurement(self) -> Objective | None:
+        """Return the term that makes participants report what `reports` names; None for none."""
+        return None
+
     @abstractmethod
     def candidates(self, round_: int, members: Sequence[Member]) -> list[Member]:
-        """Return whom to ask, in the order of their names; without a probe, the picks themselves.
+        """Return the clients to ask, in the order of their names; without a probe, the participants.
 
-        May be empty although there is a probe: then nobody need be asked, and `choose` follows at once.
+        May be empty although there is a probe: then no inquiry is needed, and `choose` is called next.
         """
 
     def choose(
         self, round_: int, candidates: Sequence[Member], answers: Mapping[str, Answer]
     ) -> list[Member]:
-        """Return who trains, in the order of their names; a candidate that did not answer is out.
+        """Return the participants in the order of their names, without candidates that did not answer.
 
-        Belongs to the call of `candidates` before it, of the same round.
+        Called after `candidates` of the same round.
         """
         return list(candidates)
 
     def later(self, round_: int, members: Sequence[Member]) -> tuple[list[Member], int]:
-        """Return the candidates of a window's second or further round, and how many of them are kept in all.
+        """Return the candidates of a further round of a window, and how many of them participate in total.
 
-        0 keeps them all and nobody is asked. Otherwise each edge asks its own candidates for `probe` and
-        keeps its part, :func:`shares`, of the largest losses, :func:`top`.
+        0 means that all participate without an inquiry. Otherwise each edge sends the inquiry `probe` to its own
+        candidates and chooses its share, :func:`shares`, with the largest losses, :func:`top`.
         """
         return self.candidates(round_, members), 0
 
-    def observe(  # noqa: B027 - most rules remember nothing
+    def observe(  # noqa: B027 - most rules have no state
         self,
         round_: int,
         metrics: Mapping[str, Mapping[str, float]],
         gradients: Mapping[str, Mapping[str, np.ndarray]],
     ) -> None:
-        """Take note of what a round's participants reported, by their names.
+        """Process what a round's participants reported.
 
         Parameters
         ----------
@@ -101,36 +107,57 @@ class Selection(ABC):
         """
 
     def state(self) -> dict[str, np.ndarray]:
-        """Return what a checkpoint must keep, keyed by the clients' names."""
+        """Return the state that a checkpoint stores, keyed by the clients' names."""
         return {}
 
     def restore(self, state: Mapping[str, np.ndarray]) -> None:  # noqa: B027
-        """Take back what `state` returned."""
+        """Restore what `state` returned."""
 
     def _count(self, members: Sequence[Member]) -> int:
         return pick_count(self.settings.fraction, len(members))
 
 
+_Rule = TypeVar("_Rule", bound=type[Selection])
+
+#: The selections by name, as in `-c selection=…`.
+SELECTIONS: dict[str, type[Selection]] = {}
+
+
+def register_selection(name: str) -> Callable[[_Rule], _Rule]:
+    """Return a class decorator that registers a selection under a name.
+
+    :mod:`espalier.methods.registry` imports all modules that register one.
+    """
+
+    def register(rule: _Rule) -> _Rule:
+        SELECTIONS[name] = rule
+        return rule
+
+    return register
+
+
+@register_selection("uniform")
 class Uniform(Selection):
     """m clients uniformly without replacement (FedAvg, arXiv 1602.05629); see :func:`pick_clients`."""
 
     def candidates(self, round_: int, members: Sequence[Member]) -> list[Member]:
-        """Return the picks."""
+        """Return the participants."""
         return pick_clients(members, self.settings.fraction, self.settings.seed, round_)
 
 
+@register_selection("proportional")
 class Proportional(Selection):
-    """m draws with chance n_k / Σ n_k, with replacement (pi_rand of arXiv 2010.01243, §2).
+    """m draws with probability n_k / Σ n_k, with replacement (pi_rand of arXiv 2010.01243, §2).
 
-    A client trains once however often it was drawn, so there may be fewer than m participants. The
-    unbiased estimate weighs a client by the number of its draws, `draws`; the plain mean over the
-    distinct clients is the same wherever no client was drawn twice, and else leans towards small clients.
+    A client trains once however often it was drawn, so there may be fewer than m participants. The unbiased
+    estimate weights a client by the number of its draws, `draws`; the plain mean over distinct clients is equal to
+    it if no client was drawn twice, and is otherwise biased towards small clients.
     """
 
     weighting = "uniform"
 
     def draws(self, round_: int, members: Sequence[Member]) -> dict[str, int]:
-        """Return how often each picked client was drawn, in the order of names; they add up to m."""
+        """Return the number of draws of each drawn client, in the order of names; they add up to m."""
         ordered = by_name(members)
         rng = rng_for(self.settings.seed, "cloud", round_, "selection")
         drawn = rng.choice(len(ordered), self._count(ordered), p=proportions(ordered))
@@ -143,14 +170,15 @@ class Proportional(Selection):
         return [m for m in by_name(members) if m.name in drawn]
 
 
+@register_selection("bernoulli")
 class Bernoulli(Selection):
-    """Each client by its own coin of chance `fraction`, as FedDyn's experiments have it (ICLR 2021).
+    """Each client participates independently with probability `fraction`, as in FedDyn's experiments (ICLR 2021).
 
-    If every coin says no, the client that came closest trains.
+    If none would, the client with the smallest random number does.
     """
 
     def candidates(self, round_: int, members: Sequence[Member]) -> list[Member]:
-        """Return the picks: their number is random, of mean fraction·N, at least one."""
+        """Return the participants: their number is random with mean fraction·N, at least one."""
         ordered = by_name(members)
         coins = {m.name: rng_for(self.settings.seed, m.name, round_, "coin").random() for m in ordered}
         lowest = min(coins.values())
@@ -159,7 +187,7 @@ class Bernoulli(Selection):
 
 
 def create_selection(settings: RunConfig, name: str) -> Selection:
-    """Return the selection of a name.
+    """Return the selection registered under a name.
 
     Parameters
     ----------
@@ -171,35 +199,22 @@ def create_selection(settings: RunConfig, name: str) -> Selection:
     Raises
     ------
     ValueError
-        If there is no selection of that name.
+        If no selection is registered under the name.
     """
-    # These build on this module.
-    from espalier.methods import power_of_choice as power
-    from espalier.methods.facility import DivFL
-
-    rules: dict[str, type[Selection]] = {
-        "uniform": Uniform,
-        "proportional": Proportional,
-        "bernoulli": Bernoulli,
-        "pow-d": power.PowerOfChoice,
-        "cpow-d": power.BatchPowerOfChoice,
-        "rpow-d": power.RememberedPowerOfChoice,
-        "divfl": DivFL,
-    }
-    if name not in rules:
+    if name not in SELECTIONS:
         raise ValueError(f"no selection is called {name!r}")
-    return rules[name](settings)
+    return SELECTIONS[name](settings)
 
 
 def rating(settings: RunConfig, loss: float, samples: int) -> float:
-    """Return what a candidate is ranked by: F_k, or with `loss-weight=samples` n_k F_k, which ranks as p_k F_k."""
+    """Return the score of a candidate: F_k, or with `loss-weight=samples` n_k F_k, which ranks as p_k F_k."""
     return loss * samples if settings.loss_weight == "samples" else loss
 
 
 def top(losses: Mapping[str, float], m: int) -> list[str]:
     """Return the names of the m largest losses, largest first, ties by name; NaN comes last.
 
-    An edge and the cloud call the same function, so they choose alike.
+    Edges and the cloud call the same function, so they choose in the same way.
     """
     return sorted(losses, key=lambda n: (math.inf if math.isnan(losses[n]) else -losses[n], n))[:m]
 
@@ -212,12 +227,12 @@ def shares(counts: Mapping[str, int], m: int) -> dict[str, int]:
     counts : Mapping[str, int]
         d_e, candidates of each edge.
     m : int
-        How many candidates are kept in all.
+        Number of participants in total.
 
     Returns
     -------
     dict of str to int
-        m_e ≤ d_e of each edge; they add up to min(m, d). Equal remainders go by the edges' names.
+        m_e ≤ d_e of each edge; they add up to min(m, d). Ties of remainders are broken by the edges' names.
     """
     total = sum(counts.values())
     if m >= total:
@@ -235,7 +250,7 @@ def by_name(members: Sequence[Member]) -> list[Member]:
 
 
 def proportions(ordered: Sequence[Member]) -> np.ndarray:
-    """Return p_k = n_k / Σ n_k, uniform where nobody has a sample."""
+    """Return p_k = n_k / Σ n_k; uniform if there are no samples."""
     counts = np.array([m.samples for m in ordered], dtype=np.float64)
     total = counts.sum()
     return counts / total if total > 0 else np.full(len(ordered), 1.0 / len(ordered))

@@ -1,31 +1,33 @@
-"""Split-Mix: independent base networks, as many a client as it can train (Hong et al., ICLR 2022, arXiv 2203.09747)."""
+"""Split-Mix: ensembles of independent base networks (Hong et al., ICLR 2022, arXiv 2203.09747)."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
+from espalier import models
 from espalier.methods.base import CloudState, Deployed, Inquiry, Method
 from espalier.methods.levels import assign_levels, parse_levels
 from espalier.methods.planning import Member
 from espalier.methods.submodels import sliced
 from espalier.seeds import rng_for
+from espalier.tasks.classification import cross_entropy
+from espalier.training.objectives import Objective
 from espalier_proto import espalier_pb2 as pb
 
 if TYPE_CHECKING:
-    from torch import nn
+    from torch import Generator, Tensor, nn
 
     from espalier.config.run_config import RunConfig
-    from espalier.training.objectives import Objective
 
 
 class SplitMix(Method):
     """Algorithm 1.
 
-    The network is split into B = 1/base-width narrow ones that never share a weight. A client of
-    budget R trains R·B of them: the first is the next of a shuffled round over all bases, so that each
-    gets its turn, the others are drawn. Servers average each base by samples over the clients that
-    trained it. Of any width R, the mean logits of the first R·B bases answer.
+    The network is split into B = 1/base-width narrow base networks without shared weights. A client of budget R trains
+    R·B of them: the first comes from a shuffled cycle over all bases, so that each is trained equally often, the others
+    are sampled. Servers average each base by samples over the clients that trained it. A network of width R predicts
+    with the mean logits of the first R·B bases.
     """
 
     name = "split-mix"
@@ -47,17 +49,15 @@ class SplitMix(Method):
         return round(1 / self.settings.base_width)
 
     def initial(self, image_shape: tuple[int, int, int], classes: int) -> nn.Module:
-        """Return all bases, with weights as small as in the whole network."""
-        from espalier.models.initial import initial_bases
-
-        return initial_bases(
+        """Return all bases, their weights scaled as in the full-width network."""
+        return models.initial_bases(
             self.settings, image_shape, classes, self.settings.base_width, range(self.bases), rescaled=True
         )
 
     def assign(
         self, state: CloudState, picked: Sequence[str], members: Mapping[str, Member], round_: int
     ) -> dict[str, str]:
-        """Return the bases of each picked client, e.g. "3,5"."""
+        """Return the bases of each participant, e.g. "3,5"."""
         levels = assign_levels(list(members.values()), self.settings, round_)
         chosen = {}
         for place, name in enumerate(sorted(picked)):
@@ -72,24 +72,32 @@ class SplitMix(Method):
 
     def view(self, state: CloudState, key: str) -> pb.View:
         """Return the ensemble of some bases."""
-        from espalier.models.variants import with_members
-
-        return pb.View(architecture=with_members(state.architecture, map(int, key.split(","))))
+        return pb.View(architecture=models.with_members(state.architecture, map(int, key.split(","))))
 
     def objective(self, round_: int) -> Objective:
         """Return the sum of the bases' own cross-entropies."""
-        from espalier.training.bases import BaseLosses
-
         return BaseLosses()
 
     def deployed(self, state: CloudState, ask: Inquiry) -> list[Deployed]:
-        """Return the ensemble of all bases, and those of the smaller levels."""
-        from espalier.models.variants import with_members
-
+        """Return the ensemble of all bases and those of the smaller levels."""
         found = super().deployed(state, ask)
         for level in parse_levels(self.settings.levels):
             if level < 1:
-                spec = with_members(state.architecture, range(max(1, round(level * self.bases))))
+                spec = models.with_members(state.architecture, range(max(1, round(level * self.bases))))
                 weights = sliced(state.weights, spec)
                 found.append(Deployed(f"level {level:g}", spec, weights, at_clients=False))
         return found
+
+
+class BaseLosses(Objective):
+    """The sum of every base network's own cross-entropy.
+
+    The base networks share no parameter, so a step on the sum is an independent step of each. Their logits are averaged
+    for prediction only: the loss of the mean would couple them.
+    """
+
+    def loss(self, model: nn.Module, images: Tensor, labels: Tensor, generator: Generator) -> Tensor:
+        """Return the sum of the cross-entropies."""
+        return cross_entropy(
+            [network(images).float() for network in models.bases.members(model).values()], labels
+        )

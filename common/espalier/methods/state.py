@@ -1,4 +1,4 @@
-"""What servers hold: named tensors, the network they belong to, and at the cloud what a checkpoint keeps."""
+"""The state of servers: named tensors and their network, and at the cloud the contents of a checkpoint."""
 
 from __future__ import annotations
 
@@ -8,11 +8,15 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from espalier.wire.payload import Layout, Weights
+from espalier import lazy, models
+from espalier.wire.payload import Layout, TensorSpec, Weights
 from espalier_proto import espalier_pb2 as pb
 
 if TYPE_CHECKING:
+    import torch
     from torch import nn
+else:
+    torch = lazy.load("torch")
 
 
 @dataclass
@@ -24,14 +28,14 @@ class ServerState:
     architecture : pb.ArchitectureSpec
         The network.
     weights : Weights
-        The network's tensors under their own names, and the method's further ones as "SECTION/NAME".
-        Never written to; a step puts new ones in their place.
+        The network's tensors under their own names, and the method's further tensors as "SECTION/NAME".
+        Not modified in place; a step replaces them.
     population : int
-        Clients in the run (N), whether they take part in a round or not.
+        Clients in the run (N), participants of a round or not.
     round : int
-        Rounds finished; in a method's step, the round that is being finished.
+        Finished rounds; in a method's step, the current round.
     peers : dict[str, pb.ArchitectureSpec]
-        Clients' own networks whose tensors are held, by client.
+        Descriptions of clients' own networks whose tensors are stored, by client.
     """
 
     architecture: pb.ArchitectureSpec
@@ -56,7 +60,7 @@ class ServerState:
         return {n.removeprefix(head): v for n, v in self.tensors.items() if n.startswith(head)}
 
     def add_section(self, name: str) -> None:
-        """Give every trained tensor of the network a companion "NAME/TENSOR" of zeros."""
+        """Add a tensor of zeros "NAME/TENSOR" for every trained tensor of the network."""
         zeros = {
             f"{name}/{t.name}": np.zeros_like(self.tensors[t.name])
             for t in self.architecture.tensors
@@ -65,7 +69,7 @@ class ServerState:
         self.weights = Weights.pack(self.tensors | zeros)
 
     def assign(self, changed: Mapping[str, np.ndarray]) -> None:
-        """Replace some tensors by others of the same shape and dtype."""
+        """Replace some tensors by others of the same shape; they are converted to the old dtypes."""
         if changed:
             layout, own = self.weights.layout, self.tensors
             dtypes = {t.name: own[t.name].dtype for t in layout.tensors}
@@ -76,20 +80,20 @@ class ServerState:
 
 @dataclass
 class CloudState(ServerState):
-    """What the cloud holds between windows: everything a checkpoint must keep.
+    """The cloud's state between windows: the contents of a checkpoint.
 
     Attributes
     ----------
     window : int
-        Windows finished.
+        Finished windows.
     ema : Weights or None
         Exponential moving average of the network, when `ema-decay` is on.
     pruned : bool
         Whether the network was pruned in this run.
     extra : dict[str, np.ndarray]
-        What the method or the selection keeps at the cloud alone.
+        State of the method or the selection that only the cloud has.
     notes : dict[str, float]
-        Scalars of the newest window for the report; not kept.
+        Scalars of the newest window for the report; not in the checkpoint.
     """
 
     window: int = 0
@@ -103,23 +107,16 @@ class CloudState(ServerState):
         return build_model(self.architecture, self.weights)
 
     def adopt(self, model: nn.Module) -> None:
-        """Make a torch module the global model; its moving average starts anew when the shapes change."""
-        from espalier.models.architecture import describe
-        from espalier.models.arrays import model_arrays
-
-        self.architecture = describe(model)
-        self.weights = Weights.pack(model_arrays(model))
+        """Make a torch module the global model; the moving average is reset."""
+        self.architecture = models.describe(model)
+        self.weights = Weights.pack(models.model_arrays(model))
         self.ema = None
 
 
 def build_model(architecture: pb.ArchitectureSpec, weights: Weights) -> nn.Module:
     """Build a torch module from an architecture and a payload that holds (at least) its tensors."""
-    import torch
-
-    from espalier.models.architecture import build_with
-
     views = weights.views()
-    return build_with(
+    return models.build_with(
         architecture, {t.name: torch.from_numpy(views[t.name].copy()) for t in architecture.tensors}
     )
 
@@ -127,3 +124,13 @@ def build_model(architecture: pb.ArchitectureSpec, weights: Weights) -> nn.Modul
 def architecture_layout(architecture: pb.ArchitectureSpec) -> Layout:
     """Return the layout of a payload that holds just the architecture's tensors."""
     return Layout.from_proto(architecture.tensors, "cloud")
+
+
+def trained_layout(architecture: pb.ArchitectureSpec, section: str = "") -> Layout:
+    """Return the layout of a network's trained tensors, optionally in a section ("SECTION/NAME")."""
+    whole = architecture_layout(architecture)
+    buffers = {t.name for t in architecture.tensors if t.buffer}
+    prefix = f"{section}/" if section else ""
+    return Layout(
+        tuple(TensorSpec(prefix + t.name, t.dtype, t.shape) for t in whole.tensors if t.name not in buffers)
+    )

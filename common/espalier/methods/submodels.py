@@ -1,4 +1,4 @@
-"""What methods share whose clients train sub-models of different size."""
+"""Sub-models: the base of methods whose clients train parts of the model of different sizes."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import ClassVar
 
 from espalier.methods.base import CloudState, Deployed, Inquiry, Method
-from espalier.methods.levels import assign_levels
+from espalier.methods.levels import assign_levels, parse_levels
 from espalier.methods.planning import Member
 from espalier.wire.payload import Weights
 from espalier_proto import espalier_pb2 as pb
@@ -16,8 +16,8 @@ from espalier_proto import espalier_pb2 as pb
 class SubModels(Method):
     """Every client has a level, a share in (0, 1], and trains the leading slice of that size.
 
-    The servers' mean is per coordinate over those who hold it; nobody leaves it as it was. A
-    subclass says what a level's network is.
+    Servers average each coordinate over the clients that hold it; a coordinate that none holds does not change. A
+    subclass defines the network of a level.
     """
 
     tasks = ("classification",)
@@ -31,7 +31,7 @@ class SubModels(Method):
     def assign(
         self, state: CloudState, picked: Sequence[str], members: Mapping[str, Member], round_: int
     ) -> dict[str, str]:
-        """Return each picked client's level, as text."""
+        """Return each participant's level as text."""
         levels = assign_levels(list(members.values()), self.settings, round_)
         return {name: f"{levels[name]:g}" for name in picked}
 
@@ -40,9 +40,7 @@ class SubModels(Method):
         return pb.View(architecture=self.variant(state.architecture, float(key)))
 
     def deployed(self, state: CloudState, ask: Inquiry) -> list[Deployed]:
-        """Return the whole network, and beside it the slice of every smaller level."""
-        from espalier.methods.levels import parse_levels
-
+        """Return the whole network, and the sub-model of every smaller level."""
         found = super().deployed(state, ask)
         for level in parse_levels(self.settings.levels):
             if level < 1:
@@ -54,12 +52,12 @@ class SubModels(Method):
 
 
 def depth_at(level: float, whole: int) -> int:
-    """Return the depth of a level of a network of `whole` stages: rounded, at least 1."""
+    """Return the depth of a level in a network of `whole` stages: rounded, at least 1."""
     return max(1, math.floor(level * whole + 0.5))
 
 
 def sliced(weights: Weights, architecture: pb.ArchitectureSpec) -> Weights:
-    """Return the leading slices of a payload that are a sub-network's tensors."""
+    """Return the leading slices of a payload in the shapes of a sub-network's tensors."""
     views = weights.views()
     return Weights.pack(
         {t.name: views[t.name][tuple(slice(0, n) for n in t.shape)] for t in architecture.tensors}

@@ -1,9 +1,9 @@
-"""What a client is given of a server's tensors, and what its answers may hold."""
+"""Views: the part of a server's tensors that a client receives, and the layouts of answers to inquiries."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -11,13 +11,12 @@ from google.protobuf.json_format import MessageToDict
 
 from espalier.config.run_config import RunConfig
 from espalier.errors import WireError
-from espalier.methods.base import Method, trained_layout
 from espalier.methods.faug import seeds_layout
-from espalier.methods.state import ServerState
+from espalier.methods.state import ServerState, trained_layout
 from espalier.wire.payload import Layout, TensorSpec, Weights
 from espalier_proto import espalier_pb2 as pb
 
-#: What a client can be asked beside training, and the tensors that its answer holds.
+#: Inquiries to clients besides training; :func:`answer_layout` gives the tensors of their answers.
 INQUIRIES = ("loss", "batch-loss", "gradient", "accuracy", "statistics", "samples", "seeds", "fill")
 
 
@@ -50,24 +49,32 @@ class Sent:
         return self.sources.get(name, name)
 
 
-def whole_view(method: Method, server: ServerState) -> Sent:
-    """Return everything that a method lets clients see."""
+def whole_view(server: ServerState, hidden: Collection[str]) -> Sent:
+    """Return all tensors of a server except hidden sections.
+
+    Parameters
+    ----------
+    server : ServerState
+        The server.
+    hidden : collection of str
+        Sections that are not sent, a method's `server_sections`.
+    """
     own = server.weights
-    kept = [t.name for t in own.layout.tensors if t.name.partition("/")[0] not in method.server_sections]
-    if len(kept) < len(own.layout.tensors):
-        layout = own.layout.only(kept)
-        own = Weights.fill(layout, {n: v for n, v in own.views().items() if n in set(kept)})
+    visible = [t.name for t in own.layout.tensors if t.name.partition("/")[0] not in hidden]
+    if len(visible) < len(own.layout.tensors):
+        views = own.views()
+        own = Weights.fill(own.layout.only(visible), {n: views[n] for n in visible})
     returns = tuple(t.name for t in server.architecture.tensors)
     return Sent(server.architecture, own, {}, returns)
 
 
 def slice_view(view: pb.View, server: ServerState, sender: str) -> Sent:
-    """Cut the leading slices that a view names out of a server's tensors.
+    """Return the leading slices of a server's tensors that a view describes.
 
     Raises
     ------
     WireError
-        If the view asks for a tensor that the server lacks, or for more of one than there is.
+        If the view has a tensor that the server does not have, or a larger one.
     """
     specs = view.layout.tensors if view.HasField("layout") else view.architecture.tensors
     layout, tensors = Layout.from_proto(specs, sender), server.tensors
@@ -77,7 +84,8 @@ def slice_view(view: pb.View, server: ServerState, sender: str) -> Sent:
         whole = tensors.get(sources.get(spec.name, spec.name))
         if whole is None or len(whole.shape) != len(spec.shape) or not _fits(spec, whole):
             raise WireError(
-                sender, f"a view with tensor {spec.name!r}{list(spec.shape)}, which no slice gives"
+                sender,
+                f"a view with tensor {spec.name!r}{list(spec.shape)}, which is no slice of the server's",
             )
         parts[spec.name] = whole[tuple(slice(0, n) for n in spec.shape)]
     returns = tuple(view.returns) or tuple(t.name for t in view.architecture.tensors if t.name in parts)
@@ -101,7 +109,7 @@ def answer_layout(
     metrics: Mapping[str, float] | None = None,
     image_shape: Sequence[int] = (),
 ) -> Layout:
-    """Return the tensors that an answer to an inquiry holds.
+    """Return the layout of the answer to an inquiry.
 
     Parameters
     ----------
@@ -114,14 +122,14 @@ def answer_layout(
     population : int
         Clients in the run (N).
     metrics : mapping of str to float, optional
-        Scalars of the answer, where its size hangs on them.
+        Scalars of the answer, on which its size may depend.
     image_shape : sequence of int
         Channels, height and width of the clients' images.
 
     Raises
     ------
     ValueError
-        If there is no such inquiry.
+        If the inquiry is unknown.
     """
     if kind not in INQUIRIES:
         raise ValueError(f"the inquiry {kind!r} is unknown; known are {', '.join(INQUIRIES)}")
@@ -130,10 +138,10 @@ def answer_layout(
     if kind == "seeds":
         return seeds_layout(metrics or {}, image_shape, settings)
     if kind == "samples":
-        # Drawn images, as the cloud would draw them itself if it had the whole network.
+        # Generated images, as many as the cloud would generate with the whole network.
         config = MessageToDict(architecture.config)
         if "sample_size" not in config:
-            raise ValueError(f"samples of a {architecture.family} network, which draws none")
+            raise ValueError(f"samples of a {architecture.family} network, which generates no images")
         size = int(config["sample_size"])
         count = max(1, math.ceil(settings.eval_samples / max(population, 1)))
         return Layout(

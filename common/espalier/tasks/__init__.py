@@ -1,1 +1,1 @@
-"""What a network is trained for."""
+"""The objective of each task (diffusion, classification), and its loss and gradient over a data set."""

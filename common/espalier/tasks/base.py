@@ -1,4 +1,4 @@
-"""What a model is trained for, and its loss and gradient over a whole data set: F_k(w) and its gradient."""
+"""The objective of each task, and its value and gradient over a whole data set."""
 
 from __future__ import annotations
 
@@ -7,21 +7,26 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 import numpy as np
-import torch
-from torch import Generator, Tensor, nn
 
+from espalier import lazy
 from espalier.models.presets import task_of
 from espalier.tasks.classification import CrossEntropy
-from espalier.training.named_state import trained
-from espalier.training.objectives import DDPMLoss, Objective
+from espalier.tasks.diffusion import DDPMLoss
+from espalier.training.named_state import trainable_parameters
+from espalier.training.objectives import Objective
 
 if TYPE_CHECKING:
+    import torch
+    from torch import Generator, Tensor, nn
+
     from espalier.config.run_config import RunConfig
     from espalier.data.imageset import ImageSet
+else:
+    torch = lazy.load("torch")
 
 
 def base_objective(settings: RunConfig) -> Objective:
-    """Return what a model is trained for without any method's terms: the DDPM loss or cross-entropy."""
+    """Return the task's loss without a method's terms: the DDPM loss or cross-entropy."""
     return DDPMLoss() if task_of(settings.model) == "diffusion" else CrossEntropy()
 
 
@@ -36,15 +41,15 @@ def dataset_loss(
 ) -> float:
     """Return the mean objective over a data set.
 
-    Eval mode (no dropout, batch normalisation by its running statistics), no gradient, single precision.
-    The network is left in the mode it was in, and its buffers as they were.
+    Computed in evaluation mode (no dropout, running statistics of batch normalisation), without gradients and in
+    single precision. The mode and the buffers of the network do not change.
 
     Parameters
     ----------
     model : nn.Module
         On `device`.
     objective : Objective
-        What is measured; it has begun.
+        What to measure; its `begin` was called.
     data : ImageSet
         At least one image.
     device : torch.device or str
@@ -54,13 +59,13 @@ def dataset_loss(
     generator : Generator
         Source of the objective's randomness and of the choice of images, on `device`.
     batches : int, optional
-        Take this many batches of different images at random (Power-of-Choice's cpow-d takes one); None takes
-        every image once, in order.
+        Use this many random batches of distinct images (Power-of-Choice's cpow-d uses one). None uses every image
+        once, in order.
 
     Returns
     -------
     float
-        Every image counts the same.
+        Mean over the images.
     """
     total, count = torch.zeros((), dtype=torch.float64, device=device), 0
     with measuring(model), torch.no_grad():
@@ -78,7 +83,7 @@ def dataset_gradient(
     batch: int,
     generator: Generator,
 ) -> dict[str, np.ndarray]:
-    """Return the gradient of the mean objective over a data set, in the mode of :func:`dataset_loss`.
+    """Return the gradient of the mean objective over a data set, computed as in :func:`dataset_loss`.
 
     The parameters' own ``grad`` is neither read nor written.
 
@@ -87,7 +92,7 @@ def dataset_gradient(
     dict of str to numpy.ndarray
         float32, by parameter name; zero where the objective does not depend on a parameter.
     """
-    parameters = trained(model)
+    parameters = trainable_parameters(model)
     sums = {name: torch.zeros_like(p, requires_grad=False) for name, p in parameters.items()}
     with measuring(model), torch.enable_grad():
         for images, labels in _batches(data, device, batch, generator):
@@ -117,7 +122,7 @@ def _batches(
 
 @contextlib.contextmanager
 def measuring(model: nn.Module) -> Iterator[None]:
-    """Put a network into eval mode and give every part of it its own mode back."""
+    """Put a network into evaluation mode, and restore the mode of each of its modules."""
     modes = [(module, module.training) for module in model.modules()]
     model.eval()
     try:

@@ -1,19 +1,23 @@
-"""What classifiers minimise: cross-entropy, whole or over the labels a client has."""
+"""Losses of classifiers: cross-entropy over all classes or over the labels that a client holds."""
 
 from __future__ import annotations
 
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
-import torch
-from torch import Generator, Tensor, nn
-from torch.nn import functional
-
+from espalier import lazy
 from espalier.training.objectives import LocalRound, Objective, TrainingError
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Generator, Tensor, nn
+    from torch.nn import functional
+else:
+    torch, functional = lazy.load("torch"), lazy.load("torch.nn.functional")
 
 
 def single_precision(answer: Tensor | list[Tensor]) -> list[Tensor]:
-    """Return what a classifier answers with in training: logits [B, classes] in float32, one for every exit."""
-    return [logits.float() for logits in ([answer] if isinstance(answer, Tensor) else answer)]
+    """Return a classifier's outputs in training: a list of float32 logits [B, classes], one per exit."""
+    return [logits.float() for logits in ([answer] if isinstance(answer, torch.Tensor) else answer)]
 
 
 def cross_entropy(logits: list[Tensor], labels: Tensor) -> Tensor:
@@ -22,7 +26,7 @@ def cross_entropy(logits: list[Tensor], labels: Tensor) -> Tensor:
 
 
 class CrossEntropy(Objective):
-    """Mean cross-entropy of a batch; a network with exits is trained on the sum over its exits."""
+    """Mean cross-entropy of a batch; for a network with exits, the sum over its exits."""
 
     depends_on = "images"
 
@@ -32,21 +36,21 @@ class CrossEntropy(Objective):
 
 
 class MaskedCrossEntropy(Objective):
-    """HeteroFL's loss over the labels a client has (Diao et al., ICLR 2021, section 3; arXiv 2010.01264).
+    """HeteroFL's loss over the labels that a client holds (Diao et al., ICLR 2021, section 3; arXiv 2010.01264).
 
-    The logits of labels the client lacks are set to 0, *not* to minus infinity: they get no gradient, but
-    each adds e^0 to the denominator, as in the authors' code. Their rows of the output layer move by weight
-    decay alone, which is why a client's rows for them are left out of the mean.
+    The logits of absent labels are set to 0, *not* to minus infinity: they get no gradient, but each adds e^0 to
+    the denominator, as in the authors' code. Only weight decay changes their rows of the output layer, so those
+    rows are excluded from the mean.
     """
 
     def begin(self, model: nn.Module, local: LocalRound) -> None:
-        """Take the client's label set."""
+        """Read the client's label set."""
         if not (local.labels > 0).any():
             raise TrainingError(f"round {local.round}: this client's label counts are empty")
         device = next(model.parameters()).device
-        self._lacking = torch.from_numpy(local.labels <= 0).to(device)
+        self._absent = torch.from_numpy(local.labels <= 0).to(device)
 
     def loss(self, model: nn.Module, images: Tensor, labels: Tensor, generator: Generator) -> Tensor:
         """Return the cross-entropy of the masked logits."""
         logits = single_precision(cast(Any, model)(images))
-        return cross_entropy([z.masked_fill(self._lacking, 0.0) for z in logits], labels)
+        return cross_entropy([z.masked_fill(self._absent, 0.0) for z in logits], labels)

@@ -1,33 +1,40 @@
-"""Tensors a client keeps by name while the sub-network it trains may change its size from round to round.
+"""Tensors that a client stores by name while the sub-network it trains may change its size between rounds.
 
-A sub-network holds the leading block ``w[:d0, :d1, …]`` of each tensor. What a client keeps (SCAFFOLD's c_k,
-FedDyn's g_k) is kept in the largest shape it ever held; a round reads and replaces the leading block of its
-own shape, and what lies outside stays, so sums over clients (c = mean c_k, h = mean g_k) go on to hold there.
+A sub-network holds the leading block ``w[:d0, :d1, …]`` of each tensor. Client state (SCAFFOLD's c_k, FedDyn's g_k) is
+stored in the largest shape used so far. A round reads and replaces the leading block of its own shape; values outside
+that block do not change, so sums over clients (c = mean c_k, h = mean g_k) stay valid there.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, MutableMapping
+from typing import TYPE_CHECKING
 
 import numpy as np
-import torch
-from torch import Tensor, nn
+
+from espalier import lazy
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor, nn
+else:
+    torch = lazy.load("torch")
 
 
-def trained(model: nn.Module) -> dict[str, nn.Parameter]:
-    """Return the parameters that are trained, by name: buffers and frozen ones are not among them."""
+def trainable_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
+    """Return the parameters that require a gradient, by name."""
     return {name: p for name, p in model.named_parameters() if p.requires_grad}
 
 
 def leading_block(array: np.ndarray | None, like: Tensor) -> Tensor:
-    """Return an array's leading block in the shape of a tensor, zero where the array does not reach.
+    """Return an array's leading block in the shape of a tensor, zero outside the array.
 
     Parameters
     ----------
     array : numpy.ndarray or None
-        What is kept; None, or one of another number of dimensions, holds nothing.
+        The stored array. None, and an array of another number of dimensions, count as zeros.
     like : Tensor
-        Gives shape, dtype and device.
+        Defines shape, dtype and device.
 
     Returns
     -------
@@ -42,14 +49,14 @@ def leading_block(array: np.ndarray | None, like: Tensor) -> Tensor:
 
 
 def read_blocks(
-    kept: Mapping[str, np.ndarray], prefix: str, parameters: Mapping[str, Tensor]
+    state: Mapping[str, np.ndarray], prefix: str, parameters: Mapping[str, Tensor]
 ) -> dict[str, Tensor]:
-    """Return the leading block of every ``prefix + name`` in the shape of the parameter of that name."""
-    return {name: leading_block(kept.get(prefix + name), p.detach()) for name, p in parameters.items()}
+    """Return, for each parameter, the leading block of ``state[prefix + name]`` in its shape; zero if absent."""
+    return {name: leading_block(state.get(prefix + name), p.detach()) for name, p in parameters.items()}
 
 
 def write_blocks(state: MutableMapping[str, np.ndarray], prefix: str, blocks: Mapping[str, Tensor]) -> None:
-    """Replace the leading block of every ``prefix + name`` in a state; kept arrays are not written to."""
+    """Replace the leading block of each ``state[prefix + name]``; the old arrays are not modified."""
     for name, block in blocks.items():
         new, old = block.detach().cpu().numpy(), state.get(prefix + name)
         if old is not None and old.ndim == new.ndim and old.shape != new.shape:
@@ -61,6 +68,6 @@ def write_blocks(state: MutableMapping[str, np.ndarray], prefix: str, blocks: Ma
         state[prefix + name] = new
 
 
-def on(like: nn.Module, tensors: Mapping[str, Tensor], name: str) -> Tensor:
-    """Return a tensor by name on the device of a network."""
+def on_device(like: nn.Module, tensors: Mapping[str, Tensor], name: str) -> Tensor:
+    """Return the tensor of a name, moved to the device of a network."""
     return tensors[name].to(next(like.parameters()).device)

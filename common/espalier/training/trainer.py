@@ -103,10 +103,10 @@ def train_local(
     with seeded(seed, device), _full_convolution_speed(device):
         objective.begin(model, local)
         parameters += objective.parameters()
-        apart = list(objective.apart())
-        others = set(map(id, apart))
+        separate = list(objective.separately_clipped_parameters())
+        others = set(map(id, separate))
         together = [p for p in parameters if id(p) not in others]
-        clipped = [group for group in (together, apart) if group and settings.clip_norm > 0]
+        clipped = [group for group in (together, separate) if group and settings.clip_norm > 0]
         optimizer = create_optimizer(parameters, local)
         for epoch in itertools.count(1):
             indices = order.permutation(count)

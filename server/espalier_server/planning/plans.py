@@ -98,7 +98,7 @@ def draw_window(
             first_round=first,
             seed=s.seed,
             # Which of two edges is sooner at a client is chance, and any method's clients may keep Adam's moments.
-            settled=method.settled or s.reproducible,
+            sticky_edge=method.sticky_edge or s.reproducible,
         ),
         keeps,
         [method.assign(state, [m.name for m in p], by_name, first + i) for i, p in enumerate(picks)],

@@ -113,7 +113,7 @@ def _frozen(config: RunConfig) -> dict[str, FlatValue]:
     """Return what the settings mean whose default hangs on `rounds`."""
     from espalier.methods.registry import METHODS
 
-    return METHODS[config.method].by_rounds(config)
+    return METHODS[config.method].defaults_by_rounds(config)
 
 
 def resumed_settings(folder: Path, changes: Mapping[str, FlatValue]) -> dict[str, FlatValue]:

@@ -17,10 +17,14 @@ from torch.nn import functional
 
 from espalier.config.run_config import RunConfig
 from espalier.data.imageset import ImageSet
+from espalier.methods.fedphd import GroupNormPenalty
+from espalier.methods.fedprox import ProximalTerm
+from espalier.methods.moon import ModelContrastiveTerm
+from espalier.methods.scaffold import ControlVariates
 from espalier.models.attention import attend_as_diffusers
 from espalier.tasks.classification import CrossEntropy, MaskedCrossEntropy
-from espalier.training.contrastive import Contrastive
-from espalier.training.objectives import DDPMLoss, GroupNormPenalty, Objective, TrainingError
+from espalier.tasks.diffusion import DDPMLoss
+from espalier.training.objectives import Objective, TrainingError
 from espalier.training.privacy import (
     Mechanism,
     epsilon_of,
@@ -29,9 +33,7 @@ from espalier.training.privacy import (
     noise_of,
     update_mechanism,
 )
-from espalier.training.proximal import Proximal
 from espalier.training.trainer import train_local
-from espalier.training.variates import ControlVariates
 from espalier_client.dp_sgd import PrivateGradients, train_private
 from tests.support.terms import Images, local_round, moved, network
 
@@ -102,7 +104,7 @@ def with_control(model: nn.Module) -> dict[str, np.ndarray]:
     [
         ("cnn", CrossEntropy, "sgd"),
         ("cnn", CrossEntropy, "adam"),
-        ("cnn", lambda: CrossEntropy() + Proximal(5.0), "sgd"),
+        ("cnn", lambda: CrossEntropy() + ProximalTerm(5.0), "sgd"),
         ("cnn", lambda: CrossEntropy() + ControlVariates(), "sgd"),
         ("mlp", lambda: CrossEntropy() + GroupNormPenalty(0.1), "sgd"),
     ],
@@ -207,8 +209,12 @@ def test_a_diffusion_model_is_trained() -> None:
     [
         ("cnn-bn", CrossEntropy, "batch normalisation .* model=cnn"),
         ("cnn", MaskedCrossEntropy, "what one image gives to MaskedCrossEntropy"),
-        ("cnn", lambda: CrossEntropy() + Contrastive(1.0, 0.5), "what one image gives to Contrastive"),
-        ("cnn", lambda: Proximal(1.0), "no term of this loss depends on the images"),
+        (
+            "cnn",
+            lambda: CrossEntropy() + ModelContrastiveTerm(1.0, 0.5),
+            "what one image gives to ModelContrastiveTerm",
+        ),
+        ("cnn", lambda: ProximalTerm(1.0), "no term of this loss depends on the images"),
     ],
 )
 def test_what_mixes_images_is_refused(preset: str, objective: Callable[[], Objective], words: str) -> None:

@@ -60,7 +60,7 @@ NOISY = {"update-clip": 1.0, "update-noise": 1.0}
         ({"method": "fedavg", "model": "cnn-bn", "dp-sgd-noise": 1.0}, "model", "logistic, mlp, cnn, cnn4"),
         ({"method": "fedavg", "model": "resnet10", **NOISY}, "model", "cnn4"),
         ({"method": "moon", **CLASSIFIER, "dp-sgd-noise": 1.0}, "dp-sgd-noise", "update-noise"),
-        ({"method": "fjord", **CLASSIFIER, "dp-sgd-noise": 1.0}, "dp-sgd-noise", "single images"),
+        ({"method": "fjord", **CLASSIFIER, "dp-sgd-noise": 1.0}, "dp-sgd-noise", "per-image losses"),
         ({"method": "ifca", **CLASSIFIER, "dp-sgd-noise": 1.0}, "dp-sgd-noise", "which cluster"),
         ({"method": "qfedavg", **CLASSIFIER, **NOISY}, "update-noise", "its loss"),
         ({"method": "phoenix", "dp-sgd-noise": 1.0}, "dp-sgd-noise", "its loss"),

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from espalier.methods.diverse import cost, distances, greedy, lazy_greedy, refresh, sketch, stochastic_greedy
+from espalier.methods.divfl import cost, distances, greedy, lazy_greedy, refresh, sketch, stochastic_greedy
 
 
 def rng(seed: int) -> np.random.Generator:

@@ -15,9 +15,9 @@ from espalier.config.run_config import RunConfig
 from espalier.data.spec import open_data
 from espalier.errors import ConfigError
 from espalier.methods.fedktl import FedKTL
+from espalier.methods.fedktl.objectives import ArcFace
 from espalier.models.initial import initial_model
 from espalier.training.objectives import LocalRound
-from espalier.training.transfer import ArcFace
 from espalier.wire.class_table import COUNT, MEAN, ROUND, VECTORS
 from espalier.wire.pairs import CENTROIDS, IMAGES
 from tests.support.by_hand import Arrays, Call, kept, run_tree, small_tree, tapped
@@ -300,7 +300,7 @@ def test_fedktl_says_where_clipping_takes_its_gradient(
         {"method": "fedktl", "model": "mlp", "generator": gan, "clip-norm": clip_norm}
     )
     method = FedKTL(settings)
-    method.meet((1, 8, 8), 10)
+    method.set_data_shape((1, 8, 8), 10)
     with caplog.at_level("WARNING", "espalier.cloud"):
         method.before_run(method.initial_state(), lambda *_: pytest.fail("asked"))
     assert [("clip-norm=1" in r.getMessage()) for r in caplog.records] == [True] * warned

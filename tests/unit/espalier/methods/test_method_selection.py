@@ -11,7 +11,7 @@ import torch
 from torch.nn import functional
 
 from espalier.data.spec import open_data
-from espalier.methods.diverse import cost, distances, greedy, lazy_greedy
+from espalier.methods.divfl import cost, distances, greedy, lazy_greedy
 from espalier.methods.state import build_model
 from espalier.wire.payload import Weights
 from espalier_proto import espalier_pb2 as pb

@@ -182,7 +182,7 @@ def test_a_settled_client_stays_at_its_first_edge_for_a_window() -> None:
     clients = members()
     picks = [pick_clients(clients, 0.5, 3, r) for r in range(1, 9)]
     free, settled = (
-        plan_window(picks, clients, AtRandom(), first_round=1, seed=3, settled=stays)
+        plan_window(picks, clients, AtRandom(), first_round=1, seed=3, sticky_edge=stays)
         for stays in (False, True)
     )
     first: dict[str, str] = {}

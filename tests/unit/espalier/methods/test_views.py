@@ -46,12 +46,12 @@ def method(name: str) -> Any:
 
 
 def test_the_whole_is_everything_clients_may_see() -> None:
-    found = whole_view(method("fedavg"), SERVER)
+    found = whole_view(SERVER, method("fedavg").server_sections)
     assert found.weights is SERVER.weights
     assert found.returns == tuple(NETWORK)
     assert found.sources == {}
     # FedDyn's h stays with the servers; the rest comes along in its order.
-    hidden = whole_view(method("feddyn"), SERVER)
+    hidden = whole_view(SERVER, method("feddyn").server_sections)
     assert hidden.weights.layout.names == (*NETWORK, "cluster1/bn.bias")
     assert hidden.returns == tuple(NETWORK)
     for name, view in hidden.weights.views().items():
@@ -121,7 +121,7 @@ def test_a_tensor_the_server_lacks_is_refused() -> None:
         pb.View(architecture=spec({"x": np.zeros(2, np.float32)})),
         pb.View(architecture=spec({"bn.bias": np.zeros(2, np.float32)}), sources={"bn.bias": "x"}),
     ):
-        with pytest.raises(WireError, match="which no slice gives"):
+        with pytest.raises(WireError, match="which is no slice of the server"):
             slice_view(view, SERVER, "cloud")
 
 

@@ -12,13 +12,16 @@ from torch import Generator, Tensor, nn
 from torch.nn import functional
 
 from espalier.config.run_config import RunConfig
+from espalier.methods.depthfl import ExitDistillation, consistency_weight, mutual_divergence
+from espalier.methods.divfl import ReceivedGradient
+from espalier.methods.inclusivefl import LastExit
+from espalier.methods.qfedavg import ReceivedLoss
+from espalier.methods.splitmix import BaseLosses
 from espalier.models.initial import initial_bases, initial_model
 from espalier.tasks.base import base_objective, dataset_gradient, dataset_loss
 from espalier.tasks.classification import CrossEntropy, MaskedCrossEntropy
-from espalier.training.bases import BaseLosses
-from espalier.training.exits import ExitDistillation, LastExit, consistency_weight, mutual_divergence
-from espalier.training.objectives import DDPMLoss, Objective, TrainingError
-from espalier.training.received_model import ReceivedGradient, ReceivedLoss
+from espalier.tasks.diffusion import DDPMLoss
+from espalier.training.objectives import Objective, TrainingError
 from espalier.training.trainer import train_local
 from tests.support.terms import Images, batch, gradients, local_round, network, received, result
 

@@ -7,11 +7,11 @@ import pytest
 import torch
 from torch import Generator, Tensor, nn
 
-from espalier.training.dynamic import Dynamic
+from espalier.methods.feddyn import DynamicRegularizer
+from espalier.methods.fedprox import ProximalTerm
+from espalier.methods.scaffold import ControlVariates
 from espalier.training.objectives import LocalRound, Objective
-from espalier.training.proximal import Proximal
 from espalier.training.trainer import train_local
-from espalier.training.variates import ControlVariates
 from tests.support.terms import Images, gradients, local_round, moved, network, received, result
 
 NOTHING = torch.zeros(1, 1, 8, 8), torch.zeros(1, dtype=torch.int64), Generator()
@@ -20,7 +20,7 @@ NOTHING = torch.zeros(1, 1, 8, 8), torch.zeros(1, dtype=torch.int64), Generator(
 def test_the_gradient_of_the_proximal_term_is_mu_times_the_difference() -> None:
     model = network("cnn-bn")
     local = local_round(model)
-    term = Proximal(0.3)
+    term = ProximalTerm(0.3)
     term.begin(moved(model), local)
     found = gradients(term, model)
     for name, parameter in model.named_parameters():
@@ -37,7 +37,7 @@ def test_the_gradient_of_the_proximal_term_is_mu_times_the_difference() -> None:
 def test_the_proximal_term_is_of_parameters_not_of_running_statistics() -> None:
     model = network("cnn-bn")
     local = local_round(model)
-    term = Proximal(2.0)
+    term = ProximalTerm(2.0)
     term.begin(model, local)
     model.get_buffer("norm1.running_mean").fill_(7.0)
     assert term.loss(model, *NOTHING).item() == 0.0
@@ -147,7 +147,7 @@ def test_the_dynamic_regulariser_and_its_recursion() -> None:
     """By hand: w = (5, 1), g_k = (2, -1), alpha = 0.5; at theta = (6, 3)."""
     model, state = Vector(5.0, 1.0), {"dyn/theta": np.array([2.0, -1.0], np.float32)}
     before = dict(state)
-    term = Dynamic(0.5)
+    term = DynamicRegularizer(0.5)
     term.begin(model, local_round(model, state=state))
     with torch.no_grad():
         model.theta.copy_(torch.tensor([6.0, 3.0]))
@@ -171,7 +171,7 @@ def test_feddyns_fixed_point_is_the_optimum_of_the_sum() -> None:
         for optimum, state in zip(optima, states, strict=True):
             model = Vector(weights)
             local = local_round(model, local_epochs=30, learning_rate=0.4, state=state, round_=number)
-            train(model, Quadratic(optimum) + Dynamic(alpha), local)
+            train(model, Quadratic(optimum) + DynamicRegularizer(alpha), local)
             trained.append(model.theta.item())
         h -= alpha / 2 * sum(theta - weights for theta in trained)
         assert h == pytest.approx(np.mean([s["dyn/theta"][0] for s in states]), abs=1e-4)
@@ -181,7 +181,9 @@ def test_feddyns_fixed_point_is_the_optimum_of_the_sum() -> None:
     assert [s["dyn/theta"][0] for s in states] == pytest.approx([2.0, -2.0], abs=1e-3)
 
 
-@pytest.mark.parametrize(("term", "prefix"), [(Dynamic(0.5), "dyn/"), (ControlVariates(), "scaffold/")])
+@pytest.mark.parametrize(
+    ("term", "prefix"), [(DynamicRegularizer(0.5), "dyn/"), (ControlVariates(), "scaffold/")]
+)
 def test_a_sub_network_uses_the_leading_block_and_leaves_the_rest(term: Objective, prefix: str) -> None:
     """The level changes from round to round: kept 3 long, trained 2 long, then 4 long."""
     state = {prefix + "theta": np.array([1.0, 2.0, 3.0], np.float32)}
@@ -198,7 +200,7 @@ def test_a_sub_network_uses_the_leading_block_and_leaves_the_rest(term: Objectiv
 
 
 def test_control_variates_and_regularisers_hold_parameters_only() -> None:
-    for term in (Dynamic(0.1), ControlVariates()):
+    for term in (DynamicRegularizer(0.1), ControlVariates()):
         model = network("cnn-bn")
         local = local_round(model)
         term.begin(model, local)

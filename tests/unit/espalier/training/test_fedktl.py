@@ -13,18 +13,11 @@ from torch import Generator, Tensor, nn
 from torch.nn import functional
 
 from espalier.errors import WireError
-from espalier.training.alignment import FeatureTransformer, align, class_means, mmd
+from espalier.methods.fedktl.alignment import align, class_means, mmd
+from espalier.methods.fedktl.networks import EtfHead, FeatureTransformer, simplex_etf, transfer_head
+from espalier.methods.fedktl.objectives import ArcFace, KnowledgeTransfer, UnitPrototypes, margin_logits
 from espalier.training.objectives import TrainingError
 from espalier.training.trainer import train_local
-from espalier.training.transfer import (
-    ArcFace,
-    EtfHead,
-    KnowledgeTransfer,
-    UnitPrototypes,
-    margin_logits,
-    simplex_etf,
-    transfer_head,
-)
 from espalier.wire.class_table import UNIT_PROTOTYPE
 from espalier.wire.pairs import Pairs, to_pixels
 from tests.support.terms import Images, batch, gradients, local_round, moved, network, received, result
@@ -365,7 +358,7 @@ def test_the_transformer_starts_from_the_runs_seed() -> None:
 
 def test_bad_latents_are_named() -> None:
     prototypes, labels = rows()
-    with pytest.raises(ValueError, match=r"latents of shape \(24, 5\), \(24, 6\) are wanted"):
+    with pytest.raises(ValueError, match=r"latents of shape \(24, 5\), expected \(24, 6\)"):
         align(
             FeatureTransformer(4, 6, 1),
             prototypes,

@@ -12,8 +12,8 @@ import torch
 from torch import Generator
 from torch.nn import functional
 
+from espalier.methods.fjord import OrderedDropout
 from espalier.training.objectives import TrainingError
-from espalier.training.ordered import OrderedDropout
 from espalier.training.trainer import train_local
 from tests.support.terms import Images, batch, gradients, local_round, network, received, result
 

@@ -14,14 +14,15 @@ from torch.nn import functional
 
 from espalier.config.run_config import RunConfig
 from espalier.errors import WireError
+from espalier.methods.codistillation import PeerDistillation
+from espalier.methods.fd import STATE, SoftLabelDistillation
+from espalier.methods.fedproto import PrototypeTerm
 from espalier.models.architecture import describe
 from espalier.models.arrays import model_arrays
 from espalier.models.initial import initial_bases
 from espalier.models.layers import SingleHead
 from espalier.tasks.classification import CrossEntropy
-from espalier.training.knowledge import KEPT, Prototypes, SoftLabels
 from espalier.training.objectives import Objective, TrainingError
-from espalier.training.peers import Peers
 from espalier.training.trainer import train_local
 from espalier.wire.class_table import (
     COUNT,
@@ -57,7 +58,7 @@ def value(term: Objective, model: Any, seed: int = 0) -> float:
 
 def test_no_soft_labels_no_term() -> None:
     model = network("cnn")
-    term = SoftLabels(2.0)
+    term = SoftLabelDistillation(2.0)
     term.begin(model, local_round(model))
     assert value(term, model) == 0.0
     assert term.end(model, result(), {}) == {}
@@ -66,9 +67,9 @@ def test_no_soft_labels_no_term() -> None:
 def test_the_soft_label_term_by_its_formula() -> None:
     model = network("cnn")
     mine, other, third = soft([0, 1, 2], 1), soft([0, 1, 4], 2), soft([0, 5], 3)
-    state = {KEPT + name: array for name, array in given_arrays(mine, 3).items()}
+    state = {STATE + name: array for name, array in given_arrays(mine, 3).items()}
     local = local_round(model, round_=4, aux=given_arrays(merge([mine, other, third]), 3), state=state)
-    term = SoftLabels(1.5)
+    term = SoftLabelDistillation(1.5)
     term.begin(model, local)
     # The batch has one image each of the classes 0 to 5: class 2 is mine alone, class 3 nobody's.
     targets = {
@@ -89,8 +90,8 @@ def test_who_sat_out_takes_nothing_out(kept_round: int | None) -> None:
     model, given = network("cnn"), soft(list(range(CLASSES)), 2)
     state = {}
     if kept_round is not None:
-        state = {KEPT + n: a for n, a in given_arrays(soft([0, 1], 1), kept_round).items()}
-    term = SoftLabels(1.0)
+        state = {STATE + n: a for n, a in given_arrays(soft([0, 1], 1), kept_round).items()}
+    term = SoftLabelDistillation(1.0)
     term.begin(model, local_round(model, round_=4, aux=given_arrays(given, 3), state=state))
     outputs = model(batch()[0]).double().softmax(1).detach().numpy()
     by_hand = -sum(float(given.vectors[y] @ np.log(outputs[y])) for y in range(6)) / 6
@@ -99,7 +100,7 @@ def test_who_sat_out_takes_nothing_out(kept_round: int | None) -> None:
 
 def test_the_local_table_is_the_mean_output_by_label_over_the_phase() -> None:
     model = network("cnn")
-    term, local = SoftLabels(1.0), local_round(model)
+    term, local = SoftLabelDistillation(1.0), local_round(model)
     objective = CrossEntropy() + term
     objective.begin(model, local)
     seen: dict[int, list[Tensor]] = {}
@@ -119,14 +120,14 @@ def test_the_local_table_is_the_mean_output_by_label_over_the_phase() -> None:
         np.testing.assert_allclose(vector, torch.stack(seen[int(label)]).mean(0), atol=1e-6)
     np.testing.assert_array_equal(objective.extra()[VECTORS], table.vectors)
     objective.end(model, result(), {})
-    assert int(local.state[KEPT + ROUND]) == 1
-    np.testing.assert_array_equal(local.state[KEPT + MEAN][:6], table.vectors)
-    assert local.state[KEPT + COUNT].tolist() == [1.0] * 6 + [0.0] * 4
+    assert int(local.state[STATE + ROUND]) == 1
+    np.testing.assert_array_equal(local.state[STATE + MEAN][:6], table.vectors)
+    assert local.state[STATE + COUNT].tolist() == [1.0] * 6 + [0.0] * 4
 
 
 def test_measuring_adds_nothing_to_the_table() -> None:
     model = network("cnn")
-    term = SoftLabels(1.0)
+    term = SoftLabelDistillation(1.0)
     objective = CrossEntropy() + term
     objective.begin(model, local_round(model))
     with torch.no_grad():
@@ -146,7 +147,7 @@ def test_distillation_stays_finite_for_200_rounds() -> None:
         tables = []
         for place, (model, preset) in enumerate(zip(models, presets, strict=True)):
             local = local_round(model, preset, round_, aux=aux, state=states[place], keep_optimizer=False)
-            term = SoftLabels(1.0)
+            term = SoftLabelDistillation(1.0)
             objective = CrossEntropy() + term
             outcome = train_local(model, objective, images[place], local, seed=round_, device="cpu")
             tables.append(term.table().validate("c", kind=SOFT_LABEL, classes=CLASSES))
@@ -171,7 +172,7 @@ def prototypes(model: SingleHead, labels: list[int]) -> ClassTable:
 def test_the_prototype_term_by_its_formula() -> None:
     model = network("cnn")
     given = prototypes(model, [0, 3, 9])
-    term = Prototypes(4.0)
+    term = PrototypeTerm(4.0)
     term.begin(model, local_round(model, aux=given_arrays(given, 0)))
     features = model.features(batch()[0]).detach().double().numpy()
     squares = [((features[y] - given.vectors[row]) ** 2).mean() for row, y in enumerate((0, 3))]
@@ -182,7 +183,7 @@ def test_the_prototype_term_by_its_formula() -> None:
 def test_prototypes_reach_features_but_not_the_output_layer() -> None:
     model = network("cnn")
     alone = gradients(CrossEntropy(), model)
-    objective = CrossEntropy() + Prototypes(1.0)
+    objective = CrossEntropy() + PrototypeTerm(1.0)
     objective.begin(model, local_round(model, aux=given_arrays(prototypes(model, [0, 1, 2]), 0)))
     found = gradients(objective, model)
     assert torch.equal(found["classifier.weight"], alone["classifier.weight"])
@@ -192,7 +193,7 @@ def test_prototypes_reach_features_but_not_the_output_layer() -> None:
 def test_local_prototypes_are_mean_features_in_eval_mode() -> None:
     data = Images(23)
     model = moved(network("cnn-bn"), 0.05).train()
-    term = Prototypes(1.0)
+    term = PrototypeTerm(1.0)
     objective = CrossEntropy() + term
     objective.begin(model, local_round(model, "cnn-bn", data=data, batch_size=5))
     before = received(model)
@@ -210,7 +211,7 @@ def test_local_prototypes_are_mean_features_in_eval_mode() -> None:
 def test_prototypes_of_another_width_are_refused() -> None:
     model = network("cnn")
     wrong = ClassTable.of(PROTOTYPE, CLASSES, [0], np.zeros((1, 3)))
-    objective = CrossEntropy() + Prototypes(1.0)
+    objective = CrossEntropy() + PrototypeTerm(1.0)
     objective.begin(model, local_round(model, aux=given_arrays(wrong, 0)))
     with pytest.raises(TrainingError, match="prototypes 3"):
         objective.loss(model, *batch(), Generator())
@@ -221,7 +222,7 @@ def test_prototypes_of_another_width_are_refused() -> None:
 
 def test_the_peers_term_by_its_formula() -> None:
     model, peers = network("cnn"), [network("mlp", seed=2), network("cnn-bn", seed=3)]
-    term = Peers(0.5, burn_in=1, peers=lambda _: peers)
+    term = PeerDistillation(0.5, burn_in=1, peers=lambda _: peers)
     term.begin(model, local_round(model, round_=2))
     images, _ = batch()
     with torch.no_grad():
@@ -233,7 +234,7 @@ def test_the_peers_term_by_its_formula() -> None:
 def test_peers_are_never_changed_and_get_no_gradient() -> None:
     model, peer = network("cnn"), network("cnn-bn", seed=3)
     before = received(peer)
-    objective = CrossEntropy() + Peers(1.0, peers=lambda _: [peer])
+    objective = CrossEntropy() + PeerDistillation(1.0, peers=lambda _: [peer])
     local = local_round(model)
     train_local(model, objective, Images(12), local, seed=1, device="cpu")
     assert all(torch.equal(before[name], tensor) for name, tensor in peer.state_dict().items())
@@ -242,7 +243,7 @@ def test_peers_are_never_changed_and_get_no_gradient() -> None:
 
 def test_no_term_during_the_burn_in_or_without_peers() -> None:
     model = network("cnn")
-    for term in (Peers(1.0, burn_in=2, peers=lambda _: [network("mlp")]), Peers(1.0)):
+    for term in (PeerDistillation(1.0, burn_in=2, peers=lambda _: [network("mlp")]), PeerDistillation(1.0)):
         term.begin(model, local_round(model, round_=2))
         assert value(term, model) == 0.0
         assert term.end(model, result(), {}) == {}
@@ -252,7 +253,7 @@ def test_received_peers_are_the_others_networks() -> None:
     model, peer = network("cnn"), network("mlp", seed=2)
     aux = {"peer/b/" + name: array for name, array in model_arrays(peer).items()}
     known: dict[str, Any] = {"aux": aux, "peers": {"client": describe(model), "b": describe(peer)}}
-    term, same = Peers(1.0), Peers(1.0, peers=lambda _: [peer])
+    term, same = PeerDistillation(1.0), PeerDistillation(1.0, peers=lambda _: [peer])
     term.begin(model, local_round(model, **known))
     found = value(term, model)
     term.end(model, result(), {})
@@ -267,32 +268,32 @@ def test_received_peers_are_the_others_networks() -> None:
 # --- All of them -----------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("term", [SoftLabels(1.0), Prototypes(1.0), Peers(1.0)])
+@pytest.mark.parametrize("term", [SoftLabelDistillation(1.0), PrototypeTerm(1.0), PeerDistillation(1.0)])
 def test_a_network_of_another_task_is_refused(term: Objective) -> None:
     other = nn.Linear(3, 3)
     with pytest.raises(TrainingError, match="for classifiers; a Linear"):
         term.begin(other, local_round(other))
 
 
-@pytest.mark.parametrize("term", [SoftLabels(1.0), Prototypes(1.0), Peers(1.0)])
+@pytest.mark.parametrize("term", [SoftLabelDistillation(1.0), PrototypeTerm(1.0), PeerDistillation(1.0)])
 def test_terms_stand_behind_the_base_loss_and_listen_until_the_end(term: Objective) -> None:
     model = network("cnn")
     term.begin(model, local_round(model))
-    with pytest.raises(RuntimeError, match="behind the base loss"):
+    with pytest.raises(RuntimeError, match="after the base loss"):
         term.loss(model, *batch(), Generator())
     term.begin(model, local_round(model))
     value(term, model)
     term.end(model, result(), {})
     model(batch()[0])
-    with pytest.raises(RuntimeError, match="behind the base loss"):
+    with pytest.raises(RuntimeError, match="after the base loss"):
         term.loss(model, *batch(), Generator())
 
 
 def test_a_network_with_several_answers_is_refused() -> None:
     bases = initial_bases(RunConfig(model="cnn", seed=1), (1, 8, 8), CLASSES, 0.5, [0, 1]).train()
-    objective = CrossEntropy() + SoftLabels(1.0)
+    objective = CrossEntropy() + SoftLabelDistillation(1.0)
     objective.begin(bases, local_round(bases))
-    with pytest.raises(TrainingError, match="one answer"):
+    with pytest.raises(TrainingError, match="single output"):
         objective.loss(bases, *batch(), Generator())
     with pytest.raises(TrainingError, match="no features of a Bases"):
-        Prototypes(1.0).begin(bases, local_round(bases))
+        PrototypeTerm(1.0).begin(bases, local_round(bases))

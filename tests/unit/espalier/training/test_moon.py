@@ -13,11 +13,18 @@ from torch import Generator, Tensor, nn
 from torch.nn import functional
 
 from espalier.config.run_config import RunConfig
+from espalier.methods.moon import (
+    ModelContrastiveTerm,
+    contrastive_loss,
+    initial_head,
+    mid_features,
+    mid_width,
+)
 from espalier.models.initial import initial_bases, initial_model
 from espalier.models.pruning import prune
 from espalier.tasks.classification import CrossEntropy
-from espalier.training.contrastive import Contrastive, contrast, initial_head, mid_features, mid_width
-from espalier.training.objectives import DDPMLoss, LocalRound, Objective, TrainingError
+from espalier.tasks.diffusion import DDPMLoss
+from espalier.training.objectives import LocalRound, Objective, TrainingError
 from espalier.training.trainer import train_local
 from tests.support.terms import Images, batch, gradients, local_round, moved, network, received, result
 
@@ -27,7 +34,7 @@ def unet() -> Any:
 
 
 def begun(model: Any, base: Objective, preset: str, **known: Any) -> tuple[Objective, LocalRound]:
-    objective, local = base + Contrastive(2.0, 0.5), local_round(model, preset, **known)
+    objective, local = base + ModelContrastiveTerm(2.0, 0.5), local_round(model, preset, **known)
     objective.begin(model, local)
     return objective, local
 
@@ -38,14 +45,14 @@ def former(model: nn.Module) -> dict[str, np.ndarray]:
 
 def test_the_contrast_by_hand() -> None:
     z = torch.tensor([[3.0, 4.0]])
-    value = contrast(z, torch.tensor([[1.0, 0.0]]), torch.tensor([[0.0, -2.0]]), 0.5)
+    value = contrastive_loss(z, torch.tensor([[1.0, 0.0]]), torch.tensor([[0.0, -2.0]]), 0.5)
     # cosines 0.6 and -0.8, over a temperature of 0.5
     assert value.item() == pytest.approx(-math.log(math.exp(1.2) / (math.exp(1.2) + math.exp(-1.6))))
 
 
 def test_only_the_network_in_training_gets_a_gradient() -> None:
     z, *others = (torch.randn(4, 3, generator=Generator().manual_seed(s)).requires_grad_() for s in (1, 2, 3))
-    torch.autograd.backward(contrast(z, others[0], others[1], 0.5))
+    torch.autograd.backward(contrastive_loss(z, others[0], others[1], 0.5))
     assert z.grad is not None
     assert z.grad.abs().sum() > 0
     assert all(other.grad is None for other in others)
@@ -144,9 +151,9 @@ def test_a_network_with_exits_is_compared_at_its_deepest_one() -> None:
 
 def test_the_term_comes_behind_the_base_loss() -> None:
     model = network("cnn")
-    objective = Contrastive(1.0, 0.5) + CrossEntropy()
+    objective = ModelContrastiveTerm(1.0, 0.5) + CrossEntropy()
     objective.begin(model, local_round(model))
-    with pytest.raises(RuntimeError, match="behind the base loss"):
+    with pytest.raises(RuntimeError, match="after the base loss"):
         objective.loss(model, *batch(), Generator())
 
 
@@ -206,7 +213,7 @@ def test_on_a_unet_the_term_is_of_the_noised_images_of_the_ddpm_loss() -> None:
         return functional.relu(pooled @ w1.T + b1) @ w2.T + b2
 
     with torch.no_grad():
-        expected = contrast(z(model, 0.0), z(given, 0.0), z(own, 0.05), 0.5).item() * 2.0
+        expected = contrastive_loss(z(model, 0.0), z(given, 0.0), z(own, 0.05), 0.5).item() * 2.0
     assert expected > 1e-3
     assert value - base == pytest.approx(expected, rel=1e-3)
 
@@ -217,7 +224,7 @@ def test_the_projection_head_is_received_trained_and_sent() -> None:
     state = dict[str, np.ndarray]()
     for number in (1, 2):
         moved(model, 0.01, seed=number)  # The servers' model is not what the client made of its last one.
-        objective = DDPMLoss() + Contrastive(2.0, 0.5)
+        objective = DDPMLoss() + ModelContrastiveTerm(2.0, 0.5)
         local = local_round(model, "unet-tiny", number, aux=given, state=state, warmup_steps=0)
         train_local(model, objective, Images(8), local, seed=number, device="cpu")
         sent = objective.extra()
@@ -244,7 +251,7 @@ def test_heads_are_the_same_for_everybody_and_leave_the_generator_alone() -> Non
 def test_what_cannot_be_compared_is_refused() -> None:
     bases = initial_bases(RunConfig(model="cnn"), (1, 8, 8), 10, 0.5, [0, 1])
     with pytest.raises(TrainingError, match="no representation"):
-        Contrastive(1.0, 0.5).begin(bases, local_round(bases))
+        ModelContrastiveTerm(1.0, 0.5).begin(bases, local_round(bases))
     model = unet()
     with pytest.raises(TrainingError, match="does not fit"):
-        Contrastive(1.0, 0.5).begin(model, local_round(model, "unet-tiny", aux=initial_head(7, 1)))
+        ModelContrastiveTerm(1.0, 0.5).begin(model, local_round(model, "unet-tiny", aux=initial_head(7, 1)))

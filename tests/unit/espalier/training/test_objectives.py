@@ -10,9 +10,11 @@ import torch
 from torch import Generator, Tensor, nn
 
 from espalier.config.run_config import RunConfig
+from espalier.methods.fedphd import GroupNormPenalty
 from espalier.models.pruning import prune
 from espalier.models.unet import unet
-from espalier.training.objectives import DDPMLoss, GroupNormPenalty, LocalResult, LocalRound, Objective
+from espalier.tasks.diffusion import DDPMLoss
+from espalier.training.objectives import LocalResult, LocalRound, Objective
 
 IMAGES, LABELS = torch.zeros(4, 1, 8, 8), torch.zeros(4, dtype=torch.int64)
 
@@ -81,7 +83,7 @@ class Net(nn.Module):
 @pytest.fixture
 def whole(monkeypatch: pytest.MonkeyPatch) -> None:
     """Let a net of no registered family pass for one that is not pruned."""
-    monkeypatch.setattr("espalier.training.objectives.is_reduced", lambda model: False)
+    monkeypatch.setattr("espalier.methods.fedphd.models.is_reduced", lambda model: False)
 
 
 @pytest.mark.usefixtures("whole")

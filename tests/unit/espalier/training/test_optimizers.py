@@ -112,7 +112,7 @@ def test_a_terms_own_parameters_are_trained_and_clipped(by_itself: bool, theta: 
         def __init__(self) -> None:
             self.own = nn.Parameter(torch.tensor([4.0]))
 
-        def apart(self) -> list[nn.Parameter]:
+        def separately_clipped_parameters(self) -> list[nn.Parameter]:
             return [self.own] if by_itself else []
 
         def parameters(self) -> list[nn.Parameter]:

@@ -12,9 +12,11 @@ from torch.nn import functional
 from espalier.config.run_config import RunConfig
 from espalier.data.imageset import ImageSet
 from espalier.errors import ConfigError
+from espalier.methods.fedphd import GroupNormPenalty
 from espalier.models.pruning import prune
 from espalier.models.unet import unet
-from espalier.training.objectives import DDPMLoss, GroupNormPenalty, LocalResult, LocalRound, Objective
+from espalier.tasks.diffusion import DDPMLoss
+from espalier.training.objectives import LocalResult, LocalRound, Objective
 from espalier.training.trainer import TrainingError, resolve_device, train_local
 
 

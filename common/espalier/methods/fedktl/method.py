@@ -8,26 +8,35 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from espalier import lazy
 from espalier.errors import ConfigError
+from espalier.generators.base import open_generator
 from espalier.methods.base import CloudState, Inquiry, ServerState, Update
+from espalier.methods.class_tables import table_in, table_layout, table_of
+from espalier.methods.fedktl.alignment import align
+from espalier.methods.fedktl.objectives import ArcFace, KnowledgeTransfer, UnitPrototypes
 from espalier.methods.own_models import OwnModels
-from espalier.methods.tables import table_in, table_layout, table_of
 from espalier.methods.tally import Arrays, Tally
 from espalier.seeds import seed_for
+from espalier.training.objectives import Objective
 from espalier.wire.class_table import TOLERANCE
 from espalier.wire.pairs import Pairs, to_pixels
 from espalier.wire.payload import Layout, Weights
 from espalier_proto import espalier_pb2 as pb
 
 if TYPE_CHECKING:
+    import torch
     from torch import nn
 
     from espalier.generators.base import Generator
-    from espalier.training.objectives import Objective
+    from espalier.methods.fedktl import networks
+else:
+    torch, nn = lazy.load("torch"), lazy.load("torch.nn")
+    networks = lazy.load("espalier.methods.fedktl.networks")
 
 log = logging.getLogger("espalier.cloud")
 
-#: The authors' `clip-norm`. Gradients of ArcFace, whose scale is 64, have norms of 50 to 900 until it fits.
+#: `clip-norm` of the authors' code. ArcFace's scale of 64 gives gradients with norms of 50 to 900 early in training.
 CLIP_NORM = 100.0
 #: Keys of the feature transformer's tensors in `CloudState.extra`.
 TRANSFORMER = "transformer/"
@@ -36,50 +45,44 @@ TRANSFORMER = "transformer/"
 class FedKTL(OwnModels):
     """Algorithm 1.
 
-    Clients classify by a fixed simplex ETF with ArcFace, and send the mean direction of each class, C
-    numbers. The cloud's feature transformer F learns to put them where the generator's latents lie
-    (MMD), near the mean Q_c of their class; the generator draws one image at each Q_c. From these pairs
-    clients learn beside their own data: μ · MSE(h'(f(x_G)), Q).
+    Clients classify with a fixed simplex ETF and ArcFace, and send the mean direction (prototype) of each class, C
+    numbers. The cloud trains a feature transformer F that maps prototypes to the distribution of the generator's
+    latents (MMD), close to the mean Q_c of their class; the generator draws one image from each Q_c. Clients train
+    on these pairs in addition to their own data: μ · MSE(h'(f(x_G)), Q).
 
-    F is not linear, so edges stack the rows of their clients instead of adding them, without names and in
-    an order that says nothing. Between its reports an edge gives its clients the pairs it has.
+    F is not linear, so edges stack the rows of their clients instead of adding them, without names and sorted by their
+    values. Between its reports an edge sends its clients its current pairs.
     """
 
     name = "fedktl"
 
     def before_run(self, state: CloudState, ask: Inquiry) -> None:
-        """Open the generator, and say so where clipping leaves ArcFace little of its gradient."""
+        """Open the generator; warn if `clip-norm` would cut off most of ArcFace's gradient."""
         self._open()
         if 0 < self.settings.clip_norm < CLIP_NORM / 10:
             log.warning(
-                "fedktl: clip-norm=%g cuts most of ArcFace's gradient off, whose norm is 50 to 900; clients will "
-                "learn far less than they could: set clip-norm=%g and learning-rate=0.01 as its authors have them",
+                "fedktl: clip-norm=%g cuts off most of ArcFace's gradient, whose norm is 50 to 900, and slows training "
+                "down; set clip-norm=%g and learning-rate=0.01 as in the authors' code",
                 self.settings.clip_norm,
                 CLIP_NORM,
             )
 
     def objective(self, round_: int) -> Objective:
-        """Return ArcFace, the prototypes' measure and the generated pairs' term."""
-        from espalier.training.transfer import ArcFace, KnowledgeTransfer, UnitPrototypes
-
+        """Return ArcFace, the transfer task and the prototypes."""
         return ArcFace() + KnowledgeTransfer(self.settings.transfer_weight) + UnitPrototypes()
 
     def predictor(self, model: nn.Module, classes: int) -> nn.Module:
-        """Return what answers with the cosines to the ETF's directions."""
-        from torch import nn
-
-        from espalier.training.transfer import EtfHead
-
-        return nn.Sequential(model, EtfHead.of(classes, self.settings.seed))
+        """Return the network that outputs the cosines with the ETF's vectors."""
+        return nn.Sequential(model, networks.EtfHead.of(classes, self.settings.seed))
 
     def describe_reply(self, objective: Objective, model: nn.Module, report: pb.ClientReport) -> None:
-        """Say which classes the prototypes are of."""
+        """Report the classes of the prototypes."""
         report.table.CopyFrom(table_of(objective).to_proto())
 
     def reply_layout(
         self, architecture: pb.ArchitectureSpec, sent: Layout, names: Sequence[str], report: pb.ClientReport
     ) -> Layout:
-        """Return a prototype for each class that the report names; `contribute` knows how many there are."""
+        """Return the layout of a prototype for each class of the report; `contribute` checks their number."""
         return table_layout(report, (max(1, len(report.table.labels)), report.table.dimension))
 
     def contribute(self, tally: Tally, update: Update, server: ServerState) -> None:
@@ -90,37 +93,33 @@ class FedKTL(OwnModels):
         tally.rows({"labels": table.labels, "vectors": table.vectors})
 
     def check_passed(self, stacks: Mapping[str, Arrays], rows: Arrays, server: ServerState) -> None:
-        """Refuse rows that are no prototypes of the run's classes."""
+        """Refuse rows that are not prototypes of the run's classes."""
         super().check_passed(stacks, {}, server)
         if not rows:
             return
         labels, vectors = rows.get("labels"), rows.get("vectors")
         if set(rows) != {"labels", "vectors"} or labels is None or vectors is None:
-            raise ValueError(f"rows {sorted(rows)[:3]}, labels and vectors are wanted")
+            raise ValueError(f"rows {sorted(rows)[:3]}, expected labels and vectors")
         if labels.dtype != np.int64 or labels.ndim != 1 or ((labels < 0) | (labels >= self.classes)).any():
-            raise ValueError("labels that are none of the run's classes")
+            raise ValueError("labels outside the run's classes")
         if vectors.dtype != np.float32 or vectors.shape != (len(labels), self.classes):
             raise ValueError(f"prototypes {vectors.dtype}{list(vectors.shape)} for {len(labels)} labels")
         if (np.abs(np.linalg.norm(vectors.astype(np.float64), axis=1) - 1) > TOLERANCE).any():
             raise ValueError("a prototype that is not of norm 1")
 
     def step(self, server: ServerState, tally: Tally) -> None:
-        """Leave the pairs as they are: an edge has no generator."""
+        """Do nothing: an edge has no generator, so its pairs do not change."""
 
     def central_step(self, state: CloudState, tally: Tally) -> None:
         """Train F, and draw one image per class."""
-        import torch
-
-        from espalier.training.alignment import FeatureTransformer, align
-
         rows = tally.stacked_rows()
         if not rows:
             return
         s, generator = self.settings, self._open()
-        transformer = FeatureTransformer(self.classes, generator.latent_dim, s.seed)
-        kept = {n.removeprefix(TRANSFORMER): a for n, a in state.extra.items() if n.startswith(TRANSFORMER)}
-        if kept:
-            transformer.load(kept)
+        transformer = networks.FeatureTransformer(self.classes, generator.latent_dim, s.seed)
+        stored = {n.removeprefix(TRANSFORMER): a for n, a in state.extra.items() if n.startswith(TRANSFORMER)}
+        if stored:
+            transformer.load(stored)
         random = torch.Generator().manual_seed(seed_for(s.seed, "cloud", state.round, "alignment"))
         found = align(
             transformer,
@@ -148,8 +147,6 @@ class FedKTL(OwnModels):
 
     def _open(self) -> Generator:
         """Open the generator once."""
-        from espalier.generators.base import open_generator
-
         s = self.settings
         if not s.generator:
             raise ConfigError(
