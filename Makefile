@@ -32,12 +32,13 @@ lint: setup
 docs: setup
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 
-# One worker a core and one thread a worker; integration tests start processes of their own and stay in a row.
+# One worker a core and one thread a worker.
 unit: setup
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto tests/unit tests/repo
 
+# A file's tests share a tree of processes, so a file stays on one worker. They wait for one another much of the time.
 integration: setup
-	$(BIN)/python -m pytest tests/integration
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile tests/integration
 
 # Two schedules here; `make test-chaos` runs CHAOS of them from CHAOS_FROM on, or the CHAOS_SEED that failed, alone.
 chaos: setup

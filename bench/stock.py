@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import itertools
 import os
+import random
 import socket
 import subprocess
 import sys
 import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from threading import Event, Thread
@@ -65,11 +67,31 @@ def main(grid, context):
 """
 
 
+#: Below Linux's ephemeral ports (32768 and up), so that no other socket is given one between choice and use.
+PORTS = range(20_000, 32_000)
+#: Processes of one pytest-xdist run choose from disjoint parts of `PORTS`.
+_PARTS = 16
+
+
+def _candidates() -> Iterator[int]:
+    """Yield this process's ports again and again, from a random one on."""
+    part = int(os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw")) % _PARTS
+    size = len(PORTS) // _PARTS
+    own = PORTS[part * size : (part + 1) * size]
+    for index in itertools.count(random.SystemRandom().randrange(size)):
+        yield own[index % size]
+
+
+_ports = _candidates()
+
+
 def free_port() -> int:
-    """Return a TCP port of the loopback interface that was free a moment ago."""
-    with socket.socket() as held:
-        held.bind(("127.0.0.1", 0))
-        return int(held.getsockname()[1])
+    """Return a TCP port of the loopback interface that nothing listens on and no earlier call returned lately."""
+    for port in _ports:
+        with socket.socket() as probe, suppress(OSError):
+            probe.bind(("127.0.0.1", port))
+            return port
+    raise AssertionError("unreachable")
 
 
 def stop_process(process: subprocess.Popen[bytes], patience: float = 3.0) -> None:

@@ -16,12 +16,12 @@ from typing import Any
 import psutil
 
 from espalier.processes.clouds import CLOUD_FILE, Cloud
-from espalier.processes.supervise import espalier_command, espalier_env, free_ports
+from espalier.processes.supervise import espalier_command, espalier_env
 from espalier_server.records.events import EVENTS_FILE, FINAL, read_events
 from espalier_server.superlink.submission import submit
 from tests.chaos.proxy import Proxy
 from tests.support.paths import ROOT
-from tests.support.processes import wait_until
+from tests.support.processes import free_port, wait_until
 
 MARK = "ESPALIER_CHAOS"
 
@@ -51,7 +51,7 @@ class Cluster:
         self.clients = [f"c{i}" for i in range(clients)]
         self.processes: dict[str, subprocess.Popen[bytes]] = {}
         self.paused: set[int] = set()
-        ports = free_ports(2 + edges)
+        ports = [free_port() for _ in range(2 + edges)]
         self._cloud_ports = ports[:2]
         self._edge_ports = dict(zip(self.edges, ports[2:], strict=True))
         self.up_links = {e: Proxy(f"127.0.0.1:{ports[0]}", i) for i, e in enumerate(self.edges)}

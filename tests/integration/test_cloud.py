@@ -13,10 +13,10 @@ import psutil
 import pytest
 
 from espalier.processes.clouds import CLOUD_FILE
-from espalier.processes.supervise import espalier_command, espalier_env, free_ports
+from espalier.processes.supervise import espalier_command, espalier_env
 from espalier_server.records.events import read_events
 from tests.support.paths import ROOT
-from tests.support.processes import wait_until
+from tests.support.processes import free_port, wait_until
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="looks at processes as Linux shows them")
 
@@ -32,7 +32,7 @@ class LiveCloud:
             "XDG_STATE_HOME": str(folder / "xdg"),
             "OMP_NUM_THREADS": "1",
         }
-        fleet, control = free_ports(2)
+        fleet, control = (free_port() for _ in range(2))
         self.log = folder / "cloud.log"
         addresses = ("--listen", f"127.0.0.1:{fleet}", "--control", f"127.0.0.1:{control}")
         with self.log.open("wb") as log:
@@ -114,7 +114,7 @@ def test_a_superlink_that_is_killed_comes_back_with_its_run(cloud: LiveCloud) ->
 def test_a_cloud_is_alone_on_its_state_and_its_failures_are_told(cloud: LiveCloud) -> None:
     state = cloud.folder / "state"
     assert (state / CLOUD_FILE).exists()
-    fleet, control = free_ports(2)
+    fleet, control = (free_port() for _ in range(2))
     second = ("--listen", f"127.0.0.1:{fleet}", "--control", f"127.0.0.1:{control}", "--state", str(state))
     said, _ = cloud.espalier("cloud", *second, "--name", "other").communicate(timeout=60)
     assert "is in use by process" in said

@@ -11,11 +11,11 @@ from contextlib import ExitStack
 from pathlib import Path
 
 from espalier.monitor.ask import ask_status, watch
-from espalier.processes.supervise import espalier_command, espalier_env, free_ports
+from espalier.processes.supervise import espalier_command, espalier_env
 from espalier.security.transport import Security
 from tests.support.certificates import Authority
 from tests.support.paths import ROOT
-from tests.support.processes import running, wait_until
+from tests.support.processes import free_port, running, wait_until
 
 
 def test_a_tree_is_looked_on_while_it_trains(tmp_path: Path) -> None:
@@ -24,7 +24,7 @@ def test_a_tree_is_looked_on_while_it_trains(tmp_path: Path) -> None:
     roots = ["--root-certificates", str(authority.roots)]
     tls = [*roots, "--certificate", certificate, "--private-key", key, "--trust-on-first-use"]
     env = {**os.environ, **espalier_env(), "XDG_STATE_HOME": str(tmp_path / "xdg"), "OMP_NUM_THREADS": "1"}
-    fleet, control, monitor, edge, metrics = free_ports(5)
+    fleet, control, monitor, edge, metrics = (free_port() for _ in range(5))
 
     def here(port: int) -> str:
         return f"127.0.0.1:{port}"

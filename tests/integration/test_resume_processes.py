@@ -16,11 +16,11 @@ import pytest
 from bench.local_tree import LocalClient, LocalTree
 from bench.stock import running
 
-from espalier.processes.supervise import espalier_command, espalier_env, free_ports
+from espalier.processes.supervise import espalier_command, espalier_env
 from espalier_server.records.checkpoint import Checkpoints
 from espalier_server.records.events import read_events
 from tests.support.paths import ROOT
-from tests.support.processes import wait_until
+from tests.support.processes import free_port, wait_until
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="looks at processes as Linux shows them")
 
@@ -45,7 +45,7 @@ class Tree:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self.fleet, self.control, *edges = free_ports(4)
+        self.fleet, self.control, *edges = (free_port() for _ in range(4))
         self.edges = {f"edge-{i + 1}": f"127.0.0.1:{port}" for i, port in enumerate(edges)}
         self.env = {
             **os.environ,

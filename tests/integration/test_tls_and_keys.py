@@ -28,7 +28,7 @@ from espalier.flower.node_state import load_key
 from espalier.flower.resident import ResidentNode
 from espalier.flower.upstreams import Home
 from espalier.monitor.node_log import event_logger
-from espalier.processes.supervise import espalier_command, espalier_env, free_ports
+from espalier.processes.supervise import espalier_command, espalier_env
 from espalier.security.certificates import Pair, issue, new_authority
 from espalier.security.keys import CLIENT_KEYS, EDGE_KEYS, KeyRegistry, fingerprint
 from espalier.security.refusals import Refusals
@@ -39,7 +39,7 @@ from espalier_edge.roster import Roster
 from espalier_proto import espalier_pb2 as pb
 from espalier_server.records.events import read_events
 from tests.support.flower_helpers import fleet, online
-from tests.support.processes import wait_until
+from tests.support.processes import free_port, wait_until
 
 log = logging.getLogger("espalier.test")
 
@@ -282,7 +282,7 @@ class SecureTree:
             "XDG_STATE_HOME": str(folder / "xdg"),
             "OMP_NUM_THREADS": "1",
         }
-        self.fleet, control_port = free_ports(2)
+        self.fleet, control_port = (free_port() for _ in range(2))
         self.do("certs", "init")
         self.do("certs", "cloud", "--host", "localhost")
         self.do("certs", "edge", "--name", "edge-1", "--host", "localhost")

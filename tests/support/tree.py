@@ -13,7 +13,6 @@ from bench.stock import (
     SuperLink,
     app_bundle,
     environment,
-    free_port,
     running,
     serverapp_grid,
     superlink,
@@ -101,7 +100,7 @@ def start_edge(tree: LiveTree, name: str, *more: str) -> Iterator[str]:
     state.mkdir(parents=True, exist_ok=True)
     address = state / "address"
     address.unlink(missing_ok=True)
-    listen = tree.edges.get(name) or f"127.0.0.1:{free_port()}"
+    listen = tree.edges.get(name, "127.0.0.1:0")
     command = espalier(
         "edge", "--name", name, "--cloud", tree.link.fleet, "--listen", listen, "--state", str(state)
     )
