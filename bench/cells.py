@@ -310,10 +310,6 @@ def _begin() -> None:
     """Prepare a worker: it plays many clients, so whole data sets stay open."""
     from espalier.data.spec import sharing_sources
 
-    # Once it is there, divisions are drawn in this process instead of one of their own each.
-    with contextlib.suppress(ImportError):
-        import flwr_datasets  # noqa: F401
-
     logging.getLogger("espalier").setLevel(logging.ERROR)
     _OPEN.enter_context(sharing_sources())
 

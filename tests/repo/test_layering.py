@@ -87,14 +87,13 @@ def test_every_module_says_why_it_exists() -> None:
                 "matplotlib",
                 "diffusers",
                 "torchvision",
-                "flwr_datasets",
             ],
         ),
         (
             "espalier_server.superlink.supervisor",
             ["torch", "torchvision", "diffusers", "sqlalchemy", "matplotlib"],
         ),
-        ("espalier_server.app", ["torch_pruning", "sklearn", "torchmetrics", "torchvision", "flwr_datasets"]),
+        ("espalier_server.app", ["torch_pruning", "sklearn", "torchmetrics", "torchvision"]),
     ],
 )
 def test_a_process_imports_only_what_its_tier_needs(module: str, absent: list[str]) -> None:

@@ -1,24 +1,15 @@
-"""Who holds which sample: seeded partitions of a labelled data set, the same in every process.
+"""Seeded partitions of a labelled data set: the client of each sample, the same in every process.
 
-A client computes the partition by itself from (data name, number of clients, scheme): nobody hands shares
-out. flwr-datasets draws Dirichlet and pathological partitions; FedPhD's own layouts and SCAFFOLD's similarity
-are here, and iid, whose blocks are flwr-datasets' without the seconds that it takes to import.
+Each client computes the partition by itself from (data name, number of clients, scheme). IID, Dirichlet and
+pathological partitions are those of flwr-datasets' partitioners to the sample (a test compares them); importing
+that package takes seconds and 120 MB.
 """
 
 from __future__ import annotations
 
-import hashlib
-import io
-import json
 import logging
-import os
 import re
-import subprocess
-import sys
-import warnings
-from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
@@ -29,21 +20,21 @@ from espalier.seeds import rng_for, seed_for
 log = logging.getLogger(__name__)
 
 SCHEMES = "iid, dirichlet=ALPHA, pathological=CLASSES, fedphd or fedphd=CLASSES, similarity=PERCENT"
-#: Those that flwr-datasets draws.
-_FLOWERS = ("dirichlet", "pathological")
 _OPTIONS = "seed=S and, for dirichlet, min=SAMPLES"
+#: Draws of a Dirichlet partition before it is refused because a client has fewer than `min` samples.
+_DIRICHLET_DRAWS = 11
 
 
 @dataclass(frozen=True)
 class Scheme:
-    """A way to divide data among clients: `kind` with its `value`, and a seed.
+    """A partition scheme: `kind` with its `value`, and a seed.
 
     Attributes
     ----------
     kind : str
         "iid", "dirichlet", "pathological", "fedphd" or "similarity".
     value : float
-        Dirichlet's alpha, the number of classes a client, or the percentage of the data that is dealt IID; 0
+        Dirichlet's alpha, the number of classes per client, or the percentage of the data that is assigned IID; 0
         where the kind needs none.
     seed : int
         Changes the draw.
@@ -57,7 +48,7 @@ class Scheme:
     min_size: int = 1
 
     def __str__(self) -> str:
-        # repr keeps every digit: the text is what a client's process and its helper agree on.
+        # repr keeps every digit: the draw depends on this text.
         number = str(int(self.value)) if float(self.value).is_integer() else repr(self.value)
         text = f"{self.kind}={number}" if self.value or self.kind == "similarity" else self.kind
         text += f",seed={self.seed}" if self.seed else ""
@@ -113,7 +104,7 @@ def _whole(text: str, fault: str) -> int:
 
 
 def assign(labels: NDArray[np.int64], clients: int, scheme: Scheme, *, name: str) -> NDArray[np.int64]:
-    """Give every sample an owner.
+    """Assign every sample to a client.
 
     Parameters
     ----------
@@ -129,14 +120,13 @@ def assign(labels: NDArray[np.int64], clients: int, scheme: Scheme, *, name: str
     Returns
     -------
     ndarray
-        int64, shape [N]: the client of each sample. Every sample has one owner; only a pathological partition
-        whose clients are fewer than the classes can leave classes out (owner -1, logged). Every client has
-        at least one sample.
+        int64, shape [N]: the client of each sample. Only a pathological partition with fewer clients than classes
+        can leave classes out (client -1, logged). Every client has at least one sample.
 
     Raises
     ------
     DataError
-        A client would get no sample, the scheme does not fit the data, or flwr-datasets is not installed.
+        A client would get no sample, or the scheme does not fit the data.
     """
     labels = np.asarray(labels, np.int64)
     where = f"data {name!r} in {clients} partitions by {scheme}"
@@ -155,7 +145,7 @@ def assign(labels: NDArray[np.int64], clients: int, scheme: Scheme, *, name: str
     elif scheme.kind == "iid":
         owner = _iid(len(labels), clients, seed_for(scheme.seed, name, 0, purpose))
     else:
-        owner = _flower(labels, clients, scheme, seed_for(scheme.seed, name, 0, purpose), where)
+        owner = _skewed(labels, clients, scheme, seed_for(scheme.seed, name, 0, purpose), where)
     sizes = np.bincount(owner[owner >= 0], minlength=clients)
     if sizes.min() < 1:
         raise DataError(f"{where}: client {int(sizes.argmin())} would get no sample; use fewer partitions")
@@ -166,7 +156,7 @@ def assign(labels: NDArray[np.int64], clients: int, scheme: Scheme, *, name: str
 
 
 def _iid(samples: int, clients: int, seed: int) -> NDArray[np.int64]:
-    """Cut shuffled samples in blocks that differ by one at most, as flwr-datasets' IidPartitioner cuts rows."""
+    """Cut shuffled samples into blocks whose sizes differ by at most one."""
     owner = np.empty(samples, np.int64)
     for client, part in enumerate(np.array_split(_shuffled(samples, seed), clients)):
         owner[part] = client
@@ -174,47 +164,72 @@ def _iid(samples: int, clients: int, seed: int) -> NDArray[np.int64]:
 
 
 def _shuffled(samples: int, seed: int) -> NDArray[np.int64]:
-    """Return the samples in a drawn order: data sets often lie sorted by class."""
+    """Return the samples in random order: data sets are often sorted by class."""
     return np.random.default_rng(seed).permutation(samples)
 
 
-def _flower(
+def _skewed(
     labels: NDArray[np.int64], clients: int, scheme: Scheme, seed: int, where: str
 ) -> NDArray[np.int64]:
-    """Draw a partition with flwr-datasets."""
-    os.environ.setdefault("HF_HUB_OFFLINE", "1")  # the labels are at hand: nothing may be asked of a hub
-    try:
-        from datasets import Dataset
-        from flwr_datasets import partitioner as flower
-    except ImportError as error:
-        raise DataError(
-            f"{where} needs flwr-datasets: install Espalier with its 'testbed' extra "
-            "(pip install 'espalier-fl[testbed]')"
-        ) from error
-    made: dict[str, Callable[[], flower.Partitioner]] = {
-        "dirichlet": lambda: flower.DirichletPartitioner(
-            clients, "label", scheme.value, min_partition_size=scheme.min_size, shuffle=False, seed=seed
-        ),
-        # The first class of client c is c mod classes: with enough clients no class stays unowned.
-        "pathological": lambda: flower.PathologicalPartitioner(
-            clients, "label", int(scheme.value), "first-deterministic", shuffle=False, seed=seed
-        ),
-    }
+    """Draw a partition with label skew over shuffled samples."""
     order = _shuffled(len(labels), seed)
+    draw = _dirichlet if scheme.kind == "dirichlet" else _pathological
     owner = np.full(len(labels), -1, np.int64)
     try:
-        partitioner = made[scheme.kind]()
-        partitioner.dataset = Dataset.from_dict({"label": labels[order], "index": order})
-        with warnings.catch_warnings():
-            # It warns of repeated draws, which are no fault, and of unused classes, which assign reports.
-            warnings.simplefilter("ignore")
-            for client in range(clients):
-                owner[np.asarray(partitioner.load_partition(client)["index"], np.int64)] = client
+        owner[order] = draw(labels[order], clients, scheme, np.random.default_rng(seed))
     except ValueError as error:
         raise DataError(
-            f"{where} cannot be drawn: use fewer partitions, a larger alpha or another seed "
-            f"({' '.join(str(error).split())})"
+            f"{where} cannot be drawn: use fewer partitions, a larger alpha or another seed ({error})"
         ) from error
+    return owner
+
+
+def _dirichlet(
+    labels: NDArray[np.int64], clients: int, scheme: Scheme, rng: np.random.Generator
+) -> NDArray[np.int64]:
+    """Divide each class by proportions p ~ Dir(alpha) over the clients (Hsu et al., arXiv 1909.06335).
+
+    Drawn again while a client has fewer than ``scheme.min_size`` samples.
+    """
+    classes = [np.flatnonzero(labels == label) for label in np.unique(labels)]
+    owner = np.empty(len(labels), np.int64)
+    for _ in range(_DIRICHLET_DRAWS):
+        for samples in classes:
+            shares = rng.dirichlet(np.full(clients, scheme.value))
+            ends = (np.cumsum(shares) * len(samples)).astype(int)
+            ends[-1] = len(samples)
+            owner[samples] = np.repeat(np.arange(clients), np.diff(ends, prepend=0))
+        if np.bincount(owner, minlength=clients).min() >= scheme.min_size:
+            return owner
+    raise ValueError(f"in {_DIRICHLET_DRAWS} draws a client had fewer than {scheme.min_size} samples")
+
+
+def _pathological(
+    labels: NDArray[np.int64], clients: int, scheme: Scheme, rng: np.random.Generator
+) -> NDArray[np.int64]:
+    """Give each client ``scheme.value`` classes, and each class in equal parts to its clients.
+
+    The first class of client c is c mod classes, so with enough clients every class is assigned; the others are
+    drawn uniformly. Samples of a class without a client are -1.
+    """
+    present, counts = np.unique(labels, return_counts=True)
+    per_client = int(scheme.value)
+    if per_client > len(present):
+        raise ValueError(f"{per_client} classes per client, but the data have {len(present)}")
+    chosen = np.zeros((clients, len(present)), bool)
+    for client in range(clients):
+        chosen[client, client % len(present)] = True
+        while chosen[client].sum() < per_client:
+            chosen[client, rng.choice(len(present), size=1)[0]] = True
+    owner = np.full(len(labels), -1, np.int64)
+    for place, (label, count) in enumerate(zip(present, counts, strict=True)):
+        holders = np.flatnonzero(chosen[:, place])
+        if len(holders) > count:
+            raise ValueError(f"class {label} belongs to {len(holders)} clients and has {count} samples")
+        if len(holders):
+            parts = np.array_split(np.flatnonzero(labels == label), len(holders))
+            for client, part in zip(holders.tolist(), parts, strict=True):
+                owner[part] = client
     return owner
 
 
@@ -223,15 +238,15 @@ def _fedphd(
 ) -> NDArray[np.int64]:
     """Divide as FedPhD does (arXiv 2507.06449 and the authors' code).
 
-    With several classes a client, each class is cut in s equal slices for s clients in a row: class i goes
+    With several classes per client, each class is cut into s equal slices for s consecutive clients: class i goes
     to clients (s*i .. s*i + s - 1) mod N with s = ceil(per_client * N / classes). For 20 clients and 10
-    classes, s = 4: client c holds classes c//4 and c//4 + 5. With one class a client (CelebA's layout), a
+    classes, s = 4: client c holds classes c//4 and c//4 + 5. With one class per client (CelebA's layout), a
     class with a share p of the samples gets about p * N clients (see :func:`_clients_per_class`), and its
-    samples are cut equally among them.
+    samples are divided equally among them.
     """
     present, counts = np.unique(labels, return_counts=True)
     if per_client > len(present):
-        raise DataError(f"{where}: {per_client} classes a client, but the data have {len(present)}")
+        raise DataError(f"{where}: {per_client} classes per client, but the data have {len(present)}")
     if per_client == 1:
         groups = _clients_per_class(counts, clients, where)
         starts = np.concatenate(([0], np.cumsum(groups)[:-1]))
@@ -250,10 +265,11 @@ def _fedphd(
 def _similarity(
     labels: NDArray[np.int64], clients: int, share: float, rng: np.random.Generator
 ) -> NDArray[np.int64]:
-    """Deal a share of the samples IID, the rest sorted by label (SCAFFOLD, arXiv 1910.06378, section 7).
+    """Assign a share of the samples IID, the rest sorted by label (SCAFFOLD, arXiv 1910.06378, section 7).
 
-    Both parts are cut in `clients` blocks that differ by a sample at most; of the sorted rest client i gets
-    block i. The blocks that are a sample longer are other clients' in the two parts, as far as that goes.
+    Both parts are cut into `clients` blocks whose sizes differ by at most one; of the sorted rest client i gets
+    block i. The IID blocks are assigned in reverse, so that the longer blocks of both parts go to different clients
+    where possible.
     """
     order = rng.permutation(len(labels))
     even = round(share * len(labels))
@@ -270,78 +286,13 @@ def _similarity(
 def _clients_per_class(counts: NDArray[np.int64], clients: int, where: str) -> NDArray[np.int64]:
     """Return how many clients each class gets: ceil(N * share), lowered until the sum is N.
 
-    The authors adjust the sum; that the class with the most clients over its share gives way is our choice.
+    The authors adjust the sum; that the class furthest above its share loses a client is our choice.
     """
     if clients < len(counts):
-        raise DataError(f"{where}: one class a client needs at least {len(counts)} clients, one a class")
+        raise DataError(f"{where}: one class per client needs at least {len(counts)} clients, one per class")
     exact: NDArray[np.float64] = clients * counts / counts.sum()
     groups: NDArray[np.int64] = np.ceil(exact).astype(np.int64)
     while groups.sum() > clients:
         over = np.where(groups > 1, groups - exact, -np.inf)
         groups[over.argmax()] -= 1
     return groups
-
-
-def assign_apart(labels: NDArray[np.int64], clients: int, scheme: Scheme, *, name: str) -> NDArray[np.int64]:
-    """Do what :func:`assign` does, in a short-lived process where it would load flwr-datasets.
-
-    Importing flwr-datasets costs about 120 MB that a resident client would hold for good. The newest draws
-    are remembered: whoever opens several shares of one data set draws once.
-    """
-    labels = np.asarray(labels, np.int64)
-    key = (hashlib.sha256(labels.tobytes()).hexdigest(), clients, str(scheme))
-    if key not in _DRAWN:
-        while len(_DRAWN) >= _REMEMBERED:
-            _DRAWN.pop(next(iter(_DRAWN)), None)
-        _DRAWN[key] = _assign_apart(labels, clients, scheme, name)
-    return _DRAWN[key].copy()
-
-
-#: Newest draws by labels, clients and scheme, and how many are kept.
-_DRAWN: dict[tuple[str, int, str], NDArray[np.int64]] = {}
-_REMEMBERED = 8
-
-
-def _assign_apart(labels: NDArray[np.int64], clients: int, scheme: Scheme, name: str) -> NDArray[np.int64]:
-    if scheme.kind not in _FLOWERS or "flwr_datasets" in sys.modules:
-        return assign(labels, clients, scheme, name=name)
-    stdin = io.BytesIO()
-    np.save(stdin, labels, allow_pickle=False)
-    task = json.dumps({"clients": clients, "scheme": str(scheme), "name": name})
-    top = str(Path(__file__).resolve().parents[2])
-    path = os.pathsep.join(filter(None, (top, os.environ.get("PYTHONPATH", ""))))
-    # -P: a folder named `common` where the user happens to stand must not be taken for ours.
-    done = subprocess.run(
-        [sys.executable, "-P", "-m", "espalier.data.partition", task],
-        input=stdin.getvalue(),
-        capture_output=True,
-        env={**os.environ, "PYTHONPATH": path, "HF_HUB_OFFLINE": "1"},
-        check=False,
-    )
-    said = done.stderr.decode(errors="replace").strip()
-    if done.returncode == DataError.exit_code:
-        raise DataError(said)
-    if done.returncode != 0:
-        why = said or f"exit status {done.returncode}"
-        raise DataError(f"data {name!r}: drawing the partition failed: {why}")
-    if said:
-        log.warning("%s", said)
-    return np.asarray(np.load(io.BytesIO(done.stdout), allow_pickle=False), np.int64)
-
-
-def _main() -> None:
-    logging.basicConfig(format="%(message)s")
-    task = json.loads(sys.argv[1])
-    labels = np.load(io.BytesIO(sys.stdin.buffer.read()), allow_pickle=False)
-    try:
-        owner = assign(labels, task["clients"], Scheme.parse(task["scheme"]), name=task["name"])
-    except DataError as error:
-        print(error, file=sys.stderr)
-        sys.exit(DataError.exit_code)
-    answer = io.BytesIO()
-    np.save(answer, owner, allow_pickle=False)
-    sys.stdout.buffer.write(answer.getvalue())
-
-
-if __name__ == "__main__":
-    _main()

@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from espalier.data.imageset import ImageSet
-from espalier.data.partition import Scheme, assign_apart
+from espalier.data.partition import Scheme, assign
 from espalier.data.shares import Extras, RotatedImages, divide_test, hold_out, resize
 from espalier.data.sources import NAMED, Source, Split, default_root, has_test, open_folder
 from espalier.errors import DataError
@@ -226,7 +226,7 @@ class _Share:
             # Every share has the split's own proportions, and the training images need not be opened.
             if len(whole) < spec.clients:
                 return None
-            owner = assign_apart(whole.labels, spec.clients, spec.scheme, name=whole.name)
+            owner = assign(whole.labels, spec.clients, spec.scheme, name=whole.name)
         else:
             _, labels, train_owner = self._division
             owner = divide_test(
@@ -241,7 +241,7 @@ class _Share:
         spec, whole = self.spec, self._open("train")
         if spec.clients == 1:
             return whole, whole.labels, np.zeros(len(whole), np.int64)
-        owner = assign_apart(whole.labels, spec.clients, spec.scheme, name=whole.name)
+        owner = assign(whole.labels, spec.clients, spec.scheme, name=whole.name)
         if spec.extras.lognormal:
             owner = resize(
                 owner,

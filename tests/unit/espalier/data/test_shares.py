@@ -18,9 +18,6 @@ from espalier.data.shares import Extras, apportion, divide_test, hold_out, label
 from espalier.data.spec import open_data, open_test, parse_spec
 from espalier.errors import DataError
 
-# Loaded once here, it draws the partitions in this process; a client's short-lived helper costs 2 s a time.
-pytest.importorskip("flwr_datasets")
-
 
 def labels_of(counts: list[int]) -> np.ndarray:
     return np.repeat(np.arange(len(counts)), counts)

@@ -1,4 +1,4 @@
-"""The data SPEC, the named data sets and the partitions: grammar, disjoint covers, FedPhD's layouts by hand."""
+"""The data SPEC, and the named data sets: grammar, disjoint covers."""
 
 from __future__ import annotations
 
@@ -10,20 +10,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from datasets import Dataset
-from flwr_datasets.partitioner import IidPartitioner
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from PIL import Image
 
-from espalier.data import partition
 from espalier.data.histogram import label_histogram
 from espalier.data.imageset import ImageSet
-from espalier.data.partition import Scheme, assign, assign_apart
+from espalier.data.partition import Scheme
 from espalier.data.sources import NAMED, Source
 from espalier.data.spec import open_data, parse_spec, sharing_sources
 from espalier.errors import DataError
-from espalier.seeds import seed_for
 from tests.support.paths import ROOT
 
 SHARED = ROOT.parent / "shared" / "data"
@@ -175,162 +169,7 @@ def test_celeba_classes_are_male_times_young(tmp_path: Path, monkeypatch: pytest
     assert open_data("celeba:2/4:fedphd", root=tmp_path).labels.tolist() == [2]
 
 
-# --- partitions ------------------------------------------------------------------------------------------
-
-
-def labels_of(counts: list[int]) -> np.ndarray:
-    return np.repeat(np.arange(len(counts)), counts)
-
-
-def held(labels: np.ndarray, owner: np.ndarray, client: int) -> dict[int, int]:
-    values, counts = np.unique(labels[owner == client], return_counts=True)
-    return dict(zip(values.tolist(), counts.tolist(), strict=True))
-
-
-def test_fedphd_layout_of_cifar10() -> None:
-    # 50,000 images, 20 clients: client c holds c//4 and c//4 + 5, 1250 images each.
-    labels = labels_of([5000] * 10)
-    owner = assign(labels, 20, Scheme("fedphd"), name="cifar10")
-    for client in range(20):
-        assert held(labels, owner, client) == {client // 4: 1250, client // 4 + 5: 1250}
-
-
-def test_fedphd_layout_of_other_numbers() -> None:
-    # 10 classes, 8 clients: 2 slices a class, class i at clients 2i and 2i+1 (mod 8).
-    labels = labels_of([10] * 10)
-    owner = assign(labels, 8, Scheme("fedphd"), name="digits")
-    assert held(labels, owner, 0) == held(labels, owner, 1) == {0: 5, 4: 5, 8: 5}
-    assert held(labels, owner, 6) == {3: 5, 7: 5}
-
-
-def test_fedphd_layout_of_celeba() -> None:
-    # Shares .30 .45 .05 .20 of 20 clients: 6, 9, 1, 4, which is 20 already.
-    labels = labels_of([300, 450, 50, 200])
-    owner = assign(labels, 20, Scheme("fedphd"), name="celeba")
-    expected = [(0, 50)] * 6 + [(1, 50)] * 9 + [(2, 50)] + [(3, 50)] * 4
-    assert [held(labels, owner, client) for client in range(20)] == [{c: n} for c, n in expected]
-    # Shares .31 .44 .04 .21: exact 6.2, 8.8, 0.8, 4.2; rounded up 7, 9, 1, 5 = 22; classes 0 and 3 (0.8 over)
-    # give way: 6, 9, 1, 4.
-    labels = labels_of([310, 440, 40, 210])
-    owner = assign(labels, 20, Scheme("fedphd", 1), name="other")
-    first = [next(iter(held(labels, owner, client))) for client in range(20)]
-    assert np.bincount(first).tolist() == [6, 9, 1, 4]
-
-
-SCHEMES = st.one_of(
-    st.builds(Scheme, st.just("iid"), seed=st.integers(0, 3)),
-    st.builds(Scheme, st.just("dirichlet"), st.floats(0.05, 10), seed=st.integers(0, 3)),
-    st.builds(Scheme, st.just("pathological"), st.integers(1, 4), seed=st.integers(0, 3)),
-    st.builds(Scheme, st.just("fedphd"), st.integers(0, 4), seed=st.integers(0, 3)),
-)
-
-
-@settings(max_examples=60, deadline=None)
-@given(
-    counts=st.lists(st.integers(1, 40), min_size=1, max_size=6),
-    clients=st.integers(1, 12),
-    scheme=SCHEMES,
-    order=st.randoms(use_true_random=False),
-)
-def test_every_sample_has_one_owner_and_every_client_a_sample(
-    counts: list[int], clients: int, scheme: Scheme, order: object
-) -> None:
-    labels = labels_of(counts)
-    order.shuffle(labels)  # type: ignore[attr-defined]
-    try:
-        owner = assign(labels, clients, scheme, name="toy")
-    except DataError:  # refused, never silently short
-        return
-    assert owner.shape == labels.shape
-    sizes = np.bincount(owner[owner >= 0], minlength=clients)
-    assert len(sizes) == clients
-    assert sizes.min() >= 1
-    left_out = set(labels[owner < 0].tolist())
-    if scheme.kind != "pathological" or clients >= len(counts):
-        assert not left_out
-    assert left_out.isdisjoint(labels[owner >= 0].tolist())  # a class is left out whole or not at all
-    if scheme.kind == "iid":
-        assert sizes.max() - sizes.min() <= 1
-    if scheme.kind == "pathological":
-        assert all(len(held(labels, owner, client)) == scheme.value for client in range(clients))
-    assert np.array_equal(owner, assign(labels, clients, scheme, name="toy"))
-
-
-def test_the_draw_depends_on_name_number_scheme_and_seed() -> None:
-    labels = labels_of([50] * 4)
-    base = assign(labels, 4, Scheme("iid"), name="a")
-    assert not np.array_equal(base, assign(labels, 4, Scheme("iid"), name="b"))
-    assert not np.array_equal(base, assign(labels, 4, Scheme("iid", seed=1), name="a"))
-    assert assign(labels, 4, Scheme("dirichlet", 0.1), name="a").tolist() != base.tolist()
-
-
-@pytest.mark.parametrize(("samples", "clients"), [(1437, 4), (10, 3), (7, 7), (5, 1)])
-def test_iid_blocks_are_those_of_flwr_datasets(samples: int, clients: int) -> None:
-    labels = np.zeros(samples, np.int64)
-    order = np.random.default_rng(seed_for(0, "toy", 0, f"partition/{clients}/iid")).permutation(samples)
-    theirs = IidPartitioner(clients)
-    theirs.dataset = Dataset.from_dict({"index": order})
-    owner = assign(labels, clients, Scheme("iid"), name="toy")
-    for client in range(clients):
-        assert set(np.flatnonzero(owner == client)) == set(theirs.load_partition(client)["index"])
-
-
-def test_an_iid_share_starts_no_process_and_imports_no_flwr_datasets() -> None:
-    code = """
-import subprocess, sys
-from espalier.data.spec import open_data
-subprocess.run = subprocess.Popen = None
-print(len(open_data("digits:0/4")), "flwr_datasets" in sys.modules)
-"""
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)
-    assert done.stdout == "360 False\n"
-
-
-def test_another_process_draws_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
-    text = "dirichlet=0.123456789,seed=5"
-    labels = labels_of([30, 20, 25, 10])
-    here = assign(labels, 5, Scheme.parse(text), name="toy")
-    monkeypatch.delitem(sys.modules, "flwr_datasets")
-    assert np.array_equal(assign_apart(labels, 5, Scheme.parse(text), name="toy"), here)
-
-
-def test_another_processs_refusal_arrives_as_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delitem(sys.modules, "flwr_datasets", raising=False)
-    with pytest.raises(DataError, match="cannot be drawn") as caught:
-        assign_apart(labels_of([3, 3]), 5, Scheme("dirichlet", 0.01, min_size=2), name="toy")
-    assert "\n" not in str(caught.value)
-
-
-def test_too_many_clients_are_refused() -> None:
-    with pytest.raises(DataError, match="a client would get none of 3 samples"):
-        assign(labels_of([3]), 4, Scheme("iid"), name="toy")
-    with pytest.raises(DataError, match="at least 4 clients"):
-        assign(labels_of([3, 3, 3, 3]), 2, Scheme("fedphd", 1), name="toy")
-    with pytest.raises(DataError, match="3 classes a client"):
-        assign(labels_of([9, 9]), 2, Scheme("fedphd", 3), name="toy")
-
-
-def test_pathological_layout_leaves_no_class_out() -> None:
-    labels = labels_of([8] * 4)
-    one = assign(labels, 4, Scheme("pathological", 1), name="toy")
-    assert [held(labels, one, client) for client in range(4)] == [{c: 8} for c in range(4)]
-    two = assign(labels, 6, Scheme("pathological", 2), name="toy")
-    assert all(client % 4 in held(labels, two, client) for client in range(6))
-    assert two.min() == 0
-
-
-def test_unowned_classes_are_logged(caplog: pytest.LogCaptureFixture) -> None:
-    labels = labels_of([5] * 6)
-    owner = assign(labels, 2, Scheme("pathological", 2), name="toy")
-    missing = sorted(set(labels[owner < 0].tolist()))
-    assert missing
-    assert str(missing) in caplog.text
-
-
 def test_a_missing_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "flwr_datasets", None)
-    with pytest.raises(DataError, match="'testbed' extra"):
-        partition.assign(labels_of([4, 4]), 2, Scheme("dirichlet", 1.0), name="toy")
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(DataError, match="'testbed' extra"):
         open_data("digits")
