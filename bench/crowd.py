@@ -19,7 +19,7 @@ from flwr.app.message.arraychunk import ArrayChunk
 from flwr.common.constant import FLWR_PRIVATE_MAX_ARRAY_CHUNK_SIZE, SType
 
 from espalier.flower.payloads import chunk_head
-from espalier.flower.resident import Home, ResidentNode
+from espalier.flower.resident import ResidentNode, Upstream
 from espalier.wire import control
 from espalier.wire.hello import device_facts
 from espalier_proto import espalier_pb2 as pb
@@ -106,7 +106,7 @@ def main() -> None:
             del context
             return crowd.answer(number, name, message)
 
-        nodes.append(ResidentNode(app, [Home(edge, insecure=True)], folder / str(number), node_config={}))
+        nodes.append(ResidentNode(app, [Upstream(edge, insecure=True)], folder / str(number), node_config={}))
 
     def stop(*_: object) -> None:
         for node in nodes:

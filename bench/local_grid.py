@@ -1,6 +1,6 @@
-"""A tree in one process: grids that call the apps of their nodes directly, for tests and benches.
+"""Runs a tree in one process: grids that call the apps of their nodes directly, for tests and benchmarks.
 
-The tiers' own code runs unchanged; only the links are missing. Payloads are passed on as they are.
+The code of the tiers runs unchanged; only the network is replaced. Payloads are passed without serialisation.
 """
 
 from __future__ import annotations
@@ -24,20 +24,20 @@ App = Callable[[Message, Context], Message]
 
 @dataclass
 class LocalNode:
-    """A node that is a function.
+    """A node whose app is called in this process.
 
     Attributes
     ----------
     node_id : int
         Its id at its server.
     key : bytes
-        Its public key, or what stands for one.
+        Its public key, or a placeholder for one.
     app : callable
-        Answers a message.
+        Returns the reply to a message.
     config : Mapping
         Its node config.
     online : bool
-        Whether it answers at all.
+        Whether it is online.
     """
 
     node_id: int
@@ -48,12 +48,12 @@ class LocalNode:
 
     @property
     def info(self) -> NodeInfo:
-        """What a server knows of it."""
+        """Its record at the server."""
         return NodeInfo(node_id=self.node_id, public_key=self.key, last_activated_at="always")
 
 
 def client_node(node_id: int, app: App, config: Mapping[str, Any]) -> LocalNode:
-    """Return a node with a key below its `state`, which its app can sign with, as a resident node has."""
+    """Return a node with a key in its state folder, which its app can sign with, as a resident node has."""
     path = Path(config["state"]) / "node.key"
     path.parent.mkdir(parents=True, exist_ok=True)
     key = public_key_to_bytes(load_or_make_key(path).public_key())
@@ -61,10 +61,10 @@ def client_node(node_id: int, app: App, config: Mapping[str, Any]) -> LocalNode:
 
 
 class LocalGrid:
-    """The streaming grid of a cloud or an edge over nodes in this process; replies come in order."""
+    """The streaming grid of a cloud or an edge over nodes in this process; replies arrive in the order of messages."""
 
     def __init__(self, nodes: Iterable[LocalNode], run_id: int = 1) -> None:
-        # Flower's Message asks who sends it.
+        # Flower's Message takes its sender from the TaskIdentity.
         TaskIdentity.task_id, TaskIdentity.run_id, TaskIdentity.node_id = 1, run_id, 1
         self._nodes = {n.node_id: n for n in nodes}
         self._contexts = {
@@ -83,7 +83,7 @@ class LocalGrid:
         return [self._nodes[i].info for i in self.get_node_ids()]
 
     def exchange(self, messages: Iterable[Message], **_: object) -> Iterator[Message]:
-        """Call each message's node and yield what it answers; a fault of the app becomes an Error."""
+        """Call the app of each message's node and yield its reply; an exception of the app becomes an Error reply."""
         for message in messages:
             node = self._nodes.get(message.metadata.dst_node_id)
             if node is None or not node.online:
@@ -91,12 +91,12 @@ class LocalGrid:
                 continue
             try:
                 reply = node.app(message, self._contexts[node.node_id])
-            except Exception as error:  # noqa: BLE001 - whatever an app raises is its answer, as on a link
+            except Exception as error:  # noqa: BLE001 - an app may raise anything
                 reply = Message(Error(ErrorCode.CLIENT_APP_RAISED_EXCEPTION, str(error)), reply_to=message)
             yield reply
 
     def collect_late(self) -> None:
-        """Nothing is late."""
+        """Do nothing: no reply is ever late."""
 
     def close(self) -> None:
         """End the run."""
@@ -104,7 +104,7 @@ class LocalGrid:
 
 
 class LocalFleet:
-    """Stands for an edge's Fleet server."""
+    """Replaces the Fleet server of an edge."""
 
     def __init__(self, nodes: Iterable[LocalNode]) -> None:
         self._nodes = list(nodes)
@@ -119,12 +119,12 @@ class LocalFleet:
 
 
 class LocalCloud:
-    """What a local edge asks its cloud."""
+    """Replaces the uplink of an edge."""
 
     def fetch_fab(self, run_id: int) -> Fab | None:
-        """No app is shipped."""
+        """Return None: there is no app bundle."""
         return None
 
     def run_is_over(self, run_id: int) -> bool:
-        """Another run takes its place."""
+        """Return True: a new run may start at any time."""
         return True

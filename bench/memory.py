@@ -16,7 +16,7 @@ from bench.report import Outcome, Target, run
 from bench.scale import MB, edge_processes
 from bench.stock import SuperLink, app_bundle, environment, running, serverapp_grid, superlink, wait_until
 from espalier.config.run_config import RunConfig
-from espalier.monitor.node_status import connected_homes
+from espalier.monitor.node_status import connected_upstreams
 from espalier.processes.supervise import espalier_command, espalier_env
 from espalier_edge.fleet.server import InlineFleet
 from espalier_server.run import TreeRun
@@ -91,7 +91,7 @@ def clients(
                 if not process.is_running() or process.status() == psutil.STATUS_ZOMBIE:
                     raise RuntimeError(f"a client ended; see {folder}")
             with suppress(Exception):
-                return all(connected_homes(state) for state in states)
+                return all(connected_upstreams(state) for state in states)
             return False
 
         wait_until(connected, 300, "the clients")

@@ -19,9 +19,9 @@ from flwr.app import ConfigRecord, Context, Message, RecordDict
 from google.protobuf.struct_pb2 import Struct
 
 from espalier.config.run_config import RunConfig
-from espalier.flower.memory import keep_freed_blocks
-from espalier.flower.node_resources import Crew
-from espalier.flower.resident import Home, ResidentNode
+from espalier.flower.memory import retain_freed_blocks
+from espalier.flower.node_resources import NodeResources
+from espalier.flower.resident import ResidentNode, Upstream
 from espalier.methods.registry import create_method
 from espalier.methods.views import buffers_of
 from espalier.processes.signals import stop_on_signals
@@ -120,18 +120,18 @@ def facts() -> pb.DeviceFacts:
 
 def main() -> None:
     """Serve until SIGTERM."""
-    keep_freed_blocks()  # as `espalier client` does
+    retain_freed_blocks()  # as `espalier client` does
     folder, count, edges = Path(sys.argv[1]), int(sys.argv[2]), sys.argv[3:]
     stopped: queue.SimpleQueue[None] = queue.SimpleQueue()
     stop_on_signals(lambda: stopped.put(None))
-    crew = Crew(LINES, one_at_a_time=True, at_once=AT_ONCE)
+    resources = NodeResources(LINES, exclusive=True, exempt=AT_ONCE)
     nodes = []
     for number in range(count):
         state = folder / f"{number:04d}"
         app = NumericClient(f"{folder.name}-{number:04d}", state, number)
-        homes = [Home(edges[number % len(edges)], insecure=True)]
-        nodes.append(ResidentNode(app, homes, state, node_config={}, crew=crew))
-    with Replicas(nodes, crew):
+        upstreams = [Upstream(edges[number % len(edges)], insecure=True)]
+        nodes.append(ResidentNode(app, upstreams, state, node_config={}, resources=resources))
+    with Replicas(nodes, resources):
         for node in nodes:
             node.wait_connected(60)
         (folder / "ready").touch()

@@ -10,7 +10,7 @@ from flwr.app import Context, Message
 
 from espalier.flower.node_state import load_key
 from espalier.flower.payloads import content_id
-from espalier.flower.resident import Home, ResidentNode
+from espalier.flower.resident import ResidentNode, Upstream
 from espalier.wire import control
 from espalier.wire.payload import Weights
 from espalier.wire.signature import sign, statement_of
@@ -57,13 +57,13 @@ def main() -> None:
     parser.add_argument("--train", action="store_true")
     arguments = parser.parse_args()
     roots = arguments.root_certificates and arguments.root_certificates.read_bytes()
-    home = Home(arguments.address, root_certificates=roots, insecure=roots is None)
+    upstream = Upstream(arguments.address, root_certificates=roots, insecure=roots is None)
     config = {"key": str(arguments.state / "node.key")} if arguments.sign else {}
     if arguments.train:
         import torch
 
         torch.set_num_threads(1)  # as a demonstration's clients on a machine of two cores
-    node = ResidentNode(train if arguments.train else answer, [home], arguments.state, node_config=config)
+    node = ResidentNode(train if arguments.train else answer, [upstream], arguments.state, node_config=config)
     signal.signal(signal.SIGTERM, lambda *_: node.stop())
     node.run()
 

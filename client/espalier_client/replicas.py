@@ -13,9 +13,9 @@ from pathlib import Path
 from espalier.data.spec import parse_spec, sharing_sources
 from espalier.diffusers_shim import leave_out_optional
 from espalier.errors import ConfigError
-from espalier.flower.memory import keep_freed_blocks
-from espalier.flower.node_resources import Crew
-from espalier.flower.resident import Home, ResidentNode
+from espalier.flower.memory import retain_freed_blocks
+from espalier.flower.node_resources import NodeResources
+from espalier.flower.resident import ResidentNode, Upstream
 from espalier.flower.upstream_session import App
 from espalier.monitor.node_log import event_logger
 from espalier.monitor.node_status import SIGN_OF_LIFE, NodeStatus
@@ -93,13 +93,13 @@ class Replicas:
     Parameters
     ----------
     nodes : sequence of ResidentNode
-        Made with `crew`.
-    crew : Crew
+        Made with `resources`.
+    resources : NodeResources
         What they share.
     """
 
-    def __init__(self, nodes: Sequence[ResidentNode], crew: Crew) -> None:
-        self._nodes, self._crew = nodes, crew
+    def __init__(self, nodes: Sequence[ResidentNode], resources: NodeResources) -> None:
+        self._nodes, self._crew = nodes, resources
 
     def __enter__(self) -> Replicas:
         for node in self._nodes:
@@ -146,35 +146,37 @@ def run_replicas(
 
     from espalier_client.app import app
 
-    keep_freed_blocks()
+    retain_freed_blocks()
     leave_out_optional()
     if threads:
         torch.set_num_threads(threads)
     roots = {edge: security.client_roots(edge) for edge in edges}
-    homes = [Home(e, root_certificates=r, insecure=r is None) for e, r in roots.items()]
+    upstreams = [Upstream(e, root_certificates=r, insecure=r is None) for e, r in roots.items()]
     statuses: list[NodeStatus] = []
 
-    def node_of(replica: Replica, app: App, crew: Crew) -> ResidentNode:
+    def node_of(replica: Replica, app: App, resources: NodeResources) -> ResidentNode:
         own: dict[str, bool | int | float | str] = {"name": replica.name, "data": replica.data}
-        own |= {"device": device, "state": str(replica.state), "homes": len(homes)}
+        own |= {"device": device, "state": str(replica.state), "homes": len(upstreams)}
         own["key"] = str(replica.state / "node.key")
         config = own | dict(node_config)
         open_device(config)
         admit = f"espalier clients add {replica.name} {replica.state / 'node.pub'} --state DIR"
         told = event_logger(log.getChild(replica.name), admit)
         statuses.append(NodeStatus(replica.state, list(edges), told, alone=False))
-        return ResidentNode(app, homes, replica.state, node_config=config, crew=crew, on_event=statuses[-1])
+        return ResidentNode(
+            app, upstreams, replica.state, node_config=config, resources=resources, on_event=statuses[-1]
+        )
 
     asked: queue.SimpleQueue[None] = queue.SimpleQueue()
     stop_on_signals(lambda: asked.put(None))
-    crew = Crew(LINES, one_at_a_time=True, at_once=AT_ONCE)
+    resources = NodeResources(LINES, exclusive=True, exempt=AT_ONCE)
     with sharing_sources():
-        nodes = [node_of(replica, app, crew) for replica in replicas]
+        nodes = [node_of(replica, app, resources) for replica in replicas]
         log.info("%d clients, %s to %s", len(nodes), replicas[0].name, replicas[-1].name)
         with ExitStack() as stack:
             for status in statuses:
                 stack.enter_context(status)
-            stack.enter_context(Replicas(nodes, crew))
+            stack.enter_context(Replicas(nodes, resources))
             ticks = 0
             while True:
                 with suppress(queue.Empty):

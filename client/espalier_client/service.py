@@ -13,8 +13,8 @@ from flwr.clientapp import ClientApp
 
 from espalier.diffusers_shim import leave_out_optional
 from espalier.errors import ConfigError
-from espalier.flower.memory import keep_freed_blocks
-from espalier.flower.resident import Home, ResidentNode
+from espalier.flower.memory import retain_freed_blocks
+from espalier.flower.resident import ResidentNode, Upstream
 from espalier.monitor.node_log import event_logger
 from espalier.monitor.node_status import NodeStatus
 from espalier.names import is_name
@@ -69,7 +69,7 @@ def run_client(
     EspalierError
         If the name, data, app, addresses or state cannot be used.
     """
-    keep_freed_blocks()
+    retain_freed_blocks()
     if not is_name(name):
         raise ConfigError(f"--name {name!r} is no name for a client; use letters, digits, '.', '-', '_'")
     own_key = key or state / "node.key"
@@ -77,12 +77,12 @@ def run_client(
     own |= {"state": str(state), "key": str(own_key), "homes": len(set(edges))}
     config = own | dict(node_config)
     roots = {edge: security.client_roots(edge) for edge in edges}
-    homes = [Home(e, root_certificates=r, insecure=r is None) for e, r in roots.items()]
+    upstreams = [Upstream(e, root_certificates=r, insecure=r is None) for e, r in roots.items()]
     client_app = load_app(app) if app else own_app(config, threads)
     public = (key or state / "node.key").with_suffix(".pub")
     admit = f"espalier clients add {name} {public} --state DIR"
     status = NodeStatus(state, edges, event_logger(log, admit))
-    node = ResidentNode(client_app, homes, state, node_config=config, key=key, on_event=status)
+    node = ResidentNode(client_app, upstreams, state, node_config=config, key=key, on_event=status)
     stop_on_signals(node.stop)
     log.info("client %s for %s", name, ", ".join(edges))
     with status, ExitStack() as stack:

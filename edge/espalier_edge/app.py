@@ -14,7 +14,7 @@ from flwr.app import ConfigRecord, Context, Message, RecordDict
 from espalier.config.timeouts import CLIENT_HELLO, CLIENT_REFUSAL, REPLY_MARGIN
 from espalier.errors import EspalierError, WireError
 from espalier.flower.arrays import payload_bytes
-from espalier.flower.memory import give_back_freed
+from espalier.flower.memory import trim_heap
 from espalier.flower.resident import Fab
 from espalier.monitor.logs import bind
 from espalier.security.name_registry import CLIENT_NAMES, Claims, NameRegistry
@@ -137,14 +137,14 @@ class EdgeApp:
         )
         log.info("run %s window %d: %d rounds", plan.run, plan.window, len(plan.rounds))
         self.roster.refresh(grid, self._request, CLIENT_HELLO)
-        give_back_freed()  # what starting and hellos left: a big payload's round is where the room is needed
+        trim_heap()  # what starting and hellos left: a big payload's round is where the room is needed
         window = EdgeWindow(self.name, plan, weights, grid, self.roster, self.progress, self._pace)
         with bind(run=plan.run, window=plan.window):
             if plan.inquiry:
                 return self._window_content(*window.inquire())
             report, tally = window.run()
         del window  # its sums are in what it reports
-        give_back_freed()
+        trim_heap()
         self.roster.refresh(grid, self._request, CLIENT_HELLO)
         report.roster.CopyFrom(self._edge_hello())
         return self._window_content(report, tally)

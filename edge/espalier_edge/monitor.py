@@ -129,7 +129,7 @@ class EdgeSource:
         self.totals.fill(status)
         edge = status.edges.add(
             name=self.name,
-            connected=any(home.connected for home in self.uplink.homes.values()),
+            connected=any(upstream.connected for upstream in self.uplink.upstreams.values()),
             versions=own_versions(),
             window=progress.window,
             round=progress.round,

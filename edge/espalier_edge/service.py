@@ -6,7 +6,7 @@ import logging
 from pathlib import Path
 
 from espalier.errors import ConfigError
-from espalier.flower.resident import Fab, Home, ResidentNode
+from espalier.flower.resident import Fab, ResidentNode, Upstream
 from espalier.monitor.node_log import event_logger
 from espalier.monitor.node_status import NodeStatus
 from espalier.names import is_name
@@ -62,7 +62,7 @@ def run_edge(
     if not is_name(name):
         raise ConfigError(f"--name {name!r} is no name for an edge; use letters, digits, '.', '-', '_'")
     roots = security.client_roots(cloud)
-    home = Home(cloud, root_certificates=roots, insecure=roots is None)
+    upstream = Upstream(cloud, root_certificates=roots, insecure=roots is None)
     registry = KeyRegistry(state / CLIENT_KEYS) if security.keys_only else None
     fleet = InlineFleet(
         listen,
@@ -76,10 +76,10 @@ def run_edge(
         """The cloud as the uplink sees it."""
 
         def fetch_fab(self, run_id: int) -> Fab | None:
-            return node.fetch_fab(home, run_id)
+            return node.fetch_fab(upstream, run_id)
 
         def run_is_over(self, run_id: int) -> bool:
-            return node.run_is_over(home, run_id)
+            return node.run_is_over(upstream, run_id)
 
     app = EdgeApp(name, fleet, state, Cloud(), registry)
     public = (key or state / "node.key").with_suffix(".pub")
@@ -87,7 +87,7 @@ def run_edge(
     status = NodeStatus(state, [cloud], event_logger(log, admit))
     node = ResidentNode(
         app,
-        [home],
+        [upstream],
         state,
         node_config={"name": name},
         key=key,

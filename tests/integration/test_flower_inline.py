@@ -26,10 +26,10 @@ from espalier.errors import AddressError, StateError
 from espalier.flower import fleet_client
 from espalier.flower.arrays import numpy_view
 from espalier.flower.fleet_client import FleetClient, Pulled
-from espalier.flower.inline_objects import MOST, early_objects
-from espalier.flower.resident import RUN_RECORD, Home, ResidentNode
-from espalier.flower.signed_channel import Line
-from espalier.flower.upstreams import HomeRefused, HomeUnavailable
+from espalier.flower.inline_objects import MAX_INLINE_BYTES, select_inline
+from espalier.flower.resident import RUN_RECORD, ResidentNode, Upstream
+from espalier.flower.signed_channel import SignedChannel
+from espalier.flower.upstreams import UpstreamRefusedError, UpstreamUnavailableError
 from espalier_edge.fleet.server import InlineFleet
 from tests.support.flower_helpers import (
     empty,
@@ -119,7 +119,7 @@ def test_a_deadline_drops_stragglers_and_refuses_their_replies(tmp_path: Path) -
     ):
         grid = server.open_run()
         online(server, 2)
-        slow_id = slow._homes[address(server)].client.node_id
+        slow_id = slow._upstreams[address(server)].client.node_id
         quick = [node for node in grid.get_node_ids() if node != slow_id]
         messages = instruct(grid, quick) + instruct(grid, [slow_id], sleep=1.5, reply=12_000_000)
         began = time.monotonic()
@@ -171,15 +171,15 @@ def test_replies_come_as_they_arrive_and_a_closed_exchange_leaves_nothing(tmp_pa
 def test_a_payload_that_is_sent_to_many_is_offered_once_and_not_kept_as_objects() -> None:
     with fleet() as server:
         server.register_key(key_of(ec.generate_private_key(ec.SECP256R1())), "x")
-        ids = [server.links.state.create_node("a", "a", bytes([i]), 10) for i in range(5)]
+        ids = [server.fleet.state.create_node("a", "a", bytes([i]), 10) for i in range(5)]
         for node in ids:
-            server.links.state.activate_node(node, 1000)
+            server.fleet.state.activate_node(node, 1000)
         grid = server.open_run()
         exchange = grid.exchange(instruct(grid, ids, weights(3_000_000)), deadline=0.3)
         assert list(exchange) == []
         record = weights(3_000_000)
         grid.push_messages(instruct(grid, ids, record))
-        store = server.links.store
+        store = server.fleet.store
         offered = sum(len(store.get(object_id) or b"") for object_id in list(store.store))
         assert len(record["flat"].data) < offered < 1.01 * len(record["flat"].data)
         assert all(callable(entry.content) for entry in store.store.values())
@@ -210,22 +210,22 @@ def test_a_node_that_is_gone_is_not_waited_for(tmp_path: Path) -> None:
 def test_silence_after_a_pause_of_the_server_is_not_taken_for_death(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(FleetClient, "beat", lambda self, ended: None)
+    monkeypatch.setattr(FleetClient, "heartbeat", lambda self, ended: None)
     with fleet() as server, resident(app, tmp_path, address(server)):
         grid = server.open_run()
         nodes = online(server, 1)
-        server.links.trust_after = time.monotonic() + 60
-        server.links.state.nodes[nodes[0]].online_until = 1.0  # as after an hour without a heartbeat
+        server.fleet.trust_after = time.monotonic() + 60
+        server.fleet.state.nodes[nodes[0]].online_until = 1.0  # as after an hour without a heartbeat
         (reply,) = grid.exchange(instruct(grid, nodes, sleep=2), deadline=30)
         assert reply.has_content()
-        server.links.trust_after = 0.0
+        server.fleet.trust_after = 0.0
         (reply,) = grid.exchange(instruct(grid, nodes, sleep=2), deadline=30)
         assert reply.error.code == ErrorCode.NODE_UNAVAILABLE
 
 
 def test_a_thread_that_fails_unforeseen_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pull = FleetClient.pull
-    faults = iter([RuntimeError("nobody foresaw this"), HomeRefused("no")])
+    faults = iter([RuntimeError("nobody foresaw this"), UpstreamRefusedError("no")])
 
     def stumble(self: FleetClient) -> Pulled | None:
         if fault := next(faults, None):
@@ -243,7 +243,7 @@ def test_a_message_that_did_not_arrive_is_given_again(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     fetch = FleetClient.fetch
-    faults = iter([HomeUnavailable("the answer was lost on its way")])
+    faults = iter([UpstreamUnavailableError("the answer was lost on its way")])
 
     def lose(self: FleetClient, pulled: Pulled, give_up_at: float) -> Message:
         if fault := next(faults, None):
@@ -256,13 +256,13 @@ def test_a_message_that_did_not_arrive_is_given_again(
         (reply,) = grid.exchange(instruct(grid, online(server, 1)), deadline=15)
         assert reply.has_content()
         assert next(faults, None) is None
-        assert not server.links.unconfirmed
+        assert not server.fleet.unconfirmed
 
 
 def test_a_small_message_and_its_reply_are_two_calls(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    begin, calls = Line.begin, []
+    begin, calls = SignedChannel.begin, []
 
-    def count(self: Line, method: str, *rest: Any) -> Any:
+    def count(self: SignedChannel, method: str, *rest: Any) -> Any:
         calls.append(method)
         return begin(self, method, *rest)
 
@@ -270,7 +270,7 @@ def test_a_small_message_and_its_reply_are_two_calls(tmp_path: Path, monkeypatch
         grid = server.open_run()
         nodes = online(server, 1)
         list(grid.exchange(instruct(grid, nodes), deadline=20))  # the run is asked for once
-        monkeypatch.setattr(Line, "begin", count)
+        monkeypatch.setattr(SignedChannel, "begin", count)
         for _ in range(3):
             (reply,) = grid.exchange(instruct(grid, nodes), deadline=20)
             assert reply.has_content()
@@ -286,14 +286,14 @@ def test_a_small_message_and_its_reply_are_two_calls(tmp_path: Path, monkeypatch
         lambda objects: objects[1:],
         lambda objects: [b"strange", *objects],
         lambda objects: [objects[0] + b"\0", *objects[1:]],
-        lambda objects: [bytes(MOST), *objects],
+        lambda objects: [bytes(MAX_INLINE_BYTES), *objects],
     ],
     ids=["none", "not all", "a strange one", "a changed one", "too much"],
 )
 def test_what_did_not_come_with_a_reply_is_asked_for(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, early: Callable[[list[bytes]], list[bytes]]
 ) -> None:
-    monkeypatch.setattr(fleet_client, "early_objects", lambda packed: early(early_objects(packed)))
+    monkeypatch.setattr(fleet_client, "select_inline", lambda packed: early(select_inline(packed)))
     with fleet() as server, resident(app, tmp_path, address(server)):
         grid = server.open_run()
         nodes = online(server, 1)
@@ -354,7 +354,7 @@ def test_tls_and_health(tmp_path: Path, certificates: tuple[bytes, bytes, bytes]
     with fleet(certificates=certificates) as server:
         node = ResidentNode(
             app,
-            [Home(f"localhost:{server.port}", root_certificates=certificates[0])],
+            [Upstream(f"localhost:{server.port}", root_certificates=certificates[0])],
             tmp_path,
             node_config={},
         )

@@ -93,7 +93,7 @@ import sys
 from pathlib import Path
 import numpy as np
 from espalier.flower.arrays import array_from_numpy
-from espalier.flower.memory import give_back_big_blocks
+from espalier.flower.memory import unmap_large_blocks_on_free
 from espalier.flower.payloads import pack, unpack
 from flwr.app import ArrayRecord, Message, RecordDict
 from flwr.supercore.task_identity import TaskIdentity
@@ -101,7 +101,7 @@ from flwr.supercore.task_identity import TaskIdentity
 def status(key):
     return 1024 * int(Path("/proc/self/status").read_text().partition(key)[2].split()[0])
 
-give_back_big_blocks()
+unmap_large_blocks_on_free()
 TaskIdentity.task_id, TaskIdentity.run_id, TaskIdentity.node_id = 1, 1, 1
 numbers = np.random.default_rng(0).random(int(sys.argv[1]) // 4, np.float32)
 packed = pack(Message(RecordDict({"w": ArrayRecord({"w": array_from_numpy(numbers)})}), 1, "train"))

@@ -128,12 +128,12 @@ def test_heartbeats_go_on_during_a_long_call_and_a_long_upload(tmp_path: Path) -
 
         def watch() -> None:
             while not done.wait(0.2):
-                leases.add(float(server.links.state.nodes[nodes[0]].online_until))
+                leases.add(float(server.fleet.state.nodes[nodes[0]].online_until))
 
         # The only upload slot is taken, so that the upload has to wait.
-        server.links.uploads.admit(Upload(0, "somebody else", big=True), lambda: True)
-        threading.Timer(20, lambda: server.links.uploads.release("somebody else")).start()
-        server.links.uploads._stall = 1000
+        server.fleet.uploads.admit(Upload(0, "somebody else", big=True), lambda: True)
+        threading.Timer(20, lambda: server.fleet.uploads.release("somebody else")).start()
+        server.fleet.uploads._stall = 1000
         watcher = threading.Thread(target=watch)
         watcher.start()
         (reply,) = grid.exchange(instruct(grid, nodes, sleep=10, reply=12_000_000), deadline=60)
@@ -145,7 +145,7 @@ def test_heartbeats_go_on_during_a_long_call_and_a_long_upload(tmp_path: Path) -
 
 def test_a_dead_uploader_frees_its_slot(tmp_path: Path) -> None:
     with fleet(upload_slots=1) as server:
-        server.links.uploads._stall = 1.0
+        server.fleet.uploads._stall = 1.0
         address = f"127.0.0.1:{server.port}"
         with resident_process(tmp_path / "a", address) as dying, resident(app, tmp_path / "b", address):
             grid = server.open_run()
@@ -160,7 +160,7 @@ def test_a_dead_uploader_frees_its_slot(tmp_path: Path) -> None:
             messages = instruct(grid, [victim], reply=300_000_000)
             thread = threading.Thread(target=lambda: replies.extend(grid.exchange(messages, deadline=40)))
             thread.start()
-            wait_until(lambda: server.links.uploads._free == 0, 30, "the upload")
+            wait_until(lambda: server.fleet.uploads._free == 0, 30, "the upload")
             dying.kill()
             (reply,) = grid.exchange(instruct(grid, [other], reply=12_000_000), deadline=30)
             assert reply.has_content()

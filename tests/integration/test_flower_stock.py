@@ -19,7 +19,7 @@ from flwr.serverapp import Grid
 from flwr.serverapp.strategy import FedAvg
 
 from espalier.flower.arrays import numpy_view
-from espalier.flower.resident import Home
+from espalier.flower.resident import Upstream
 from espalier_server.superlink.grid import TreeGrid
 from tests.support.flower_helpers import empty, fleet, online, resident, weights
 from tests.support.paths import ROOT
@@ -76,11 +76,11 @@ def test_resident_nodes_at_a_stock_superlink(tmp_path: Path, link: SuperLink, bu
             np.testing.assert_array_equal(numpy_view(reply.content.array_records["w"]["flat"])[:9], 2)
             assert json.loads(str(reply.content["seen"]["run_config"])) == {"lr": 0.5, "name": "tiny"}
         run_id = grid.run.run_id
-        home = Home(link.fleet, insecure=True)
-        fab = a.fetch_fab(home, run_id)
+        upstream = Upstream(link.fleet, insecure=True)
+        fab = a.fetch_fab(upstream, run_id)
         assert fab is not None
         assert fab.content == bundle.content
-        assert a.run_config(home, run_id) == {"lr": 0.5, "name": "tiny"}
+        assert a.run_config(upstream, run_id) == {"lr": 0.5, "name": "tiny"}
         (failed,) = grid.exchange(to(nodes[:1], fail=True), deadline=30)
         assert failed.error.code == ErrorCode.CLIENT_APP_RAISED_EXCEPTION
 

@@ -26,7 +26,7 @@ from flwr.supercore.primitives.asymmetric import public_key_to_bytes
 
 from espalier.flower.node_state import load_key
 from espalier.flower.resident import ResidentNode
-from espalier.flower.upstreams import Home
+from espalier.flower.upstreams import Upstream
 from espalier.monitor.node_log import event_logger
 from espalier.processes.supervise import espalier_command, espalier_env
 from espalier.security.certificates import Pair, issue, new_authority
@@ -56,7 +56,7 @@ def served(authority: Pair, pair: Pair) -> dict[str, Any]:
 class Node:
     """A resident node in a thread, with a note of what happened to it."""
 
-    def __init__(self, state: Path, home: Home, name: str, key: Path | None) -> None:
+    def __init__(self, state: Path, upstream: Upstream, name: str, key: Path | None) -> None:
         self.events: list[tuple[str, dict[str, Any]]] = []
         self.name = name
         logs = event_logger(log, f"espalier clients add {name} {state / 'node.pub'} --state DIR")
@@ -65,7 +65,7 @@ class Node:
             logs(kind, facts)
             self.events.append((kind, facts))
 
-        self.node = ResidentNode(self.answer, [home], state, node_config={}, key=key, on_event=note)
+        self.node = ResidentNode(self.answer, [upstream], state, node_config={}, key=key, on_event=note)
         self.public_key = public_key_to_bytes(load_key(key or state / "node.key").public_key())
         self.thread = threading.Thread(target=self.node.run)
 
@@ -82,8 +82,8 @@ class Node:
 
 
 @contextmanager
-def node(state: Path, home: Home, name: str = "cam", key: Path | None = None) -> Iterator[Node]:
-    one = Node(state, home, name, key)
+def node(state: Path, upstream: Upstream, name: str = "cam", key: Path | None = None) -> Iterator[Node]:
+    one = Node(state, upstream, name, key)
     one.thread.start()
     try:
         yield one
@@ -100,7 +100,7 @@ def good(ours: Pair) -> Pair:
 
 
 CASES: list[tuple[str, Callable[[Pair], Pair | None], Callable[[Pair], bytes | None], str]] = [
-    ("no TLS at the node", good, lambda ours: None, "hung up at once; if it speaks TLS"),
+    ("no TLS at the node", good, lambda ours: None, "closed the connection; if it speaks TLS"),
     ("no TLS at the server", lambda ours: None, lambda ours: ours.certificate, "does not speak TLS"),
     ("wrong CA", good, lambda ours: new_authority("ours", 1).certificate, "no authority in --root-cert"),
     (
@@ -113,7 +113,7 @@ CASES: list[tuple[str, Callable[[Pair], Pair | None], Callable[[Pair], bytes | N
         "wrong name",
         lambda ours: issue(ours, ["edge.example", "127.0.0.1"], 1),
         lambda ours: ours.certificate,
-        "does not stand for this address",
+        "is not valid for this address",
     ),
 ]
 
@@ -129,11 +129,11 @@ def test_a_node_without_the_right_certificates_does_not_connect(
 ) -> None:
     pair, held = server(authority), roots(authority)
     with fleet("localhost:0", **(served(authority, pair) if pair else {})) as ours:
-        with node(tmp_path, Home(f"localhost:{ours.port}", held, insecure=held is None)) as one:
+        with node(tmp_path, Upstream(f"localhost:{ours.port}", held, insecure=held is None)) as one:
             wait_until(lambda: one.was("unreachable"), 20, "the node's complaint")
             assert reason in one.was("unreachable")[0]
             assert not one.was("connected")
-        assert not ours.links.state.nodes
+        assert not ours.fleet.state.nodes
     assert "no secure connection to localhost" in caplog.text
 
 
@@ -143,7 +143,7 @@ def test_nodes_that_hold_both_authorities_reach_servers_of_either(tmp_path: Path
     for number, signer in enumerate((authority, new)):
         with (
             fleet("localhost:0", **served(signer, good(signer))) as ours,
-            node(tmp_path / str(number), Home(f"localhost:{ours.port}", both)) as one,
+            node(tmp_path / str(number), Upstream(f"localhost:{ours.port}", both)) as one,
         ):
             assert one.node.wait_connected(20)
 
@@ -152,7 +152,7 @@ def test_nodes_that_hold_both_authorities_reach_servers_of_either(tmp_path: Path
 
 
 @contextmanager
-def guarded(folder: Path, authority: Pair) -> Iterator[tuple[InlineFleet, KeyRegistry, Home]]:
+def guarded(folder: Path, authority: Pair) -> Iterator[tuple[InlineFleet, KeyRegistry, Upstream]]:
     """Run a Fleet server as an edge does where keys are required."""
     registry = KeyRegistry(folder / CLIENT_KEYS)
     refused = Refusals(registry, "espalier clients add", logging.getLogger("espalier.edge"))
@@ -161,7 +161,7 @@ def guarded(folder: Path, authority: Pair) -> Iterator[tuple[InlineFleet, KeyReg
         admission = Admission(server, registry)
         admission.start()
         try:
-            yield server, registry, Home(f"localhost:{server.port}", authority.certificate)
+            yield server, registry, Upstream(f"localhost:{server.port}", authority.certificate)
         finally:
             admission.stop()
 
@@ -170,7 +170,10 @@ def test_a_key_is_needed_and_may_be_added_and_revoked_while_all_runs(
     tmp_path: Path, authority: Pair, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level(logging.INFO)
-    with guarded(tmp_path, authority) as (server, registry, home), node(tmp_path / "cam", home) as one:
+    with (
+        guarded(tmp_path, authority) as (server, registry, upstream),
+        node(tmp_path / "cam", upstream) as one,
+    ):
         assert "no client is registered" in caplog.text
         wait_until(lambda: one.was("refused"), 20, "the refusal")
         assert "not registered there" in one.was("refused")[0]
@@ -199,13 +202,16 @@ def test_a_key_is_needed_and_may_be_added_and_revoked_while_all_runs(
 
 def online_id(server: InlineFleet) -> int:
     """Return the id that the only node ever known had."""
-    (node_id,) = server.links.state.nodes
+    (node_id,) = server.fleet.state.nodes
     return node_id
 
 
 def test_what_a_revoked_node_was_asked_counts_as_lost(tmp_path: Path, authority: Pair) -> None:
     asked = threading.Event()
-    with guarded(tmp_path, authority) as (server, registry, home), node(tmp_path / "cam", home) as one:
+    with (
+        guarded(tmp_path, authority) as (server, registry, upstream),
+        node(tmp_path / "cam", upstream) as one,
+    ):
         registry.add("cam", one.public_key)
         (node_id,) = online(server, 1)
         release = threading.Event()
@@ -215,7 +221,7 @@ def test_what_a_revoked_node_was_asked_counts_as_lost(tmp_path: Path, authority:
             release.wait(20)
             return Message(RecordDict(), reply_to=message)
 
-        one.node._desk.app = hang
+        one.node._shared.app = hang
         replies: list[Message] = []
         grid = server.open_run()
         call = threading.Thread(
@@ -233,9 +239,9 @@ def test_what_a_revoked_node_was_asked_counts_as_lost(tmp_path: Path, authority:
 
 
 def test_a_name_belongs_to_its_registered_key(tmp_path: Path, authority: Pair) -> None:
-    with guarded(tmp_path, authority) as (server, registry, home), ExitStack() as stack:
-        honest = stack.enter_context(node(tmp_path / "a", home, "cam-1"))
-        liar = stack.enter_context(node(tmp_path / "b", home, "cam-1"))
+    with guarded(tmp_path, authority) as (server, registry, upstream), ExitStack() as stack:
+        honest = stack.enter_context(node(tmp_path / "a", upstream, "cam-1"))
+        liar = stack.enter_context(node(tmp_path / "b", upstream, "cam-1"))
         registry.add("cam-1", honest.public_key)
         registry.add("cam-2", liar.public_key)
         online(server, 2)
@@ -250,11 +256,11 @@ def test_a_name_belongs_to_its_registered_key(tmp_path: Path, authority: Pair) -
 
 def test_nobody_activates_a_node_in_its_stead(tmp_path: Path, authority: Pair) -> None:
     victim, thief = (ec.generate_private_key(ec.SECP256R1()) for _ in range(2))
-    with guarded(tmp_path, authority) as (server, registry, home):
+    with guarded(tmp_path, authority) as (server, registry, upstream):
         registry.add("cam", public_key_to_bytes(victim.public_key()))
-        wait_until(lambda: server.links.state.nodes, 10, "the registration")
+        wait_until(lambda: server.fleet.state.nodes, 10, "the registration")
         credentials = grpc.ssl_channel_credentials(authority.certificate)
-        with grpc.secure_channel(home.address, credentials) as channel:
+        with grpc.secure_channel(upstream.address, credentials) as channel:
             request = ActivateNodeRequest(
                 public_key=public_key_to_bytes(victim.public_key()), heartbeat_interval=10
             )
@@ -374,8 +380,8 @@ def test_a_tree_with_tls_and_keys_runs_on_when_its_superlink_is_killed(tmp_path:
 
         # Meanwhile a client's key is tried at the cloud, and so is a key nobody knows.
         roots = (tmp_path / "certs" / "ca.pem").read_bytes()
-        home = Home(f"localhost:{tree.fleet}", roots)
-        client = stack.enter_context(node(tmp_path / "x", home, "edge-1", tmp_path / "certs/c0/node.key"))
+        upstream = Upstream(f"localhost:{tree.fleet}", roots)
+        client = stack.enter_context(node(tmp_path / "x", upstream, "edge-1", tmp_path / "certs/c0/node.key"))
         wait_until(lambda: client.was("refused"), 180, "the refusal")
         assert "not registered there" in client.was("refused")[0]
         assert not client.was("connected")

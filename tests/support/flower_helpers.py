@@ -14,7 +14,7 @@ import numpy as np
 from flwr.app import ArrayRecord, ConfigRecord, Context, Message, RecordDict
 
 from espalier.flower.arrays import array_from_numpy
-from espalier.flower.resident import Home, ResidentNode
+from espalier.flower.resident import ResidentNode, Upstream
 from espalier_edge.fleet.server import InlineFleet, InlineGrid
 from tests.support.paths import ROOT
 from tests.support.processes import environment, running, wait_until
@@ -36,8 +36,8 @@ def resident(
     app: Callable[[Message, Context], Message], state: Path, *addresses: str, **options: Any
 ) -> Iterator[ResidentNode]:
     """Run a resident node in a thread."""
-    homes = [Home(address, insecure=True) for address in addresses]
-    node = ResidentNode(app, homes, state, node_config=options.pop("node_config", {}), **options)
+    upstreams = [Upstream(address, insecure=True) for address in addresses]
+    node = ResidentNode(app, upstreams, state, node_config=options.pop("node_config", {}), **options)
     thread = threading.Thread(target=node.run)
     thread.start()
     try:
@@ -106,7 +106,7 @@ def instruct(
 
 def empty(server: InlineFleet) -> bool:
     """Tell whether nothing is left of any message."""
-    links = server.links
+    links = server.fleet
     left = (links.store, links.state.message_ins_store, links.state.message_res_store, links.outstanding)
     sessions = links.state._object_push_sessions
     return not any(len(part) for part in left) and not sessions and links.uploads._by_instruction == {}

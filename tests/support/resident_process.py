@@ -21,7 +21,7 @@ from flwr.app import ArrayRecord, ConfigRecord, Context, Message, MetricRecord, 
 
 from espalier.errors import EspalierError
 from espalier.flower.arrays import array_from_numpy, numpy_view
-from espalier.flower.resident import Home, ResidentNode
+from espalier.flower.resident import ResidentNode, Upstream
 
 LOCK = threading.Lock()
 
@@ -62,18 +62,20 @@ def main() -> int:
     """Serve until SIGTERM."""
     parser = argparse.ArgumentParser()
     parser.add_argument("state", type=Path)
-    parser.add_argument("homes", nargs="+")
+    parser.add_argument("upstreams", nargs="+")
     parser.add_argument("--side", nargs="*", default=[])
     parser.add_argument("--nodes", type=int, default=1)
     arguments = parser.parse_args()
-    homes = [Home(address, insecure=True) for address in arguments.homes]
+    upstreams = [Upstream(address, insecure=True) for address in arguments.upstreams]
     nodes = []
     try:
         for index in range(arguments.nodes):
             state = arguments.state / str(index) if arguments.nodes > 1 else arguments.state
             config = {"index": index}
             side = frozenset(arguments.side)
-            nodes.append(ResidentNode(app, homes, state, node_config=config, side_types=side, on_event=say))
+            nodes.append(
+                ResidentNode(app, upstreams, state, node_config=config, side_types=side, on_event=say)
+            )
     except EspalierError as fault:
         print(fault, file=sys.stderr)
         return fault.exit_code

@@ -38,7 +38,7 @@ def health(
 ) -> None:
     """Tell whether a process is well, by the exit status: 0 or 1 (for a container's healthcheck)."""
     from espalier.monitor.health import check_health
-    from espalier.monitor.node_status import connected_homes
+    from espalier.monitor.node_status import connected_upstreams
 
     if (address is None) == (state is None):
         raise ConfigError("give either HOST:PORT or --state DIR")
@@ -48,7 +48,7 @@ def health(
             check_health(address, security, timeout=timeout, server_name=server_name)
             typer.echo(f"{address} is serving")
         elif state is not None:
-            typer.echo(f"connected to {', '.join(connected_homes(state))}")
+            typer.echo(f"connected to {', '.join(connected_upstreams(state))}")
     except EspalierError as error:
         typer.echo(f"unhealthy: {error}", err=True)
         raise typer.Exit(1) from error

@@ -1,5 +1,8 @@
-"""The adapter to Flower: the only package that touches Flower internals."""
+"""The adapter to Flower: the resident node, and what it shares with the adapters of edge and server.
 
-from espalier.flower.stub_sqlalchemy import leave_out
+Only this package, `espalier_edge.fleet` and `espalier_server.superlink` import modules of Flower that are not public.
+"""
 
-leave_out()  # before anything of Flower's is imported
+from espalier.flower.stub_sqlalchemy import install_stubs
+
+install_stubs()  # before any module of Flower is imported

@@ -1,4 +1,4 @@
-"""Turns numpy buffers into Flower Arrays and back without needless copies of a whole model."""
+"""Conversion between NumPy arrays and Flower Arrays with a single copy or none."""
 
 from __future__ import annotations
 
@@ -24,52 +24,51 @@ def array_from_numpy(ndarray: npt.NDArray[Any]) -> Array:
     Parameters
     ----------
     ndarray : np.ndarray
-        Any shape; not of an object dtype. What is not C-contiguous is made so first.
+        Of any shape and of any dtype but object; copied first if it is not C-contiguous.
 
     Returns
     -------
     Array
-        As ``Array(ndarray)`` builds it (an ``.npy`` header and the buffer), byte for byte for C-contiguous
-        input.
+        The bytes of ``Array(ndarray)``: an ``.npy`` header and the buffer.
 
     Raises
     ------
     ValueError
-        If the dtype holds Python objects, which only pickle could carry.
+        If the dtype holds Python objects, which would need pickle.
     """
     packed = np.asarray(ndarray, order="C")
-    array, room = blank_array(packed.dtype, packed.shape)
-    np.copyto(room, packed, casting="no")
+    array, numbers = blank_array(packed.dtype, packed.shape)
+    np.copyto(numbers, packed, casting="no")
     return array
 
 
 def blank_array(dtype: npt.DTypeLike, shape: Sequence[int]) -> tuple[Array, npt.NDArray[Any]]:
-    """Build a Flower Array of zeros and, in its own bytes, the numpy array to write its numbers to.
+    """Build a Flower Array of zeros and a writable NumPy view of its data.
 
-    What is written there must be written before anybody reads the Array, as it is hashed then.
+    All values must be written before the Array is used, as its object id is a hash of its bytes.
 
     Returns
     -------
     Array
-        As ``Array(np.zeros(shape, dtype))`` builds it.
+        Equal to ``Array(np.zeros(shape, dtype))``.
     np.ndarray
-        C-contiguous, of that shape; whoever is done writing makes it read-only.
+        C-contiguous, of that shape; the caller makes it read-only when it has been written.
 
     Raises
     ------
     ValueError
-        If the dtype holds Python objects, which only pickle could carry.
+        If the dtype holds Python objects, which would need pickle.
     """
     kind, size = np.dtype(dtype), tuple(int(n) for n in shape)
     head = _header(kind, size)
-    data, room = blank_bytes(len(head) + math.prod(size) * kind.itemsize)
-    room[: len(head)] = np.frombuffer(head, np.uint8)
-    numbers = room[len(head) :].view(kind).reshape(size)
+    data, memory = blank_bytes(len(head) + math.prod(size) * kind.itemsize)
+    memory[: len(head)] = np.frombuffer(head, np.uint8)
+    numbers = memory[len(head) :].view(kind).reshape(size)
     return Array(dtype=str(kind), shape=size, stype=SType.NUMPY, data=data), numbers
 
 
 def npy_size(dtype: npt.DTypeLike, shape: Sequence[int]) -> int:
-    """Return the bytes of the Array that `blank_array` builds; raises like it, and TypeError where that is no dtype."""
+    """Return the size in bytes of the Array that `blank_array` builds; raises TypeError for an unknown dtype."""
     kind = np.dtype(dtype)
     return len(_header(kind, tuple(shape))) + math.prod(shape) * kind.itemsize
 
@@ -85,27 +84,27 @@ def _header(kind: np.dtype[Any], shape: tuple[int, ...]) -> bytes:
 
 
 def blank_bytes(size: int) -> tuple[bytes, npt.NDArray[np.uint8]]:
-    """Return new bytes of zeros, and their memory, to be written to while nobody else knows of them.
+    """Return a new `bytes` object of zeros and a writable view of it, which must be written before it is shared.
 
-    So what is put together of pieces lies in memory once, where a copy of a bytearray would be a second one.
+    Data assembled from pieces is then in memory once; a bytearray would have to be copied to bytes.
 
     Raises
     ------
     ValueError
-        If they are fewer than two: Python has one object for all bytes of such a value.
+        If `size` is below 2: CPython shares all such bytes objects.
     """
     if size < 2:
-        raise ValueError(f"{size} bytes are nobody's alone")
+        raise ValueError(f"cannot allocate {size} bytes: CPython shares bytes objects of fewer than 2")
     data = bytes(size)
     block = (ctypes.c_uint8 * size).from_address(np.frombuffer(data, np.uint8).ctypes.data)
-    block.owner = data  # type: ignore[attr-defined]  # what lives on them keeps them alive
+    block.owner = data  # type: ignore[attr-defined]  # a view of the block keeps the bytes alive
     memory = np.frombuffer(memoryview(block), np.uint8)
     in_huge_pages(memory)
     return data, memory
 
 
 def numpy_view(array: Array) -> npt.NDArray[Any]:
-    """Return a read-only numpy view of an Array's bytes, without copying them.
+    """Return a read-only NumPy view of an Array's bytes, without a copy.
 
     Parameters
     ----------
@@ -115,13 +114,13 @@ def numpy_view(array: Array) -> npt.NDArray[Any]:
     Returns
     -------
     np.ndarray
-        Read-only; it keeps ``array.data`` alive.
+        Read-only; keeps ``array.data`` alive.
 
     Raises
     ------
     ValueError
-        If the bytes are no ``.npy`` array, hold Python objects, are cut short or too long, or are not of the
-        dtype and shape that the Array claims.
+        If the bytes are not an ``.npy`` array, hold Python objects, are truncated or too long, or differ from the
+        dtype and shape of the Array.
     """
     if array.stype != SType.NUMPY:
         raise ValueError(f"serialisation {array.stype!r} is not supported, only {SType.NUMPY!r}")
@@ -130,9 +129,7 @@ def numpy_view(array: Array) -> npt.NDArray[Any]:
     if dtype.hasobject:
         raise ValueError(f"an array of dtype {dtype} is refused: it holds Python objects")
     if str(dtype) != array.dtype or tuple(shape) != tuple(array.shape):
-        raise ValueError(
-            f"header says {dtype}{list(shape)}, the Array claims {array.dtype}{list(array.shape)}"
-        )
+        raise ValueError(f"the header has {dtype}{list(shape)}, the Array {array.dtype}{list(array.shape)}")
     count = math.prod(shape)
     offset = stream.tell()
     if len(array.data) - offset != count * dtype.itemsize:
@@ -142,14 +139,14 @@ def numpy_view(array: Array) -> npt.NDArray[Any]:
 
 
 def _read_header(stream: BytesIO) -> tuple[tuple[int, ...], bool, np.dtype[Any]]:
-    """Read what an ``.npy`` header says; raises ValueError whatever is wrong with it."""
+    """Parse an ``.npy`` header; raises ValueError for any defect."""
     version = np.lib.format.read_magic(stream)
     if version not in ((1, 0), (2, 0)):
         raise ValueError(f"npy version {version} is not supported")
     read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
     try:
         shape, fortran, dtype = read(stream)
-    # numpy parses the header as a Python literal, and lets through most of what a parser raises.
+    # NumPy parses the header as a Python literal, and does not catch most exceptions of the parser.
     except (
         tokenize.TokenError,
         SyntaxError,
@@ -159,14 +156,14 @@ def _read_header(stream: BytesIO) -> tuple[tuple[int, ...], bool, np.dtype[Any]]
         RecursionError,
         MemoryError,
     ) as error:
-        raise ValueError(f"its header is none ({type(error).__name__})") from error
+        raise ValueError(f"malformed header ({type(error).__name__})") from error
     if any(type(n) is not int or n < 0 for n in shape):
-        raise ValueError(f"its header says the shape {shape}")
+        raise ValueError(f"malformed shape {shape} in the header")
     return shape, fortran, dtype
 
 
 def payload_bytes(content: RecordDict) -> int:
-    """Count the payload bytes of a message as sent, in bytes.
+    """Return the payload size of a message as sent, in bytes.
 
     Parameters
     ----------
@@ -176,8 +173,8 @@ def payload_bytes(content: RecordDict) -> int:
     Returns
     -------
     int
-        Bytes of every Array's data plus the serialised ConfigRecords and MetricRecords; Flower's own framing
-        (message and object headers, some hundred bytes) is not counted.
+        Size of the data of all Arrays plus the serialised ConfigRecords and MetricRecords, without Flower's framing
+        (message and object headers, some hundred bytes).
     """
     total = 0
     for record in content.values():

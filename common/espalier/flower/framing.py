@@ -1,8 +1,8 @@
-"""The two calls that carry objects, with as few copies of what they carry as gRPC lets through.
+"""Serialisation of the two calls that transfer objects (PushObject, PullObject), with fewer copies than protobuf makes.
 
-Protobuf copies an object's content into the request, the request into its bytes, and both again where it is read. The
-same bytes are made here by one join of pieces, and read by a walk that leaves the content where it came. The walk takes
-only what protobuf writes; whatever else comes is left to protobuf, which decides what it means or refuses it.
+Protobuf copies an object's content into the request and the request into its bytes, and both again on receipt. Here
+the same bytes are produced by one join of pieces, and parsed so that the content is a view of the received bytes. The
+parser accepts only the form that protobuf writes; anything else is passed to protobuf.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ from flwr.proto.node_pb2 import Node
 Buffer: TypeAlias = bytes | memoryview
 
 SERVICE = "flwr.proto.Fleet"
-#: A content of fewer bytes is copied, so that nobody holds the call's other bytes for it.
-BIG = 64 << 10
+#: Smaller contents are copied, so that they do not keep the bytes of the whole call alive.
+MIN_VIEW_BYTES = 64 << 10
 _LENGTH, _VARINT = 2, 0
 _CONTENT_OF_PUSH = PushObjectRequest.DESCRIPTOR.fields_by_name["object_content"].number
 _CONTENT_OF_PULL = PullObjectResponse.DESCRIPTOR.fields_by_name["object_content"].number
@@ -33,7 +33,7 @@ _CONTENT_OF_PULL = PullObjectResponse.DESCRIPTOR.fields_by_name["object_content"
 
 @dataclass(frozen=True, slots=True)
 class ObjectPush:
-    """A PushObjectRequest whose content is in pieces, or where it came."""
+    """A PushObjectRequest whose content is a sequence of buffers, or a view of the received bytes."""
 
     node: Node
     run_id: int
@@ -43,13 +43,13 @@ class ObjectPush:
 
     @property
     def object_content(self) -> Buffer:
-        """The content, in one piece."""
-        return _in_one(self.pieces)
+        """The content in one buffer."""
+        return _as_one_buffer(self.pieces)
 
 
 @dataclass(frozen=True, slots=True)
 class ObjectAnswer:
-    """A PullObjectResponse whose content is in pieces, or where it came."""
+    """A PullObjectResponse whose content is a sequence of buffers, or a view of the received bytes."""
 
     object_found: bool
     object_available: bool
@@ -57,22 +57,22 @@ class ObjectAnswer:
 
     @property
     def object_content(self) -> Buffer:
-        """The content, in one piece."""
-        return _in_one(self.pieces)
+        """The content in one buffer."""
+        return _as_one_buffer(self.pieces)
 
 
 def push_to_bytes(request: ObjectPush | PushObjectRequest) -> bytes:
-    """Write a request as protobuf does."""
+    """Serialise a request to the bytes that protobuf produces."""
     if isinstance(request, PushObjectRequest):
         return bytes(request.SerializeToString())
     before = PushObjectRequest(node=request.node, run_id=request.run_id, object_id=request.object_id)
     after = PushObjectRequest(session_id=request.session_id)
-    return _joined(before, _CONTENT_OF_PUSH, request.pieces, after)
+    return _serialise(before, _CONTENT_OF_PUSH, request.pieces, after)
 
 
 def push_from_bytes(data: bytes) -> ObjectPush | PushObjectRequest:
-    """Read a request; raises protobuf's DecodeError where that would."""
-    found = _without_content(data, _CONTENT_OF_PUSH)
+    """Parse a request; raises DecodeError where protobuf would."""
+    found = _split_content(data, _CONTENT_OF_PUSH)
     if found is None:
         return PushObjectRequest.FromString(data)
     rest, content = found
@@ -81,16 +81,16 @@ def push_from_bytes(data: bytes) -> ObjectPush | PushObjectRequest:
 
 
 def answer_to_bytes(answer: ObjectAnswer | PullObjectResponse) -> bytes:
-    """Write an answer as protobuf does."""
+    """Serialise a response to the bytes that protobuf produces."""
     if isinstance(answer, PullObjectResponse):
         return bytes(answer.SerializeToString())
     before = PullObjectResponse(object_found=answer.object_found, object_available=answer.object_available)
-    return _joined(before, _CONTENT_OF_PULL, answer.pieces, PullObjectResponse())
+    return _serialise(before, _CONTENT_OF_PULL, answer.pieces, PullObjectResponse())
 
 
 def answer_from_bytes(data: bytes) -> ObjectAnswer | PullObjectResponse:
-    """Read an answer; raises protobuf's DecodeError where that would."""
-    found = _without_content(data, _CONTENT_OF_PULL)
+    """Parse a response; raises DecodeError where protobuf would."""
+    found = _split_content(data, _CONTENT_OF_PULL)
     if found is None:
         return PullObjectResponse.FromString(data)
     rest, content = found
@@ -99,7 +99,7 @@ def answer_from_bytes(data: bytes) -> ObjectAnswer | PullObjectResponse:
 
 
 def object_calls(channel: Any) -> dict[str, Any]:
-    """Return a channel's two calls that carry objects."""
+    """Return the two calls that transfer objects, on a channel."""
     return {
         "PushObject": channel.unary_unary(
             f"/{SERVICE}/PushObject",
@@ -115,21 +115,21 @@ def object_calls(channel: Any) -> dict[str, Any]:
 
 
 def add_fleet(servicer: Any, server: grpc.Server) -> None:
-    """Have a server serve Fleet: Flower's own methods, and the two that carry objects as they are read here."""
+    """Register the Fleet service with a server, with this module's serialisers for the object calls."""
     add_FleetServicer_to_server(servicer, _Registrar(servicer, server))
 
 
 class _Registrar:
-    """Stands for the server while Flower's generated code adds its methods to it."""
+    """Passed in place of the server to Flower's generated registration code, whose handlers it modifies."""
 
     def __init__(self, servicer: Any, server: grpc.Server) -> None:
         self._servicer, self._server = servicer, server
 
     def add_generic_rpc_handlers(self, handlers: Sequence[grpc.GenericRpcHandler]) -> None:
-        """Leave them out: the same methods come by name."""
+        """Ignore them: the same handlers are registered by name."""
 
     def add_registered_method_handlers(self, service: str, methods: dict[str, grpc.RpcMethodHandler]) -> None:
-        """Put the two methods in the place of Flower's, and add all."""
+        """Replace the handlers of the two object calls, and register all."""
         methods = methods | {
             "PushObject": grpc.unary_unary_rpc_method_handler(
                 self._servicer.PushObject,
@@ -146,12 +146,12 @@ class _Registrar:
         self._server.add_registered_method_handlers(service, methods)
 
 
-def _in_one(pieces: Sequence[Buffer]) -> Buffer:
+def _as_one_buffer(pieces: Sequence[Buffer]) -> Buffer:
     return pieces[0] if len(pieces) == 1 else b"".join(pieces)
 
 
-def _joined(before: Any, number: int, pieces: Sequence[Buffer], after: Any) -> bytes:
-    """Return the bytes of a message whose field `number` is the joined pieces; an empty one is not written."""
+def _serialise(before: Any, number: int, pieces: Sequence[Buffer], after: Any) -> bytes:
+    """Return the bytes of a message whose field `number` is the joined pieces; an empty field is omitted."""
     size = sum(len(piece) for piece in pieces)
     head = [bytes([number << 3 | _LENGTH]), _varint(size), *pieces] if size else []
     return b"".join((before.SerializeToString(), *head, after.SerializeToString()))
@@ -166,22 +166,22 @@ def _varint(value: int) -> bytes:
     return bytes(found)
 
 
-def _without_content(data: bytes, content: int) -> tuple[bytes, memoryview] | None:
-    """Part a message's bytes into a big content and all others.
+def _split_content(data: bytes, content: int) -> tuple[bytes, memoryview] | None:
+    """Split the bytes of a message into a large content field and the remaining fields.
 
-    None where that is not to be done: without a big content, or where the bytes are anything but fields of known kinds,
-    in rising order, that end where the message does.
+    Returns None, so that protobuf parses the message, without a large content, or unless the bytes are fields of known
+    wire types in ascending order that end where the message ends.
     """
-    if len(data) < BIG:
+    if len(data) < MIN_VIEW_BYTES:
         return None
-    at, former, found = 0, 0, None
+    at, previous, found = 0, 0, None
     begins = ends = 0
     while at < len(data):
         start, tag = at, data[at]
         number, kind = tag >> 3, tag & 7
-        if not former < number < 16 or kind not in (_LENGTH, _VARINT):
+        if not previous < number < 16 or kind not in (_LENGTH, _VARINT):
             return None
-        former = number
+        previous = number
         value, at = _read_varint(data, at + 1)
         if at < 0:
             return None
@@ -190,7 +190,7 @@ def _without_content(data: bytes, content: int) -> tuple[bytes, memoryview] | No
             if at > len(data):
                 return None
             if number == content:
-                if value < BIG:
+                if value < MIN_VIEW_BYTES:
                     return None
                 begins, ends, found = start, at, memoryview(data)[begin:at]
         elif number == content:
@@ -199,7 +199,7 @@ def _without_content(data: bytes, content: int) -> tuple[bytes, memoryview] | No
 
 
 def _read_varint(data: bytes, at: int) -> tuple[int, int]:
-    """Return a number of at most ten bytes, as protobuf writes them, and where it ends, -1 if there is none."""
+    """Return a varint of at most ten bytes and the offset after it; the offset is -1 if there is none."""
     value = 0
     for place in range(10):
         if at + place >= len(data):

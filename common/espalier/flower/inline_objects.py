@@ -1,8 +1,8 @@
-"""Small objects travel with the message that announces them: one call instead of one for each.
+"""Small objects sent inline with the announcement of their message, which saves a call for each of them.
 
-A Flower message is a tree of objects (message, records, arrays, chunks), and the Fleet API fetches and brings each with
-a call of its own. Where both ends are ours, those that are small lie in the announcement's own ``content``, which is
-empty else: the same objects under the same hashes, so nothing of what follows changes. Other ends do not look there.
+A Flower message is a tree of objects (message, records, Arrays, chunks), and the Fleet API transfers each in a
+separate call. Between two Espalier nodes, small objects are put into the ``content`` of the announcement, which is
+empty otherwise. They are the same objects under the same hashes, so later steps do not change. Stock nodes ignore them.
 """
 
 from __future__ import annotations
@@ -15,64 +15,61 @@ from flwr.proto.message_pb2 import Message as ProtoMessage
 
 from espalier.flower.payloads import Packed
 
-#: Key of the record in an announcement's content, and of the objects in it.
+#: Key of the record in the content of an announcement, and key of the objects in that record.
 RECORD, OBJECTS = "espalier.early", "objects"
-#: Bytes of objects that an announcement takes along. A call costs about a millisecond of both ends' processors, and so
-#: do the further copies of some megabytes; a poll that many nodes make should still not carry megabytes each.
-MOST = 256 << 10
-#: What a server of ours says of a reply that it takes; one that it does not want has 0, as all have at a stock one.
-TAKEN = 1
+#: Maximum bytes of inline objects per announcement. A call costs about a millisecond of CPU time at both ends, as do
+#: the additional copies of some megabytes; but the answers to polls of many nodes should not hold megabytes each.
+MAX_INLINE_BYTES = 256 << 10
+#: Result code of an Espalier server for a reply that it accepts; 0 for a refused one, and for any at a stock server.
+ACCEPTED = 1
 
 
-def early_objects(packed: Packed) -> list[bytes]:
-    """Return the objects of a message that go with its announcement, the inner ones last.
-
-    Those that describe are always small; chunks follow as far as there is room.
-    """
+def select_inline(packed: Packed) -> list[bytes]:
+    """Return the objects to send inline: first the descriptions, outermost first, then chunks while they fit."""
     chunks: list[str] = []
     others: list[str] = []
-    for object_id, held in packed.objects.items():
-        (chunks if isinstance(held, ArrayChunk) else others).append(object_id)
-    found, room = [], MOST
+    for object_id, item in packed.objects.items():
+        (chunks if isinstance(item, ArrayChunk) else others).append(object_id)
+    found, remaining = [], MAX_INLINE_BYTES
     for object_id in (*reversed(others), *chunks):
-        held = packed.objects[object_id]
-        if isinstance(held, ArrayChunk) and len(held.data) > room:
-            continue  # not serialised in vain
+        item = packed.objects[object_id]
+        if isinstance(item, ArrayChunk) and len(item.data) > remaining:
+            continue  # avoids serialising it
         content = packed.content(object_id)
-        if len(content) <= room:
+        if len(content) <= remaining:
             found.append(content)
-            room -= len(content)
+            remaining -= len(content)
     return found
 
 
 def attach(announcement: ProtoMessage, objects: Iterable[bytes]) -> None:
-    """Put objects into an announcement, whose content must be empty."""
+    """Add objects to an announcement, whose content must be empty."""
     item = announcement.content.items.add(key=RECORD)
     item.config_record.items.add(key=OBJECTS).value.bytes_list.vals.extend(objects)
 
 
 def detach(announcement: ProtoMessage, wanted: Collection[str]) -> dict[str, bytes]:
-    """Take the objects out of an announcement.
+    """Remove the inline objects from an announcement and return them.
 
     Parameters
     ----------
     announcement : Message
-        As it came; afterwards it is as one that took nothing along.
+        As received; its content is empty afterwards.
     wanted : collection of str
-        Ids of the message's objects. What has another hash is passed over, and so is what is beyond `MOST`.
+        Ids of the message's objects. Objects with other hashes, and those beyond `MAX_INLINE_BYTES`, are ignored.
 
     Returns
     -------
     dict
-        The objects by their ids, verified; {} where the other end is not ours.
+        The objects by id, verified; empty if the sender is a stock node.
     """
-    room, found = MOST, {}
+    remaining, found = MAX_INLINE_BYTES, {}
     for item in announcement.content.items:
         if item.key == RECORD and item.HasField("config_record"):
             for entry in item.config_record.items:
                 for content in entry.value.bytes_list.vals:
-                    room -= len(content)
-                    if room < 0:
+                    remaining -= len(content)
+                    if remaining < 0:
                         break
                     object_id = hashlib.sha256(content).hexdigest()
                     if object_id in wanted:

@@ -1,4 +1,4 @@
-"""What becomes of the memory of big payloads: given back at once, or used again until a process has nothing to do."""
+"""Memory management for large payloads: settings of glibc's allocator, trimming the heap, and cyclic garbage."""
 
 from __future__ import annotations
 
@@ -17,41 +17,40 @@ from flwr.app import ArrayRecord, Message
 
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD, _M_MMAP_MAX, _M_ARENA_MAX = -1, -3, -4, -8  # malloc.h of glibc
 _MADV_HUGEPAGE = 14  # Linux's mman.h
-BIG_BLOCK = 8 << 20
-KEPT = 64 << 20
-#: Bytes of a payload for which room is made first: of a smaller one what is kept does not matter beside a model.
-MUCH = 128 << 20
+LARGE_BLOCK = 8 << 20
+TRIM_THRESHOLD = 64 << 20
+#: Bytes from which on the heap is trimmed before a payload is assembled; below, the unused heap does not matter.
+LARGE_PAYLOAD = 128 << 20
 _ALL = 2**31 - 1
 
 
 @functools.cache
-def give_back_big_blocks() -> bool:
-    """Map blocks of 8 MiB or more on their own, keep one arena for all others; return whether that took effect.
+def unmap_large_blocks_on_free() -> bool:
+    """Allocate blocks of 8 MiB or more with mmap, and all others from one arena; return whether that took effect.
 
-    By default glibc raises that limit to 32 MiB once such a block is freed, and keeps what it received in the arenas of
-    the threads that received it: 32 replies of 40 MB left 80 MB more behind than 4. With one arena the chunks of
-    payloads (5 MiB) use the same pages again and again: to map each anew cost two fifths of a round's processor time.
-    Up to 64 MiB of freed memory stay in the process. It is for a process that moves payloads; one that trains
-    allocates too often, from too many threads, for it. Elsewhere than on glibc nothing is changed.
+    By default glibc raises the mmap threshold to 32 MiB once such a block is freed, and retains received data in the
+    arena of each receiving thread: 32 replies of 40 MB left 80 MB more behind than 4 replies. With one arena the
+    chunks of payloads (5 MiB) reuse the same pages; mapping each anew took two fifths of the CPU time of a round.
+    Up to 64 MiB of freed memory stay in the process. Meant for a process that moves payloads; one that trains
+    allocates too often, from too many threads. On other C libraries nothing changes.
     """
-    return _tune(((_M_MMAP_THRESHOLD, BIG_BLOCK), (_M_TRIM_THRESHOLD, KEPT), (_M_ARENA_MAX, 1)))
+    return _tune(((_M_MMAP_THRESHOLD, LARGE_BLOCK), (_M_TRIM_THRESHOLD, TRIM_THRESHOLD), (_M_ARENA_MAX, 1)))
 
 
 @functools.cache
-def keep_freed_blocks() -> bool:
-    """Have the process use freed blocks of any size again, until :func:`give_back_freed`; return whether it does so.
+def retain_freed_blocks() -> bool:
+    """Have the allocator reuse freed blocks of any size until :func:`trim_heap`; return whether that took effect.
 
-    By default glibc maps every block of a network's size anew, and the system must find and clear each of its pages.
-    It is for a process that works in bursts and gives back what it does not need when it has nothing to do. What it
-    holds at most may be more, where freed blocks lie between others and are too small for the next. Elsewhere than on
-    glibc nothing is changed.
+    By default glibc maps every block of a network's size anew, and the kernel must find and clear its pages. Meant for
+    a process that works in bursts and trims its heap when it is idle. Fragmentation may raise its peak memory. On
+    other C libraries nothing changes.
     """
     return _tune(((_M_MMAP_MAX, 0), (_M_TRIM_THRESHOLD, _ALL), (_M_ARENA_MAX, 1)))
 
 
-def keeps_freed_blocks() -> bool:
-    """Tell whether this process does."""
-    return bool(keep_freed_blocks.cache_info().currsize) and keep_freed_blocks()
+def retains_freed_blocks() -> bool:
+    """Return whether :func:`retain_freed_blocks` took effect in this process."""
+    return bool(retain_freed_blocks.cache_info().currsize) and retain_freed_blocks()
 
 
 def _tune(wanted: Sequence[tuple[int, int]]) -> bool:
@@ -64,13 +63,12 @@ def _tune(wanted: Sequence[tuple[int, int]]) -> bool:
 
 
 def in_huge_pages(block: npt.NDArray[np.uint8]) -> None:
-    """Ask for pages of 2 MiB below a new block, before it is written to: each page takes the system as long to find.
+    """Advise the kernel to back a new block with huge pages (2 MiB) before it is written to; they fault in faster.
 
-    NumPy does so for its own arrays; bytes are on pages of 4 KiB. Elsewhere than on Linux nothing is done, nor where
-    the system has no such pages.
+    NumPy does so for its own arrays; a `bytes` object lies on pages of 4 KiB. Only on Linux, where it has huge pages.
     """
     advise = _madvise()
-    if advise is None or block.nbytes < BIG_BLOCK:
+    if advise is None or block.nbytes < LARGE_BLOCK:
         return
     start = block.ctypes.data
     first = -(-start // mmap.PAGESIZE) * mmap.PAGESIZE
@@ -99,53 +97,55 @@ def _trim() -> Callable[[int], int] | None:
     return cast("Callable[[int], int]", trim)
 
 
-def give_back_freed() -> None:
-    """Give every whole page of freed blocks back to the system, also those between blocks in use.
+def trim_heap() -> None:
+    """Return every whole page of freed memory to the kernel, also between blocks in use.
 
-    By itself the allocator only gives back what lies above its last block in use. Elsewhere than on glibc nothing is
-    done.
+    By itself the allocator returns only what lies above its last block in use. On other C libraries than glibc this
+    does nothing.
     """
     trim = _trim()
     if trim is not None:
         trim(0)
 
 
-class Sweeper:
-    """Collects cyclic garbage where payloads are left in it.
+class CycleCollector:
+    """Runs the garbage collector when reference cycles hold payloads of dropped messages.
 
-    ``RecordDict.array_records`` and its like build an object that refers to itself and to the whole content, so a
-    message that was read through them is not freed when it is dropped, but when Python next looks for cycles: many
-    payloads later. Our own code does not read so, but a user's app may. To look for cycles costs a process with torch
-    some tenths of a second, so it is done only for payloads that outlive their message.
+    ``RecordDict.array_records`` and similar properties build an object that refers to itself and to the whole content,
+    so a message read through them is not freed when it is dropped, but when Python next collects cycles: many payloads
+    later. Espalier does not use them, but a user's app may. A collection takes some tenths of a second in a process
+    with torch, so it runs only when payloads outlive their message.
 
     Parameters
     ----------
     every : int
-        Bytes of payload left behind between two collections.
+        Bytes of retained payloads between two collections.
     """
 
     def __init__(self, every: int = 32_000_000) -> None:
         self._every = every
-        self._left = 0
-        self._dropped: list[list[tuple[weakref.ref[ArrayRecord], int]]] = []  # an item a message
+        self._retained = 0
+        self._dropped: list[list[tuple[weakref.ref[ArrayRecord], int]]] = []  # one item per message
 
-    def expect(self, message: Message) -> None:
-        """Note a message that is about to be dropped."""
+    def track(self, message: Message) -> None:
+        """Watch the payloads of a message that is about to be dropped."""
         records = message.content.values() if message.has_content() else ()
         payloads = [record for record in records if isinstance(record, ArrayRecord)]
         self._dropped.append([(weakref.ref(p), sum(len(a.data) for a in p.values())) for p in payloads])
 
-    def sweep(self, *, but_last: bool = False) -> None:
-        """Collect, if enough of what was dropped by now is still there.
+    def collect(self, *, but_last: bool = False) -> None:
+        """Collect garbage if enough payloads of dropped messages are still alive.
 
         Parameters
         ----------
         but_last : bool
-            Leave the newest message out: a loop over replies holds it until the next one comes.
+            Ignore the newest message: a loop over replies holds a reference until the next one arrives.
         """
-        judged = self._dropped[:-1] if but_last else self._dropped
-        self._dropped = self._dropped[len(judged) :]
-        self._left += sum(size for payloads in judged for record, size in payloads if record() is not None)
-        if self._left >= self._every:
-            self._left = 0
+        checked = self._dropped[:-1] if but_last else self._dropped
+        self._dropped = self._dropped[len(checked) :]
+        self._retained += sum(
+            size for payloads in checked for record, size in payloads if record() is not None
+        )
+        if self._retained >= self._every:
+            self._retained = 0
             gc.collect()

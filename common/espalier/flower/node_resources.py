@@ -1,4 +1,4 @@
-"""What the nodes of one process share: connections, a clock for heartbeats, and turns at the processor."""
+"""Resources that the nodes of a process share: gRPC channels, a heartbeat scheduler, and a lock around app calls."""
 
 from __future__ import annotations
 
@@ -14,99 +14,99 @@ from dataclasses import dataclass
 import grpc
 from flwr.supercore.grpc import GRPC_MAX_MESSAGE_LENGTH
 
-from espalier.flower.upstreams import Home
+from espalier.flower.upstreams import Upstream
 
 
 @dataclass
-class Trunk:
-    """A gRPC channel and how many lines use it."""
+class SharedChannel:
+    """A gRPC channel and the number of connections that use it."""
 
-    home: Home
+    upstream: Upstream
     channel: grpc.Channel
-    lines: int = 0
+    users: int = 0
 
 
-class Channels:
-    """Gives out gRPC channels.
+class ChannelPool:
+    """A pool of gRPC channels.
 
     Parameters
     ----------
-    lines : int
-        How many lines to one server share a channel.
+    users : int
+        How many connections to one server share a channel.
     """
 
-    def __init__(self, lines: int = 1) -> None:
-        self._most = lines
+    def __init__(self, users: int = 1) -> None:
+        self._max_users = users
         self._lock = threading.Lock()
-        self._open: dict[Home, list[Trunk]] = {}
+        self._open: dict[Upstream, list[SharedChannel]] = {}
 
-    def take(self, home: Home) -> Trunk:
-        """Return a channel to a home with a place left, a new one if there is none."""
+    def acquire(self, upstream: Upstream) -> SharedChannel:
+        """Return a channel to a server with capacity left; open one if there is none."""
         with self._lock:
-            trunks = self._open.setdefault(home, [])
-            trunk = next((trunk for trunk in trunks if trunk.lines < self._most), None)
-            if trunk is None:
-                trunk = Trunk(home, _open_channel(home))
-                trunks.append(trunk)
-            trunk.lines += 1
-            return trunk
+            channels = self._open.setdefault(upstream, [])
+            shared = next((shared for shared in channels if shared.users < self._max_users), None)
+            if shared is None:
+                shared = SharedChannel(upstream, _open_channel(upstream))
+                channels.append(shared)
+            shared.users += 1
+            return shared
 
-    def leave(self, trunk: Trunk) -> None:
-        """Give a place back; the last one to leave closes the channel. Nobody takes a place beside one who left.
+    def release(self, shared: SharedChannel) -> None:
+        """Return a channel to the pool; the last user closes it, and it is never handed out again.
 
-        A line leaves when it is closed or found dead, and a channel that is dead for one is dead for all.
+        A user releases its channel when it closes or when the connection is dead, which holds for all its users.
         """
         with self._lock:
-            trunk.lines -= 1
-            trunks = self._open.get(trunk.home, [])
-            if trunk in trunks:
-                trunks.remove(trunk)
-            if not trunks:
-                self._open.pop(trunk.home, None)
-            last = trunk.lines == 0
+            shared.users -= 1
+            channels = self._open.get(shared.upstream, [])
+            if shared in channels:
+                channels.remove(shared)
+            if not channels:
+                self._open.pop(shared.upstream, None)
+            last = shared.users == 0
         if last:
-            trunk.channel.close()
+            shared.channel.close()
 
 
-def _open_channel(home: Home) -> grpc.Channel:
+def _open_channel(upstream: Upstream) -> grpc.Channel:
     options = [
         ("grpc.max_send_message_length", GRPC_MAX_MESSAGE_LENGTH),
         ("grpc.max_receive_message_length", GRPC_MAX_MESSAGE_LENGTH),
-        # Without it gRPC gives every channel to one address the same connection.
+        # Otherwise all channels of this process to one address share one connection.
         ("grpc.use_local_subchannel_pool", 1),
         ("grpc.initial_reconnect_backoff_ms", 200),
         ("grpc.min_reconnect_backoff_ms", 200),
         ("grpc.max_reconnect_backoff_ms", 5000),
     ]
-    if home.insecure:
-        return grpc.insecure_channel(home.address, options=options)
-    credentials = grpc.ssl_channel_credentials(home.root_certificates)
-    return grpc.secure_channel(home.address, credentials, options=options)
+    if upstream.insecure:
+        return grpc.insecure_channel(upstream.address, options=options)
+    credentials = grpc.ssl_channel_credentials(upstream.root_certificates)
+    return grpc.secure_channel(upstream.address, credentials, options=options)
 
 
-class Pulse:
-    """One thread that makes calls when their time has come; a call must not block."""
+class HeartbeatScheduler:
+    """A thread that runs callbacks at their due times; a callback must not block."""
 
     def __init__(self) -> None:
         self._changed = threading.Condition()
-        self._due: list[tuple[float, int, Callable[[], None]]] = []
+        self._queue: list[tuple[float, int, Callable[[], None]]] = []
         self._count = itertools.count()
         self._stopped = False
         self._thread: threading.Thread | None = None
 
     def after(self, seconds: float, call: Callable[[], None]) -> None:
-        """Make a call in so many seconds; none is made any more once this is stopped."""
+        """Run a callback in so many seconds, unless the scheduler is stopped before."""
         with self._changed:
             if self._stopped:
                 return
             if self._thread is None:
-                self._thread = threading.Thread(target=self._run, name="pulse", daemon=True)
+                self._thread = threading.Thread(target=self._run, name="heartbeats", daemon=True)
                 self._thread.start()
-            heapq.heappush(self._due, (time.monotonic() + seconds, next(self._count), call))
+            heapq.heappush(self._queue, (time.monotonic() + seconds, next(self._count), call))
             self._changed.notify()
 
     def stop(self) -> None:
-        """Make no further call."""
+        """Run no further callback."""
         with self._changed:
             self._stopped = True
             self._changed.notify()
@@ -114,47 +114,49 @@ class Pulse:
     def _run(self) -> None:
         while True:
             with self._changed:
-                while not self._stopped and (not self._due or self._due[0][0] > time.monotonic()):
-                    self._changed.wait(max(0.0, self._due[0][0] - time.monotonic()) if self._due else None)
+                while not self._stopped and (not self._queue or self._queue[0][0] > time.monotonic()):
+                    self._changed.wait(
+                        max(0.0, self._queue[0][0] - time.monotonic()) if self._queue else None
+                    )
                 if self._stopped:
                     return
-                call = heapq.heappop(self._due)[2]
+                call = heapq.heappop(self._queue)[2]
             try:
                 call()
             except Exception:
-                logging.getLogger(__name__).exception("unforeseen fault; going on")
+                logging.getLogger(__name__).exception("unexpected error; continuing")
 
 
-class Crew:
-    """What the nodes of a process share.
+class NodeResources:
+    """Resources that the nodes of a process share.
 
     Parameters
     ----------
-    lines : int
+    users : int
         How many nodes share a connection to a server.
-    one_at_a_time : bool
-        Whether only one of the nodes calls its app at a time.
-    at_once : frozenset of str
-        Message types that do not wait for that turn.
+    exclusive : bool
+        Whether only one of the nodes may call its app at a time.
+    exempt : frozenset of str
+        Message types whose calls may run at any time.
     """
 
     def __init__(
-        self, lines: int = 1, *, one_at_a_time: bool = False, at_once: frozenset[str] = frozenset()
+        self, users: int = 1, *, exclusive: bool = False, exempt: frozenset[str] = frozenset()
     ) -> None:
-        self.channels = Channels(lines)
-        self.pulse = Pulse()
-        self._turn = threading.Lock() if one_at_a_time else None
-        self._at_once = at_once
+        self.channels = ChannelPool(users)
+        self.heartbeats = HeartbeatScheduler()
+        self._app_lock = threading.Lock() if exclusive else None
+        self._exempt = exempt
 
     @contextlib.contextmanager
-    def turn(self, message_type: str) -> Iterator[None]:
-        """Wait for the turn at the processor that a message of this type needs."""
-        if self._turn is None or message_type in self._at_once:
+    def app_turn(self, message_type: str) -> Iterator[None]:
+        """Hold the lock that a call for a message of this type needs."""
+        if self._app_lock is None or message_type in self._exempt:
             yield
         else:
-            with self._turn:
+            with self._app_lock:
                 yield
 
     def stop(self) -> None:
-        """End the heartbeats, once the nodes are closed."""
-        self.pulse.stop()
+        """Stop the scheduler; call it once the nodes are closed."""
+        self.heartbeats.stop()

@@ -1,4 +1,4 @@
-"""What a resident node keeps on disk: its key, its node id at each home, and the state of its runs."""
+"""The state of a resident node on disk: its key, its node id at each server, and the state of its runs."""
 
 from __future__ import annotations
 
@@ -28,12 +28,12 @@ from espalier.storage.json_file import write_json
 
 
 def load_key(path: Path) -> ec.EllipticCurvePrivateKey:
-    """Read a node key: an EC private key without a passphrase, PEM or OpenSSH.
+    """Read a node key: an unencrypted EC private key in PEM or OpenSSH format.
 
     Raises
     ------
     StateError
-        If the file cannot be read or is no such key.
+        If the file cannot be read or has no such key.
     """
     try:
         content = path.read_bytes()
@@ -43,23 +43,23 @@ def load_key(path: Path) -> ec.EllipticCurvePrivateKey:
     try:
         key = load(content, password=None)
     except (ValueError, TypeError, UnsupportedAlgorithm) as fault:
-        raise StateError(f"{path} is no private key without a passphrase: {fault}") from fault
+        raise StateError(f"{path} is not an unencrypted private key: {fault}") from fault
     if not isinstance(key, ec.EllipticCurvePrivateKey):
         raise StateError(
-            f"{path} is no elliptic-curve key; make one with: ssh-keygen -t ecdsa -b 384 -N '' -f FILE"
+            f"{path} is not an elliptic-curve key; make one with: ssh-keygen -t ecdsa -b 384 -N '' -f FILE"
         )
     return key
 
 
 def load_or_make_key(path: Path) -> ec.EllipticCurvePrivateKey:
-    """Read the node key, or make one (readable by its owner only) on the first start.
+    """Read the node key; generate one, readable by its owner only, if there is none.
 
-    Its public half, which servers register, is written beside it: NAME.pub for NAME.key.
+    The public key, which servers register, is written to the same folder: NAME.pub for NAME.key.
     """
     if path.exists():
         key = load_key(path)
     else:
-        # P-256: signed and verified with every call, and ten times faster than P-384 in OpenSSL.
+        # P-256: every call is signed and verified, and OpenSSL is ten times faster with it than with P-384.
         key = ec.generate_private_key(ec.SECP256R1())
         write_bytes(path, private_key_to_bytes(key), mode=0o600)
     if not path.with_suffix(".pub").exists():
@@ -68,8 +68,8 @@ def load_or_make_key(path: Path) -> ec.EllipticCurvePrivateKey:
     return key
 
 
-class HomeIds:
-    """The node id that each home gave this node, kept over restarts."""
+class NodeIds:
+    """The node id that each server assigned to this node, stored across restarts."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
@@ -77,52 +77,52 @@ class HomeIds:
         self._ids: dict[str, int] = {}
         if path.exists():
             try:
-                held = json.loads(path.read_bytes())
-                self._ids = {str(home): int(node_id) for home, node_id in held.items()}
+                stored = json.loads(path.read_bytes())
+                self._ids = {str(upstream): int(node_id) for upstream, node_id in stored.items()}
             except (OSError, ValueError, TypeError, AttributeError):
-                # Only a hint that saves waiting for an old lease to end: a damaged one is made anew.
+                # A hint that avoids waiting for an old lease to expire; a damaged file is replaced.
                 self._ids = {}
 
-    def get(self, home: str) -> int | None:
-        """Return the remembered node id, if any."""
-        return self._ids.get(home)
+    def get(self, upstream: str) -> int | None:
+        """Return the stored node id, if any."""
+        return self._ids.get(upstream)
 
-    def set(self, home: str, node_id: int) -> None:
-        """Remember a node id."""
+    def set(self, upstream: str, node_id: int) -> None:
+        """Store a node id."""
         with self._lock:
-            if self._ids.get(home) != node_id:
-                self._ids[home] = node_id
+            if self._ids.get(upstream) != node_id:
+                self._ids[upstream] = node_id
                 write_json(self._path, self._ids)
 
 
 class ContextStates:
-    """The `Context.state` of each run, in memory and on disk, for the newest runs only.
+    """The ``Context.state`` of the most recent runs, in memory and on disk.
 
     Parameters
     ----------
     folder : Path
-        Where the files go; Flower's own serialisation of a RecordDict, never pickle.
+        Folder of the files, which hold RecordDicts in Flower's protobuf format.
     keep : int
-        How many runs to keep.
+        Number of runs whose state is stored.
     """
 
     def __init__(self, folder: Path, keep: int = 4) -> None:
         self._folder = folder
         self._keep = keep
         self._lock = threading.Lock()
-        self._held: OrderedDict[str, RecordDict] = OrderedDict()
+        self._cached: OrderedDict[str, RecordDict] = OrderedDict()
         self._written: dict[str, bytes] = {}
         try:
             folder.mkdir(parents=True, exist_ok=True)
         except OSError as fault:
-            raise StateError(f"cannot make {folder}: {fault.strerror}; choose another --state") from fault
+            raise StateError(f"cannot create {folder}: {fault.strerror}; choose another --state") from fault
 
     def _path(self, run: str) -> Path:
-        # A run id comes from a server: never a part of a path.
+        # A run id comes from a server, so it must not be part of a path.
         return self._folder / f"{hashlib.sha256(run.encode()).hexdigest()[:32]}.pb"
 
     def load(self, run: str) -> RecordDict:
-        """Return a run's state; the same object every time, empty for a new run.
+        """Return the state of a run: the same object on every call, empty for a new run.
 
         Raises
         ------
@@ -130,26 +130,26 @@ class ContextStates:
             If the file is damaged.
         """
         with self._lock:
-            if run not in self._held:
+            if run not in self._cached:
                 path = self._path(run)
                 try:
                     content = path.read_bytes() if path.exists() else b""
-                    self._held[run] = recorddict_from_proto(ProtoRecordDict.FromString(content))
+                    self._cached[run] = recorddict_from_proto(ProtoRecordDict.FromString(content))
                 except (OSError, DecodeError, ValueError) as fault:
                     raise StateError(
-                        f"the run state {path} is damaged ({fault}); delete it to start anew"
+                        f"the run state {path} is damaged ({fault}); delete it to start over"
                     ) from fault
-            self._held.move_to_end(run)
-            while len(self._held) > self._keep:
-                self._held.popitem(last=False)
-            return self._held[run]
+            self._cached.move_to_end(run)
+            while len(self._cached) > self._keep:
+                self._cached.popitem(last=False)
+            return self._cached[run]
 
     def save(self, run: str, state: RecordDict) -> None:
-        """Write a run's state, and delete the files of all but the newest runs."""
+        """Write the state of a run, and delete the files of all but the most recent runs."""
         path = self._path(run)
         with self._lock:
-            self._held[run] = state
-            self._held.move_to_end(run)
+            self._cached[run] = state
+            self._cached.move_to_end(run)
         if not state and not path.exists():
             return
         content = recorddict_to_proto(state).SerializeToString()

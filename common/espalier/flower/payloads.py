@@ -1,4 +1,4 @@
-"""Takes messages apart into Flower's content-addressed objects, and puts them together again, with few copies."""
+"""Splits messages into Flower's content-addressed objects and assembles them again, with fewer copies than Flower."""
 
 from __future__ import annotations
 
@@ -25,21 +25,21 @@ from google.protobuf.message import DecodeError
 
 from espalier.flower.arrays import blank_bytes
 from espalier.flower.framing import Buffer
-from espalier.flower.memory import BIG_BLOCK, KEPT, MUCH, give_back_freed, keeps_freed_blocks
+from espalier.flower.memory import LARGE_BLOCK, LARGE_PAYLOAD, TRIM_THRESHOLD, retains_freed_blocks, trim_heap
 
-# Message, RecordDict, record, Array, chunk: nothing that Flower builds is deeper.
+# Levels of a message's object tree: Message, RecordDict, record, Array, chunk.
 MAX_DEPTH = 5
-#: Equal chunks travel once, so a message may be larger than what came of it: by so much, in bytes, and so many times.
-#: (A payload of nothing but zeros is one chunk; no more than this of them is any model's.)
+#: Equal chunks are transferred once, so a message may be larger than the bytes received (all zeros are one chunk). The
+#: size of a message is limited to MAX_REPEATED bytes plus MAX_TIMES the bytes received.
 MAX_REPEATED, MAX_TIMES = 2**30, 16
-#: Chunks of 5 MiB from which on an upload is big, and huge (over 60 MiB); see `espalier_edge.fleet.uploads`.
+#: Number of chunks (5 MiB) from which on an upload is big, and huge (over 60 MiB); see `espalier_edge.fleet.uploads`.
 BIG_CHUNKS, HUGE_CHUNKS = 2, 13
-# A chunk's head ends long before; only an object with many children has a longer one.
+# Longer than the header of any chunk; only an object with many children has a longer one.
 SHORT_HEAD = 256
 
-#: An object in one piece, or a chunk's head and its bytes.
+#: The content of an object: one buffer, or the header and the body of a chunk.
 Content: TypeAlias = Buffer | tuple[bytes, memoryview]
-#: What reading an object raises that is none.
+#: Exceptions that parsing a malformed object may raise.
 UNREADABLE = (
     LookupError,
     ValueError,
@@ -52,17 +52,17 @@ UNREADABLE = (
 
 
 class PayloadError(ValueError):
-    """The objects of a received message do not fit together."""
+    """The objects of a received message do not form a message."""
 
 
 def chunk_head(size: int) -> bytes:
-    """Return the header that Flower puts before a chunk of `size` bytes."""
+    """Return Flower's header of a chunk of `size` bytes."""
     head = f"{ArrayChunk.__qualname__}{HEAD_VALUE_DIVIDER}{HEAD_VALUE_DIVIDER}{size}"
     return head.encode() + HEAD_BODY_DIVIDER
 
 
 def _slice(array: Array) -> None:
-    """Fill the Array's cache of chunks; Flower's own slicing copies every chunk three times to hash it."""
+    """Fill the cache of an Array's chunks; Flower's own slicing copies every chunk three times to hash it."""
     if "_chunks" in array.__dict__:
         return
     chunks: list[tuple[str, InflatableObject]] = []
@@ -77,7 +77,7 @@ def _slice(array: Array) -> None:
 
 @dataclass(frozen=True)
 class Packed:
-    """A message as Flower's links carry it: a tree of object ids, and the objects by id."""
+    """A message in the form that Flower transfers: a tree of object ids, and the objects by id."""
 
     message_id: str
     tree: ObjectTree
@@ -88,18 +88,17 @@ class Packed:
         return b"".join(self.pieces(object_id))
 
     def pieces(self, object_id: str) -> tuple[Buffer, ...]:
-        """Serialise one object without joining its pieces; a chunk's bytes are a view."""
-        held = self.objects[object_id]
-        if isinstance(held, ArrayChunk):
-            return chunk_head(len(held.data)), held.data
-        return (held.deflate(),)
+        """Serialise one object as a sequence of buffers; the body of a chunk is a view."""
+        item = self.objects[object_id]
+        if isinstance(item, ArrayChunk):
+            return chunk_head(len(item.data)), item.data
+        return (item.deflate(),)
 
 
 def pack(message: Message) -> Packed:
-    """Take a message apart and stamp it with its message id.
+    """Split a message into objects and set its message id.
 
-    Arrays that were packed before (the same objects, sent to another node) are neither sliced nor hashed
-    again.
+    Arrays that were packed before (the same objects, sent to another node) are neither sliced nor hashed again.
     """
     with no_object_id_recompute():
         if message.has_content():
@@ -113,9 +112,9 @@ def pack(message: Message) -> Packed:
     return Packed(tree.object_id, tree, objects)
 
 
-def _walk(held: InflatableObject, object_id: str, objects: dict[str, InflatableObject]) -> ObjectTree:
-    children = [_walk(child, child_id, objects) for child_id, child in (held.children or {}).items()]
-    objects[object_id] = held
+def _walk(item: InflatableObject, object_id: str, objects: dict[str, InflatableObject]) -> ObjectTree:
+    children = [_walk(child, child_id, objects) for child_id, child in (item.children or {}).items()]
+    objects[object_id] = item
     return ObjectTree(object_id=object_id, children=children)
 
 
@@ -128,10 +127,10 @@ def array_bytes(message: Message) -> int:
 
 
 def content_id(record: ArrayRecord) -> bytes:
-    """Return the SHA-256 that names a payload: of its Arrays' names, dtypes, shapes and, by chunks, bytes.
+    """Return the SHA-256 of a payload: of the names, dtypes, shapes and chunks of its Arrays.
 
-    It is Flower's own object id. A link needs it in any case, so it is computed once at the sender and, of a
-    payload that :func:`unpack` read from verified objects, not at all.
+    This is Flower's object id, which a transfer needs anyway: the sender computes it once, and a receiver whose
+    :func:`unpack` read verified objects does not compute it again.
     """
     for array in record.values():
         if array.is_dirty:
@@ -155,7 +154,7 @@ def tree_ids(tree: ObjectTree) -> list[str]:
 
 
 def chunk_ids(tree: ObjectTree) -> set[str]:
-    """Return the ids of a message's array chunks: what lies deepest."""
+    """Return the ids of a message's array chunks, the leaves at the deepest level."""
     level = [tree]
     for _ in range(1, MAX_DEPTH):
         level = [child for node in level for child in node.children]
@@ -163,7 +162,7 @@ def chunk_ids(tree: ObjectTree) -> set[str]:
 
 
 def count_chunks(tree: ObjectTree, depth: int = 1) -> int:
-    """Count the array chunks in a message's tree: an upper bound of its size in units of 5 MiB."""
+    """Count the array chunks of a message: an upper bound of its size in units of 5 MiB."""
     if depth >= MAX_DEPTH:
         return 1
     return sum(count_chunks(child, depth + 1) for child in tree.children)
@@ -172,22 +171,22 @@ def count_chunks(tree: ObjectTree, depth: int = 1) -> int:
 def unpack(
     message_id: str, contents: dict[str, bytes] | dict[str, Content], *, verified: bool = False
 ) -> Message:
-    """Put a message together; `contents` is emptied on the way, so that no more than one copy is alive.
+    """Assemble a message from its objects; empties `contents` meanwhile, so that only one copy of the data is alive.
 
     Parameters
     ----------
     message_id : str
         Object id of the message.
     contents : dict of str to Content
-        Every object of the message's tree. An Array whose chunks lie one after another in bytes of their own
-        (see `espalier.flower.receive_buffers`) has these, without a copy.
+        Every object of the message's tree. An Array whose chunks are consecutive views of one `bytes` object (see
+        `espalier.flower.receive_buffers`) uses that object without a copy.
     verified : bool
-        Whether each object is known to be what its id is the hash of; then payloads keep their ids.
+        Whether each object is known to match its id; payloads then keep their ids.
 
     Returns
     -------
     Message
-        With its message id set.
+        The message, with its message id set.
 
     Raises
     ------
@@ -197,7 +196,7 @@ def unpack(
     try:
         message = _Inflation(contents, verified).inflate(message_id, 1)
     except UNREADABLE as fault:
-        raise PayloadError(f"its objects do not fit together ({type(fault).__name__}: {fault})") from fault
+        raise PayloadError(f"its objects do not form a message ({type(fault).__name__}: {fault})") from fault
     if not isinstance(message, Message):
         raise PayloadError(f"its root object is a {type(message).__name__}, not a Message")
     if message.has_content() and not isinstance(message.content, RecordDict):
@@ -207,14 +206,14 @@ def unpack(
 
 
 class _Inflation:
-    """One message being put together: frees every chunk as soon as its last Array has its bytes."""
+    """Assembles one message, and frees every chunk as soon as the last Array that needs it has its bytes."""
 
     def __init__(self, contents: dict[str, bytes] | dict[str, Content], verified: bool) -> None:
         self._contents = contents
         self._verified = verified
         self._done: dict[str, InflatableObject] = {}
-        self._room = MAX_REPEATED + MAX_TIMES * sum(_size(content) for content in contents.values())
-        # Equal chunks are one object, so several Arrays, or one several times, may need it.
+        self._budget = MAX_REPEATED + MAX_TIMES * sum(_size(content) for content in contents.values())
+        # Equal chunks are one object, which several Arrays may use, or one Array several times.
         self._uses = Counter(child for content in contents.values() for child in head_of(content)[1])
 
     def inflate(self, object_id: str, depth: int) -> InflatableObject:
@@ -225,36 +224,36 @@ class _Inflation:
         content = self._contents.pop(object_id)
         kind, child_ids, body = parts(content)
         cls = inflatable_class_registry[kind]
-        held: InflatableObject
+        item: InflatableObject
         if cls is Array:
-            held = self._join(body, child_ids)
+            item = self._join(body, child_ids)
         else:
             children = {child: self.inflate(child, depth + 1) for child in child_ids}
-            # No copy of what is bytes.
+            # bytes() of bytes makes no copy.
             whole = b"".join(content) if isinstance(content, tuple) else bytes(content)
-            held = cls.inflate(whole, children=children)
-        if self._verified and isinstance(held, ArrayRecord):
-            _keep_ids(held, object_id, json.loads(bytes(body)))
-        self._done[object_id] = held
-        return held
+            item = cls.inflate(whole, children=children)
+        if self._verified and isinstance(item, ArrayRecord):
+            _set_object_ids(item, object_id, json.loads(bytes(body)))
+        self._done[object_id] = item
+        return item
 
     def _join(self, body: memoryview, child_ids: list[str]) -> Array:
-        """Build an Array from its chunks with one copy (Flower's own inflation makes three), chunk by chunk."""
+        """Build an Array from its chunks with one copy, or none (Flower's own inflation makes three)."""
         described = describe(body, child_ids)
         order = described.order
         chunks: dict[str, memoryview] = {}
         for child in child_ids:
             kind, _, chunks[child] = parts(self._contents[child])
             if inflatable_class_registry[kind] is not ArrayChunk:
-                raise ValueError("an Array has children that are no chunks")
+                raise ValueError("an Array has children that are not chunks")
         size = sum(len(chunks[child]) for child in order)
-        self._room -= size
-        if self._room < 0:  # a few characters may name a chunk a million times
-            raise ValueError("an Array repeats its chunks until no memory holds it")
+        self._budget -= size
+        if self._budget < 0:  # a short description may refer to a chunk a million times
+            raise ValueError("an Array repeats its chunks beyond the size limit")
         data = in_place([chunks[child] for child in order], size)
-        if size > MUCH and not keeps_freed_blocks():
-            give_back_freed()  # what the calls took that brought the chunks
-        if data is None and size >= BIG_BLOCK:
+        if size > LARGE_PAYLOAD and not retains_freed_blocks():
+            trim_heap()  # return the memory of the calls that transferred the chunks
+        if data is None and size >= LARGE_BLOCK:
             data = self._fill(size, order, chunks)
         else:
             data = b"".join([chunks[child] for child in order]) if data is None else data
@@ -263,15 +262,15 @@ class _Inflation:
         return Array(dtype=described.dtype, shape=described.shape, stype=described.stype, data=data)
 
     def _fill(self, size: int, order: list[str], chunks: dict[str, memoryview]) -> bytes:
-        """Put chunks in their order, each freed after its last place; zeros that nobody has touched take no memory."""
+        """Copy the chunks in order, freeing each after its last use; untouched zero pages take no memory."""
         last = {child: place for place, child in enumerate(order)}
-        data, room = blank_bytes(size)
+        data, memory = blank_bytes(size)
         at = 0
         for place, child in enumerate(order):
-            if place and size > KEPT and not keeps_freed_blocks():
-                give_back_freed()  # or the chunks' pages would stay beside the Array: a second copy
+            if place and size > TRIM_THRESHOLD and not retains_freed_blocks():
+                trim_heap()  # otherwise the pages of freed chunks stay resident: a second copy of the Array
             end = at + len(chunks[child])
-            room[at:end] = np.frombuffer(chunks[child], np.uint8)
+            memory[at:end] = np.frombuffer(chunks[child], np.uint8)
             at = end
             if place == last[child]:
                 del chunks[child]
@@ -279,7 +278,7 @@ class _Inflation:
         return data
 
     def _used(self, chunk: str) -> None:
-        """Free a chunk if no other Array needs it."""
+        """Free a chunk after its last use."""
         self._uses[chunk] -= 1
         if not self._uses[chunk]:
             del self._contents[chunk]
@@ -287,7 +286,7 @@ class _Inflation:
 
 @dataclass(frozen=True, slots=True)
 class Described:
-    """What an Array's object says: what it holds, and its chunks in their order."""
+    """The description of an Array: its dtype, shape, serialisation, and the ids of its chunks in order."""
 
     dtype: str
     shape: tuple[int, ...]
@@ -296,17 +295,22 @@ class Described:
 
 
 def describe(body: memoryview, child_ids: list[str]) -> Described:
-    """Read an Array's object; raises what `UNREADABLE` names where it is none."""
-    said = json.loads(bytes(body))
-    places = [int(index) for index in said["arraychunk_ids"]]
+    """Parse the object of an Array; raises one of `UNREADABLE` if it is malformed."""
+    description = json.loads(bytes(body))
+    places = [int(index) for index in description["arraychunk_ids"]]
     order = [child_ids[place] for place in places]
     if set(order) != set(child_ids) or any(place < 0 for place in places):
-        raise ValueError("an Array does not name each of its chunks")
-    return Described(str(said["dtype"]), tuple(int(n) for n in said["shape"]), str(said["stype"]), order)
+        raise ValueError("an Array does not refer to each of its chunks")
+    return Described(
+        str(description["dtype"]),
+        tuple(int(n) for n in description["shape"]),
+        str(description["stype"]),
+        order,
+    )
 
 
 def in_place(pieces: Sequence[memoryview], size: int) -> bytes | None:
-    """Return the bytes that these views of them make up, one after another; None where they do not."""
+    """Return the `bytes` object that these consecutive views cover; None if they do not cover one exactly."""
     whole = pieces[0].obj if pieces else None
     if not isinstance(whole, bytes) or len(whole) != size or any(piece.obj is not whole for piece in pieces):
         return None
@@ -327,7 +331,7 @@ def _size(content: Content) -> int:
 
 
 def head_of(content: Content) -> tuple[str, list[str], int, int]:
-    """Return the type, the children's ids and the body's size as an object's head says, and where the body begins."""
+    """Parse the header of an object: its type, the ids of its children, the size of the body, and the body's offset."""
     if isinstance(content, tuple):
         content = content[0]
     begin = bytes(content[:SHORT_HEAD])
@@ -340,16 +344,16 @@ def head_of(content: Content) -> tuple[str, list[str], int, int]:
 
 
 def parts(content: Content) -> tuple[str, list[str], memoryview]:
-    """Return the type, the children's ids and the body of an object; raises ValueError where it is none."""
+    """Split an object into its type, the ids of its children and its body; raises ValueError if it is malformed."""
     kind, child_ids, size, start = head_of(content)
     body = content[1] if isinstance(content, tuple) else memoryview(content)[start:]
     if len(body) != size:
-        raise ValueError(f"a {kind} has {len(body)} bytes and claims {size}")
+        raise ValueError(f"a {kind} has {len(body)} bytes, its header says {size}")
     return kind, child_ids, body
 
 
-def _keep_ids(record: ArrayRecord, object_id: str, array_ids: Mapping[str, str]) -> None:
-    """Fill Flower's own caches of object ids; whoever changes the record or an Array makes them stale."""
-    for name, array in record.items():  # the record's own copies, not what it was inflated from
+def _set_object_ids(record: ArrayRecord, object_id: str, array_ids: Mapping[str, str]) -> None:
+    """Fill Flower's caches of object ids, which become stale if the record or an Array is modified."""
+    for name, array in record.items():  # the record's own copies, not the Arrays that it was inflated from
         array.__dict__["_object_id"], array.is_dirty = array_ids[name], False
     record.__dict__["_object_id"], record.is_dirty = object_id, False

@@ -1,4 +1,4 @@
-"""Arrays that are on their way: each chunk goes to its place when it comes, so there is never a second copy of them."""
+"""Buffers for Arrays in transit: each chunk is copied to its offset on arrival, so no second copy exists."""
 
 from __future__ import annotations
 
@@ -12,36 +12,48 @@ from flwr.common.constant import FLWR_PRIVATE_MAX_ARRAY_CHUNK_SIZE, SType
 
 from espalier.flower.arrays import blank_bytes, npy_size
 from espalier.flower.framing import Buffer
-from espalier.flower.memory import BIG_BLOCK
+from espalier.flower.memory import LARGE_BLOCK
 from espalier.flower.payloads import UNREADABLE, Content, chunk_head, describe, head_of, parts
 
 CHUNK = FLWR_PRIVATE_MAX_ARRAY_CHUNK_SIZE
 
 
 @dataclass(slots=True)
-class _Room:
-    """The bytes of one Array, and their memory to write to."""
+class _Buffer:
+    """The bytes of one Array, and a writable view of them."""
 
     chunks: list[str]
     data: bytes
     memory: np.ndarray
 
 
-class Rooms:
-    """The Arrays of which an object says how large they are before their chunks come.
+class ReceiveBuffers:
+    """Buffers of the Arrays whose description, with their size, arrives before their chunks.
 
-    Any other chunk stays what it is, and is copied to its Array's bytes when all are there.
+    Any other chunk stays as received, and is copied to its Array's bytes when the message is assembled.
     """
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
-        self._rooms: dict[str, _Room] = {}
-        self._places: dict[str, list[tuple[_Room, int]]] = {}
+        self._buffers: dict[str, _Buffer] = {}
+        self._slots: dict[str, list[tuple[_Buffer, int]]] = {}
 
-    def expect(self, object_id: str, content: Content) -> int:
-        """Look at an object; the chunks of a big Array have places from now on. Return its bytes, 0 if it is none.
+    def allocate(self, object_id: str, content: Content) -> int:
+        """Allocate a buffer if an object describes a large Array.
 
-        Its word is taken only where chunks of Flower's size add up to the size of its shape.
+        The stated size is trusted only if chunks of Flower's size add up to the size of the stated shape.
+
+        Parameters
+        ----------
+        object_id : str
+            Id of the object.
+        content : Content
+            Its bytes, of any type of object.
+
+        Returns
+        -------
+        int
+            The size of the Array in bytes; 0 if nothing was allocated.
         """
         try:
             kind, child_ids, _, _ = head_of(content)
@@ -50,56 +62,56 @@ class Rooms:
             described = describe(parts(content)[2], child_ids)
             size = npy_size(described.dtype, described.shape) if described.stype == SType.NUMPY else 0
         except UNREADABLE:
-            return 0  # whoever puts it together says what is wrong
+            return 0  # assembling the message raises the error
         chunks = described.order
-        if size < BIG_BLOCK or -(-size // CHUNK) != len(chunks) or len(set(chunks)) < len(chunks):
+        if size < LARGE_BLOCK or -(-size // CHUNK) != len(chunks) or len(set(chunks)) < len(chunks):
             return 0
         with self._lock:
-            if object_id not in self._rooms:
+            if object_id not in self._buffers:
                 try:
-                    # Before the first chunk: that would lie where the last Array was, and leave no room there for this.
-                    room = _Room(chunks, *blank_bytes(size))
-                except MemoryError:  # it may claim what never comes
+                    # Before the first chunk, which would take and fragment the memory of the previous Array.
+                    buffer = _Buffer(chunks, *blank_bytes(size))
+                except MemoryError:  # the stated size may be wrong
                     return 0
-                self._rooms[object_id] = room
-                for place, chunk in enumerate(chunks):
-                    self._places.setdefault(chunk, []).append((room, place))
+                self._buffers[object_id] = buffer
+                for index, chunk in enumerate(chunks):
+                    self._slots.setdefault(chunk, []).append((buffer, index))
         return size
 
-    def take(self, object_id: str, content: Buffer) -> Content:
-        """Put a chunk in its places, and return where it lies from now on; anything else is returned as it is."""
+    def place(self, object_id: str, content: Buffer) -> Content:
+        """Copy a chunk to its offsets and return a view of it there; return any other object unchanged."""
         with self._lock:
-            places = list(self._places.get(object_id, ()))
-        if not places:
+            slots = list(self._slots.get(object_id, ()))
+        if not slots:
             return content
         try:
             kind, child_ids, body = parts(content)
         except UNREADABLE:
-            return content  # whoever puts the message together refuses it, and says what is wrong
+            return content  # assembling the message raises the error
         if kind != ArrayChunk.__qualname__ or child_ids:
             return content
-        kept: Content = content
-        for room, place in places:
-            start, end = place * CHUNK, min((place + 1) * CHUNK, len(room.data))
+        view: Content = content
+        for buffer, index in slots:
+            start, end = index * CHUNK, min((index + 1) * CHUNK, len(buffer.data))
             if len(body) != end - start:
                 continue
-            room.memory[start:end] = np.frombuffer(body, np.uint8)
-            kept = chunk_head(len(body)), memoryview(room.data)[start:end]
-        return kept
+            buffer.memory[start:end] = np.frombuffer(body, np.uint8)
+            view = chunk_head(len(body)), memoryview(buffer.data)[start:end]
+        return view
 
-    def forget(self, object_id: str) -> None:
-        """Give up the room of an Array; chunks that lie there stay."""
+    def release(self, object_id: str) -> None:
+        """Forget the buffer of an Array; views of it stay valid."""
         with self._lock:
-            room = self._rooms.pop(object_id, None)
-            for chunk in room.chunks if room is not None else ():
-                left = [place for place in self._places[chunk] if place[0] is not room]
+            buffer = self._buffers.pop(object_id, None)
+            for chunk in buffer.chunks if buffer is not None else ():
+                left = [slot for slot in self._slots[chunk] if slot[0] is not buffer]
                 if left:
-                    self._places[chunk] = left
+                    self._slots[chunk] = left
                 else:
-                    del self._places[chunk]
+                    del self._slots[chunk]
 
     def clear(self) -> None:
-        """Give up all rooms."""
+        """Forget all buffers."""
         with self._lock:
-            self._rooms.clear()
-            self._places.clear()
+            self._buffers.clear()
+            self._slots.clear()

@@ -1,4 +1,4 @@
-"""What a reply means for the run: taken, an error of the node's app, or a node that was lost."""
+"""Classifies a reply that was not accepted: an error of the app, a lost node, or invalid content."""
 
 from __future__ import annotations
 
@@ -7,12 +7,12 @@ from flwr.common.constant import ErrorCode
 
 
 def fault_kind(reply: Message) -> str:
-    """Return how a reply that was not taken is counted.
+    """Return the class in which a reply that was not accepted is counted.
 
     Returns
     -------
     str
-        "lost" where the node went away, "error" where its app failed, "refused" where its content is unsound.
+        "lost" if the node went offline, "error" if its app failed, "refused" if the content is invalid.
     """
     if not reply.has_error():
         return "refused"

@@ -1,4 +1,4 @@
-"""What a node knows of a run: its configuration and its bundle, from its server or from a reserved record."""
+"""The configuration and app bundle of a run, fetched from a server or read from a reserved record of a message."""
 
 from __future__ import annotations
 
@@ -19,30 +19,30 @@ UserConfig = dict[str, bool | int | float | str]
 
 
 class RunInfo:
-    """What a home says about its runs: bundle and configuration, asked once a run."""
+    """The app bundle and configuration of a server's runs, each fetched once."""
 
     def __init__(self, client: FleetClient) -> None:
         self._client = client
-        self._held: OrderedDict[int, tuple[Fab | None, UserConfig]] = OrderedDict()
+        self._cached: OrderedDict[int, tuple[Fab | None, UserConfig]] = OrderedDict()
         self._lock = threading.Lock()
 
     def get(self, run_id: int) -> tuple[Fab | None, UserConfig]:
-        """Return a run's bundle, if it has one, and its configuration: the app's defaults with the run's overrides.
+        """Return the bundle of a run, if it has one, and its configuration: the app's defaults with the overrides.
 
         Raises
         ------
-        HomeFault
-            If the home does not answer or refuses.
+        UpstreamError
+            If the server does not answer or refuses.
         """
         with self._lock:
-            if run_id not in self._held:
+            if run_id not in self._cached:
                 run = self._client.get_run(run_id)
                 fab = self._client.get_fab(run_id, run.fab_hash) if run.fab_hash else None
                 config = get_fused_config_from_fab(fab.content, run) if fab else dict(run.override_config)
-                self._held[run_id] = (fab, config)
-            while len(self._held) > RUNS_CACHED:
-                self._held.popitem(last=False)
-            return self._held[run_id]
+                self._cached[run_id] = (fab, config)
+            while len(self._cached) > RUNS_CACHED:
+                self._cached.popitem(last=False)
+            return self._cached[run_id]
 
 
 def parse_run_record(values: Any) -> tuple[str, dict[str, bool | int | float | str]]:
@@ -61,10 +61,10 @@ def parse_run_record(values: Any) -> tuple[str, dict[str, bool | int | float | s
     try:
         config = json.loads(raw)
     except RecursionError as error:
-        raise ValueError("the configuration in espalier.run is nested without end") from error
+        raise ValueError("the configuration in espalier.run is nested too deeply") from error
     if not isinstance(config, dict):
-        raise ValueError("the configuration in espalier.run is no JSON object")
+        raise ValueError("the configuration in espalier.run is not a JSON object")
     for key, value in config.items():
         if not isinstance(value, (bool, int, float, str)):
-            raise ValueError(f"the configuration in espalier.run gives {key!r} a {type(value).__name__}")
+            raise ValueError(f"in the configuration in espalier.run, {key!r} is a {type(value).__name__}")
     return run, config

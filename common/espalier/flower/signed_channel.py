@@ -1,4 +1,4 @@
-"""A node's line to one of its homes: calls of the Fleet service, signed with the node's key."""
+"""A channel to the Fleet service of a server, whose calls are signed with the node's key."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from flwr.proto.fleet_pb2_grpc import FleetStub
 from flwr.supercore.runtime_version_compatibility import RuntimeVersionMetadata
 
 from espalier.flower.framing import object_calls
-from espalier.flower.node_resources import Channels
-from espalier.flower.upstreams import Home, HomeUnavailable
+from espalier.flower.node_resources import ChannelPool
+from espalier.flower.upstreams import Upstream, UpstreamUnavailableError
 
 
 class _VersionInterceptor(grpc.UnaryUnaryClientInterceptor):
-    """Says which Flower version this is, as a SuperNode does.
+    """Sends the Flower version, as a SuperNode does.
 
-    Flower's own interceptor ends the whole process when a server refuses the version; here it is one home's fault.
+    Flower's own interceptor exits the process when a server refuses the version; here only that session fails.
     """
 
     def __init__(self) -> None:
@@ -33,18 +33,18 @@ class _VersionInterceptor(grpc.UnaryUnaryClientInterceptor):
         return continuation(details._replace(metadata=metadata), request)
 
 
-class Line:
-    """A line to a home, over a channel of its own or one that other nodes of the process use, too.
+class SignedChannel:
+    """A signed connection to a server, over a gRPC channel from a pool.
 
-    Every call is begun under a lock that closing takes too: gRPC crashes the process when a call is begun on a channel
-    that was closed meanwhile.
+    Starting a call and closing take the same lock, as gRPC crashes the process when a call is started on a channel
+    that another thread has closed.
     """
 
-    def __init__(self, home: Home, key: ec.EllipticCurvePrivateKey, channels: Channels) -> None:
+    def __init__(self, upstream: Upstream, key: ec.EllipticCurvePrivateKey, channels: ChannelPool) -> None:
         self._channels = channels
-        self._trunk = channels.take(home)
+        self._shared = channels.acquire(upstream)
         signed = NodeAuthClientInterceptor(key, key.public_key())
-        channel = grpc.intercept_channel(self._trunk.channel, _VersionInterceptor(), signed)
+        channel = grpc.intercept_channel(self._shared.channel, _VersionInterceptor(), signed)
         self._stub = FleetStub(channel)
         self._stub.__dict__.update(object_calls(channel))
         self._lock = threading.Lock()
@@ -58,27 +58,27 @@ class Line:
         timeout: float | None = None,
         metadata: Sequence[tuple[str, str]] | None = None,
     ) -> Any:
-        """Begin a call of the Fleet service and return it; see :func:`espalier.flower.upstreams.outcome`.
+        """Start a call of the Fleet service and return it; :func:`espalier.flower.upstreams.call_result` waits for it.
 
         Raises
         ------
-        HomeUnavailable
-            If the line was closed.
+        UpstreamUnavailableError
+            If the channel is closed.
         """
         with self._lock:
             if self._closed:
-                raise HomeUnavailable("the connection was closed")
+                raise UpstreamUnavailableError("the connection was closed")
             call = getattr(self._stub, method).future(request, timeout=timeout, metadata=metadata)
             self._calls.add(call)
         call.add_done_callback(self._calls.discard)
         return call
 
     def close(self) -> None:
-        """End the calls under way with HomeUnavailable, and refuse later ones."""
+        """Cancel the calls in progress, which raise UpstreamUnavailableError, and refuse new ones."""
         with self._lock:
             if self._closed:
                 return
             self._closed = True
         for call in list(self._calls):
             call.cancel()
-        self._channels.leave(self._trunk)
+        self._channels.release(self._shared)

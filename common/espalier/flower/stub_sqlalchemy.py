@@ -1,8 +1,8 @@
-"""Keeps Flower's databases out of a process that holds its state in memory: they are a fifth of what an edge loads.
+"""Replaces Flower's database modules with stubs, so that importing Flower does not import SQLAlchemy.
 
-Flower's link state comes in two kinds, and importing one imports the other, with SQLAlchemy and Alembic behind it.
-Stand-ins take the places of the three modules that need a database, and say so when somebody makes one of their objects
-after all. Where SQLAlchemy is there already nothing is done: whoever loaded it may want it.
+Importing Flower's in-memory link state also imports the one in a database, with SQLAlchemy and Alembic, which are a
+fifth of the modules that an edge would load. The three modules that need a database are replaced with stubs whose
+classes raise an error when they are instantiated. If SQLAlchemy is imported already, nothing is replaced.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import sys
 from types import ModuleType
 from typing import Any, NoReturn
 
-#: Modules of Flower that need a database, and what its other modules import of them.
+#: Flower's modules that need a database, and the class that other modules import from each.
 NEED_SQL = {
     "flwr.supercore.object_store.sql_object_store": "SqlObjectStore",
     "flwr.supercore.corestate.sql_corestate": "SqlCoreState",
@@ -20,15 +20,17 @@ NEED_SQL = {
 
 
 def _refuse(self: object, *_: Any, **__: Any) -> NoReturn:
-    raise RuntimeError(f"{type(self).__name__} was left out of this process, which keeps its state in memory")
+    raise RuntimeError(
+        f"{type(self).__name__} is a stub: this process stores its state in memory, without a database"
+    )
 
 
-def leave_out() -> bool:
-    """Put the stand-ins in place; return whether that was to be done."""
+def install_stubs() -> bool:
+    """Install the stubs; return whether they were needed."""
     if "sqlalchemy" in sys.modules or any(name in sys.modules for name in NEED_SQL):
         return False
-    for name, held in NEED_SQL.items():
-        module = ModuleType(name, "A stand-in, see espalier.flower.stub_sqlalchemy.")
-        setattr(module, held, type(held, (), {"__init__": _refuse}))
+    for name, class_name in NEED_SQL.items():
+        module = ModuleType(name, "A stub, see espalier.flower.stub_sqlalchemy.")
+        setattr(module, class_name, type(class_name, (), {"__init__": _refuse}))
         sys.modules[name] = module
     return True

@@ -1,4 +1,4 @@
-"""A server that a node connects to, and what its errors mean for what to do next."""
+"""The address of a server that a node connects to, and exceptions that classify the errors of calls to it."""
 
 from __future__ import annotations
 
@@ -9,66 +9,66 @@ from typing import Any
 import grpc
 from flwr.supercore.error import ApiErrorCode, FlowerError
 
-#: Metadata of a poll: which process it comes from, as a copy of a device may use the same key.
+#: gRPC metadata of a poll: a random id of the polling process, as a copy of a device may use the same key.
 POLLER_HEADER = "espalier-poller"
-#: Metadata of a poll: which message this process got last, so that a server of ours needs no call to be told.
-GOT_HEADER = "espalier-got"
+#: gRPC metadata of a poll: the id of the last message received; it saves the call that confirms it.
+RECEIVED_HEADER = "espalier-got"
 
 
-class HomeFault(Exception):  # noqa: N818 - an outcome to act upon
-    """A call to a home failed."""
+class UpstreamError(Exception):
+    """A call to a server failed."""
 
 
-class HomeUnavailable(HomeFault):
-    """Nobody answers, for now: try again."""
+class UpstreamUnavailableError(UpstreamError):
+    """The server does not answer; retry later."""
 
 
-class HomeUntrusted(HomeUnavailable):
-    """Somebody answers, but not with a certificate (or a plain connection) that this node accepts: try again."""
+class UpstreamUntrustedError(UpstreamUnavailableError):
+    """The server answers, but TLS verification fails; retry later."""
 
 
-class NodeForgotten(HomeFault):
-    """The server does not know this node (it was restarted): register and activate again."""
+class NodeUnknownError(UpstreamError):
+    """The server does not know this node, e.g. after a restart; register and activate again."""
 
 
-class MessageGone(HomeFault):
-    """The run is over, or the server has given this message up: drop it."""
+class MessageDiscardedError(UpstreamError):
+    """The run has ended or the server has deleted the message; drop it."""
 
 
-class HomeRefused(HomeFault):
-    """The server answers, and refuses."""
+class UpstreamRefusedError(UpstreamError):
+    """The server refuses the call."""
 
 
-class KeyRefused(HomeRefused):
-    """The server admits registered keys only, and this node's is none of them."""
+class KeyRefusedError(UpstreamRefusedError):
+    """The server admits registered keys only, and this node's key is not registered."""
 
 
-#: What gRPC says when two ends cannot agree on a secure connection, and what that means.
-TLS_FAULTS = {
+#: Substrings of gRPC's errors when a TLS handshake fails, and what each means to a user.
+TLS_ERRORS = {
     "certificate has expired": "its certificate has expired; renew it there: espalier certs … --renew",
     "certificate is not yet valid": "its certificate is not valid yet; set the clocks, e.g. by NTP",
     "CERTIFICATE_VERIFY_FAILED": "no authority in --root-certificates signed its certificate; "
     "give this machine the ca.pem that it was made with",
-    "Hostname Verification Check failed": "its certificate does not stand for this address; "
-    "use a name that it has, or make it anew there: espalier certs … --host HOST --renew",
+    "Hostname Verification Check failed": "its certificate is not valid for this address; "
+    "use a host name that it lists, or renew it there: espalier certs … --host HOST --renew",
     "WRONG_VERSION_NUMBER": "it does not speak TLS; start it with a certificate",
-    "create security handshaker": "--root-certificates holds no certificate that can be read",
-    "Socket closed": "it hung up at once; if it speaks TLS, give --root-certificates",
+    "create security handshaker": "--root-certificates has no readable certificate",
+    "Socket closed": "it closed the connection; if it speaks TLS, pass --root-certificates",
 }
 
 
 @dataclass(frozen=True)
-class Home:
-    """One server to connect to.
+class Upstream:
+    """A server that a node connects to.
 
     Parameters
     ----------
     address : str
         HOST:PORT of its Fleet API.
     root_certificates : bytes, optional
-        PEM certificates that its own must be signed by; None means those of the system.
+        PEM root certificates to verify its certificate with; by default those of the system.
     insecure : bool
-        Without TLS.
+        Connect without TLS.
     """
 
     address: str
@@ -76,13 +76,15 @@ class Home:
     insecure: bool = False
 
 
-def outcome(call: Any) -> Any:
-    """Wait for a call and return its answer; the wait costs nothing, where gRPC's own looks up ten times a second.
+def call_result(call: Any) -> Any:
+    """Wait for a gRPC call and return its response.
+
+    gRPC's own ``result()`` wakes ten times a second while it waits; an Event does not.
 
     Raises
     ------
-    HomeFault
-        That says what to do next.
+    UpstreamError
+        The subclass says how to proceed.
     """
     done = threading.Event()
     call.add_done_callback(lambda _: done.set())
@@ -90,36 +92,38 @@ def outcome(call: Any) -> Any:
     try:
         return call.result()
     except grpc.RpcError as error:
-        raise fault_of(error) from error
+        raise classify(error) from error
     except grpc.FutureCancelledError as error:
-        raise HomeUnavailable("the connection was closed") from error
+        raise UpstreamUnavailableError("the connection was closed") from error
 
 
-def flower_code(refused: HomeRefused) -> int | None:
-    """Return Flower's own error code of a refusal, if it carries one."""
+def flower_error_code(refused: UpstreamRefusedError) -> int | None:
+    """Return the Flower error code of a refusal, if it has one."""
     error = refused.__cause__
     said = FlowerError.from_json(error.details()) if isinstance(error, grpc.RpcError) else None
     return None if said is None else int(said.code)
 
 
-def fault_of(error: grpc.RpcError) -> HomeFault:
-    """Translate a gRPC error into what to do next."""
+def classify(error: grpc.RpcError) -> UpstreamError:
+    """Translate a gRPC error into the exception that says how to proceed."""
     code = error.code()
     details = " ".join((error.details() or "").split())[:300]
     said = FlowerError.from_json(error.details())
     if said is not None:
         if said.code == ApiErrorCode.FLEET_RUN_STATUS_NOT_ALLOWED:
-            return MessageGone("the run is over")
+            return MessageDiscardedError("the run is over")
         extra = f" ({said.public_details})" if said.public_details else ""
-        return HomeRefused(f"[{int(said.code)}] {said.message}{extra}")
+        return UpstreamRefusedError(f"[{int(said.code)}] {said.message}{extra}")
     if code in (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.DEADLINE_EXCEEDED, grpc.StatusCode.CANCELLED):
         if "failed to connect" in details:
-            for sign, meaning in TLS_FAULTS.items():
-                if sign in details:
-                    return HomeUntrusted(meaning)
-        return HomeUnavailable(details or str(code.name))
+            for text, meaning in TLS_ERRORS.items():
+                if text in details:
+                    return UpstreamUntrustedError(meaning)
+        return UpstreamUnavailableError(details or str(code.name))
     if code is grpc.StatusCode.UNAUTHENTICATED:
         if "timestamp" in details:
-            return HomeRefused("the clocks of this machine and the server differ; set them, e.g. by NTP")
-        return NodeForgotten(details)
-    return HomeRefused(f"{code.name}: {details}")
+            return UpstreamRefusedError(
+                "the clocks of this machine and the server differ; set them, e.g. by NTP"
+            )
+        return NodeUnknownError(details)
+    return UpstreamRefusedError(f"{code.name}: {details}")

@@ -16,7 +16,7 @@ VERSION_KEYS = {"espalier": "x-espalier-version", "flwr": "x-flwr-version"}
 TIME_KEY = "x-time"
 
 
-class TellingHealth(HealthServicer):
+class HealthService(HealthServicer):
     """The library's servicer, with our facts in the answer's metadata."""
 
     def __init__(self) -> None:

@@ -136,7 +136,7 @@ class NodeCollector(Collector):
         faults.add_metric(["error", "client"], failed)
         yield faults
         yield _summary("training", "Seconds of local training", status.answered[TRAIN], status.seconds[TRAIN])
-        connected = sum(home.connected for home in status.homes.values())
+        connected = sum(upstream.connected for upstream in status.upstreams.values())
         yield GaugeMetricFamily(
             "espalier_servers_connected", "Edges that this client is connected to.", connected
         )

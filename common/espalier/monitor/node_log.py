@@ -7,22 +7,22 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 _LINES: dict[str, tuple[int, str]] = {
-    "connected": (logging.INFO, "connected to {home}"),
-    "disconnected": (logging.WARNING, "lost {home} ({reason}); trying again"),
+    "connected": (logging.INFO, "connected to {upstream}"),
+    "disconnected": (logging.WARNING, "lost {upstream} ({reason}); trying again"),
     "unreachable": (
         logging.WARNING,
-        "{home} does not answer ({reason}); trying again; is it running, and is the address right?",
+        "{upstream} does not answer ({reason}); trying again; is it running, and is the address right?",
     ),
-    "untrusted": (logging.WARNING, "no secure connection to {home}: {reason}; trying again"),
-    "refused": (logging.WARNING, "{home} refuses this node ({reason}); trying again"),
+    "untrusted": (logging.WARNING, "no secure connection to {upstream}: {reason}; trying again"),
+    "refused": (logging.WARNING, "{upstream} refuses this node ({reason}); trying again"),
     "key refused": (
         logging.WARNING,
-        "{home} refuses this node: {reason}; trying again; to admit it, there: {admit}",
+        "{upstream} refuses this node: {reason}; trying again; to admit it, there: {admit}",
     ),
-    "dropped": (logging.INFO, "dropped a {message_type!r} message of {home}: {reason}"),
-    "error": (logging.WARNING, "a {message_type!r} message of {home} failed: {reason}"),
-    "message": (logging.DEBUG, "a {message_type!r} message of {home}"),
-    "reply": (logging.DEBUG, "answered a {message_type!r} message of {home} after {seconds:.2f} s"),
+    "dropped": (logging.INFO, "dropped a {message_type!r} message of {upstream}: {reason}"),
+    "error": (logging.WARNING, "a {message_type!r} message of {upstream} failed: {reason}"),
+    "message": (logging.DEBUG, "a {message_type!r} message of {upstream}"),
+    "reply": (logging.DEBUG, "answered a {message_type!r} message of {upstream} after {seconds:.2f} s"),
 }
 
 
@@ -44,8 +44,10 @@ def event_logger(
             kind = "untrusted"
         elif facts.get("by_key"):
             kind = "key refused"
-        level, line = _LINES.get(kind, (logging.INFO, kind + " at {home}"))
-        fields = {key: facts[key] for key in ("home", "message_type", "reason", "seconds") if key in facts}
+        level, line = _LINES.get(kind, (logging.INFO, kind + " at {upstream}"))
+        fields = {
+            key: facts[key] for key in ("upstream", "message_type", "reason", "seconds") if key in facts
+        }
         log.log(level, "%s", line.format(admit=admit, **facts), extra={"event": kind, **fields})
 
     return on_event

@@ -25,7 +25,7 @@ Listener = Callable[[str, Mapping[str, Any]], None]
 
 
 @dataclass
-class HomeStatus:
+class UpstreamStatus:
     """A node's connection to one server: since when (Unix seconds) it is as it is, and why it is not there."""
 
     connected: bool = False
@@ -40,7 +40,7 @@ class NodeStatus:
     ----------
     state : Path
         The node's state folder.
-    homes : list of str
+    upstreams : list of str
         Addresses of its servers.
     then : callable, optional
         Told every event after this one.
@@ -49,7 +49,7 @@ class NodeStatus:
 
     Attributes
     ----------
-    homes : dict of str to HomeStatus
+    upstreams : dict of str to UpstreamStatus
         Connections by address.
     answered : Counter
         Messages answered, by message type; a failed one counts in `failed`.
@@ -60,10 +60,10 @@ class NodeStatus:
     """
 
     def __init__(
-        self, state: Path, homes: list[str], then: Listener | None = None, *, alone: bool = True
+        self, state: Path, upstreams: list[str], then: Listener | None = None, *, alone: bool = True
     ) -> None:
         self.path = state / STATUS_FILE
-        self.homes = {home: HomeStatus() for home in homes}
+        self.upstreams = {address: UpstreamStatus() for address in upstreams}
         self.answered: Counter[str] = Counter()
         self.failed: Counter[str] = Counter()
         self.seconds: defaultdict[str, float] = defaultdict(float)
@@ -101,11 +101,13 @@ class NodeStatus:
         message_type = str(facts.get("message_type", ""))
         if kind in ("connected", "disconnected", "unreachable", "refused"):
             reason = str(facts.get("reason", ""))
-            old = self.homes.get(str(facts["home"]), HomeStatus())
+            old = self.upstreams.get(str(facts["upstream"]), UpstreamStatus())
             # A refusal of one call leaves the connection as it was.
             connected = kind == "connected" or (kind == "refused" and old.connected)
             since = old.since if connected == old.connected and old.since else time.time()
-            self.homes[str(facts["home"])] = HomeStatus(connected, since, "" if connected else reason)
+            self.upstreams[str(facts["upstream"])] = UpstreamStatus(
+                connected, since, "" if connected else reason
+            )
             return True
         if kind == "message":
             self.busy_with = message_type
@@ -131,11 +133,11 @@ class NodeStatus:
 
     def _write(self) -> None:
         with self._lock:
-            content = {"pid": os.getpid(), "homes": {a: vars(h) for a, h in self.homes.items()}}
+            content = {"pid": os.getpid(), "homes": {a: vars(h) for a, h in self.upstreams.items()}}
         write_json(self.path, content)
 
 
-def connected_homes(state: Path) -> list[str]:
+def connected_upstreams(state: Path) -> list[str]:
     """Return the servers that the node of a state folder is connected to now.
 
     Parameters
@@ -154,7 +156,7 @@ def connected_homes(state: Path) -> list[str]:
     try:
         age = time.time() - path.stat().st_mtime
         homes = json.loads(path.read_text(encoding="utf-8"))["homes"]
-        found = {str(address): HomeStatus(**home) for address, home in homes.items()}
+        found = {str(address): UpstreamStatus(**home) for address, home in homes.items()}
     except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
         raise StateError(
             f"{path} tells nothing ({error}); the process is starting, or of another version"

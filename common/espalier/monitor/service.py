@@ -14,7 +14,7 @@ from grpc_health.v1.health_pb2 import HealthCheckResponse
 from grpc_health.v1.health_pb2_grpc import add_HealthServicer_to_server
 
 from espalier.errors import AddressError
-from espalier.monitor.health_service import TellingHealth
+from espalier.monitor.health_service import HealthService
 from espalier.security.transport import parse_address
 from espalier_proto import monitor_pb2 as mpb
 from espalier_proto.monitor_pb2_grpc import MonitorServicer, add_MonitorServicer_to_server
@@ -89,7 +89,7 @@ class MonitorServer:
         well: bool = True,
     ) -> None:
         self.address = address
-        self._servicer, self._health = Servicer(source), TellingHealth()
+        self._servicer, self._health = Servicer(source), HealthService()
         self._server = grpc.server(
             ThreadPoolExecutor(WORKERS, thread_name_prefix="monitor"),
             maximum_concurrent_rpcs=WORKERS,

@@ -135,12 +135,11 @@ def _compare(found: Findings, server: str, security: Security) -> None:
 
 def _try_admission(found: Findings, server: str, security: Security, state: Path, key: Any) -> None:
     from espalier.flower.admission import try_admission
-    from espalier.flower.upstreams import Home
 
     try:
         remembered = json.loads((state / "homes.json").read_text()).get(server)
     except (OSError, ValueError, AttributeError):
         remembered = None
     roots = security.client_roots(server)
-    home = Home(server, root_certificates=roots, insecure=roots is None)
-    found.attempt(f"admission {server}", lambda: try_admission(home, key, remembered))
+    upstream = Upstream(server, root_certificates=roots, insecure=roots is None)
+    found.attempt(f"admission {server}", lambda: try_admission(upstream, key, remembered))

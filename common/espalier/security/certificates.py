@@ -291,7 +291,7 @@ def _private_key(pem: bytes, what: str) -> PrivateKeyTypes:
     try:
         return load_pem_private_key(pem, password=None)
     except (ValueError, TypeError, UnsupportedAlgorithm) as error:
-        raise ConfigError(f"{what} is no private key without a passphrase: {error}") from error
+        raise ConfigError(f"{what} is not an unencrypted private key: {error}") from error
 
 
 def _facts(certificate: x509.Certificate) -> Facts:

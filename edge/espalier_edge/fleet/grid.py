@@ -21,16 +21,16 @@ from flwr.supercore.date import now
 from flwr.supercore.run import Run
 
 from espalier.config.timeouts import OFFLINE_GRACE, TTL_MARGIN
-from espalier.flower.inline_objects import early_objects
-from espalier.flower.memory import Sweeper
+from espalier.flower.inline_objects import select_inline
+from espalier.flower.memory import CycleCollector
 from espalier.flower.payloads import PayloadError, pack, tree_ids, unpack
-from espalier_edge.fleet.servicer import Links
+from espalier_edge.fleet.servicer import FleetState
 
 TICK = 0.5
 
 
 class InlineGrid(Grid):
-    """A run's Grid over the links of an :class:`~espalier_edge.fleet.server.InlineFleet`.
+    """A run's Grid over the fleet of an :class:`~espalier_edge.fleet.server.InlineFleet`.
 
     Attributes
     ----------
@@ -40,8 +40,8 @@ class InlineGrid(Grid):
         Replies that came for such messages; they are refused before their payload is sent.
     """
 
-    def __init__(self, links: Links, run_id: int, task_id: int, on_close: Callable[[int], None]) -> None:
-        self._links = links
+    def __init__(self, fleet: FleetState, run_id: int, task_id: int, on_close: Callable[[int], None]) -> None:
+        self._fleet = fleet
         self._run_id = run_id
         self._task_id = task_id
         self._on_close = on_close
@@ -62,7 +62,7 @@ class InlineGrid(Grid):
     @property
     def run(self) -> Run:
         """The run's record."""
-        return self._links.state.get_run_info(run_ids=[self._run_id])[0]
+        return self._fleet.state.get_run_info(run_ids=[self._run_id])[0]
 
     def create_message(
         self,
@@ -89,12 +89,12 @@ class InlineGrid(Grid):
 
     def get_node_ids(self) -> Iterable[int]:
         """Node ids of the nodes that are online."""
-        return sorted(self._links.state.get_nodes(self._run_id))
+        return sorted(self._fleet.state.get_nodes(self._run_id))
 
     def get_nodes(self) -> Iterable[NodeInfo]:
         """Nodes that are online."""
-        with self._links.state.lock:
-            return deepcopy(list(self._links.state.get_node_info(node_ids=list(self.get_node_ids()))))
+        with self._fleet.state.lock:
+            return deepcopy(list(self._fleet.state.get_node_info(node_ids=list(self.get_node_ids()))))
 
     def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
         """Send messages; return their ids, "" for one whose node is unknown."""
@@ -125,7 +125,7 @@ class InlineGrid(Grid):
             if reply is None and sent.metadata.created_at + sent.metadata.ttl < now().timestamp():
                 reply = self._abandon(sent, ErrorCode.MESSAGE_UNAVAILABLE, "the message has expired")
             if reply is not None:
-                self._links.give_up_upload(message_id)
+                self._fleet.give_up_upload(message_id)
                 self._pulled_by_hand.pop(message_id, None)
                 with self._lock:
                     self._complete.discard(message_id)
@@ -179,7 +179,7 @@ class InlineGrid(Grid):
         waiting: dict[str, Message] = {}
         end = time.monotonic() + deadline
         came = 0
-        sweeper = Sweeper()
+        collector = CycleCollector()
         try:
             failed = []
             for message in messages:
@@ -214,13 +214,13 @@ class InlineGrid(Grid):
                 came += reply.has_content()
                 if quorum is not None and came == quorum:
                     end = min(end, time.monotonic() + grace)
-                sweeper.sweep(but_last=True)
-                sweeper.expect(reply)
+                collector.collect(but_last=True)
+                collector.track(reply)
                 try:
                     yield reply
                 finally:
                     del reply
-                    self._links.give_up_upload(message_id)  # its slot: the next one may come now
+                    self._fleet.give_up_upload(message_id)  # its slot: the next one may come now
         finally:
             for sent in waiting.values():
                 self._abandon(sent, ErrorCode.REPLY_MESSAGE_UNAVAILABLE, "abandoned")
@@ -235,18 +235,18 @@ class InlineGrid(Grid):
         if self.closed:
             return
         self.closed = True
-        links = self._links
-        with links.lock:
+        fleet = self._fleet
+        with fleet.lock:
             own = [
                 message_id
-                for message_id in links.outstanding
-                if (message := links.state.message_ins_store.get(message_id)) is None
+                for message_id in fleet.outstanding
+                if (message := fleet.state.message_ins_store.get(message_id)) is None
                 or message.metadata.run_id == self._run_id
             ]
         for message_id in own:
             self._forget(message_id)
-        links.state.finish_task(self._task_id, SubStatus.COMPLETED, "")
-        links.state.cleanup_run(self._run_id)
+        fleet.state.finish_task(self._task_id, SubStatus.COMPLETED, "")
+        fleet.state.cleanup_run(self._run_id)
         self._on_close(self._run_id)
 
     # One message --------------------------------------------------------------------------------
@@ -255,7 +255,7 @@ class InlineGrid(Grid):
         """Store a message and its objects, and wake its node; return its id, or "" if the node is unknown."""
         if self.closed:
             raise RuntimeError("this run is closed")
-        links, state, store = self._links, self._links.state, self._links.store
+        fleet, state, store = self._fleet, self._fleet.state, self._fleet.store
         own = message.metadata.__dict__
         own["_run_id"], own["_src_node_id"], own["_src_task_id"] = (
             self._run_id,
@@ -268,28 +268,28 @@ class InlineGrid(Grid):
             store.offer(object_id, partial(packed.pieces, object_id))
         light = make_message(metadata=deepcopy(message.metadata), content=RecordDict())
         light.metadata.delivered_at = ""
-        with links.lock:
-            links.outstanding[packed.message_id] = tell
-            links.early[packed.message_id] = early_objects(packed)
+        with fleet.lock:
+            fleet.outstanding[packed.message_id] = tell
+            fleet.early[packed.message_id] = select_inline(packed)
         if state.store_message_ins(light) is None:
             self._forget(packed.message_id)
             return ""
-        links.mail.put(message.metadata.dst_node_id)
+        fleet.mail.put(message.metadata.dst_node_id)
         return packed.message_id
 
     def _take(self, sent: Message) -> Message | None:
         """Take a complete reply out of the store, which keeps its upload slot; None if it was given up meanwhile."""
-        links, state, store = self._links, self._links.state, self._links.store
+        fleet, state, store = self._fleet, self._fleet.state, self._fleet.store
         message_id = sent.metadata.message_id
         with state.lock:
             reply_id = state.message_ins_id_to_message_res_id.get(message_id)
-            upload = links.uploads.of(message_id)
+            upload = fleet.uploads.of(message_id)
             if reply_id is None or upload is None or not upload.complete:
                 return None
             tree = store.get_object_tree(reply_id)
         contents = {object_id: store.held(object_id) for object_id in tree_ids(tree)}
-        with links.lock:
-            links.outstanding.pop(message_id, None)
+        with fleet.lock:
+            fleet.outstanding.pop(message_id, None)
         state.delete_messages({message_id})
         store.delete(reply_id)
         try:
@@ -306,10 +306,10 @@ class InlineGrid(Grid):
 
     def _gone(self, sent: Message) -> str:
         """Return why a message's node will not answer, or ""."""
-        links = self._links
-        if time.monotonic() < links.trust_after:
+        fleet = self._fleet
+        if time.monotonic() < fleet.trust_after:
             return ""
-        node = links.state.nodes.get(sent.metadata.dst_node_id)
+        node = fleet.state.nodes.get(sent.metadata.dst_node_id)
         if node is None or node.status == NodeStatus.UNREGISTERED:
             return "the node is unknown"
         if node.online_until is not None and node.online_until + OFFLINE_GRACE < now().timestamp():
@@ -325,17 +325,17 @@ class InlineGrid(Grid):
 
     def _forget(self, message_id: str, *, but_slot: bool = False) -> None:
         """Delete a message, its reply and the objects of both, and free its upload slot unless that is still held."""
-        links = self._links
-        with links.lock:
-            links.outstanding.pop(message_id, None)
-            links.redelivered.pop(message_id, None)
-            links.early.pop(message_id, None)
-        links.settle(message_id)
+        fleet = self._fleet
+        with fleet.lock:
+            fleet.outstanding.pop(message_id, None)
+            fleet.redelivered.pop(message_id, None)
+            fleet.early.pop(message_id, None)
+        fleet.settle(message_id)
         if not but_slot:
-            links.give_up_upload(message_id)
-        links.state.delete_messages({message_id})
-        links.store.delete(message_id)
-        links.uploads.wake()
+            fleet.give_up_upload(message_id)
+        fleet.state.delete_messages({message_id})
+        fleet.store.delete(message_id)
+        fleet.uploads.wake()
 
 
 def _error(sent: Message, code: int, reason: str) -> Message:

@@ -10,9 +10,9 @@ from flwr.app.message.arraychunk import ArrayChunk
 from flwr.supercore.object_store.in_memory_object_store import InMemoryObjectStore
 
 from espalier.flower.framing import Buffer
-from espalier.flower.memory import MUCH, give_back_freed
+from espalier.flower.memory import LARGE_PAYLOAD, trim_heap
 from espalier.flower.payloads import Content, parts
-from espalier.flower.receive_buffers import Rooms
+from espalier.flower.receive_buffers import ReceiveBuffers
 
 
 class PayloadStore(InMemoryObjectStore):
@@ -24,7 +24,7 @@ class PayloadStore(InMemoryObjectStore):
 
     def __init__(self) -> None:
         super().__init__(verify=True)
-        self._rooms = Rooms()
+        self._buffers = ReceiveBuffers()
         self._has_sent = False
 
     def offer(self, object_id: str, make: Callable[[], Sequence[Buffer]]) -> None:
@@ -73,9 +73,9 @@ class PayloadStore(InMemoryObjectStore):
         """
         if isinstance(object_content, bytes):
             super().put(object_id, object_content)
-            if self._rooms.expect(object_id, object_content) > MUCH and self._has_sent:
+            if self._buffers.allocate(object_id, object_content) > LARGE_PAYLOAD and self._has_sent:
                 self._has_sent = False
-                give_back_freed()  # what sending took is in small pieces, and what comes is as large as a network
+                trim_heap()  # what sending took is in small pieces, and what comes is as large as a network
             return
         kind, child_ids, _ = parts(object_content)
         if kind != ArrayChunk.__qualname__ or child_ids:
@@ -83,19 +83,19 @@ class PayloadStore(InMemoryObjectStore):
             return
         if hashlib.sha256(object_content).hexdigest() != object_id:
             raise ValueError(f"Object ID {object_id} does not match content hash")
-        kept: Any = self._rooms.take(object_id, object_content)
+        kept: Any = self._buffers.place(object_id, object_content)
         if isinstance(kept, tuple):
             self._keep(object_id, lambda: kept)
             return
         self._keep(object_id, kept)
 
     def delete(self, object_id: str) -> None:
-        """Delete an object that nobody refers to, and what only it referred to; Arrays lose their rooms."""
+        """Delete an object that nobody refers to, and what only it referred to; Arrays lose their buffers."""
         super().delete(object_id)
         if object_id not in self:
-            self._rooms.forget(object_id)
+            self._buffers.release(object_id)
 
     def clear(self) -> None:
         """Delete everything."""
         super().clear()
-        self._rooms.clear()
+        self._buffers.clear()

@@ -27,11 +27,11 @@ from grpc_health.v1.health_pb2_grpc import add_HealthServicer_to_server
 
 from espalier.errors import AddressError, StateError
 from espalier.flower.framing import add_fleet
-from espalier.flower.memory import give_back_big_blocks
-from espalier.monitor.health_service import TellingHealth
+from espalier.flower.memory import unmap_large_blocks_on_free
+from espalier.monitor.health_service import HealthService
 from espalier.security.keys import canonical
 from espalier_edge.fleet.grid import InlineGrid
-from espalier_edge.fleet.servicer import InlineFleetServicer, Links
+from espalier_edge.fleet.servicer import FleetState, InlineFleetServicer
 
 __all__ = ["InlineFleet", "InlineGrid"]
 
@@ -97,14 +97,14 @@ class InlineFleet:
         upload_slots: int = 2,
     ) -> None:
         logging.getLogger("flwr").addFilter(_not_every_call)
-        give_back_big_blocks()
+        unmap_large_blocks_on_free()
         self._address = address
         self._certificates = certificates
-        self.links = Links(upload_slots)
-        self.links.refused_late = self._count_late
-        self._servicer = InlineFleetServicer(self.links, require_keys, on_refused or (lambda key, peer: None))
+        self.fleet = FleetState(upload_slots)
+        self.fleet.refused_late = self._count_late
+        self._servicer = InlineFleetServicer(self.fleet, require_keys, on_refused or (lambda key, peer: None))
         self._server: grpc.Server | None = None
-        self._health = TellingHealth()
+        self._health = HealthService()
         self._grids: dict[int, InlineGrid] = {}
         self._stopped = threading.Event()
         self._watch = threading.Thread(target=self._watch_nodes, name="fleet watch", daemon=True)
@@ -134,7 +134,7 @@ class InlineFleet:
             interceptors=[
                 KnownMethods(),
                 RpcErrorTranslationServerInterceptor(),
-                NodeAuthServerInterceptor(self.links.state_factory),
+                NodeAuthServerInterceptor(self.fleet.state_factory),
                 create_fleet_runtime_version_server_interceptor(),
             ],
         )
@@ -189,8 +189,8 @@ class InlineFleet:
             If it is no public key on a NIST curve.
         """
         pem = canonical(public_key, name)
-        if self.links.state.get_node_id_by_public_key(pem) is None:
-            self.links.state.create_node(NOOP_FLWR_AID, NOOP_ACCOUNT_NAME, pem, 0, name=name)
+        if self.fleet.state.get_node_id_by_public_key(pem) is None:
+            self.fleet.state.create_node(NOOP_FLWR_AID, NOOP_ACCOUNT_NAME, pem, 0, name=name)
 
     def drop_key(self, public_key: bytes) -> None:
         """End the admission of a node, at once: its next call is refused, and what it was asked counts as lost.
@@ -201,7 +201,7 @@ class InlineFleet:
             PEM or OpenSSH; nothing happens if it is not registered.
         """
         pem = canonical(public_key, "a node")
-        state = self.links.state
+        state = self.fleet.state
         with state.lock:
             node_id = state.get_node_id_by_public_key(pem)
             if node_id is None:
@@ -211,8 +211,8 @@ class InlineFleet:
 
     def nodes(self) -> list[NodeInfo]:
         """List the nodes that are online, with their public keys."""
-        with self.links.state.lock:
-            online = self.links.state.get_node_info(statuses=[NodeStatus.ONLINE])
+        with self.fleet.state.lock:
+            online = self.fleet.state.get_node_info(statuses=[NodeStatus.ONLINE])
             copies = []
             for node in online:
                 copy = NodeInfo()
@@ -222,19 +222,19 @@ class InlineFleet:
 
     def _watch_nodes(self) -> None:
         """Mark nodes offline, abandon stalled uploads, and detect that this process was paused."""
-        links = self.links
+        fleet = self.fleet
         ticked = time.monotonic()
         while not self._stopped.wait(TICK):
             now = time.monotonic()
             if now - ticked > PAUSE:
-                links.trust_after = now + AFTER_PAUSE
+                fleet.trust_after = now + AFTER_PAUSE
             ticked = now
-            with links.state.lock:
-                links.state.get_node_info(
+            with fleet.state.lock:
+                fleet.state.get_node_info(
                     statuses=[NodeStatus.ONLINE]
                 )  # marks nodes offline whose lease ended
-            for upload in links.uploads.stalled():
-                links.give_up_upload(upload.instruction_id)
+            for upload in fleet.uploads.stalled():
+                fleet.give_up_upload(upload.instruction_id)
 
     # Runs ---------------------------------------------------------------------------------------
 
@@ -250,7 +250,7 @@ class InlineFleet:
         run_config : mapping, optional
             Overrides of the app's configuration.
         """
-        state = self.links.state
+        state = self.fleet.state
         fab_hash = state.store_fab(fab) if fab is not None else None
         fab_id, fab_version = get_metadata_from_config(get_fab_config(fab.content)) if fab else (None, None)
         run_id = state.create_run(
@@ -272,7 +272,7 @@ class InlineFleet:
             record = state.task_token_store.pop(task_id)
             state.task_token_to_task_id.pop(record.token, None)
         TaskIdentity.task_id, TaskIdentity.run_id, TaskIdentity.node_id = task_id, run_id, SUPERLINK_NODE_ID
-        grid = InlineGrid(self.links, run_id, task_id, on_close=self._forget)
+        grid = InlineGrid(self.fleet, run_id, task_id, on_close=self._forget)
         self._grids[run_id] = grid
         return grid
 

@@ -42,18 +42,18 @@ from flwr.supercore.utils import get_metadata_bytes
 from flwr.superlink.federation.noop_federation_manager import NoOpFederationManager
 
 from espalier.flower.framing import ObjectAnswer, ObjectPush
-from espalier.flower.inline_objects import TAKEN, attach, detach
+from espalier.flower.inline_objects import ACCEPTED, attach, detach
 from espalier.flower.payloads import BIG_CHUNKS, HUGE_CHUNKS, PayloadError, count_chunks, tree_ids
-from espalier.flower.upstreams import GOT_HEADER
-from espalier_edge.fleet.mailboxes import Mailboxes, MailState, poller_of, said
+from espalier.flower.upstreams import RECEIVED_HEADER
 from espalier_edge.fleet.object_store import PayloadStore
+from espalier_edge.fleet.polling import IndexedLinkState, LongPolls, poller_of, said
 from espalier_edge.fleet.uploads import Upload, Uploads
 
 UPLOADS_WAITING = 400
 REDELIVERIES = 3
 
 
-class Links:
+class FleetState:
     """State, store and wake-ups that the servicer and the grids of one server share."""
 
     def __init__(self, upload_slots: int) -> None:
@@ -62,8 +62,8 @@ class Links:
         self.store_factory.store_instance = self.store
         federation = NoOpFederationManager()
         self.state_factory = LinkStateFactory(FLWR_IN_MEMORY_DB_NAME, federation, self.store_factory)
-        self.state = self.state_factory.state_instance = MailState(federation, self.store)
-        self.mail = Mailboxes()
+        self.state = self.state_factory.state_instance = IndexedLinkState(federation, self.store)
+        self.mail = LongPolls()
         self.uploads = Uploads(upload_slots)
         self.lock = threading.RLock()
         # Instructions that a grid waits for, and whom to tell that the reply is complete.
@@ -141,11 +141,13 @@ class Links:
 
 
 class InlineFleetServicer(FleetServicer):
-    """Flower's Fleet servicer over :class:`Links`."""
+    """Flower's Fleet servicer over :class:`FleetState`."""
 
-    def __init__(self, links: Links, require_keys: bool, on_refused: Callable[[bytes, str], None]) -> None:
-        super().__init__(links.state_factory, links.store_factory, require_keys)
-        self._links = links
+    def __init__(
+        self, fleet: FleetState, require_keys: bool, on_refused: Callable[[bytes, str], None]
+    ) -> None:
+        super().__init__(fleet.state_factory, fleet.store_factory, require_keys)
+        self._fleet = fleet
         self._on_refused = on_refused
 
     def ActivateNode(
@@ -153,10 +155,10 @@ class InlineFleetServicer(FleetServicer):
     ) -> ActivateNodeResponse:
         """Activate a node, and offer it again what its dead process had pulled."""
         self._check_signer(request.public_key, context)
-        if self._links.state.get_node_id_by_public_key(request.public_key) is None:
+        if self._fleet.state.get_node_id_by_public_key(request.public_key) is None:
             self._on_refused(request.public_key, context.peer())
         answer: ActivateNodeResponse = super().ActivateNode(request, context)
-        self._links.redeliver(answer.node_id)
+        self._fleet.redeliver(answer.node_id)
         return answer
 
     def RegisterNode(
@@ -182,7 +184,7 @@ class InlineFleetServicer(FleetServicer):
         """Take a heartbeat, which is most of what an edge does while nothing happens: without a line for its log."""
         answer: SendNodeHeartbeatResponse
         try:
-            answer = message_handler.send_node_heartbeat(request, self._links.state)
+            answer = message_handler.send_node_heartbeat(request, self._fleet.state)
         except message_handler.InvalidHeartbeatIntervalError:
             answer = super().SendNodeHeartbeat(request, context)  # it says what is wrong
         return answer
@@ -191,19 +193,19 @@ class InlineFleetServicer(FleetServicer):
         self, request: PullMessagesRequest, context: grpc.ServicerContext
     ) -> PullMessagesResponse:
         """Answer a poll at once if there is a message, else hold it until there is one or its caller gives up."""
-        links, node_id, poller = self._links, request.node.node_id, poller_of(context)
-        links.offer_unconfirmed(node_id, poller, said(context, GOT_HEADER))
-        while links.mail.wait(node_id, context):
-            links.mail.take(node_id)
+        fleet, node_id, poller = self._fleet, request.node.node_id, poller_of(context)
+        fleet.offer_unconfirmed(node_id, poller, said(context, RECEIVED_HEADER))
+        while fleet.mail.wait(node_id, context):
+            fleet.mail.take(node_id)
             # Not Flower's own servicer, which writes every request out for its log, shown or not.
-            answer: PullMessagesResponse = message_handler.pull_messages(request, links.state, links.store)
+            answer: PullMessagesResponse = message_handler.pull_messages(request, fleet.state, fleet.store)
             if answer.messages_list:
-                links.mail.put(node_id)  # there may be more
+                fleet.mail.put(node_id)  # there may be more
                 [announcement] = answer.messages_list
                 message_id = announcement.metadata.message_id
-                links.give(node_id, poller, message_id)
+                fleet.give(node_id, poller, message_id)
                 if poller:  # a stock SuperNode fetches everything
-                    attach(announcement, links.early.get(message_id, ()))
+                    attach(announcement, fleet.early.get(message_id, ()))
                 return answer
         return PullMessagesResponse()
 
@@ -211,7 +213,7 @@ class InlineFleetServicer(FleetServicer):
         self, request: PushMessagesRequest, context: grpc.ServicerContext
     ) -> PushMessagesResponse:
         """Accept a reply that a grid waits for, when its turn has come; refuse every other one quietly."""
-        links = self._links
+        fleet = self._fleet
         if len(request.messages_list) != 1 or len(request.message_object_trees) != 1:
             context.abort(grpc.StatusCode.INVALID_ARGUMENT, "one message and one object tree per call")
         announcement, tree = request.messages_list[0], request.message_object_trees[0]
@@ -222,20 +224,20 @@ class InlineFleetServicer(FleetServicer):
         metadata = message_from_proto(announcement).metadata
         node_id, instruction_id = request.node.node_id, metadata.reply_to_message_id
         refused = PushMessagesResponse(results={metadata.message_id: 0})
-        instruction = links.state.message_ins_store.get(instruction_id)
-        if instruction is None or not links.wants(instruction_id):
-            links.refused_late(metadata.run_id)
+        instruction = fleet.state.message_ins_store.get(instruction_id)
+        if instruction is None or not fleet.wants(instruction_id):
+            fleet.refused_late(metadata.run_id)
             return refused
         if metadata.src_node_id != node_id or instruction.metadata.dst_node_id != node_id:
             context.abort(grpc.StatusCode.PERMISSION_DENIED, "this node was not asked")
-        if links.uploads.waiting >= UPLOADS_WAITING:
+        if fleet.uploads.waiting >= UPLOADS_WAITING:
             context.abort(grpc.StatusCode.UNAVAILABLE, "too many uploads wait for their turn")
-        links.give_up_upload(instruction_id)
+        fleet.give_up_upload(instruction_id)
         chunks = count_chunks(tree)
         upload = Upload(node_id, instruction_id, chunks >= BIG_CHUNKS, chunks >= HUGE_CHUNKS)
-        if not links.uploads.admit(upload, lambda: links.wants(instruction_id) and context.is_active()):
-            if not links.wants(instruction_id):
-                links.refused_late(metadata.run_id)
+        if not fleet.uploads.admit(upload, lambda: fleet.wants(instruction_id) and context.is_active()):
+            if not fleet.wants(instruction_id):
+                fleet.refused_late(metadata.run_id)
             return refused
         return self._accept(request, context, upload, metadata, early)
 
@@ -248,32 +250,32 @@ class InlineFleetServicer(FleetServicer):
         early: Mapping[str, bytes],
     ) -> PushMessagesResponse:
         """Store an admitted reply and those of its objects that came with it; ask for the others."""
-        links, reply_id = self._links, metadata.message_id
+        fleet, reply_id = self._fleet, metadata.message_id
         accepted = False
         try:
             answer: PushMessagesResponse = super().PushMessages(request, context)
-            accepted = reply_id in links.state.message_res_store
+            accepted = reply_id in fleet.state.message_res_store
         finally:
             if not accepted:
-                links.uploads.release(upload.instruction_id)
+                fleet.uploads.release(upload.instruction_id)
         if not accepted:
-            links.forget_session(answer.session_id)
+            fleet.forget_session(answer.session_id)
             return answer
         upload.session_id = answer.session_id
         wanted = set(answer.objects_to_push)
         stored = {
             object_id
             for object_id in wanted & early.keys()
-            if links.state.store_object(metadata.run_id, answer.session_id, object_id, early[object_id])
+            if fleet.state.store_object(metadata.run_id, answer.session_id, object_id, early[object_id])
         }
         upload.pending = wanted - stored
         if early:
             del answer.objects_to_push[:]
             answer.objects_to_push.extend(upload.pending)
-            answer.results[reply_id] = TAKEN
+            answer.results[reply_id] = ACCEPTED
         upload.reply_id = reply_id
-        if not links.wants(upload.instruction_id):  # abandoned meanwhile
-            links.give_up_upload(upload.instruction_id)
+        if not fleet.wants(upload.instruction_id):  # abandoned meanwhile
+            fleet.give_up_upload(upload.instruction_id)
         elif upload.complete:
             self._tell(upload)
         return answer
@@ -282,28 +284,28 @@ class InlineFleetServicer(FleetServicer):
         self, request: PushObjectRequest | ObjectPush, context: grpc.ServicerContext
     ) -> PushObjectResponse:
         """Store an object of a reply under way, and tell the grid when it was the last one."""
-        links = self._links
-        upload = links.uploads.find(request.session_id)
+        fleet = self._fleet
+        upload = fleet.uploads.find(request.session_id)
         if upload is None or upload.node_id != request.node.node_id:
             return PushObjectResponse(stored=False)
         if request.object_id not in upload.pending:
             # Sent twice, because the answer to the first one was lost.
-            return PushObjectResponse(stored=request.object_id in links.store)
+            return PushObjectResponse(stored=request.object_id in fleet.store)
         upload.progress_at = time.monotonic()
         answer: PushObjectResponse = super().PushObject(cast(PushObjectRequest, request), context)
-        if answer.stored and links.uploads.arrived(upload, request.object_id):
+        if answer.stored and fleet.uploads.arrived(upload, request.object_id):
             self._tell(upload)
         return answer
 
     def PullObject(self, request: PullObjectRequest, context: grpc.ServicerContext) -> PullObjectResponse:
         """Answer with an object; one of our own in pieces, so that it is copied but once, into the answer's bytes."""
-        links = self._links
-        pieces = links.store.pieces(request.object_id)
-        status = links.state.get_run_status({request.run_id}).get(request.run_id)
+        fleet = self._fleet
+        pieces = fleet.store.pieces(request.object_id)
+        status = fleet.state.get_run_status({request.run_id}).get(request.run_id)
         if pieces is None or status is None or status.status != Status.RUNNING:
             return super().PullObject(request, context)
         size = sum(len(piece) for piece in pieces)
-        links.state.store_traffic(request.run_id, bytes_sent=size, bytes_recv=0)
+        fleet.state.store_traffic(request.run_id, bytes_sent=size, bytes_recv=0)
         answer = ObjectAnswer(object_found=True, object_available=True, pieces=pieces)
         return cast(PullObjectResponse, answer)  # to its serializer it is one
 
@@ -312,15 +314,15 @@ class InlineFleetServicer(FleetServicer):
     ) -> ConfirmMessageReceivedResponse:
         """Keep a message's objects until it is answered: its node may be killed and ask again."""
         given = (request.node.node_id, poller_of(context))
-        if self._links.unconfirmed.get(given) == request.message_object_id:
-            self._links.settle(request.message_object_id)
-        if self._links.wants(request.message_object_id):
+        if self._fleet.unconfirmed.get(given) == request.message_object_id:
+            self._fleet.settle(request.message_object_id)
+        if self._fleet.wants(request.message_object_id):
             return ConfirmMessageReceivedResponse()
         answer: ConfirmMessageReceivedResponse = super().ConfirmMessageReceived(request, context)
         return answer
 
     def _tell(self, upload: Upload) -> None:
-        with self._links.lock:
-            tell = self._links.outstanding.get(upload.instruction_id)
+        with self._fleet.lock:
+            tell = self._fleet.outstanding.get(upload.instruction_id)
         if tell is not None:
             tell(upload.instruction_id)

@@ -24,9 +24,9 @@ from flwr.supercore.run import Run
 from flwr.superlink.grid.http_grid import HttpGrid
 
 from espalier.config.timeouts import CLOUD_UPLOAD_STALL, TTL_MARGIN
-from espalier.flower.memory import Sweeper
+from espalier.flower.memory import CycleCollector
 from espalier.flower.payloads import Content, PayloadError, chunk_ids, tree_ids, unpack
-from espalier.flower.receive_buffers import Rooms
+from espalier.flower.receive_buffers import ReceiveBuffers
 
 FASTEST = 0.02
 SLOWEST = 0.5
@@ -48,7 +48,7 @@ class _Arriving:
     reply_id: str
     missing: list[str]
     contents: dict[str, Content] = field(default_factory=dict)
-    rooms: Rooms = field(default_factory=Rooms)
+    buffers: ReceiveBuffers = field(default_factory=ReceiveBuffers)
     progress_at: float = field(default_factory=time.monotonic)
     doubted_at: float = 0.0
 
@@ -183,7 +183,7 @@ class TreeGrid(Grid):
         waiting: dict[str, Message] = {}
         arriving: dict[str, _Arriving] = {}
         came, moved_at = 0, time.monotonic()
-        sweeper = Sweeper()
+        collector = CycleCollector()
         try:
             failed = []
             for message, message_id in zip(
@@ -212,8 +212,8 @@ class TreeGrid(Grid):
                     came += reply.has_content()
                     if quorum is not None and came == quorum:
                         end = min(end, time.monotonic() + grace)
-                    sweeper.sweep(but_last=True)
-                    sweeper.expect(reply)
+                    collector.collect(but_last=True)
+                    collector.track(reply)
                     yield reply
                     del reply
                 for message_id, sent in list(waiting.items()):
@@ -291,8 +291,8 @@ class TreeGrid(Grid):
                         one.sent, ErrorCode.REPLY_MESSAGE_UNAVAILABLE, "the upload of the reply ended early"
                     )
                 if answer.object_available:
-                    one.rooms.expect(object_id, answer.object_content)
-                    one.contents[object_id] = one.rooms.take(object_id, answer.object_content)
+                    one.buffers.allocate(object_id, answer.object_content)
+                    one.contents[object_id] = one.buffers.place(object_id, answer.object_content)
             before, one.missing = one.missing, [i for i in one.missing if i not in one.contents]
             if len(one.missing) < len(before):
                 one.progress_at = time.monotonic()

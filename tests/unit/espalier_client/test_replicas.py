@@ -9,9 +9,9 @@ import pytest
 from flwr.app import Context, Message, RecordDict
 
 from espalier.errors import ConfigError
-from espalier.flower.node_resources import Channels, Crew, Pulse
+from espalier.flower.node_resources import ChannelPool, HeartbeatScheduler, NodeResources
 from espalier.flower.resident import ResidentNode
-from espalier.flower.upstreams import Home
+from espalier.flower.upstreams import Upstream
 from espalier_client.replicas import Replica, Replicas, plan_replicas
 from espalier_edge.fleet.server import InlineFleet
 from tests.support.processes import wait_until
@@ -38,19 +38,19 @@ def test_what_cannot_be_dealt_is_refused(tmp_path: Path) -> None:
 
 
 def test_channels_are_shared_and_one_that_was_left_gets_nobody_new() -> None:
-    channels, home = Channels(2), Home("127.0.0.1:1", insecure=True)
-    first, second, third = (channels.take(home) for _ in range(3))
+    channels, upstream = ChannelPool(2), Upstream("127.0.0.1:1", insecure=True)
+    first, second, third = (channels.acquire(upstream) for _ in range(3))
     assert first is second
     assert third is not first
-    channels.leave(first)  # dead, or closed
-    fourth, fifth = channels.take(home), channels.take(home)
+    channels.release(first)  # dead, or closed
+    fourth, fifth = channels.acquire(upstream), channels.acquire(upstream)
     assert fourth is third
     assert fifth not in (first, third)
-    assert channels.take(Home("127.0.0.1:2", insecure=True)) not in (first, third, fifth)
+    assert channels.acquire(Upstream("127.0.0.1:2", insecure=True)) not in (first, third, fifth)
 
 
-def test_a_pulse_calls_in_time_and_outlives_a_fault() -> None:
-    pulse = Pulse()
+def test_a_heartbeats_calls_in_time_and_outlives_a_fault() -> None:
+    heartbeats = HeartbeatScheduler()
     said: list[str] = []
     done = threading.Event()
 
@@ -61,18 +61,18 @@ def test_a_pulse_calls_in_time_and_outlives_a_fault() -> None:
     def fail() -> None:
         raise RuntimeError("nobody foresaw this")
 
-    pulse.after(0.2, late)
-    pulse.after(0.0, fail)
-    pulse.after(0.01, lambda: said.append("early"))
+    heartbeats.after(0.2, late)
+    heartbeats.after(0.0, fail)
+    heartbeats.after(0.01, lambda: said.append("early"))
     assert done.wait(5)
     assert said == ["early", "late"]
-    pulse.stop()
-    pulse.after(0.0, lambda: said.append("never"))
+    heartbeats.stop()
+    heartbeats.after(0.0, lambda: said.append("never"))
     assert said == ["early", "late"]
 
 
 def own_threads() -> list[threading.Thread]:
-    return [t for t in threading.enumerate() if t.name.startswith(("poll", "work", "pulse"))]
+    return [t for t in threading.enumerate() if t.name.startswith(("poll", "work", "heartbeats"))]
 
 
 def test_they_call_their_app_one_at_a_time_and_answer_the_rest_at_once(tmp_path: Path) -> None:
@@ -91,12 +91,13 @@ def test_they_call_their_app_one_at_a_time_and_answer_the_rest_at_once(tmp_path:
     fleet = InlineFleet("127.0.0.1:0")
     fleet.start()
     try:
-        homes = [Home(f"127.0.0.1:{fleet.port}", insecure=True)]
-        crew = Crew(100, one_at_a_time=True, at_once=frozenset({"query.light"}))
+        upstreams = [Upstream(f"127.0.0.1:{fleet.port}", insecure=True)]
+        resources = NodeResources(100, exclusive=True, exempt=frozenset({"query.light"}))
         nodes = [
-            ResidentNode(app, homes, tmp_path / str(i), node_config={"i": i}, crew=crew) for i in range(8)
+            ResidentNode(app, upstreams, tmp_path / str(i), node_config={"i": i}, resources=resources)
+            for i in range(8)
         ]
-        with Replicas(nodes, crew):
+        with Replicas(nodes, resources):
             wait_until(lambda: len(fleet.nodes()) == 8, 30, "the nodes")
             assert len(own_threads()) == 9  # while idle: one a node and home, and one for all heartbeats
             grid = fleet.open_run()

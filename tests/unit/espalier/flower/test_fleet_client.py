@@ -12,7 +12,7 @@ from cryptography.hazmat.primitives.asymmetric import ec
 
 from espalier.flower import fleet_client
 from espalier.flower.fleet_client import FleetClient
-from espalier.flower.upstreams import Home
+from espalier.flower.upstreams import Upstream
 
 
 def test_objects_that_are_on_their_way_are_waited_for_once_and_not_one_by_one(
@@ -29,11 +29,11 @@ def test_objects_that_are_on_their_way_are_waited_for_once_and_not_one_by_one(
 
     objects = [f"{n}" for n in range(6)]
     key = ec.generate_private_key(ec.SECP256R1())
-    client = FleetClient(Home("127.0.0.1:1", insecure=True), key, Stopped())
+    client = FleetClient(Upstream("127.0.0.1:1", insecure=True), key, Stopped())
     # The server answers a call when it is made, not when the answer is looked at.
     begin = lambda method, object_id: SimpleNamespace(object_available=object_id in there)  # noqa: E731
-    monkeypatch.setattr(client, "_line", SimpleNamespace(begin=begin, close=lambda: None))
-    monkeypatch.setattr(fleet_client, "outcome", lambda call: call)
+    monkeypatch.setattr(client, "_channel", SimpleNamespace(begin=begin, close=lambda: None))
+    monkeypatch.setattr(fleet_client, "call_result", lambda call: call)
     got: list[str] = []
 
     def took(object_id: str, answer: Any) -> bool:
@@ -41,7 +41,7 @@ def test_objects_that_are_on_their_way_are_waited_for_once_and_not_one_by_one(
             got.append(object_id)
         return bool(answer.object_available)
 
-    client._all("PullObject", objects, lambda object_id: object_id, took, time.time() + 60)
+    client._call_for_each("PullObject", objects, lambda object_id: object_id, took, time.time() + 60)
     assert sorted(got) == objects
     assert len(rests) == 1
     assert rests[0] < 0.02

@@ -15,8 +15,18 @@ from hypothesis import strategies as st
 from espalier.flower import framing
 from espalier.flower.framing import ObjectAnswer, ObjectPush
 
-BIG = bytes(range(256)) * (framing.BIG // 256)
-SIZES = (0, 1, 127, 128, framing.BIG - 1, framing.BIG, framing.BIG + 1, (1 << 21) - 1, 1 << 21)
+BIG = bytes(range(256)) * (framing.MIN_VIEW_BYTES // 256)
+SIZES = (
+    0,
+    1,
+    127,
+    128,
+    framing.MIN_VIEW_BYTES - 1,
+    framing.MIN_VIEW_BYTES,
+    framing.MIN_VIEW_BYTES + 1,
+    (1 << 21) - 1,
+    1 << 21,
+)
 
 
 def filler(size: int) -> bytes:
@@ -51,7 +61,7 @@ def test_a_request_has_protobufs_bytes_and_is_read_as_protobuf_reads_it(size: in
         data = theirs.SerializeToString()
         assert framing.push_to_bytes(ours) == framing.push_to_bytes(theirs) == data
         read = framing.push_from_bytes(data)
-        assert isinstance(read, ObjectPush) == (size >= framing.BIG)
+        assert isinstance(read, ObjectPush) == (size >= framing.MIN_VIEW_BYTES)
         assert fields(read) == fields(theirs)
 
 
@@ -64,7 +74,7 @@ def test_an_answer_has_protobufs_bytes_and_is_read_as_protobuf_reads_it(size: in
         assert framing.answer_to_bytes(ObjectAnswer(found, available, (content,))) == data
         assert framing.answer_to_bytes(theirs) == data
         read = framing.answer_from_bytes(data)
-        assert isinstance(read, ObjectAnswer) == (size >= framing.BIG)
+        assert isinstance(read, ObjectAnswer) == (size >= framing.MIN_VIEW_BYTES)
         assert fields(read) == fields(theirs)
 
 
@@ -108,7 +118,7 @@ ODD = {
     "a number with a string's tag": b"\x12" + CONTENT[1:],
     "a length beyond the end": b"\x22\xff\xff\xff\x7f" + BIG,
     "a length of ten bytes": b"\x22" + b"\x80" * 9 + b"\x01" + BIG,
-    "a length that never ends": b"\x22" + b"\xff" * framing.BIG,
+    "a length that never ends": b"\x22" + b"\xff" * framing.MIN_VIEW_BYTES,
     "a long overlong length": b"\x22\x80\x80\x84\x80\x80\x80\x80\x00" + BIG,
     "an overlong length": b"\x22\x80\x80\x84\x00" + BIG,
     "a number that is cut": CONTENT + b"\x28\x80",

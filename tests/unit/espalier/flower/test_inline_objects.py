@@ -12,7 +12,7 @@ from flwr.common.serde import message_from_proto, message_to_proto
 from flwr.proto.message_pb2 import Message as ProtoMessage
 from flwr.supercore.task_identity import TaskIdentity
 
-from espalier.flower.inline_objects import MOST, OBJECTS, RECORD, attach, detach, early_objects
+from espalier.flower.inline_objects import MAX_INLINE_BYTES, OBJECTS, RECORD, attach, detach, select_inline
 from espalier.flower.payloads import Packed, pack, tree_ids, unpack
 
 KIB = 1024
@@ -31,7 +31,7 @@ def message(size: int) -> Message:
 
 def announced(held: Message, packed: Packed) -> ProtoMessage:
     light = message_to_proto(remove_content_from_message(held))
-    attach(light, early_objects(packed))
+    attach(light, select_inline(packed))
     return ProtoMessage.FromString(light.SerializeToString())
 
 
@@ -57,12 +57,12 @@ def test_of_a_big_message_all_but_its_chunks_travels() -> None:
     assert {type(packed.objects[object_id]).__name__ for object_id in left} == {"ArrayChunk"}
 
 
-@pytest.mark.parametrize("size", [MOST - 64 * KIB, MOST + 64 * KIB])
+@pytest.mark.parametrize("size", [MAX_INLINE_BYTES - 64 * KIB, MAX_INLINE_BYTES + 64 * KIB])
 def test_there_is_room_for_so_many_bytes(size: int) -> None:
     packed = pack(message(size))
-    found = early_objects(packed)
-    assert sum(map(len, found)) <= MOST
-    assert (len(found) == len(packed.objects)) == (size < MOST)
+    found = select_inline(packed)
+    assert sum(map(len, found)) <= MAX_INLINE_BYTES
+    assert (len(found) == len(packed.objects)) == (size < MAX_INLINE_BYTES)
 
 
 def test_afterwards_the_announcement_is_as_one_that_took_nothing_along() -> None:
@@ -88,7 +88,7 @@ def test_what_has_another_hash_is_none_of_the_message() -> None:
     held = message(KIB)
     packed = pack(held)
     light = message_to_proto(remove_content_from_message(held))
-    good, *others = early_objects(packed)
+    good, *others = select_inline(packed)
     attach(light, [b"strange", others[0] + b"\0", good])
     assert detach(light, ids(packed)) == {hashlib.sha256(good).hexdigest(): good}
 
@@ -97,8 +97,8 @@ def test_what_is_beyond_the_room_is_passed_over() -> None:
     held = message(KIB)
     packed = pack(held)
     light = message_to_proto(remove_content_from_message(held))
-    first, second, *_ = early_objects(packed)
-    attach(light, [first, bytes(MOST), second])
+    first, second, *_ = select_inline(packed)
+    attach(light, [first, bytes(MAX_INLINE_BYTES), second])
     assert list(detach(light, ids(packed)).values()) == [first]
 
 

@@ -17,7 +17,7 @@ from flwr.app.message.message import make_message
 from flwr.app.metadata import Metadata
 
 from espalier.flower.arrays import array_from_numpy
-from espalier.flower.memory import Sweeper
+from espalier.flower.memory import CycleCollector
 from tests.support.paths import ROOT
 
 SIZE = 4000
@@ -49,7 +49,7 @@ def collections() -> Iterator[list[int]]:
 
 
 def test_what_outlives_its_message_is_collected_once_it_is_much() -> None:
-    sweeper = Sweeper(every=3 * SIZE)
+    collector = CycleCollector(every=3 * SIZE)
     alive = []
     with collections() as found:
         for number in range(1, 4):
@@ -57,35 +57,35 @@ def test_what_outlives_its_message_is_collected_once_it_is_much() -> None:
             message = make_message(metadata=metadata, content=content)
             alive.append(ref(content["arrays"]))
             assert len(message.content.array_records) == 1  # makes the cycle
-            sweeper.expect(message)
+            collector.track(message)
             del message, content
-            sweeper.sweep()
+            collector.collect()
             assert len(found) == (number == 3)
     assert [record() for record in alive] == [None, None, None]
 
 
 def test_what_goes_with_its_message_costs_no_collection() -> None:
-    sweeper = Sweeper(every=SIZE)
+    collector = CycleCollector(every=SIZE)
     with collections() as found:
         for _ in range(5):
             content, metadata = message_of()
             message = make_message(metadata=metadata, content=content)
             assert isinstance(message.content["arrays"], ArrayRecord)
-            sweeper.expect(message)
+            collector.track(message)
             del message, content
-            sweeper.sweep()
+            collector.collect()
     assert not found
 
 
 def test_a_loop_over_replies_costs_no_collection_though_it_holds_the_last_one() -> None:
-    sweeper = Sweeper(every=SIZE)
+    collector = CycleCollector(every=SIZE)
 
     def replies() -> Iterator[Message]:
         for _ in range(5):
             content, metadata = message_of()
             message = make_message(metadata=metadata, content=content)
-            sweeper.sweep(but_last=True)
-            sweeper.expect(message)
+            collector.collect(but_last=True)
+            collector.track(message)
             yield message
             del message, content
 
@@ -106,14 +106,14 @@ from espalier.flower import memory
 def resident():
     return 4096 * int(open("/proc/self/statm").read().split()[1])
 
-assert not memory.keeps_freed_blocks()
+assert not memory.retains_freed_blocks()
 if sys.argv[1] == "keep":
-    assert memory.keep_freed_blocks() and memory.keeps_freed_blocks()
+    assert memory.retain_freed_blocks() and memory.retains_freed_blocks()
 before = resident()
 block = np.ones(40 << 20, np.uint8)
 del block
 kept = resident() - before
-memory.give_back_freed()
+memory.trim_heap()
 print(kept >> 20, (resident() - before) >> 20)
 """
 

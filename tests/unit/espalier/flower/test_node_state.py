@@ -13,7 +13,7 @@ from flwr.app import ConfigRecord, RecordDict
 from espalier.errors import StateError
 from espalier.flower.node_state import (
     ContextStates,
-    HomeIds,
+    NodeIds,
     load_key,
     load_or_make_key,
 )
@@ -36,20 +36,20 @@ def test_keys_that_are_refused(tmp_path: Path) -> None:
     with pytest.raises(StateError, match="cannot read the key"):
         load_key(tmp_path / "absent")
     (tmp_path / "text").write_text("hello")
-    with pytest.raises(StateError, match="no private key"):
+    with pytest.raises(StateError, match="not an unencrypted private key"):
         load_key(tmp_path / "text")
     form = (serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption())
     (tmp_path / "rsa").write_bytes(rsa.generate_private_key(65537, 1024).private_bytes(*form))
-    with pytest.raises(StateError, match="no elliptic-curve key"):
+    with pytest.raises(StateError, match="not an elliptic-curve key"):
         load_key(tmp_path / "rsa")
 
 
 def test_home_ids_outlive_the_process_and_damage(tmp_path: Path) -> None:
     path = tmp_path / "homes.json"
-    HomeIds(path).set("a:1", 2**63 + 5)
-    assert HomeIds(path).get("a:1") == 2**63 + 5
+    NodeIds(path).set("a:1", 2**63 + 5)
+    assert NodeIds(path).get("a:1") == 2**63 + 5
     path.write_text("[1")
-    assert HomeIds(path).get("a:1") is None
+    assert NodeIds(path).get("a:1") is None
 
 
 def test_run_states_are_restored_and_only_the_newest_kept(tmp_path: Path) -> None:

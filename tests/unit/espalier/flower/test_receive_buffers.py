@@ -14,7 +14,7 @@ from flwr.app.metadata import Metadata
 
 from espalier.flower.arrays import array_from_numpy, blank_array, blank_bytes, npy_size, numpy_view
 from espalier.flower.payloads import Content, Packed, chunk_ids, in_place, pack, tree_ids, unpack
-from espalier.flower.receive_buffers import CHUNK, Rooms
+from espalier.flower.receive_buffers import CHUNK, ReceiveBuffers
 from espalier_edge.fleet.object_store import PayloadStore
 
 #: Three chunks: two whole ones and what is left.
@@ -27,14 +27,14 @@ def packed_of(*arrays: Array) -> Packed:
     return pack(make_message(metadata=metadata, content=RecordDict({"w": record})))
 
 
-def came(rooms: Rooms, packed: Packed) -> dict[str, Content]:
-    """Return what a receiver holds once all has come: what describes first, each object where rooms put it."""
+def came(buffers: ReceiveBuffers, packed: Packed) -> dict[str, Content]:
+    """Return what a receiver holds once all has come: what describes first, each object where buffers put it."""
     chunks = chunk_ids(packed.tree)
     contents: dict[str, Content] = {}
     for object_id in sorted(tree_ids(packed.tree), key=chunks.__contains__):
         content = memoryview(b"call" + packed.content(object_id))[4:]  # as a call's bytes hold it
-        rooms.expect(object_id, content)
-        contents[object_id] = rooms.take(object_id, content)
+        buffers.allocate(object_id, content)
+        contents[object_id] = buffers.place(object_id, content)
     return contents
 
 
@@ -46,7 +46,7 @@ def numbers_in(message: Message, name: str = "a0") -> np.ndarray:
 
 def test_an_array_is_the_bytes_that_its_chunks_were_put_to() -> None:
     packed = packed_of(array_from_numpy(NUMBERS))
-    contents = came(Rooms(), packed)
+    contents = came(ReceiveBuffers(), packed)
     placed = [c for c in contents.values() if isinstance(c, tuple)]
     assert len(placed) == 3
     [whole] = {id(view.obj) for _, view in placed}
@@ -76,8 +76,8 @@ def test_an_edges_store_puts_verified_chunks_there_and_forgets_the_room_with_the
     contents = {object_id: store.held(object_id) for object_id in tree_ids(packed.tree)}
     assert sum(isinstance(content, tuple) for content in contents.values()) == 3
     store.delete(packed.message_id)
-    assert not store._rooms._rooms
-    assert not store._rooms._places
+    assert not store._buffers._buffers
+    assert not store._buffers._slots
     np.testing.assert_array_equal(numbers_in(unpack(packed.message_id, contents, verified=True)), NUMBERS)
 
 
@@ -85,7 +85,7 @@ def test_a_chunk_of_two_arrays_is_in_both() -> None:
     other = NUMBERS.copy()
     other[-1] = 7.0
     packed = packed_of(array_from_numpy(NUMBERS), array_from_numpy(other))
-    message = unpack(packed.message_id, came(Rooms(), packed))
+    message = unpack(packed.message_id, came(ReceiveBuffers(), packed))
     np.testing.assert_array_equal(numbers_in(message, "a0"), NUMBERS)
     np.testing.assert_array_equal(numbers_in(message, "a1"), other)
 
@@ -102,7 +102,7 @@ def test_a_chunk_of_two_arrays_is_in_both() -> None:
 )
 def test_of_other_arrays_the_chunks_stay_as_they_came(array: Array) -> None:
     packed = packed_of(array)
-    contents = came(Rooms(), packed)
+    contents = came(ReceiveBuffers(), packed)
     assert not any(isinstance(content, tuple) for content in contents.values())
     record = unpack(packed.message_id, contents).content["w"]
     assert isinstance(record, ArrayRecord)
@@ -110,7 +110,7 @@ def test_of_other_arrays_the_chunks_stay_as_they_came(array: Array) -> None:
 
 
 def test_a_chunk_of_another_size_than_its_place_stays_as_it_came() -> None:
-    rooms = Rooms()
+    buffers = ReceiveBuffers()
     ids = [sha256(bytes([n])).hexdigest() for n in range(3)]
     said = {
         "dtype": "float32",
@@ -120,14 +120,14 @@ def test_a_chunk_of_another_size_than_its_place_stays_as_it_came() -> None:
     }
     body = json.dumps(said).encode()
     described = f"Array {','.join(ids)} {len(body)}".encode() + b"\0" + body
-    assert rooms.expect("a", described) == npy_size("float32", NUMBERS.shape)
+    assert buffers.allocate("a", described) == npy_size("float32", NUMBERS.shape)
     short = b"ArrayChunk  5\0short"
-    assert rooms.take(ids[0], short) is short
+    assert buffers.place(ids[0], short) is short
     for unreadable in (b"ArrayChunk  5\0shorter", b"no object at all", b""):
-        assert rooms.take(ids[0], unreadable) is unreadable  # to be refused by name when it is unpacked
+        assert buffers.place(ids[0], unreadable) is unreadable  # to be refused by name when it is unpacked
     record = b"ConfigRecord  2\0{}"
-    assert rooms.take(ids[1], record) is record
-    assert rooms.expect("b", b"no object at all") == 0
+    assert buffers.place(ids[1], record) is record
+    assert buffers.allocate("b", b"no object at all") == 0
 
 
 def test_an_array_that_claims_more_than_there_is_gets_no_room(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -136,7 +136,7 @@ def test_an_array_that_claims_more_than_there_is_gets_no_room(monkeypatch: pytes
 
     monkeypatch.setattr("espalier.flower.receive_buffers.blank_bytes", exhausted)
     packed = packed_of(array_from_numpy(NUMBERS))
-    contents = came(Rooms(), packed)
+    contents = came(ReceiveBuffers(), packed)
     assert not any(isinstance(content, tuple) for content in contents.values())
     np.testing.assert_array_equal(numbers_in(unpack(packed.message_id, contents)), NUMBERS)
 
@@ -160,7 +160,7 @@ def test_blank_bytes_are_written_to_and_live_as_long_as_what_lies_on_them() -> N
     del data
     assert memory.tolist() == [0, 1, 2, 3, 4]
     for few in (0, 1):
-        with pytest.raises(ValueError, match="nobody's alone"):
+        with pytest.raises(ValueError, match="CPython shares"):
             blank_bytes(few)
 
 

@@ -23,8 +23,8 @@ def test_the_reserved_record() -> None:
     [
         ({"config": b"{}"}, "no run id"),
         ({"run": "r"}, "no configuration"),
-        ({"run": "r", "config": b"[]"}, "no JSON object"),
-        ({"run": "r", "config": b'{"a": [1]}'}, "'a' a list"),
+        ({"run": "r", "config": b"[]"}, "not a JSON object"),
+        ({"run": "r", "config": b'{"a": [1]}'}, "'a' is a list"),
         ({"run": "r", "config": b"{"}, "Expecting"),
     ],
 )

@@ -23,7 +23,7 @@ def test_an_edge_loads_no_database_and_says_so_if_one_is_wanted() -> None:
         "except RuntimeError as error:\n    print(error)\n"
     )
     assert said.splitlines()[0] == "[]"
-    assert "SqlLinkState was left out of this process" in said
+    assert "SqlLinkState is a stub" in said
 
 
 def test_where_a_database_is_loaded_flower_has_it() -> None:

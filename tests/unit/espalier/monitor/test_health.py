@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 from espalier.cli import command_line
 from espalier.errors import AddressError, EspalierError, StateError
 from espalier.monitor.health import check_health
-from espalier.monitor.node_status import STALE, STATUS_FILE, NodeStatus, connected_homes
+from espalier.monitor.node_status import STALE, STATUS_FILE, NodeStatus, connected_upstreams
 from espalier.security.transport import Security
 from espalier.storage.lock import FolderLock
 from espalier_edge.fleet.server import InlineFleet
@@ -73,48 +73,48 @@ def test_a_node_is_well_while_one_home_is_connected(state: Path) -> None:
     heard: list[str] = []
     with NodeStatus(state, [HOME, "b:1"], lambda kind, facts: heard.append(kind)) as status:
         with pytest.raises(StateError, match=r"connected to no server: 127\.0\.0\.1:9093 \(not yet\)"):
-            connected_homes(state)
-        status("connected", {"home": HOME, "node_id": 1})
-        status("unreachable", {"home": "b:1", "reason": "refused"})
-        assert connected_homes(state) == [HOME]
+            connected_upstreams(state)
+        status("connected", {"upstream": HOME, "node_id": 1})
+        status("unreachable", {"upstream": "b:1", "reason": "refused"})
+        assert connected_upstreams(state) == [HOME]
         done = CliRunner().invoke(command_line(), ["health", "--state", str(state)])
         assert (done.exit_code, done.stdout) == (0, f"connected to {HOME}\n")
         # A call that is refused leaves the connection; one that is lost does not.
-        status("refused", {"home": HOME, "reason": "too big"})
-        assert connected_homes(state) == [HOME]
-        status("disconnected", {"home": HOME, "reason": "socket closed"})
+        status("refused", {"upstream": HOME, "reason": "too big"})
+        assert connected_upstreams(state) == [HOME]
+        status("disconnected", {"upstream": HOME, "reason": "socket closed"})
         with pytest.raises(StateError, match="socket closed"):
-            connected_homes(state)
+            connected_upstreams(state)
     assert heard == ["connected", "unreachable", "refused", "disconnected"]
     assert not (state / STATUS_FILE).exists()
 
 
 def test_a_node_that_is_stopped_or_gone_is_not_well(tmp_path: Path) -> None:
     with pytest.raises(StateError, match="no process holds"):
-        connected_homes(tmp_path)
+        connected_upstreams(tmp_path)
     lock = FolderLock(tmp_path)
     with pytest.raises(StateError, match="tells nothing"):
-        connected_homes(tmp_path)
+        connected_upstreams(tmp_path)
     path = tmp_path / STATUS_FILE
     path.write_text(json.dumps({"pid": 1, "homes": {HOME: {"connected": True, "since": 1.0, "reason": ""}}}))
-    assert connected_homes(tmp_path) == [HOME]
+    assert connected_upstreams(tmp_path) == [HOME]
     old = path.stat().st_mtime - STALE - 5
     os.utime(path, (old, old))
     with pytest.raises(StateError, match="no sign of life"):
-        connected_homes(tmp_path)
+        connected_upstreams(tmp_path)
     lock.release()
     with pytest.raises(EspalierError, match="no process holds"):
-        connected_homes(tmp_path)
+        connected_upstreams(tmp_path)
 
 
 def test_what_a_node_did_is_counted(tmp_path: Path) -> None:
     status = NodeStatus(tmp_path, [HOME])
-    status("message", {"home": HOME, "message_type": "train", "run_id": 1, "group_id": "1"})
+    status("message", {"upstream": HOME, "message_type": "train", "run_id": 1, "group_id": "1"})
     assert status.busy_with == "train"
-    status("reply", {"home": HOME, "message_type": "train", "seconds": 1.5, "wanted": True})
-    status("message", {"home": HOME, "message_type": "train", "run_id": 1, "group_id": "2"})
-    status("error", {"home": HOME, "message_type": "train", "reason": "ValueError"})
-    status("reply", {"home": HOME, "message_type": "train", "seconds": 0.5, "wanted": True})
+    status("reply", {"upstream": HOME, "message_type": "train", "seconds": 1.5, "wanted": True})
+    status("message", {"upstream": HOME, "message_type": "train", "run_id": 1, "group_id": "2"})
+    status("error", {"upstream": HOME, "message_type": "train", "reason": "ValueError"})
+    status("reply", {"upstream": HOME, "message_type": "train", "seconds": 0.5, "wanted": True})
     assert (status.answered["train"], status.failed["train"], status.seconds["train"]) == (2, 1, 2.0)
     assert status.busy_with == ""
 

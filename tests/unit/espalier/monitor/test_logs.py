@@ -72,9 +72,9 @@ def test_flowers_loggers_warnings_and_tracebacks(capsys: pytest.CaptureFixture[s
 
 @pytest.mark.usefixtures("as_json")
 def test_a_nodes_events_are_fields(capsys: pytest.CaptureFixture[str]) -> None:
-    event_logger(logging.getLogger("espalier.client"))("disconnected", {"home": "e:1", "reason": "gone"})
+    event_logger(logging.getLogger("espalier.client"))("disconnected", {"upstream": "e:1", "reason": "gone"})
     [found] = lines(capsys)
-    assert (found["event"], found["home"], found["reason"]) == ("disconnected", "e:1", "gone")
+    assert (found["event"], found["upstream"], found["reason"]) == ("disconnected", "e:1", "gone")
 
 
 @pytest.mark.usefixtures("as_json")

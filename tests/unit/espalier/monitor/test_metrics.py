@@ -62,15 +62,16 @@ def test_a_tree() -> None:
 
 def test_a_client(tmp_path: Path) -> None:
     node = NodeStatus(tmp_path, ["a:1", "b:1"])
-    node("connected", {"home": "a:1", "node_id": 1})
+    node("connected", {"upstream": "a:1", "node_id": 1})
     for seconds in (1.5, 0.5):
-        node("message", {"home": "a:1", "message_type": "train", "bytes": 100})
+        node("message", {"upstream": "a:1", "message_type": "train", "bytes": 100})
         node(
-            "reply", {"home": "a:1", "message_type": "train", "seconds": seconds, "wanted": True, "bytes": 30}
+            "reply",
+            {"upstream": "a:1", "message_type": "train", "seconds": seconds, "wanted": True, "bytes": 30},
         )
-    node("message", {"home": "a:1", "message_type": "train", "bytes": 100})
-    node("error", {"home": "a:1", "message_type": "train", "reason": "ValueError"})
-    node("reply", {"home": "a:1", "message_type": "train", "seconds": 0.0, "wanted": True, "bytes": 0})
+    node("message", {"upstream": "a:1", "message_type": "train", "bytes": 100})
+    node("error", {"upstream": "a:1", "message_type": "train", "reason": "ValueError"})
+    node("reply", {"upstream": "a:1", "message_type": "train", "seconds": 0.0, "wanted": True, "bytes": 0})
     found = scrape(NodeCollector(node))
     assert of(found, "espalier_rounds_total") == 2
     assert of(found, "espalier_training_seconds_sum") == 2
@@ -101,7 +102,7 @@ def test_an_edge_for_itself(tmp_path: Path) -> None:
     totals.came_down(9)
     totals.add(report)
     uplink = NodeStatus(tmp_path, ["cloud:1"])
-    uplink("connected", {"home": "cloud:1", "node_id": 1})
+    uplink("connected", {"upstream": "cloud:1", "node_id": 1})
     progress = EdgeProgress(run="r-1", window=2, round=3, training=["c2"])
     source = EdgeSource("e1", cast(Any, MadeUpRoster()), lambda: progress, totals, uplink)
     [edge], [c1, c2] = source().edges, source().clients

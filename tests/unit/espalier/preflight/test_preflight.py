@@ -72,7 +72,7 @@ def test_faults_of_a_certificate(authority: Authority) -> None:
         (own(authority, certificate, other), "do not belong together"),
         (own(stranger, certificate, key), "signed by none of the authorities"),
         (own(authority, *authority.issue("old", days=-0.001)), "expired on"),
-        (own(authority, certificate, broken), "no private key"),
+        (own(authority, certificate, broken), "not an unencrypted private key"),
         (own(authority, authority.folder / "absent", key), "cannot be read"),
     ):
         [finding] = faulty.all

@@ -20,7 +20,7 @@ MARGIN = PULL - POLL_HELD  # seconds before its caller's deadline at which a hel
 ENDLESS = 86_400.0  # gRPC gives a call without a deadline one in the distant future
 
 
-class MailState(InMemoryLinkState):
+class IndexedLinkState(InMemoryLinkState):
     """Flower's link state with an index by node: without it every poll looks at the messages of all nodes."""
 
     def __init__(self, federation_manager: FederationManager, object_store: ObjectStore) -> None:
@@ -63,7 +63,7 @@ class MailState(InMemoryLinkState):
             super().delete_messages(message_ins_ids)
 
 
-class Mailboxes:
+class LongPolls:
     """Tells the polls of nodes that there is mail.
 
     A poll is held as long as its caller says, by its deadline, that it waits: an idle node then costs a call in 20 s

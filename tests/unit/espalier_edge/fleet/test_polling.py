@@ -13,7 +13,7 @@ import pytest
 
 from espalier.config.timeouts import POLL_HELD, POLL_HELD_STOCK, PULL
 from espalier.flower.upstreams import POLLER_HEADER
-from espalier_edge.fleet.mailboxes import ENDLESS, Mailboxes, patience
+from espalier_edge.fleet.polling import ENDLESS, LongPolls, patience
 from tests.support.processes import wait_until
 
 
@@ -44,7 +44,7 @@ class Call:
             callback()
 
 
-def wait(mail: Mailboxes, node: int, call: Call) -> bool:
+def wait(mail: LongPolls, node: int, call: Call) -> bool:
     return mail.wait(node, cast(grpc.ServicerContext, cast(Any, call)))
 
 
@@ -64,7 +64,7 @@ def test_a_poll_is_held_as_long_as_its_caller_says(remaining: float | None, seco
 
 
 def test_mail_wakes_the_poll_of_its_node_alone() -> None:
-    mail = Mailboxes()
+    mail = LongPolls()
     with ThreadPoolExecutor() as pool:
         one, other = pool.submit(wait, mail, 1, Call()), pool.submit(wait, mail, 2, Call())
         wait_until(lambda: mail.held == 2, 5)
@@ -79,7 +79,7 @@ def test_mail_wakes_the_poll_of_its_node_alone() -> None:
 
 
 def test_a_caller_that_hangs_up_is_given_nothing_and_frees_its_thread() -> None:
-    mail, call = Mailboxes(), Call()
+    mail, call = LongPolls(), Call()
     with ThreadPoolExecutor() as pool:
         held = pool.submit(wait, mail, 1, call)
         wait_until(lambda: mail.held == 1, 5)
@@ -91,7 +91,7 @@ def test_a_caller_that_hangs_up_is_given_nothing_and_frees_its_thread() -> None:
 
 
 def test_the_later_of_two_polls_of_a_process_gets_the_mail() -> None:
-    mail = Mailboxes()
+    mail = LongPolls()
     with ThreadPoolExecutor() as pool:
         earlier = pool.submit(wait, mail, 1, Call())
         wait_until(lambda: mail.held == 1, 5)
@@ -107,7 +107,7 @@ def test_the_later_of_two_polls_of_a_process_gets_the_mail() -> None:
 
 
 def test_polls_beyond_the_limit_are_answered_at_once() -> None:
-    mail = Mailboxes(most=1)
+    mail = LongPolls(most=1)
     first = Call()
     held = threading.Thread(target=wait, args=(mail, 1, first))
     held.start()
