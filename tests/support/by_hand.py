@@ -9,14 +9,19 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
+import torch
 from bench.local_tree import LocalClient, LocalTree
 from flwr.app import Message
+from torch.nn import functional
 
 from espalier.config.run_config import RunConfig
+from espalier.data.spec import open_data
 from espalier.flower.node_state import load_key
 from espalier.flower.payloads import content_id
 from espalier.methods.base import CloudState, Method, Update
 from espalier.methods.registry import create_method
+from espalier.methods.state import build_model
 from espalier.methods.tally import Tally
 from espalier.methods.views import answer_layout
 from espalier.wire import control
@@ -28,6 +33,9 @@ from espalier_proto import espalier_pb2 as pb
 from espalier_server.run import TreeRun
 
 Arrays = dict[str, np.ndarray]
+
+#: The same clients below one, two and three edges.
+EDGES = pytest.mark.parametrize("edges", [1, 2, 3])
 
 
 def wave(seed: int, *shape: int) -> np.ndarray:
@@ -94,6 +102,42 @@ def mean_kept(folder: Path, clients: Sequence[str], prefix: str, like: Mapping[s
             if name.startswith(prefix):
                 total[name.removeprefix(prefix)] += array
     return {name: array / len(clients) for name, array in total.items()}
+
+
+# --- networks ----------------------------------------------------------------------------------------
+
+
+def corner(array: np.ndarray, shape: Sequence[int]) -> np.ndarray:
+    """Return the leading block of a shape."""
+    return array[tuple(slice(0, n) for n in shape)]
+
+
+def loaded(architecture: pb.ArchitectureSpec, arrays: Arrays) -> Any:
+    """Return the network of an architecture with given tensors, in evaluation mode."""
+    own = {t.name: np.array(arrays[t.name]) for t in architecture.tensors}
+    return build_model(architecture, Weights.pack(own)).eval()
+
+
+def network_loss(architecture: pb.ArchitectureSpec, arrays: Arrays, data: str) -> torch.Tensor:
+    """Return the mean cross-entropy over all of a client's images in evaluation mode, in plain torch."""
+    model, images = loaded(architecture, arrays), open_data(data)
+    logits = model(images.fetch(np.arange(len(images))))
+    return functional.cross_entropy(logits, torch.from_numpy(np.asarray(images.labels)))
+
+
+def gradient(architecture: pb.ArchitectureSpec, arrays: Arrays, data: str) -> Arrays:
+    """Return the gradient of :func:`network_loss`, float64 by parameter."""
+    model, images = loaded(architecture, arrays), open_data(data)
+    logits = model(images.fetch(np.arange(len(images))))
+    loss = functional.cross_entropy(logits, torch.from_numpy(np.asarray(images.labels)))
+    loss.backward()  # type: ignore[no-untyped-call]
+    return {n: p.grad.numpy().astype(np.float64) for n, p in model.named_parameters()}
+
+
+def trained(run: TreeRun) -> Arrays:
+    """Return the global network's tensors after a run."""
+    assert run.state is not None
+    return {t.name: run.state.tensors[t.name] for t in run.state.architecture.tensors}
 
 
 # --- whole trees -------------------------------------------------------------------------------------

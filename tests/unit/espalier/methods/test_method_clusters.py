@@ -14,6 +14,7 @@ from espalier.data.spec import open_data
 from espalier.methods.state import build_model
 from espalier.wire.payload import Weights
 from espalier_proto import espalier_pb2 as pb
+from tests.support.by_hand import EDGES, network_loss
 from tests.support.by_hand import (
     Arrays,
     aggregate,
@@ -27,7 +28,6 @@ from tests.support.by_hand import (
     wave,
 )
 
-EDGES = pytest.mark.parametrize("edges", [1, 2, 3])
 
 # --- CFL ---------------------------------------------------------------------------------------------
 
@@ -162,13 +162,6 @@ def test_ifca_averages_each_model_over_its_members_and_shared_layers_over_all(ed
     untouched = "cluster2/classifier.weight"
     assert state.tensors[untouched].tobytes() == start[untouched].tobytes()
 
-
-def own_loss(architecture: pb.ArchitectureSpec, arrays: Arrays, data: str) -> float:
-    model = build_model(architecture, Weights.pack(arrays)).eval()
-    images = open_data(data)
-    with torch.no_grad():
-        logits = model(images.fetch(np.arange(len(images))))
-    return float(functional.cross_entropy(logits, torch.from_numpy(np.asarray(images.labels))))
 
 
 @pytest.mark.parametrize("shared", ["", "hidden1"])

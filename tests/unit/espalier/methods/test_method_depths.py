@@ -10,13 +10,9 @@ import pytest
 from espalier.methods.planning import Member
 from espalier.methods.tally import Tally
 from espalier.wire.payload import Weights
-from tests.support.by_hand import Arrays, aggregate, method, reply, same, server, wave
-
-EDGES = pytest.mark.parametrize("edges", [1, 2, 3])
+from tests.support.by_hand import corner, EDGES, Arrays, aggregate, method, reply, same, server, wave
 
 
-def corner(array: np.ndarray, shape: Sequence[int]) -> np.ndarray:
-    return array[tuple(slice(0, n) for n in shape)]
 
 
 # --- DepthFL ----------------------------------------------------------------------------------------

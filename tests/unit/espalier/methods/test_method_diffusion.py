@@ -16,6 +16,7 @@ from espalier.models.arrays import model_arrays
 from espalier_client.state import StateStore
 from espalier_proto import espalier_pb2 as pb
 from espalier_server.run import TreeRun
+from tests.support.by_hand import trained
 from tests.support.by_hand import (
     Arrays,
     Call,
@@ -55,10 +56,6 @@ def sizes(arrays: Arrays) -> dict[str, int]:
     return found
 
 
-def tensors(run: TreeRun) -> Arrays:
-    assert run.state is not None
-    return {t.name: run.state.tensors[t.name] for t in run.state.architecture.tensors}
-
 
 def weighted(calls: Sequence[Call], name: str) -> np.ndarray:
     """Return the n_k-weighted mean of a tensor over those who sent it, number by number in float64."""
@@ -77,8 +74,8 @@ def test_usplits_pairs_send_complementary_parts(tmp_path: Path) -> None:
     tree = small_tree(tmp_path, 5, of=150, data=SPEC, reach=lambda i: (i % 2,))
     calls = tapped(tree)
     run = run_tree(tree, "feddiffuse", 5, rounds=3, **QUICK)
-    whole = sizes(tensors(run))
-    assert all(call.sent.keys() == tensors(run).keys() for call in calls)
+    whole = sizes(trained(run))
+    assert all(call.sent.keys() == trained(run).keys() for call in calls)
     for round_ in (1, 2, 3):
         own = [c for c in calls if c.plan.round == round_]
         sent = [parts_of(c) for c in own]
@@ -93,7 +90,7 @@ def test_usplits_pairs_send_complementary_parts(tmp_path: Path) -> None:
                 assert size == (whole[name] if name in parts_of(call) else 0)
         assert sum(sum(sizes(c.payload).values()) for c in own) == 3 * sum(whole.values())
     last = [c for c in calls if c.plan.round == 3]
-    same(tensors(run), {n: weighted(last, n) for n in tensors(run)})
+    same(trained(run), {n: weighted(last, n) for n in trained(run)})
     # Who sends what changes from round to round.
     who = [{c.plan.client: parts_of(c) for c in calls if c.plan.round == r} for r in (1, 2, 3)]
     assert who[0] != who[1] or who[1] != who[2]
@@ -108,7 +105,7 @@ def test_bytes_of_the_exchange_are_the_shares_of_its_parts(
     tree = small_tree(tmp_path, 2, of=150)
     calls = tapped(tree)
     run = run_tree(tree, "feddiffuse", 2, rounds=1, exchange=exchange, **QUICK)
-    whole = sizes(tensors(run))
+    whole = sizes(trained(run))
     expected = sum(whole[p] for p in shared.split())
     for call in calls:
         assert {part(n) for n in call.sent} == {part(n) for n in call.payload} == set(shared.split())
@@ -146,7 +143,7 @@ def test_udecs_encoder_never_leaves_a_client(tmp_path: Path) -> None:
         payload = next(c.payload for c in calls if c.plan.client == client and c.plan.round == 2)
         assert payload["conv_out.weight"].tobytes()[:64] in raw  # what was sent is found there
     assert not any(part(n) != "up" for c in calls for n in (*c.sent, *c.payload))
-    at_cloud = {n: a for n, a in tensors(run).items() if part(n) != "up"}
+    at_cloud = {n: a for n, a in trained(run).items() if part(n) != "up"}
     assert all(np.array_equal(a, before[n]) for n, a in at_cloud.items())
     assert run.assessment is not None
     assert [n.at_cloud for n in run.assessment.networks()] == [False]

@@ -14,6 +14,7 @@ from espalier.data.spec import open_data
 from espalier.methods.state import build_model
 from espalier_proto import espalier_pb2 as pb
 from espalier_server.run import TreeRun
+from tests.support.by_hand import network_loss, loaded, gradient, trained, EDGES
 from tests.support.by_hand import (
     Arrays,
     aggregate,
@@ -29,34 +30,10 @@ from tests.support.by_hand import (
     wave,
 )
 
-EDGES = pytest.mark.parametrize("edges", [1, 2, 3])
 
 
-def network_loss(architecture: pb.ArchitectureSpec, arrays: Arrays, data: str) -> torch.Tensor:
-    """Return the mean cross-entropy of all of a client's images, in evaluation, by plain torch."""
-    model, images = loaded(architecture, arrays), open_data(data)
-    logits = model(images.fetch(np.arange(len(images))))
-    return functional.cross_entropy(logits, torch.from_numpy(np.asarray(images.labels)))
 
 
-def loaded(architecture: pb.ArchitectureSpec, arrays: Arrays) -> Any:
-    from espalier.wire.payload import Weights
-
-    own = {t.name: np.array(arrays[t.name]) for t in architecture.tensors}
-    return build_model(architecture, Weights.pack(own)).eval()
-
-
-def gradient(architecture: pb.ArchitectureSpec, arrays: Arrays, data: str) -> Arrays:
-    model, images = loaded(architecture, arrays), open_data(data)
-    logits = model(images.fetch(np.arange(len(images))))
-    loss = functional.cross_entropy(logits, torch.from_numpy(np.asarray(images.labels)))
-    loss.backward()  # type: ignore[no-untyped-call]
-    return {n: p.grad.numpy().astype(np.float64) for n, p in model.named_parameters()}
-
-
-def trained(run: TreeRun) -> Arrays:
-    assert run.state is not None
-    return {t.name: run.state.tensors[t.name] for t in run.state.architecture.tensors}
 
 
 # --- FedDyn -----------------------------------------------------------------------------------------

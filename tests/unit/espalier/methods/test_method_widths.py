@@ -14,13 +14,9 @@ from torch import nn
 
 from espalier.data.spec import open_data
 from espalier.models.architecture import build_with
-from tests.support.by_hand import Arrays, aggregate, method, reply, run_tree, same, server, wave
-
-EDGES = pytest.mark.parametrize("edges", [1, 2, 3])
+from tests.support.by_hand import corner, EDGES, Arrays, aggregate, method, reply, run_tree, same, server, wave
 
 
-def corner(array: np.ndarray, shape: Sequence[int]) -> np.ndarray:
-    return array[tuple(slice(0, n) for n in shape)]
 
 
 # --- HeteroFL ---------------------------------------------------------------------------------------
