@@ -1,49 +1,34 @@
-"""FedProx, SCAFFOLD and FedDyn at the client."""
+"""SCAFFOLD: control variates of clients and servers."""
 
 from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from torch import Generator, Tensor, nn
 
-from espalier.methods.feddyn import DynamicRegularizer
-from espalier.methods.fedprox import ProximalTerm
 from espalier.methods.scaffold import ControlVariates
 from espalier.training.objectives import LocalRound, Objective
 from espalier.training.trainer import train_local
-from tests.support.terms import Images, gradients, local_round, moved, network, received, result
-
-NOTHING = torch.zeros(1, 1, 8, 8), torch.zeros(1, dtype=torch.int64), Generator()
-
-
-def test_the_gradient_of_the_proximal_term_is_mu_times_the_difference() -> None:
-    model = network("cnn-bn")
-    local = local_round(model)
-    term = ProximalTerm(0.3)
-    term.begin(moved(model), local)
-    found = gradients(term, model)
-    for name, parameter in model.named_parameters():
-        assert torch.allclose(found[name], 0.3 * (parameter - local.received[name]), atol=1e-7)
-    # The norm is squared, so twice the distance has twice the gradient; un-squared it would not change.
-    near = torch.cat([g.flatten() for g in found.values()]).norm()
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            parameter.copy_(local.received[name] + 2 * (parameter - local.received[name]))
-    far = torch.cat([g.flatten() for g in gradients(term, model).values()]).norm()
-    assert (far / near).item() == pytest.approx(2.0, rel=1e-5)
-
-
-def test_the_proximal_term_is_of_parameters_not_of_running_statistics() -> None:
-    model = network("cnn-bn")
-    local = local_round(model)
-    term = ProximalTerm(2.0)
-    term.begin(model, local)
-    model.get_buffer("norm1.running_mean").fill_(7.0)
-    assert term.loss(model, *NOTHING).item() == 0.0
-    with torch.no_grad():
-        model.get_parameter("norm1.weight")[0] += 3.0
-    assert term.loss(model, *NOTHING).item() == pytest.approx(2.0 / 2 * 9)
+from tests.support.by_hand import (
+    EDGES,
+    aggregate,
+    gradient,
+    mean_kept,
+    method,
+    reply,
+    run_tree,
+    same,
+    server,
+    small_tree,
+    tapped,
+    trained,
+    wave,
+)
+from tests.support.terms import Images, local_round, network, received, result
 
 
 class Quadratic(Objective):
@@ -143,72 +128,6 @@ def test_one_step_of_scaffold_with_everyone_is_a_step_of_sgd() -> None:
         weights, common = np.mean(trained, 0), (common + np.mean(changes, 0)).astype(np.float32)
 
 
-def test_the_dynamic_regulariser_and_its_recursion() -> None:
-    """By hand: w = (5, 1), g_k = (2, -1), alpha = 0.5; at theta = (6, 3)."""
-    model, state = Vector(5.0, 1.0), {"dyn/theta": np.array([2.0, -1.0], np.float32)}
-    before = dict(state)
-    term = DynamicRegularizer(0.5)
-    term.begin(model, local_round(model, state=state))
-    with torch.no_grad():
-        model.theta.copy_(torch.tensor([6.0, 3.0]))
-    # -<(6, 3), (2, -1)> + 0.25 * (1 + 4)
-    assert term.loss(model, *NOTHING).item() == pytest.approx(-9 + 1.25)
-    # -g_k + alpha (theta - w)
-    assert gradients(term, model)["theta"].tolist() == pytest.approx([-2 + 0.5, 1 + 1.0])
-    # The server reads (7, 3): g_k - 0.5 (2, 2)
-    term.end(model, result(), {"theta": torch.tensor([7.0, 3.0]), "counter": torch.tensor(4.0)})
-    assert state["dyn/theta"].tolist() == pytest.approx([1.0, -2.0])
-    assert before["dyn/theta"].tolist() == [2.0, -1.0], "a former state was written to"
-    assert set(state) == {"dyn/theta"}
-
-
-def test_feddyns_fixed_point_is_the_optimum_of_the_sum() -> None:
-    """Two clients of unlike optima; the server's rule by the paper, h as the mean of all g_k."""
-    optima, states = [[0.0], [4.0]], [dict[str, np.ndarray](), dict[str, np.ndarray]()]
-    alpha, weights, h = 0.5, 9.0, 0.0
-    for number in range(1, 31):
-        trained = []
-        for optimum, state in zip(optima, states, strict=True):
-            model = Vector(weights)
-            local = local_round(model, local_epochs=30, learning_rate=0.4, state=state, round_=number)
-            train(model, Quadratic(optimum) + DynamicRegularizer(alpha), local)
-            trained.append(model.theta.item())
-        h -= alpha / 2 * sum(theta - weights for theta in trained)
-        assert h == pytest.approx(np.mean([s["dyn/theta"][0] for s in states]), abs=1e-4)
-        weights = float(np.mean(trained)) - h / alpha
-    assert weights == pytest.approx(2.0, abs=1e-3)
-    # At the optimum g_k is the gradient of the client's own loss: 2 - 0 and 2 - 4.
-    assert [s["dyn/theta"][0] for s in states] == pytest.approx([2.0, -2.0], abs=1e-3)
-
-
-@pytest.mark.parametrize(
-    ("term", "prefix"), [(DynamicRegularizer(0.5), "dyn/"), (ControlVariates(), "scaffold/")]
-)
-def test_a_sub_network_uses_the_leading_block_and_leaves_the_rest(term: Objective, prefix: str) -> None:
-    """The level changes from round to round: kept 3 long, trained 2 long, then 4 long."""
-    state = {prefix + "theta": np.array([1.0, 2.0, 3.0], np.float32)}
-    small = Vector(0.0, 0.0)
-    term.begin(small, local_round(small, state=state))
-    term.end(small, result(lr_sum=1.0), {"theta": torch.tensor([2.0, 0.0]), "counter": torch.tensor(0.0)})
-    # w - y = (-2, 0): FedDyn adds -alpha (y - w), SCAFFOLD adds (w - y) / (K eta), c being 0.
-    moved_by = -1.0 if prefix == "dyn/" else -2.0
-    assert state[prefix + "theta"].tolist() == [1.0 + moved_by, 2.0, 3.0]
-    large = Vector(0.0, 0.0, 0.0, 0.0)
-    term.begin(large, local_round(large, state=state))
-    term.end(large, result(), received(large))
-    assert state[prefix + "theta"].tolist() == [1.0 + moved_by, 2.0, 3.0, 0.0]
-
-
-def test_control_variates_and_regularisers_hold_parameters_only() -> None:
-    for term in (DynamicRegularizer(0.1), ControlVariates()):
-        model = network("cnn-bn")
-        local = local_round(model)
-        term.begin(model, local)
-        term.end(model, result(), received(moved(model)))
-        names = {key.partition("/")[2] for key in local.state}
-        assert names == {name for name, _ in model.named_parameters()}
-
-
 def test_training_a_network_leaves_the_correction_on_every_parameter() -> None:
     """A whole round of SCAFFOLD on a CNN against textbook steps computed apart."""
     model, common = network("cnn"), {}
@@ -227,3 +146,79 @@ def test_training_a_network_leaves_the_correction_on_every_parameter() -> None:
     for (name, ours), theirs in zip(model.named_parameters(), plain.parameters(), strict=True):
         assert theirs.grad is not None
         assert torch.allclose(ours, theirs - 0.1 * (theirs.grad + 0.01), atol=1e-6), name
+
+
+@EDGES
+def test_scaffolds_step_is_algorithm_1(edges: int) -> None:
+    """W ← w + η_g mean_S Δ_k, c ← c + (1/N) Σ_S Δc_k with Δc_k = −c + (w − y_k)/(Kη); statistics by the mean."""
+    rng = np.random.default_rng(4)
+    population, server_rate = 5, 0.7
+    state = server({"w": wave(0, 3, 2), "mean": wave(1, 2)}, ["mean"], population)
+    rule = method("scaffold", server_rate=server_rate)
+    rule.before_run(state, lambda *_: {})
+    own_c = np.zeros((population, 3, 2))
+    for picked in ([0, 1, 4], [2], [1, 2, 3, 4]):
+        w, c = (state.tensors[n].astype(np.float64) for n in ("w", "control/w"))
+        y = {k: (w + 0.2 * rng.normal(size=(3, 2))).astype(np.float32) for k in picked}
+        step = {k: 0.05 * (k + 2) for k in picked}  # K η differs from client to client
+        statistics = {k: wave(10 + k, 2) for k in picked}
+        replies = [
+            reply(state, f"c{k}", {"w": y[k], "mean": statistics[k]}, samples=k + 1, lr_sum=step[k])
+            for k in picked
+        ]
+        aggregate(rule, state, replies, edges)
+        for k in picked:
+            own_c[k] = own_c[k] - c + (w - y[k]) / step[k]
+        same(
+            state.tensors,
+            {
+                "w": w + server_rate * np.mean([y[k] - w for k in picked], axis=0),
+                "control/w": own_c.mean(axis=0),
+                "mean": np.mean(list(statistics.values()), axis=0),
+            },
+            atol=3e-6,
+        )
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [{"rg": 1}, {"rg": 3}, {"rg": 2, "codec": "qsgd"}, {"rg": 1, "codec": "fp16", "server_rate": 0.5}],
+    ids=["flat", "windows", "qsgd", "fp16"],
+)
+def test_scaffolds_c_is_the_mean_of_everyones_c(settings: dict[str, Any], tmp_path: Path) -> None:
+    tree = small_tree(tmp_path, 6)
+    run = run_tree(tree, "scaffold", 6, rounds=6, fraction=0.4, **settings)
+    assert run.state is not None
+    c = run.state.section("control")
+    same(c, mean_kept(tmp_path, [f"c{i}" for i in range(6)], "scaffold/", c), atol=2e-6)
+    assert max(float(np.abs(a).max()) for a in c.values()) > 1e-3
+
+
+def test_one_step_of_everyone_is_sgd_with_both_rates(tmp_path: Path) -> None:
+    """K = 1 and full participation: the corrections cancel, so w moves by −η η_g · mean_k ∇F_k(w)."""
+    tree, rate, server_rate = small_tree(tmp_path, 3), 0.2, 0.5
+    initial = tapped(tree)
+    run = run_tree(
+        tree,
+        "scaffold",
+        3,
+        rounds=4,
+        local_steps=1,
+        batch_size=100,
+        learning_rate=rate,
+        server_rate=server_rate,
+        clip_norm=0.0,
+    )
+    assert run.state is not None
+    w = {n: initial[0].sent[n].astype(np.float64) for n in trained(run)}
+    for _ in range(4):
+        gradients = [
+            gradient(
+                run.state.architecture, {n: a.astype(np.float32) for n, a in w.items()}, f"digits:{i}/30"
+            )
+            for i in range(3)
+        ]
+        w = {n: a - rate * server_rate * np.mean([g[n] for g in gradients], axis=0) for n, a in w.items()}
+    same(trained(run), w, atol=2e-6)
+    moved = max(float(np.abs(w[n] - initial[0].sent[n]).max()) for n in w)
+    assert moved > 1e-3

@@ -1,4 +1,4 @@
-"""IFCA and CFL as whole methods: groups that are there are found, and every model is its own members' mean."""
+"""CFL against the authors' code, and on a tree."""
 
 from __future__ import annotations
 
@@ -7,15 +7,10 @@ from typing import Any
 
 import numpy as np
 import pytest
-import torch
-from torch.nn import functional
 
-from espalier.data.spec import open_data
-from espalier.methods.state import build_model
-from espalier.wire.payload import Weights
 from espalier_proto import espalier_pb2 as pb
-from tests.support.by_hand import EDGES, network_loss
 from tests.support.by_hand import (
+    EDGES,
     Arrays,
     aggregate,
     method,
@@ -27,9 +22,6 @@ from tests.support.by_hand import (
     tapped,
     wave,
 )
-
-
-# --- CFL ---------------------------------------------------------------------------------------------
 
 FIRST_GROUP = (0, 3, 4)
 
@@ -127,86 +119,3 @@ def test_cfl_parts_two_groups_on_a_tree_and_each_goes_its_own_way(tmp_path: Path
     assert run.assessment is not None
     served = {n.label: n.clients for n in run.assessment.networks()}
     assert sorted(served.values()) == sorted(map(tuple, groups))  # type: ignore[type-var]
-
-
-# --- IFCA --------------------------------------------------------------------------------------------
-
-
-@EDGES
-def test_ifca_averages_each_model_over_its_members_and_shared_layers_over_all(edges: int) -> None:
-    """Nobody picked model 2: it stays bit for bit."""
-    shapes = {"body.weight": (3, 2), "classifier.weight": (2, 3)}
-    start = {"body.weight": wave(0, 3, 2)} | {
-        f"cluster{j}/classifier.weight": wave(1 + j, 2, 3) for j in range(3)
-    }
-    state = server(start)
-    rule = method("ifca", model="mlp", clusters=3, shared_layers="body")
-    picks, samples = [0, 1, 0, 0, 1], [10, 40, 30, 5, 8]
-    replies = []
-    for k, (j, n) in enumerate(zip(picks, samples, strict=True)):
-        own = {"body.weight": wave(20 + k, 3, 2), f"cluster{j}/classifier.weight": wave(30 + k, 2, 3)}
-        assert {a.shape for a in own.values()} == set(shapes.values())
-        replies.append(reply(state, f"c{k}", own, samples=n, cluster=j))
-    aggregate(rule, state, replies, edges)
-    total = sum(samples)
-    expected = {
-        "body.weight": np.sum([n / total * wave(20 + k, 3, 2) for k, n in enumerate(samples)], axis=0)
-    }
-    for j in (0, 1):
-        members = [k for k, picked in enumerate(picks) if picked == j]
-        size = sum(samples[k] for k in members)
-        expected[f"cluster{j}/classifier.weight"] = np.sum(
-            [samples[k] / size * wave(30 + k, 2, 3) for k in members], axis=0
-        )
-    same(state.tensors, expected)
-    untouched = "cluster2/classifier.weight"
-    assert state.tensors[untouched].tobytes() == start[untouched].tobytes()
-
-
-
-@pytest.mark.parametrize("shared", ["", "hidden1"])
-def test_ifca_recovers_rotated_groups_on_a_tree(shared: str, tmp_path: Path) -> None:
-    """Odd clients' digits stand on their head: the two models part them, and each client is at its own."""
-    spec = "digits:{i}/{of}:iid+rotate=2"
-    tree = small_tree(tmp_path, 6, of=12, data=spec, reach=lambda i: (i // 3,))
-    calls = tapped(tree)
-    run = run_tree(
-        tree, "ifca", 6, rounds=6, local_epochs=4, batch_size=16, learning_rate=0.1, shared_layers=shared
-    )
-    assert run.state is not None
-    names = [t.name for t in run.state.architecture.tensors]
-    for call in (c for c in calls if c.trains):
-        losses = [
-            own_loss(
-                run.state.architecture,
-                {n: call.sent.get(f"cluster{j}/{n}", call.sent.get(n, np.zeros(0))) for n in names},
-                spec.format(i=call.plan.client[1:], of=12),
-            )
-            for j in range(2)
-        ]
-        # The picked model has the smaller loss on all of the client's images, and only it comes back.
-        assert int(call.report.metrics["cluster"]) == int(np.argmin(losses))
-        prefixes = {n.partition("/")[0] for n in call.payload if "/" in n}
-        assert prefixes == {f"cluster{int(np.argmin(losses))}"}
-        assert {n for n in call.payload if "/" not in n} == {
-            n for n in names if shared and n.startswith(shared)
-        }
-    last = {c.plan.client: int(c.report.metrics["cluster"]) for c in calls if c.trains and c.plan.round == 6}
-    groups = [{last[f"c{i}"] for i in parity} for parity in ((0, 2, 4), (1, 3, 5))]
-    assert sorted(map(sorted, groups)) == [[0], [1]]
-
-
-def test_ifca_leaves_a_model_that_nobody_picks_as_it_was(tmp_path: Path) -> None:
-    """On a tree: with three models and clients that are alike, one at least is picked by nobody."""
-    tree = small_tree(tmp_path, 2)
-    calls = tapped(tree)
-    run = run_tree(tree, "ifca", 2, rounds=2, clusters=3)
-    assert run.state is not None
-    picked = {int(c.report.metrics["cluster"]) for c in calls if c.trains}
-    alone = set(range(3)) - picked
-    assert alone
-    first = next(c for c in calls if c.trains)
-    for j in range(3):
-        section = run.state.section(f"cluster{j}")
-        kept = [np.array_equal(a, first.sent[f"cluster{j}/{n}"]) for n, a in section.items()]
-        assert all(kept) if j in alone else not any(kept)

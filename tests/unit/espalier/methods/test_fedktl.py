@@ -1,4 +1,4 @@
-"""FedKTL: the fixed simplex, ArcFace, generated pairs at the client, the feature transformer at the cloud."""
+"""FedKTL: ArcFace, prototypes, the transfer task and the alignment."""
 
 from __future__ import annotations
 
@@ -23,9 +23,6 @@ from espalier.wire.pairs import Pairs, to_pixels
 from tests.support.terms import Images, batch, gradients, local_round, moved, network, received, result
 
 CLASSES = 10
-
-
-# --- ETF and ArcFace -------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(("classes", "dimension"), [(2, 2), (10, 10), (10, 17), (100, 100)])
@@ -138,9 +135,6 @@ def test_unit_prototypes_by_class() -> None:
     assert sum(array.nbytes for array in objective.extra().values()) == 400
 
 
-# --- Generated pairs -------------------------------------------------------------------------------
-
-
 def pairs(count: int, latent_dim: int = 5) -> Pairs:
     rng = np.random.default_rng(count)
     images = rng.uniform(-1, 1, (count, 1, 8, 8)).astype(np.float32)
@@ -236,9 +230,6 @@ def test_unfit_pairs_and_networks_are_refused() -> None:
     for term in (ArcFace(), UnitPrototypes(), KnowledgeTransfer(1.0)):
         with pytest.raises(TrainingError, match="for classifiers"):
             term.begin(other, local_round(other))
-
-
-# --- The cloud -------------------------------------------------------------------------------------
 
 
 def normal(count: int, generator: Generator, latent_dim: int = 6) -> Tensor:

@@ -1,80 +1,28 @@
-"""Methods that are a mean of whole models with other weights, steps or codes, against formulas written out here."""
+"""q-FedAvg against its formula and the authors' code."""
 
 from __future__ import annotations
 
-import math
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from torch.nn import functional
 
-from espalier.data.spec import open_data
-from espalier.methods.state import build_model
-from espalier.wire.compression import QSGD
-from espalier.wire.payload import Layout
-from espalier_proto import espalier_pb2 as pb
-from espalier_server.run import TreeRun
-from tests.support.by_hand import network_loss, loaded, gradient, trained, EDGES
 from tests.support.by_hand import (
-    Arrays,
-    Call,
+    EDGES,
     aggregate,
     method,
+    network_loss,
     reply,
     run_tree,
     same,
     server,
     small_tree,
     tapped,
+    trained,
     wave,
 )
-
-
-
-
-
-
-
-# --- the weights of a mean --------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("name", "settings", "weight"),
-    [
-        ("fedavg", {}, 40),
-        ("fedavg", {"selection": "bernoulli"}, 40),
-        ("fedavg", {"selection": "proportional"}, 1),
-        ("fedavg", {"selection": "pow-d"}, 1),
-        ("fedavg", {"weighting": "uniform"}, 1),
-        ("fedprox", {}, 40),
-        ("moon", {}, 40),
-        ("power-of-choice", {}, 1),
-        ("power-of-choice", {"selection": "rpow-d"}, 1),
-        ("divfl", {}, 40),
-        ("fedpaq", {}, 1),
-        ("scaffold", {}, 1),
-        ("feddyn", {}, 1),
-        ("heterofl", {}, 1),
-        ("depthfl", {}, 1),
-        ("fjord", {}, 40),
-        ("split-mix", {}, 40),
-        ("cfl", {}, 1),
-        ("ifca", {}, 40),
-    ],
-)
-def test_sampling_and_weighting_never_count_the_samples_twice(
-    name: str, settings: dict[str, str], weight: float
-) -> None:
-    """Uniform sampling weighs by n_k, sampling by n_k does not (Power-of-Choice, q-FFL); some papers say 1/m."""
-    state = server({"w": wave(0, 2)})
-    update = reply(state, "c", {"w": wave(1, 2)}, samples=40)
-    assert method(name, **settings).weight_of(update) == weight
-
-
-# --- q-FedAvg ---------------------------------------------------------------------------------------
 
 LOSSES, RATE = (2.5, 0.4, 1.1), 0.1
 
@@ -211,67 +159,3 @@ def test_qfedavg_on_a_tree_weighs_by_the_loss_at_the_received_model(tmp_path: Pa
             top[n] = top[n] + loss**2 * step[n]
         bottom += 2 * loss * square + 10 * loss**2
     same(trained(run), {n: calls[0].sent[n] - top[n] / bottom for n in top})
-
-
-# --- FedPAQ -----------------------------------------------------------------------------------------
-
-
-def test_fedpaq_adds_the_plain_mean_of_the_quantised_differences(tmp_path: Path) -> None:
-    """W + (1/r) Σ Q(y_k − w): the differences are those of a run without a codec, rounded to a level beside."""
-    settings = {"rounds": 1, "local_steps": 3, "data": "digits:{i}/{of}:dirichlet=0.5"}
-    data = settings.pop("data")
-    plain_tree = small_tree(tmp_path / "plain", 3, data=data)
-    plain = tapped(plain_tree)
-    run_tree(plain_tree, "fedavg", 3, **settings)
-    tree = small_tree(tmp_path / "coded", 3, data=data)
-    calls = tapped(tree)
-    run = run_tree(tree, "fedpaq", 3, codec_levels=5, **settings)
-    exact: dict[str, Call] = {call.plan.client: call for call in plain}
-    names = list(trained(run))
-    layout = Layout.of({n: calls[0].sent[n] for n in names})
-    total = {n: np.zeros(calls[0].sent[n].shape) for n in names}
-    assert len({call.report.samples for call in calls}) == 3  # weighted, the mean would be another
-    for call in calls:
-        code = {n.removeprefix("code/"): a for n, a in call.payload.items()}
-        decoded = QSGD(5).decode(code, layout, "me")
-        other = exact[call.plan.client]
-        difference = {n: (other.payload[n] - other.sent[n]).astype(np.float64) for n in names}
-        norm = math.sqrt(sum(float((d**2).sum()) for d in difference.values()))
-        for n in names:
-            assert np.abs(decoded[n] - difference[n]).max() <= norm / 5 * (1 + 1e-5)
-            np.testing.assert_allclose(decoded[n] * 5 / norm, np.round(decoded[n] * 5 / norm), atol=1e-4)
-            total[n] += decoded[n]
-    same(trained(run), {n: calls[0].sent[n] + total[n] / 3 for n in names})
-    # 32 + d(1 + ⌈log2(s + 1)⌉) bits, the padding of a byte aside.
-    size = sum(a.size for a in total.values())
-    assert sum(a.nbytes for a in calls[0].payload.values()) == 4 + math.ceil(size * 4 / 8)
-
-
-# --- the guard --------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("shape", ["narrow", "flat", "row"])
-def test_a_mean_refuses_a_narrow_reply_by_name(shape: str, tmp_path: Path) -> None:
-    """A client that answers whole tensors' plan with others, and says so: NumPy would broadcast some of them."""
-    tree = small_tree(tmp_path, 3, edges=1)
-
-    def narrowed(sent: Arrays, arrays: Arrays, report: pb.ClientReport) -> Arrays:
-        if report.client != "c1":
-            return arrays
-        name = "hidden2.weight"
-        whole = arrays[name]
-        part = {"narrow": whole[:16, :16], "flat": whole.reshape(-1), "row": whole[:1]}[shape]
-        return arrays | {name: np.ascontiguousarray(part)}
-
-    calls = tapped(tree, narrowed)
-    run = run_tree(tree, "fedavg", 3, rounds=1)
-    [fault] = run.chronicle.record.faults
-    assert (fault.node, fault.kind) == ("c1", "refused")
-    assert "'hidden2.weight'" in fault.detail
-    own = [call for call in calls if call.plan.client != "c1"]
-    total = sum(call.report.samples for call in own)
-    expected = {
-        n: np.sum([call.report.samples / total * call.payload[n] for call in own], axis=0)
-        for n in trained(run)
-    }
-    same(trained(run), expected)

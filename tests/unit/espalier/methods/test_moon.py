@@ -1,4 +1,4 @@
-"""MOON's contrastive term on classifiers and on U-Nets."""
+"""MOON's model-contrastive term, on classifiers and U-Nets."""
 
 from __future__ import annotations
 

@@ -1,25 +1,28 @@
-"""HeteroFL and FjORD against loops over single numbers, and against the authors' code where it runs."""
+"""HeteroFL against its formula and the authors' code."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
-import pytest
 import torch
 from bench.local_tree import LocalClient, LocalTree
 from torch import nn
 
 from espalier.data.spec import open_data
 from espalier.models.architecture import build_with
-from tests.support.by_hand import corner, EDGES, Arrays, aggregate, method, reply, run_tree, same, server, wave
-
-
-
-
-# --- HeteroFL ---------------------------------------------------------------------------------------
+from tests.support.by_hand import (
+    EDGES,
+    Arrays,
+    aggregate,
+    method,
+    reply,
+    run_tree,
+    same,
+    server,
+    wave,
+)
 
 HETERO = {"hidden.weight": (4, 3), "hidden.bias": (4,), "classifier.weight": (3, 4), "classifier.bias": (3,)}
 
@@ -139,96 +142,3 @@ def test_static_statistics_of_a_tree_are_those_of_one_pass_over_all_batches(tmp_
         np.testing.assert_allclose(views[name], expected[name], rtol=1e-4, atol=1e-5, err_msg=name)
     assert {int(views[n]) for n in views if n.endswith("num_batches_tracked")} == {batches}
     assert all(np.array_equal(views[n], a) for n, a in trained.items())
-
-
-# --- FjORD ------------------------------------------------------------------------------------------
-
-FJORD = {
-    "hidden.weight": (4, 2),
-    "hidden.bias": (4,),
-    "classifier.weight": (3, 4),
-    "p0.25/norm.running_mean": (1,),
-    "p0.5/norm.running_mean": (2,),
-    "p1/norm.running_mean": (4,),
-}
-
-
-def fjord_shapes(width: float) -> dict[str, tuple[int, ...]]:
-    w = int(4 * width)
-    shapes: dict[str, tuple[int, ...]] = {
-        "hidden.weight": (w, 2),
-        "hidden.bias": (w,),
-        "classifier.weight": (3, w),
-    }
-    return shapes | {f"p{p:g}/norm.running_mean": (int(4 * p),) for p in (0.25, 0.5, 1.0) if p <= width}
-
-
-def blocks_overwritten(before: Arrays, clients: list[tuple[Arrays, float, int]]) -> Arrays:
-    """Overwrite each block by its holders' mean, from the largest width down, as the paper's authors do."""
-    after = {name: array.astype(np.float64) for name, array in before.items()}
-    for p in (1.0, 0.5, 0.25):
-        holders = [(own, n) for own, width, n in clients if width >= p]
-        total = sum(n for _, n in holders)
-        if not holders:
-            continue
-        for name in after:
-            shape = fjord_shapes(p).get(name)
-            if shape is None or ("/" in name and not name.startswith(f"p{p:g}/")):
-                continue
-            block = sum(n * corner(own[name], shape).astype(np.float64) for own, n in holders) / total
-            after[name][tuple(slice(0, d) for d in shape)] = block
-    return after
-
-
-@EDGES
-def test_fjord_overwrites_nested_blocks_by_their_holders_means(edges: int) -> None:
-    rng = np.random.default_rng(2)
-    state = server({n: rng.normal(size=s).astype(np.float32) for n, s in FJORD.items()})
-    rule = method("fjord", model="mlp")
-    for widths in ([0.25, 0.5, 1.0, 0.5], [0.5, 0.25, 0.5], [0.25, 0.25]):
-        clients = [
-            ({n: rng.normal(size=s).astype(np.float32) for n, s in fjord_shapes(w).items()}, w, 10 + 7 * k)
-            for k, w in enumerate(widths)
-        ]
-        before = {n: a.copy() for n, a in state.tensors.items()}
-        replies = [reply(state, f"c{k}", own, samples=n) for k, (own, _, n) in enumerate(clients)]
-        aggregate(rule, state, replies, edges)
-        same(state.tensors, blocks_overwritten(before, clients))
-
-
-def test_fjord_gives_the_numbers_of_its_authors_baseline() -> None:
-    """Numbers of `aggregate`, run on the same tensors; nobody holds the width 1.
-
-    adap/flower@fdef7afb1dca3030553be302366cfd285ed6632c, baselines/fjord/fjord/strategy.py; p_max 0.5 with
-    30 samples, 0.25 with 10 and 50. That code ships whole tensors of which only the held blocks count.
-    """
-    state = server({n: wave(i, *s) for i, (n, s) in enumerate(FJORD.items())})
-    replies = []
-    for k, (width, samples) in enumerate(((0.5, 30), (0.25, 10), (0.25, 50))):
-        whole = {n: wave(10 + 10 * k + i, *s) for i, (n, s) in enumerate(FJORD.items())}
-        own = {n: corner(whole[n], s) for n, s in fjord_shapes(width).items()}
-        replies.append(reply(state, f"c{k}", own, samples=samples))
-    aggregate(method("fjord", model="mlp"), state, replies)
-    expected = {
-        "hidden.weight": [
-            [-0.6503667632738749, -0.11315947274367015],
-            [-0.3488751947879791, -0.5413456559181213],
-            [0.9612752199172974, 0.7965654730796814],
-            [0.5240443348884583, 0.180596262216568],
-        ],
-        "hidden.bias": [-0.5834246277809143, 0.5182282328605652, 0.7965654730796814, 0.180596262216568],
-        "classifier.weight": [
-            [-0.437518705924352, -0.19398435950279236, -0.18729466199874878, -0.9631309509277344],
-            [-0.947690467039744, -0.5527545809745789, 0.9964756369590759, 0.5182282328605652],
-            [-0.07304624054167005, -0.8283243775367737, -0.3488751947879791, 0.6842898726463318],
-        ],
-        "p0.25/norm.running_mean": [-0.2323966667883926],
-        "p0.5/norm.running_mean": [-0.66923987865448, -0.9945526123046875],
-        "p1/norm.running_mean": [
-            0.7965654730796814,
-            -0.9631309509277344,
-            0.36796051263809204,
-            0.5182282328605652,
-        ],
-    }
-    same(state.tensors, {n: np.array(a) for n, a in expected.items()})

@@ -1,0 +1,128 @@
+"""Phoenix: shared images, personal layers and the loss filter."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from espalier.config.run_config import RunConfig
+from espalier.data.spec import open_data
+from espalier.methods.registry import create_method
+from espalier.methods.tally import Tally
+from espalier.models.arrays import model_arrays
+from espalier_proto import espalier_pb2 as pb
+from tests.support.by_hand import (
+    Arrays,
+    Call,
+    aggregate,
+    method,
+    reply,
+    run_tree,
+    same,
+    server,
+    small_tree,
+    tapped,
+    wave,
+)
+
+#: Quick rounds of a small U-Net, nothing drawn but one small grid.
+QUICK = {"model": "unet-tiny", "local_steps": 2, "batch_size": 4, "sample_steps": 1, "sample_count": 1}
+
+
+def weighted(calls: Sequence[Call], name: str) -> np.ndarray:
+    """Return the n_k-weighted mean of a tensor over those who sent it, number by number in float64."""
+    holders = [c for c in calls if name in c.payload]
+    total = sum(c.report.samples for c in holders)
+    mean: np.ndarray = np.sum(
+        [c.report.samples / total * c.payload[name].astype(np.float64) for c in holders], axis=0
+    )
+    return mean
+
+
+def test_phoenix_hands_the_shared_images_to_everybody_once(tmp_path: Path) -> None:
+    """A client with few images has more to train on: 8 of its own and 12 shared are five batches of four."""
+    tree = small_tree(tmp_path, 3, of=200)
+    calls = tapped(tree)
+    own = {f"c{i}": len(open_data(f"digits:{i}/200")) for i in range(3)}
+    settings = QUICK | {"local_steps": 0, "personal_layers": "conv_in"}
+    run = run_tree(
+        tree, "phoenix", 3, rounds=3, fraction=0.67, shared_data="digits:199/200", shared_count=6, **settings
+    )
+    assert run.state is not None
+    seen: set[str] = set()
+    for call in sorted(calls, key=lambda c: c.plan.round):
+        client = call.plan.client
+        assert ("handout/images" in call.sent) == ("handout/labels" in call.sent) == (client not in seen)
+        if client not in seen:
+            assert call.sent["handout/images"].shape == (6, 1, 8, 8)
+        seen.add(client)
+        assert not any(n.startswith("handout") for n in call.payload)
+        assert call.report.steps == -(-(own[client] + 6) // 4)
+        assert call.report.samples == own[client]
+    assert len(seen) > 1
+    assert len(calls) == 6
+    # The images are some of the shared ones, pixel by pixel.
+    pool = open_data("digits:199/200")
+    everything = ((pool.fetch(np.arange(len(pool))).numpy() + 1) * 127.5).round().astype(np.uint8)
+    given = next(c.sent["handout/images"] for c in calls if "handout/images" in c.sent)
+    assert all(any(np.array_equal(one, other) for other in everything) for one in given)
+
+
+def test_phoenix_names_the_client_that_the_filter_leaves_out(tmp_path: Path) -> None:
+    """c1 claims a loss of ten times the median of the window before: it is not in the mean, and its state goes back."""
+    tree = small_tree(tmp_path, 3, of=150, edges=1)
+
+    def claimed(sent: Arrays, arrays: Arrays, report: pb.ClientReport) -> Arrays:
+        if (report.client, report.round) == ("c1", 2):
+            report.loss *= 10
+        return arrays
+
+    calls = tapped(tree, claimed)
+    run = run_tree(tree, "phoenix", 3, rounds=3, quality_threshold=3.0, **QUICK)
+    [fault] = run.chronicle.record.faults
+    assert (fault.node, fault.kind, fault.round) == ("c1", "refused", 2)
+    first, second, third = ([c for c in calls if c.plan.round == r] for r in (1, 2, 3))
+    limit = 3 * float(np.median([c.report.loss for c in first]))
+    left_out = next(c for c in second if c.plan.client == "c1")
+    assert f"its loss {left_out.report.loss:.4g} is above {limit:.4g}" in fault.detail
+    counted = [c for c in second if c.plan.client != "c1"]
+    received = third[0].sent
+    same(received, {n: weighted(counted, n) for n in received})
+    starts = {c.plan.client: (c.plan.start.window, c.plan.start.round) for c in third}
+    assert starts == {"c0": (2, 2), "c1": (1, 1), "c2": (2, 2)}
+
+
+def test_who_was_left_out_with_the_images_gets_them_again() -> None:
+    """Its state goes back to before the round, and the images with it."""
+    state = server({"w": wave(0, 2)})
+    state.extra = {}
+    rule = method("phoenix", model="unet-tiny", shared_count=3, quality_threshold=2.0)
+    rule.before_run(state, lambda *_: {})
+    state.weights = type(state.weights).pack(
+        state.tensors
+        | {"handout/images": np.zeros((3, 1, 2, 2), np.uint8), "handout/labels": np.zeros(3, np.int64)}
+    )
+    names = ["a", "b", "c"]
+    assert set(rule.assign(state, names, {}, 1).values()) == {"shared+data"}
+    aggregate(rule, state, [reply(state, n, {"w": wave(1, 2)}, loss=1.0) for n in ("a", "b")])
+    with pytest.raises(ValueError, match="left out"):
+        aggregate(rule, state, [reply(state, "c", {"w": wave(1, 2)}, loss=9.0)])
+    tally = Tally(state.weights.layout)
+    rule.add(tally, reply(state, "a", {"w": wave(2, 2)}, loss=1.0), state)
+    with pytest.raises(ValueError, match="left out"):
+        rule.add(tally, reply(state, "c", {"w": wave(3, 2)}, loss=9.0), state)
+    rule.central_step(state, tally)
+    assert rule.assign(state, names, {}, 3) == {"a": "shared", "b": "shared", "c": "shared+data"}
+    same(state.tensors, {"w": wave(2, 2)})
+
+
+def test_personal_tensors_start_from_the_runs_own() -> None:
+    """Two clients that never met begin with the same personal layers, which hang on the seed alone."""
+    one, two = (
+        model_arrays(create_method(RunConfig(method="phoenix", seed=s)).initial((1, 8, 8), 10))
+        for s in (5, 5)
+    )
+    assert all(np.array_equal(one[n], two[n]) for n in one)

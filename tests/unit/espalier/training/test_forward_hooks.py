@@ -1,0 +1,60 @@
+"""Terms that use the base loss's forward pass: what they refuse, and their hooks."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Generator, nn
+from torch.nn import functional
+
+from espalier.config.run_config import RunConfig
+from espalier.methods.codistillation import PeerDistillation
+from espalier.methods.fd import SoftLabelDistillation
+from espalier.methods.fedproto import PrototypeTerm
+from espalier.models.initial import initial_bases
+from espalier.tasks.classification import CrossEntropy
+from espalier.training.objectives import Objective, TrainingError
+from tests.support.terms import batch, local_round, network, result
+
+CLASSES = 10
+
+
+def value(term: Objective, model: Any, seed: int = 0) -> float:
+    """Return base loss and term on the usual batch, minus the base loss."""
+    images, labels = batch()
+    whole = (CrossEntropy() + term).loss(model, images, labels, Generator().manual_seed(seed)).item()
+    with torch.no_grad():
+        return whole - functional.cross_entropy(model(images), labels).item()
+
+
+@pytest.mark.parametrize("term", [SoftLabelDistillation(1.0), PrototypeTerm(1.0), PeerDistillation(1.0)])
+def test_a_network_of_another_task_is_refused(term: Objective) -> None:
+    other = nn.Linear(3, 3)
+    with pytest.raises(TrainingError, match="for classifiers; a Linear"):
+        term.begin(other, local_round(other))
+
+
+@pytest.mark.parametrize("term", [SoftLabelDistillation(1.0), PrototypeTerm(1.0), PeerDistillation(1.0)])
+def test_terms_stand_behind_the_base_loss_and_listen_until_the_end(term: Objective) -> None:
+    model = network("cnn")
+    term.begin(model, local_round(model))
+    with pytest.raises(RuntimeError, match="after the base loss"):
+        term.loss(model, *batch(), Generator())
+    term.begin(model, local_round(model))
+    value(term, model)
+    term.end(model, result(), {})
+    model(batch()[0])
+    with pytest.raises(RuntimeError, match="after the base loss"):
+        term.loss(model, *batch(), Generator())
+
+
+def test_a_network_with_several_answers_is_refused() -> None:
+    bases = initial_bases(RunConfig(model="cnn", seed=1), (1, 8, 8), CLASSES, 0.5, [0, 1]).train()
+    objective = CrossEntropy() + SoftLabelDistillation(1.0)
+    objective.begin(bases, local_round(bases))
+    with pytest.raises(TrainingError, match="single output"):
+        objective.loss(bases, *batch(), Generator())
+    with pytest.raises(TrainingError, match="no features of a Bases"):
+        PrototypeTerm(1.0).begin(bases, local_round(bases))
