@@ -1,17 +1,17 @@
-"""Adds a weighted array to a running sum in pieces that stay in the processor's cache."""
+"""Addition of a weighted array to a running sum, in blocks that fit the processor's cache."""
 
 from __future__ import annotations
 
 import numpy as np
 import numpy.typing as npt
 
-#: Elements of a piece. `total += factor * array` on whole arrays writes and reads a product as large as a model,
-#: whose fresh pages cost more than the sum itself; a product of this size never leaves the cache.
+#: Elements of a block. `total += factor * array` on whole arrays allocates a product as large as a model, whose page
+#: faults cost more than the sum; a product of this size stays in the cache.
 PIECE = 1 << 18
 
 
 def add_scaled(total: npt.NDArray[np.floating], factor: float, array: npt.NDArray[np.floating]) -> None:
-    """Add ``factor * array`` to `total` in place, number for number as numpy's expression does.
+    """Add ``factor * array`` to `total` in place, with the same rounding as NumPy's expression.
 
     Parameters
     ----------
@@ -35,7 +35,7 @@ def add_scaled(total: npt.NDArray[np.floating], factor: float, array: npt.NDArra
         return
     if total.flags.c_contiguous and array.flags.c_contiguous:
         total, array = total.reshape(-1), array.reshape(-1)
-    # Pieces of whole rows; a row that is longer than a piece is taken apart in turn.
+    # Blocks of whole rows; a row longer than a block is split recursively.
     rows = PIECE // (total.size // len(total))
     if rows == 0:
         for part, addend in zip(total, array, strict=True):

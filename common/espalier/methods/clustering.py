@@ -1,4 +1,4 @@
-"""Which clients belong together: the mathematics of CFL and IFCA, apart from rounds and messages."""
+"""Clustering of clients for CFL and IFCA: similarities of updates, bipartition, choice of a model."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ else:
 
 Linkage = Literal["single", "complete"]
 
-#: Numbers of every client's update that are in double precision at a time.
+#: Values of each client's update that are converted to double precision at a time.
 _CHUNK = 1 << 16
 
 
@@ -59,12 +59,12 @@ def gram_matrix(updates: Sequence[Mapping[str, np.ndarray]]) -> np.ndarray:
 def cosines(gram: np.ndarray) -> np.ndarray:
     """Return α_ij = ⟨Δ_i, Δ_j⟩ / (‖Δ_i‖ ‖Δ_j‖) from inner products, shape (n, n), within [−1, 1].
 
-    A zero update has no direction: its cosine with every other is 0. The diagonal is 1.
+    A zero update has no direction: its cosine with all others is 0. The diagonal is 1.
     """
     norms = np.sqrt(np.diag(gram))
     scale = np.outer(norms, norms)
     alpha: np.ndarray = np.divide(gram, scale, out=np.zeros_like(gram), where=scale > 0)
-    # A matrix product may round the two halves differently; linkage wants them equal.
+    # A matrix product may round the two triangles differently; linkage needs a symmetric matrix.
     alpha = (alpha + alpha.T) / 2
     np.clip(alpha, -1.0, 1.0, out=alpha)
     np.fill_diagonal(alpha, 1.0)
@@ -83,35 +83,35 @@ def cosine_matrix(updates: Sequence[Mapping[str, np.ndarray]]) -> np.ndarray:
 
 
 def update_norms(gram: np.ndarray, weights: np.ndarray | None = None) -> tuple[float, float]:
-    """Return ‖Σ p_i Δ_i‖ and max_i ‖Δ_i‖, what :func:`should_split` compares.
+    """Return ‖Σ p_i Δ_i‖ and max_i ‖Δ_i‖, the arguments of :func:`should_split`.
 
     Parameters
     ----------
     gram : np.ndarray
         Inner products of the cluster's updates, shape (n, n), n at least 1.
     weights : np.ndarray, optional
-        Weights of the mean, shape (n,), need not add up to 1; the same for all by default.
+        Weights of the mean, shape (n,), normalised here; equal by default.
     """
     shares = np.ones(len(gram)) if weights is None else np.asarray(weights, np.float64)
     shares = shares / shares.sum()
-    # Rounding may leave a mean that cancels slightly below zero.
+    # Rounding may make the square of a mean that cancels slightly negative.
     mean = max(float(shares @ gram @ shares), 0.0)
     return mean**0.5, float(np.diag(gram).max()) ** 0.5
 
 
 def should_split(norm_of_mean: float, max_norm: float, size: int, round_: int, settings: Settings) -> bool:
-    """Say whether a cluster is stationary as a whole while some of its clients are not.
+    """Return whether a cluster is stationary as a whole while some of its clients are not.
 
     Parameters
     ----------
     norm_of_mean : float
-        ‖mean of the members' updates‖, to be below `cfl-mean-norm` (eps1).
+        ‖mean of the members' updates‖; must be below `cfl-mean-norm` (ε1).
     max_norm : float
-        Norm of the longest update, to be above `cfl-max-norm` (eps2).
+        Largest norm of an update; must be above `cfl-max-norm` (ε2).
     size : int
-        Members; 2 or fewer are never parted.
+        Number of members; clusters of 2 or fewer are not split.
     round_ : int
-        Round of the updates, to be at least `cfl-from-round`.
+        Round of the updates; must be at least `cfl-from-round`.
     settings : Settings
         The run's configuration.
     """
@@ -124,12 +124,11 @@ def should_split(norm_of_mean: float, max_norm: float, size: int, round_: int, s
 
 
 def bipartition(similarity: np.ndarray, linkage: Linkage = "single") -> tuple[list[int], list[int]]:
-    """Part clients into two groups of small similarity across.
+    """Split clients into two groups with low similarity between them.
 
-    Single linkage minimises the largest similarity across the groups, the optimum of the paper's
-    equation for the bipartition: it joins what is most similar until two groups are left, so any
-    other cut would part a pair at least as similar. Complete linkage, which the authors' code uses,
-    makes compact groups and only mostly attains that optimum.
+    Single linkage minimises the largest similarity between the groups, the paper's criterion: it merges the most
+    similar groups until two are left, so any other split separates a pair that is at least as similar. Complete
+    linkage, which the authors' code uses, gives compact groups and does not always reach that optimum.
 
     Parameters
     ----------
@@ -141,7 +140,7 @@ def bipartition(similarity: np.ndarray, linkage: Linkage = "single") -> tuple[li
     Returns
     -------
     tuple[list[int], list[int]]
-        Positions of the two groups, rising, none empty; the first group holds position 0.
+        Ascending positions of the two groups, neither empty; the first contains position 0.
 
     Raises
     ------
@@ -149,7 +148,7 @@ def bipartition(similarity: np.ndarray, linkage: Linkage = "single") -> tuple[li
         If there are fewer than 2 clients, or a similarity is not finite.
     """
     if len(similarity) < 2:
-        raise ValueError(f"{len(similarity)} client(s) cannot be parted in two")
+        raise ValueError(f"{len(similarity)} client(s) cannot be split in two")
     if not np.isfinite(similarity).all():
         raise ValueError("a similarity between clients is not finite")
     distance = 1.0 - similarity
@@ -165,12 +164,12 @@ def bipartition(similarity: np.ndarray, linkage: Linkage = "single") -> tuple[li
 
 
 def nearest_model(losses: Sequence[float]) -> int:
-    """Return ĵ = argmin_j F_i(θ_j): the model a client belongs to; of equal ones the first.
+    """Return ĵ = argmin_j F_i(θ_j): the model a client belongs to; ties go to the first.
 
     Raises
     ------
     ValueError
-        If no loss is a number. Models whose loss is not finite are passed over.
+        If no loss is finite. Models with a loss that is not finite are ignored.
     """
     values = np.asarray(losses, np.float64)
     if not np.isfinite(values).any():
@@ -179,25 +178,25 @@ def nearest_model(losses: Sequence[float]) -> int:
 
 
 def well_spread(assignments: Sequence[int], clusters: int, least_share: float | None = None) -> bool:
-    """Say whether every cluster drew enough clients for the initial models to be kept.
+    """Return whether every initial model was chosen by enough clients.
 
-    Models that start too much alike, or one that starts best for everyone, leave the others without
-    members for good. So the authors draw initial models until each attracts its share.
+    If initial models are too similar, or one is best for all clients, the others never get members. So the authors draw
+    initial models until each is chosen by a minimum share of the clients.
 
     Parameters
     ----------
     assignments : sequence of int
-        Model each client is nearest to, in ``range(clusters)``.
+        Model chosen by each client, in ``range(clusters)``.
     clusters : int
         Number of models.
     least_share : float, optional
-        Share of the clients that each model must draw. The authors' code asks for 35 % with two models
-        and 10 % with four; the default follows it, with ``0.4 / clusters`` for other numbers.
+        Minimum share of the clients per model. The authors' code requires 35 % with two models and 10 % with four; the
+        default follows it, with ``0.4 / clusters`` for other numbers.
 
     Raises
     ------
     ValueError
-        If an assignment names no model.
+        If an assignment is not a model's index.
     """
     members = np.bincount(np.asarray(assignments, np.int64), minlength=clusters)
     if len(members) > clusters:

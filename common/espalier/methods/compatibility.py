@@ -1,4 +1,4 @@
-"""What cannot be combined: faults of a configuration that span method, model, selection and codec."""
+"""Configuration checks that span method, model, selection and codec."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from espalier.models.presets import MODELS, family_of, task_of
 
 
 def contradictions(method: type[Method], settings: RunConfig) -> list[str]:
-    """Return the faults that no single setting has, one line each, key first."""
+    """Return the faults of combinations of settings, one line each, key first."""
     faults = list(method.contradictions(settings))
     task, family = task_of(settings.model), family_of(settings.model)
     if task not in method.tasks or (method.families and family not in method.families):
@@ -27,11 +27,11 @@ def contradictions(method: type[Method], settings: RunConfig) -> list[str]:
     if method.has_levels:
         if parse_levels(settings.levels)[0] != 1:
             faults.append(
-                "levels: the largest must be 1, or a part of the network is never trained; add it, e.g. 1,0.5"
+                "levels: the largest must be 1, otherwise a part of the network is not trained; add it, e.g. 1,0.5"
             )
         if selection == "divfl":
             faults.append(
-                f"selection: divfl compares whole gradients, the clients of {method.name} have parts; "
+                f"selection: divfl compares gradients of the whole network, clients of {method.name} have parts of it; "
                 "use pow-d or uniform"
             )
     faults += not_reproducible(settings, method.chosen(settings, "edge_choice"))

@@ -16,15 +16,15 @@ def sh_score(counts: np.ndarray, form: Form = "root") -> float:
     Parameters
     ----------
     counts : np.ndarray
-        Label counts or a distribution, shape (classes,). All zeros count as uniform: an edge that
-        has seen nobody starts from the uniform prior.
+        Label counts or a distribution, shape (classes,). All zeros count as uniform: the
+        prior of an edge without clients.
     form : {"root", "squared"}
-        "root" is the norm, as the authors' code has it; "squared" the form without the root.
+        "root" is the norm, as in the authors' code; "squared" has no root.
 
     Returns
     -------
     float
-        2 for a uniform distribution, less the further from it.
+        2 for a uniform distribution; it decreases with the distance from it.
     """
     total = float(counts.sum())
     if total == 0.0:
@@ -36,10 +36,10 @@ def sh_score(counts: np.ndarray, form: Form = "root") -> float:
 def edge_probabilities(
     client: np.ndarray, edges: Sequence[np.ndarray], *, a: float, b: float, form: Form = "root"
 ) -> np.ndarray:
-    """Return p_e ∝ ReLU(a·mu(q'_e) − n_e + b), the chance that a client goes to each edge.
+    """Return p_e ∝ ReLU(a·mu(q'_e) − n_e + b), the probability of each edge for a client.
 
-    q'_e is the edge's label distribution with the client mixed in, n_e the samples it had before.
-    Where every ReLU is zero the draw is uniform (the tiny constant does it).
+    q'_e is the edge's label distribution including the client, n_e its samples without the client. A small constant
+    makes the distribution uniform if every ReLU is 0.
 
     Parameters
     ----------

@@ -1,6 +1,6 @@
-"""Which size of sub-model each client trains (HeteroFL, FjORD, DepthFL, InclusiveFL, Split-Mix).
+"""Levels: the size of the sub-model that each client trains (HeteroFL, FjORD, DepthFL, InclusiveFL, Split-Mix).
 
-A level is a share of the whole model in (0, 1]: of its width or of its depth, as the method says.
+A level is a share of the whole model in (0, 1], of its width or of its depth.
 """
 
 from __future__ import annotations
@@ -16,12 +16,12 @@ if TYPE_CHECKING:
     from espalier.config.run_config import RunConfig
     from espalier.methods.planning import Member
 
-#: Bytes of memory that training a level takes.
+#: Bytes of memory needed to train a level.
 Need = Callable[[float], int]
 
 
 def parse_levels(text: str) -> tuple[float, ...]:
-    """Read `levels`: shares of the whole, largest first, commas between.
+    """Parse `levels`: shares of the whole, largest first, separated by commas.
 
     Parameters
     ----------
@@ -36,7 +36,7 @@ def parse_levels(text: str) -> tuple[float, ...]:
     Raises
     ------
     ConfigError
-        If a part is no number in (0, 1], or they do not descend; the text starts with the setting's key.
+        If a part is not a number in (0, 1], or they do not descend; the message starts with the setting's key.
     """
     levels = []
     for part in text.split(","):
@@ -58,33 +58,31 @@ def parse_levels(text: str) -> tuple[float, ...]:
 def assign_levels(
     members: Sequence[Member], settings: RunConfig, round_: int, need: Need | None = None
 ) -> dict[str, float]:
-    """Give every client its level.
+    """Assign a level to every client.
 
     By `level-choice`:
 
-    - "spread": equal groups in the order of the names, the largest level first: client i of N gets level
-      number ⌊i / (N / L)⌋, as in DepthFL, FjORD and Split-Mix (whose groups start with the smallest).
-    - "device": the largest level not above what was set by hand at the device. A client where nothing was
-      set is placed as by "memory".
-    - "memory": with `need`, the largest level that fits into the client's memory (the smallest one where
-      not even that seems to: an estimate should not shut a client out); without, by rank as "speed".
-    - "speed": by rank; the fastest N/L clients get the largest level, and so on. Clients of equal speed
-      share a level, that of the first of them; a client not measured gets the smallest.
+    - "spread": equal groups in the order of the names, the largest level first: client i of N gets level number
+      ⌊i / (N / L)⌋, as in DepthFL, FjORD and Split-Mix (whose groups start with the smallest).
+    - "device": the largest level not above the one configured at the device; without one, as "memory".
+    - "memory": with `need`, the largest level that fits into the client's memory, or the smallest if none does (an
+      estimate should not exclude a client); without `need`, by rank as "speed".
+    - "speed": by rank; the fastest N/L clients get the largest level, and so on. Clients of equal speed get the
+      level of the first of them; a client without a measurement gets the smallest.
 
-    With `dynamic-levels` (HeteroFL's "dynamic" setting) a client's level is drawn anew in every round,
-    uniformly: from all levels with "spread", else from those not above what it was given, since a device
-    cannot train more than fits.
+    With `dynamic-levels` (HeteroFL's "dynamic" setting) a client's level is sampled uniformly in every round: from all
+    levels with "spread", otherwise from those up to its assigned level, which fits the device.
 
     Parameters
     ----------
     members : sequence of Member
-        The clients that can take part; the order does not matter.
+        Clients that can participate, in any order.
     settings : RunConfig
         `levels`, `level-choice`, `dynamic-levels`, `seed`.
     round_ : int
-        The round; matters with `dynamic-levels` only.
+        The round; used with `dynamic-levels` only.
     need : callable, optional
-        Bytes that training a level takes.
+        Bytes needed to train a level.
 
     Returns
     -------
@@ -94,7 +92,7 @@ def assign_levels(
     Raises
     ------
     ConfigError
-        If a device's own level is below the smallest one, so that it can train none.
+        If a device's configured level is below the smallest one.
     """
     levels = parse_levels(settings.levels)
     ordered = sorted(members, key=lambda m: m.name)
@@ -136,7 +134,7 @@ def _by_memory(ordered: Sequence[Member], levels: Sequence[float], need: Need | 
 
 
 def _by_rank(strengths: dict[str, float], levels: Sequence[float]) -> dict[str, float]:
-    """Return a level by the number of stronger clients; strength 0 means not known."""
+    """Return a level by the number of stronger clients; strength 0 means unknown."""
     count = len(strengths)
     found = {}
     for name, strength in strengths.items():

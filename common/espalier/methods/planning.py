@@ -1,4 +1,4 @@
-"""Who trains in each round of a window, and at which edge: drawn ahead at the cloud (DESIGN §2)."""
+"""Participants and their edges: the cloud plans all rounds of a window in advance."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from espalier.seeds import rng_for
 
 @dataclass(frozen=True)
 class Member:
-    """A client that can take part.
+    """A client that can participate.
 
     Attributes
     ----------
@@ -24,17 +24,17 @@ class Member:
     samples : int
         Training samples it holds.
     labels : np.ndarray
-        Label counts, shape (classes,); noisy where `histogram-epsilon` is on.
+        Label counts, shape (classes,); noisy with `histogram-epsilon`.
     edges : tuple[str, ...]
-        Edges it is connected to, sorted.
+        Edges that it is connected to, sorted.
     level : float
-        Size of sub-model set by hand at the device, a share in (0, 1]; 0: not set.
+        Size of the sub-model configured at the device, a share in (0, 1]; 0: not set.
     memory : int
-        Bytes of memory it can train in; 0: not known.
+        Bytes of memory for training; 0: unknown.
     speed : float
-        Measured speed, in any unit all clients share; 0: not measured.
+        Measured speed in a unit common to all clients; 0: not measured.
     links : Mapping[str, float]
-        Seconds a message takes to each edge, by the edge's name; an edge without an entry was not measured.
+        Latency to each edge in seconds, by the edge's name; an edge without an entry was not measured.
     """
 
     name: str
@@ -53,7 +53,7 @@ Round = dict[str, str]
 
 
 class EdgeChoice(Protocol):
-    """Which edge each client of a round goes to."""
+    """A rule that assigns the participants of a round to edges."""
 
     def assign(
         self,
@@ -63,14 +63,14 @@ class EdgeChoice(Protocol):
         seed: int,
         round_: int,
     ) -> Round:
-        """Give every picked client one of the edges it reaches.
+        """Assign every participant to one of the edges that it reaches.
 
         Parameters
         ----------
         picked : sequence of Member
-            Clients that train in the round, in the order of their names.
+            Participants of the round, in the order of their names.
         members : sequence of Member
-            All clients that can take part.
+            All clients that can participate.
         loads : Mapping[str, np.ndarray]
             Label counts accumulated at each edge since the last central aggregation, shape (classes,).
         seed, round_ : int
@@ -79,16 +79,16 @@ class EdgeChoice(Protocol):
         Returns
         -------
         Round
-            The edge of each picked client, in their order.
+            The edge of each participant, in their order.
         """
 
 
 class DrawnEdge(ABC):
-    """A rule by which each client draws its edge by itself, all of a round against the same loads."""
+    """A rule by which each participant draws its edge independently, given the same loads for all of a round."""
 
     @abstractmethod
     def probabilities(self, member: Member, loads: Mapping[str, np.ndarray]) -> np.ndarray:
-        """Return the chance of each of the member's edges, shape (len(member.edges),).
+        """Return the probability of each of the member's edges, shape (len(member.edges),).
 
         Parameters
         ----------
@@ -106,7 +106,7 @@ class DrawnEdge(ABC):
         seed: int,
         round_: int,
     ) -> Round:
-        """Draw an edge for every picked client; see :class:`EdgeChoice`."""
+        """Draw an edge for every participant; see :class:`EdgeChoice`."""
         assignment: Round = {}
         for member in picked:
             chances = self.probabilities(member, loads)
@@ -131,7 +131,7 @@ class ByHomogeneity(DrawnEdge):
 
 
 class AtRandom(DrawnEdge):
-    """Every edge in reach is equally likely: the control for :class:`ByHomogeneity`."""
+    """All reachable edges are equally likely: the baseline of :class:`ByHomogeneity`."""
 
     def probabilities(self, member: Member, loads: Mapping[str, np.ndarray]) -> np.ndarray:
         """Return the uniform distribution."""
@@ -139,7 +139,7 @@ class AtRandom(DrawnEdge):
 
 
 class Fixed(DrawnEdge):
-    """A client stays at one of the edges it reaches; its name settles which, so clients spread over them."""
+    """A client always uses the same edge, drawn by its name, so clients are spread over the edges."""
 
     def probabilities(self, member: Member, loads: Mapping[str, np.ndarray]) -> np.ndarray:
         """Return a one-hot distribution."""
@@ -150,14 +150,14 @@ class Fixed(DrawnEdge):
 
 
 def pick_count(fraction: float, population: int) -> int:
-    """Return m = max(1, round(fraction·N)), the clients a round picks of N."""
+    """Return m = max(1, round(fraction·N)), the number of participants of N clients."""
     return max(1, round(fraction * population))
 
 
 def pick_clients(members: Sequence[Member], fraction: float, seed: int, round_: int) -> list[Member]:
-    """Pick max(1, round(fraction·N)) clients uniformly without replacement, in the order of their names.
+    """Sample max(1, round(fraction·N)) clients uniformly without replacement, in the order of their names.
 
-    The draw depends on the run seed and the round alone, so every method sees the same picks.
+    The sample depends on the run's seed and the round alone, so it is the same for all methods.
     """
     ordered = sorted(members, key=lambda m: m.name)
     count = pick_count(fraction, len(ordered))
@@ -174,40 +174,40 @@ def plan_window(
     seed: int,
     sticky_edge: bool = False,
 ) -> list[Round]:
-    """Give the clients of a whole window their edges.
+    """Assign the participants of all rounds of a window to edges.
 
-    All clients of a round choose against the same edge loads; the loads grow with the round's
-    clients afterwards, and start empty because a window follows a central aggregation.
+    All participants of a round choose by the same edge loads, to which the round's participants are added
+    afterwards. The loads start at zero, because a window follows a central aggregation.
 
     Parameters
     ----------
     picks : sequence of sequences of Member
-        Who takes part in each round of the window; where edges keep only some of them, the candidates.
+        Participants of each round of the window, or the candidates from which edges choose.
     members : sequence of Member
-        Clients that can take part; each reaches at least one edge.
+        Clients that can participate; each reaches at least one edge.
     choice : EdgeChoice
         The rule.
     first_round : int
-        Round that `picks` starts with.
+        First round of `picks`.
     seed : int
         The run's seed.
     sticky_edge : bool
-        Whether a client stays at the first edge it is given. Edges do not wait for one another between the
-        rounds of a window, so only at one edge its rounds are sure to follow each other.
+        Whether a client keeps its first edge for the window. Edges do not wait for each other between the rounds of a
+        window, so only rounds at the same edge have a fixed order.
 
     Returns
     -------
     list of Round
-        One assignment a round.
+        One assignment per round.
     """
     loads = {e: np.zeros_like(m.labels, dtype=np.float64) for m in members for e in m.edges}
     plan: list[Round] = []
-    homes: Round = {}
+    first_edges: Round = {}
     for round_, chosen in enumerate(picks, first_round):
         picked = sorted(chosen, key=lambda m: m.name)
         assignment = choice.assign(picked, members, loads, seed, round_)
         if sticky_edge:
-            assignment = {name: homes.setdefault(name, edge) for name, edge in assignment.items()}
+            assignment = {name: first_edges.setdefault(name, edge) for name, edge in assignment.items()}
         for member in picked:
             loads[assignment[member.name]] = loads[assignment[member.name]] + member.labels
         plan.append(assignment)
@@ -215,7 +215,7 @@ def plan_window(
 
 
 def mean_homogeneity(plan: Sequence[Round], members: Sequence[Member], form: Form = "root") -> float:
-    """Return the mean SH score over the edges that a plan gives clients to."""
+    """Return the mean SH score over the edges to which a plan assigns clients."""
     by_name = {m.name: m for m in members}
     loads: dict[str, np.ndarray] = {}
     for assignment in plan:

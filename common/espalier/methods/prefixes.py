@@ -4,10 +4,10 @@ from __future__ import annotations
 
 
 def prefixes(text: str) -> tuple[str, ...]:
-    """Return the prefixes of a list with commas between, blanks dropped."""
+    """Return the prefixes of a comma-separated list, without blanks."""
     return tuple(p for p in (part.strip() for part in text.split(",")) if p)
 
 
 def matches(name: str, text: str) -> bool:
-    """Tell whether a tensor's name begins with one of the prefixes of a list."""
+    """Return whether a tensor's name begins with one of the prefixes of a list."""
     return name.startswith(prefixes(text)) if prefixes(text) else False

@@ -1,23 +1,24 @@
-"""ShapeFL's choice of edges: cheap links, and different data at each edge (ToN 2024).
+"""ShapeFL: edge association by communication cost and data diversity (IEEE/ACM ToN 2024).
 
 Y. Deng, F. Lyu, T. Xia, Y. Zhou, Y. Zhang, J. Ren, Y. Yang: "A Communication-Efficient Hierarchical
 Federated Learning Framework via Shaping Data Distribution at Edge", IEEE/ACM Transactions on Networking
-32(3), 2024, doi 10.1109/TNET.2024.3363916. The body of the paper could not be read: its equations and two
-algorithms are taken as a public re-implementation (taut0logy/shapefl_implementation) quotes them.
+32(3), 2024, doi 10.1109/TNET.2024.3363916. The equations and the two
+algorithms are taken from a public re-implementation (taut0logy/shapefl_implementation), as the paper's text was not
+available.
 
-The paper's: the objective, with E the open edges, M_e the clients of e and D_e their samples,
+From the paper: the objective, with E the open edges, M_e the clients of e and D_e their samples,
 
     J = κ Σ_n c_ne(n) + Σ_{e∈E} c_ec − γ / |E| · Σ_{e∈E} Σ_{i<j∈M_e} S_ij D_i D_j / C(D_e, 2)    (eq. 14, 19)
 
 where κ is the number of edge rounds per cloud round; the greedy association GoA (Algorithm 1); the local
 search LoS over the sets of open edges by open, close and swap (Algorithm 2); a bound B on an edge's clients.
 
-Ours: S_ij is the cosine distance of label counts, which the cloud has, where the paper compares updates of
-the last layer; both cost terms are divided by κ·N·(mean link), so γ has no unit; a link that was not measured
-costs the mean of the measured ones, and so does an edge's link to the cloud; B is half as much again as an
-even share, and yields where a client reaches no other edge; the search starts from all edges instead of a
-random set and takes the best step instead of the first; moves and exchanges of clients improve what GoA, the nearest
-edges and, at the end, a few random starts give.
+Differences: S_ij is the cosine distance of label counts, which the cloud has; the paper compares updates of the
+last layer. Both cost terms are divided by κ·N·(mean link), so γ has no unit. A link without a measurement, and an
+edge's link to the cloud, cost the mean of the measured links. B is 1.5 times an even share, and is exceeded if a
+client reaches no other edge. The search starts from all edges instead of a random set and takes the best step
+instead of the first. Moves and exchanges of clients improve the assignments of GoA, of the nearest edges and, at
+the end, a few random ones.
 """
 
 from __future__ import annotations
@@ -30,30 +31,30 @@ import numpy as np
 from espalier.methods.planning import Member, Round
 from espalier.seeds import rng_for
 
-#: Gains below this are rounding.
+#: Gains below this are rounding errors.
 _EPSILON = 1e-12
-#: Largest number of clients for which exchanges are tried: one look at them is of order N².
+#: Largest number of clients for which exchanges are tried: evaluating them takes O(N²).
 _EXCHANGED = 500
-#: Random assignments that are improved beside GoA's at the end.
+#: Random assignments that are improved at the end in addition to GoA's.
 _RESTARTS = 8
 
-#: What is minimised: clients above the edges' bounds, then J.
+#: The minimised value: clients above the edges' bounds, then J.
 Score = tuple[int, float]
 
 
 class ByShape:
-    """ShapeFL's association of all clients, of which each round's picks take theirs.
+    """ShapeFL's association of all clients; the participants of a round use their edges in it.
 
-    It depends on who is in the tree, not on who was picked, so a client stays at its edge until
-    somebody joins or leaves.
+    It depends on the clients in the tree, not on the participants, so a client keeps its edge until a client joins or
+    leaves.
 
     Parameters
     ----------
     diversity : float
-        γ, the weight of diversity: at 1, one unit of mean diversity (in [0, 1]) is worth as much as all
-        the clients' traffic over mean links.
+        γ, the weight of diversity: at 1, one unit of mean diversity (in [0, 1]) equals the cost of all clients' traffic
+        over mean links.
     edges : int
-        Number of edges that aggregate; 0: as many as pay off.
+        Number of edges that aggregate; 0: the number with the lowest cost.
     rounds : int
         κ, edge rounds per cloud round.
     """
@@ -70,7 +71,7 @@ class ByShape:
         seed: int,
         round_: int,
     ) -> Round:
-        """Return the picks' edges; neither loads nor seed matter. See `EdgeChoice`."""
+        """Return the participants' edges, independent of loads and seed; see `EdgeChoice`."""
         if not picked:
             return {}
         key = tuple(
@@ -100,7 +101,7 @@ class Problem:
     ----------
     cost : np.ndarray
         Share of the traffic that each client causes at each edge, κ c_ne / (κ N c̄), shape (clients,
-        edges); infinite where it does not reach the edge.
+        edges); infinite if it does not reach the edge.
     uplink : float
         An open edge's own, c_ec / (κ N c̄).
     distance : np.ndarray
@@ -108,7 +109,7 @@ class Problem:
     samples : np.ndarray
         D_i, shape (clients,).
     bound : int
-        B, the clients an edge should have at most.
+        B, the largest number of clients of an edge.
     """
 
     def __init__(self, members: Sequence[Member], diversity: float, rounds: int, edges: int = 0) -> None:
@@ -130,11 +131,11 @@ class Problem:
         self.bound = math.ceil(1.5 * count / (edges or max(len(self.edges), 1)))
 
     def named(self, assignment: np.ndarray) -> Round:
-        """Return an assignment (column per client) with names."""
+        """Return an assignment (a column per client) by names."""
         return {n: self.edges[int(e)] for n, e in zip(self.names, assignment, strict=True)}
 
     def score(self, assignment: np.ndarray, opened: frozenset[int]) -> Score:
-        """Return what an assignment costs: clients above the bounds, then J."""
+        """Return the cost of an assignment: clients above the bounds, then J."""
         above = sum(max(0, int(np.sum(assignment == e)) - self.bound) for e in opened)
         links = float(self.cost[np.arange(len(assignment)), assignment].sum())
         mixed = sum(self._mixture(np.flatnonzero(assignment == e)) for e in sorted(opened))
@@ -146,7 +147,7 @@ class Problem:
         Parameters
         ----------
         edges : int
-            How many edges are open, if that many reach everyone; 0: free.
+            Number of open edges, if that many reach all clients; 0: free.
         """
         opened = frozenset(range(len(self.edges)))
         while 0 < edges < len(opened) and (fewer := self._covering(opened - {e} for e in opened)):
@@ -160,9 +161,9 @@ class Problem:
         return self._improved([best[1], *self._random(opened)], opened)[1]
 
     def associate(self, opened: frozenset[int]) -> np.ndarray:
-        """Return GoA's assignment to open edges: always the client and edge that add least to J.
+        """Return GoA's assignment to open edges: repeatedly the client and edge that add least to J.
 
-        A client that reaches no edge with room is left to the end and goes above a bound.
+        Clients that reach no edge below its bound are assigned last and exceed a bound.
         """
         columns = np.array(sorted(opened))
         weight = self.diversity / len(columns)
@@ -170,7 +171,9 @@ class Problem:
         pairs, held = np.zeros(len(columns)), np.zeros(len(columns))
         sizes = np.zeros(len(columns), dtype=int)
         met = np.zeros((len(self.names), len(columns)))  # Σ_{j∈M_e} S_nj D_n D_j
-        added = self.cost[:, columns]  # to J, by client and edge; of an edge without clients the link alone
+        added = self.cost[
+            :, columns
+        ]  # to J, by client and edge; only the link's cost for an edge without clients
         for _ in self.names:
             roomy = np.where(sizes < self.bound, added, math.inf)
             choice = roomy if np.isfinite(roomy).any() else added
@@ -192,31 +195,31 @@ class Problem:
         return self._improved([self.associate(opened), nearest], opened)
 
     def _improved(self, starts: Iterable[np.ndarray], opened: frozenset[int]) -> tuple[Score, np.ndarray]:
-        """Return the best assignment that the starts lead to; of equal ones the first."""
+        """Return the best improved assignment; ties go to the first start."""
         found = [self._improve(start, opened) for start in starts]
         scores = [self.score(assignment, opened) for assignment in found]
         best = min(range(len(found)), key=lambda i: (scores[i], i))
         return scores[best], found[best]
 
     def _best(self, candidates: Sequence[frozenset[int]]) -> tuple[Score, np.ndarray, frozenset[int]]:
-        """Return the set of open edges whose assignment costs least, ties by the edges' order."""
+        """Return the set of open edges with the lowest cost, ties by the edges' order."""
         found = [(*self._evaluate(opened), opened) for opened in candidates]
         return min(found, key=lambda f: (f[0], sorted(f[2])))
 
     def _random(self, opened: frozenset[int]) -> Iterator[np.ndarray]:
-        """Yield a few random assignments, the same ones every time."""
+        """Yield a few random assignments from a fixed seed."""
         columns = np.array(sorted(opened))
         cost, rng = self.cost[:, columns], rng_for(0, "cloud", 0, "shape")
         for _ in range(_RESTARTS):
             yield columns[np.where(np.isfinite(cost), rng.random(cost.shape), math.inf).argmin(axis=1)]
 
     def _covering(self, candidates: Iterable[frozenset[int]]) -> list[frozenset[int]]:
-        """Return the sets of open edges that reach everyone."""
+        """Return the sets of open edges that reach all clients."""
         reach = np.isfinite(self.cost)
         return [c for c in candidates if c and bool(reach[:, sorted(c)].any(axis=1).all())]
 
     def _steps(self, opened: frozenset[int], *, fixed: bool) -> list[frozenset[int]]:
-        """Return the sets one step away: swap, and unless their number is fixed open and close."""
+        """Return the sets one step away: swap, and open and close unless the number is fixed."""
         closed = frozenset(range(len(self.edges))) - opened
         steps = [opened - {e} | {f} for e in opened for f in closed]
         if not fixed:
@@ -224,10 +227,10 @@ class Problem:
         return self._covering(steps)
 
     def _improve(self, assignment: np.ndarray, opened: frozenset[int]) -> np.ndarray:
-        """Move single clients, or exchange two where no move helps, the best step first, until none helps."""
+        """Move single clients, or exchange two if no move improves J, best step first, until no step does."""
         assignment, everyone = assignment.copy(), np.arange(len(self.names))
         weight, finite = self.diversity / len(opened), self.cost[np.isfinite(self.cost)]
-        # More than J can ever change by: one client less above a bound outweighs everything.
+        # Larger than any change of J, so the number of clients above a bound decides first.
         penalty = 2 * (1 + float(finite.sum()) + 2 * self.diversity)
         while True:
             member = assignment[:, None] == np.arange(len(self.edges))
@@ -246,9 +249,9 @@ class Problem:
             n, e = divmod(int(np.argmin(moves)), len(self.edges))
             gain, step = float(moves[n, e]), [(n, e)]
             if gain >= -_EPSILON and len(self.names) <= _EXCHANGED:
-                there = met[:, own]  # [n, k]: what n would meet at k's edge
+                there = met[:, own]  # [n, k]: pairs of n with the clients of k's edge
                 change = size - size[:, None]  # [n, k]: D_k − D_n
-                # n's edge gets k for n; the other half of an exchange is the same matrix transposed.
+                # n is replaced by k at n's edge; the other half of an exchange is the transposed matrix.
                 half = _ratio(
                     pairs[own][:, None] - here[:, None] + there.T - self._pairs, held[own][:, None] + change
                 )
@@ -268,7 +271,7 @@ class Problem:
 
 
 def _ratio(pairs: np.ndarray | float, held: np.ndarray | float) -> np.ndarray:
-    """Return Σ S_ij D_i D_j / C(D, 2), 0 where there are no two samples."""
+    """Return Σ S_ij D_i D_j / C(D, 2), 0 with fewer than two samples."""
     held = np.asarray(held)
     count = held * (held - 1) / 2
     result: np.ndarray = np.where(count > 0, pairs, 0.0) / np.where(count > 0, count, 1.0)
@@ -276,7 +279,7 @@ def _ratio(pairs: np.ndarray | float, held: np.ndarray | float) -> np.ndarray:
 
 
 def _cosine_distances(labels: Sequence[np.ndarray]) -> np.ndarray:
-    """Return 1 − cosine for each pair; a client without labels is at distance 0 from everyone."""
+    """Return 1 − cosine of each pair; a client without labels has distance 0 to all others."""
     if not labels:
         return np.zeros((0, 0))
     rows: np.ndarray = np.stack([np.asarray(v, dtype=np.float64) for v in labels])
@@ -288,5 +291,5 @@ def _cosine_distances(labels: Sequence[np.ndarray]) -> np.ndarray:
 
 
 def _less(a: Score, b: Score) -> bool:
-    """Whether a is below b by more than rounding."""
+    """Return whether a is below b by more than rounding errors."""
     return a[0] < b[0] or (a[0] == b[0] and a[1] < b[1] - _EPSILON)

@@ -1,4 +1,4 @@
-"""What a method is handed and what it hands out: a client's update, deployed networks, questions to clients."""
+"""Inputs and outputs of methods: a client's update, networks to deploy, inquiries to clients."""
 
 from __future__ import annotations
 
@@ -15,16 +15,16 @@ from espalier_proto import espalier_pb2 as pb
 
 @dataclass(frozen=True)
 class Update:
-    """A client's reply as a server reads it: decoded, and under the server's tensor names.
+    """A client's reply, decoded and with the server's tensor names.
 
     Attributes
     ----------
     name : str
         The client.
     arrays : dict[str, np.ndarray]
-        What it trained: whole tensors of the server, or leading slices of them.
+        Trained tensors: whole tensors of the server, or leading slices of them.
     received : dict[str, np.ndarray]
-        The same tensors as they were sent to it.
+        The same tensors as the client received them.
     samples : int
         Training samples behind it (n_k).
     labels : np.ndarray
@@ -32,9 +32,9 @@ class Update:
     metrics : Mapping[str, float]
         Further scalars.
     extra : dict[str, np.ndarray]
-        Tensors that are none of the server's, e.g. "gradient/conv.weight".
+        Tensors that the server does not have, e.g. "gradient/conv.weight".
     report : pb.ClientReport
-        The report beside the tensors.
+        The report of the reply.
     """
 
     name: str
@@ -49,7 +49,7 @@ class Update:
 
 @dataclass(frozen=True)
 class Deployed:
-    """A network that users would run after a window, and so what is evaluated.
+    """A network that users would deploy after a window, and that is evaluated.
 
     Attributes
     ----------
@@ -58,11 +58,11 @@ class Deployed:
     architecture : pb.ArchitectureSpec
         The network.
     weights : Weights
-        Its tensors (at least).
+        Its tensors, and possibly others.
     clients : tuple of str, optional
-        Whom it serves; None: everyone.
+        Clients that use it; None: all.
     at_cloud, at_clients : bool
-        Where it can be measured: clients may be sent all clusters to choose from.
+        Where it is evaluated; clients may receive all clusters and choose one.
     """
 
     label: str
@@ -74,7 +74,7 @@ class Deployed:
 
 
 class Inquiry(Protocol):
-    """Asks clients something about a network; see `WindowStrategy.ask`."""
+    """Sends clients an inquiry about a network; see `WindowStrategy.ask`."""
 
     def __call__(
         self,
@@ -84,4 +84,4 @@ class Inquiry(Protocol):
         clients: Sequence[str] | None = None,
         keys: Mapping[str, str] | None = None,
     ) -> dict[str, Answer]:
-        """Return what each client answered."""
+        """Return each client's answer."""

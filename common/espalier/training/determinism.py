@@ -1,4 +1,4 @@
-"""Arithmetic that gives the same bits every time: one thread, deterministic algorithms, the CPU."""
+"""Bitwise reproducible arithmetic: one thread and deterministic algorithms on the CPU."""
 
 from __future__ import annotations
 
@@ -10,15 +10,15 @@ import torch
 
 @contextlib.contextmanager
 def deterministic(wanted: bool = True) -> Iterator[None]:
-    """Compute with one thread and deterministic algorithms inside, as before outside.
+    """Use one thread and deterministic algorithms inside the context.
 
-    How many threads share a sum decides its order and so its last bit. One thread is the only number
-    that all devices have. NumPy's and scikit-learn's threads are limited, too.
+    The number of threads determines the order of a sum and so its last bit; one thread is available on all devices. The
+    threads of NumPy and scikit-learn are limited, too.
 
     Parameters
     ----------
     wanted : bool
-        False changes nothing.
+        Whether to change anything.
     """
     if not wanted:
         yield
@@ -26,13 +26,13 @@ def deterministic(wanted: bool = True) -> Iterator[None]:
     from threadpoolctl import threadpool_limits
 
     threads = torch.get_num_threads()
-    former = torch.are_deterministic_algorithms_enabled()
-    warned = torch.is_deterministic_algorithms_warn_only_enabled()
+    enabled = torch.are_deterministic_algorithms_enabled()
+    warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
     with threadpool_limits(1):
         torch.set_num_threads(1)
         torch.use_deterministic_algorithms(True)
         try:
             yield
         finally:
-            torch.use_deterministic_algorithms(former, warn_only=warned)
+            torch.use_deterministic_algorithms(enabled, warn_only=warn_only)
             torch.set_num_threads(threads)

@@ -1,4 +1,4 @@
-"""How a client applies its gradients: Adam that goes on from round to round, or SGD that starts anew."""
+"""Local optimisers: Adam whose moments persist between rounds, and SGD that starts new in every round."""
 
 from __future__ import annotations
 
@@ -13,29 +13,29 @@ from torch import Tensor, nn
 from espalier.models.presets import task_of
 from espalier.training.objectives import LocalRound
 
-#: Step sizes that ``learning-rate=0`` means.
+#: Default step sizes, for ``learning-rate=0``.
 RATES = {"adam": 0.001, "sgd": 0.05}
 
-#: Keys of what Adam keeps in a client's state.
+#: Keys of Adam's arrays in a client's state.
 _MEAN, _SQUARE, _STEPS, _MOMENT_STEPS, _SHAPES = (
     f"trainer/{name}" for name in ("exp_avg", "exp_avg_sq", "steps", "moment_steps", "shapes")
 )
 
 
 class LocalOptimizer(ABC):
-    """Applies the gradients of one round."""
+    """Applies gradients in one round."""
 
     @abstractmethod
     def step(self) -> float:
-        """Apply the gradients and drop them; return the learning rate used."""
+        """Apply and clear the gradients; return the learning rate used."""
 
     @abstractmethod
     def store(self, state: MutableMapping[str, np.ndarray]) -> None:
-        """Put what the client's next round goes on from into its state."""
+        """Write what the client's next round continues from into its state."""
 
 
 def optimizer_kind(local: LocalRound) -> str:
-    """Return "adam" or "sgd": the method's demand, else the run's, else Adam for diffusion and SGD else."""
+    """Return "adam" or "sgd": required by the method, set for the run, or Adam for diffusion and SGD otherwise."""
     if local.optimizer:
         return local.optimizer
     if local.settings.optimizer != "auto":
@@ -58,13 +58,13 @@ def create_optimizer(parameters: Sequence[nn.Parameter], local: LocalRound) -> L
     parameters : sequence of nn.Parameter
         What is trained, all on one device.
     local : LocalRound
-        Settings, round, and the state Adam goes on from.
+        Settings, round, and the state that Adam continues from.
     """
     return (Adam if optimizer_kind(local) == "adam" else SGD)(parameters, local)
 
 
 class SGD(LocalOptimizer):
-    """SGD without warm-up; its momentum buffer is new in every round, as in the papers on federated SGD."""
+    """SGD without warm-up; its momentum buffer is reset in every round, as in the papers on federated SGD."""
 
     def __init__(self, parameters: Sequence[nn.Parameter], local: LocalRound) -> None:
         settings = local.settings
@@ -74,21 +74,21 @@ class SGD(LocalOptimizer):
         )
 
     def step(self) -> float:
-        """Apply the gradients and drop them; return the learning rate used."""
+        """Apply and clear the gradients; return the learning rate used."""
         self._optimizer.step()
         self._optimizer.zero_grad(set_to_none=True)
         return self._rate
 
     def store(self, state: MutableMapping[str, np.ndarray]) -> None:
-        """Keep nothing."""
+        """Store nothing."""
 
 
 class Adam(LocalOptimizer):
-    """Adam with warm-up, its moments in two flat buffers that go to and from a state in one piece.
+    """Adam with warm-up, its moments in two flat buffers that are stored as one array each.
 
-    Default betas. The learning rate rises linearly over the client's first ``warmup_steps`` steps (counted
-    over its rounds), then stays. With ``keep_optimizer`` the moments go on from the client's former round.
-    Where the parameters' shapes changed since (pruning), moments and warm-up start anew.
+    Default betas. The learning rate rises linearly over the client's first ``warmup_steps`` steps, counted over
+    all rounds, and is constant afterwards. With ``keep_optimizer`` the moments continue from the client's previous
+    round. If the parameters' shapes have changed since (pruning), moments and warm-up are reset.
     """
 
     def __init__(self, parameters: Sequence[nn.Parameter], local: LocalRound) -> None:
@@ -101,11 +101,11 @@ class Adam(LocalOptimizer):
         state, size, device = local.state, sum(p.numel() for p in parameters), parameters[0].device
         same = _SHAPES in state and np.array_equal(state[_SHAPES], self._shapes)
         self._steps = int(state[_STEPS]) if same and _STEPS in state else 0
-        kept = same and self._keep and _MEAN in state and _SQUARE in state
-        self._moment_steps = int(state[_MOMENT_STEPS]) if kept else 0
+        resumed = same and self._keep and _MEAN in state and _SQUARE in state
+        self._moment_steps = int(state[_MOMENT_STEPS]) if resumed else 0
         self._mean, self._square = (
             _moments(state[key], device, own=local.own_state)
-            if kept
+            if resumed
             else torch.zeros(size, dtype=torch.float32, device=device)
             for key in (_MEAN, _SQUARE)
         )
@@ -115,7 +115,7 @@ class Adam(LocalOptimizer):
             weight_decay=settings.weight_decay,
             fused=device.type in ("cpu", "cuda"),
         )
-        # Cut up by one call each: a call a parameter is milliseconds a round, and on a GPU a copy to it.
+        # One split per buffer: a call per parameter takes milliseconds per round, and on a GPU a copy to it.
         sizes = [p.numel() for p in parameters]
         steps = torch.full((len(sizes),), float(self._moment_steps), device=device).unbind()
         means, squares = torch.split(self._mean, sizes), torch.split(self._square, sizes)
@@ -127,7 +127,7 @@ class Adam(LocalOptimizer):
             }
 
     def step(self) -> float:
-        """Apply the gradients and drop them; return the learning rate used."""
+        """Apply and clear the gradients; return the learning rate used."""
         self._steps += 1
         self._moment_steps += 1
         rate = self._peak * min(1.0, self._steps / max(1, self._warmup))
@@ -137,7 +137,7 @@ class Adam(LocalOptimizer):
         return rate
 
     def store(self, state: MutableMapping[str, np.ndarray]) -> None:
-        """Put what the client's next round goes on from into its state."""
+        """Write what the client's next round continues from into its state."""
         state[_SHAPES], state[_STEPS] = self._shapes, np.array(self._steps, dtype=np.int64)
         if self._keep:
             state[_MEAN], state[_SQUARE] = self._mean.cpu().numpy(), self._square.cpu().numpy()
@@ -147,10 +147,10 @@ class Adam(LocalOptimizer):
                 state.pop(key, None)
 
 
-def _moments(kept: np.ndarray, device: torch.device, *, own: bool) -> Tensor:
-    """Return kept moments as a buffer to go on in; `kept` itself where it is the round's own and on its device."""
-    array = np.asarray(kept, dtype=np.float32)
-    # The way to another device is a copy by itself.
+def _moments(stored: np.ndarray, device: torch.device, *, own: bool) -> Tensor:
+    """Return stored moments as a buffer to update; the array itself if the round owns it and it is on the device."""
+    array = np.asarray(stored, dtype=np.float32)
+    # Moving to another device copies in any case.
     if not array.flags.writeable or (device.type == "cpu" and not own):
         array = array.copy()
     return torch.from_numpy(array).to(device)

@@ -1,4 +1,4 @@
-"""What Gaussian noise costs: mechanisms, and their epsilon by Opacus' accountant."""
+"""Privacy accounting of Gaussian noise: mechanisms, and their epsilon by Opacus' accountant."""
 
 from __future__ import annotations
 
@@ -17,22 +17,22 @@ from espalier.errors import ConfigError
 if TYPE_CHECKING:
     from espalier.config.run_config import RunConfig
 
-#: What clients report as spent, in the metrics of a ClientReport.
+#: Metrics of a ClientReport that hold the spent epsilon.
 EPSILON = {"dp-sgd": "epsilon-dp-sgd", "update": "epsilon-update"}
 
 
 @dataclass(frozen=True)
 class Mechanism:
-    """A subsampled Gaussian mechanism, run several times.
+    """A subsampled Gaussian mechanism, applied several times.
 
     Attributes
     ----------
     noise : float
         Standard deviation of the noise over the sensitivity.
     rate : float
-        Probability q with which each image is in a step's batch.
+        Probability q of each image to be in a step's batch.
     steps : int
-        How often it is run.
+        Number of applications.
     """
 
     noise: float
@@ -41,15 +41,15 @@ class Mechanism:
 
 
 def mechanism_of(settings: RunConfig, images: int, noise: float) -> Mechanism:
-    """Return the mechanism that one round of DP-SGD over a number of images is."""
+    """Return the mechanism of one round of DP-SGD over a number of images."""
     steps = settings.local_steps or settings.local_epochs * math.ceil(images / settings.batch_size)
     return Mechanism(noise, min(1.0, settings.batch_size / images), steps)
 
 
 def noise_of(settings: RunConfig, images: int) -> float:
-    """Return a client's noise multiplier of DP-SGD: the run's, or the one with which all rounds stay in epsilon.
+    """Return a client's noise multiplier of DP-SGD: the run's, or the one that keeps all rounds within epsilon.
 
-    A client that misses rounds spends less than it might.
+    A client that misses rounds spends less than epsilon.
     """
     if settings.dp_sgd_noise:
         return settings.dp_sgd_noise
@@ -58,21 +58,20 @@ def noise_of(settings: RunConfig, images: int) -> float:
 
 
 def update_mechanism(settings: RunConfig) -> Mechanism:
-    """Return what noise on one clipped update is, for a change of all of the client's images.
+    """Return the mechanism of noise on one clipped update, for a change of all of the client's images.
 
-    Two updates that are clipped to C differ by at most 2 C, so noise of sigma C is sigma / 2 times the
-    sensitivity.
+    Two updates clipped to C differ by at most 2 C, so noise of sigma C is sigma / 2 times the sensitivity.
     """
     return Mechanism(settings.update_noise / 2, 1.0, 1)
 
 
 def require_opacus() -> None:
-    """Check that what privacy needs is installed.
+    """Check that Opacus is installed.
 
     Raises
     ------
     ConfigError
-        It is not.
+        If it is not.
     """
     try:
         import opacus  # noqa: F401
@@ -83,12 +82,12 @@ def require_opacus() -> None:
 
 
 def epsilon_of(spent: Iterable[Sequence[float]], delta: float) -> float:
-    """Return the epsilon of subsampled Gaussian mechanisms one after another, by Opacus' RDP accountant.
+    """Return the epsilon of a sequence of subsampled Gaussian mechanisms, by Opacus' RDP accountant.
 
     Parameters
     ----------
     spent : iterable of (noise, rate, steps)
-        As in :class:`Mechanism`.
+        Fields of :class:`Mechanism`.
     delta : float
         Delta of the guarantee.
     """
@@ -103,7 +102,7 @@ def epsilon_of(spent: Iterable[Sequence[float]], delta: float) -> float:
 
     spent_by_order = sum(steps * _once(noise, rate) for noise, rate, steps in history)
     with warnings.catch_warnings():
-        # An optimum at the largest order only means that a still larger one could give less.
+        # The warning that the optimum is at the largest order only means that the bound is not tight.
         warnings.simplefilter("ignore")
         epsilon, _ = get_privacy_spent(orders=RDPAccountant.DEFAULT_ALPHAS, rdp=spent_by_order, delta=delta)
     return float(epsilon)
@@ -111,7 +110,7 @@ def epsilon_of(spent: Iterable[Sequence[float]], delta: float) -> float:
 
 @lru_cache(maxsize=256)
 def _once(noise: float, rate: float) -> NDArray[np.float64]:
-    """Return the Renyi divergence of one step, by the accountant's orders; steps add up, and this takes a while."""
+    """Return the Rényi divergence of one step by the accountant's orders; steps add up, and it is slow to compute."""
     from opacus.accountants import RDPAccountant
     from opacus.accountants.analysis.rdp import compute_rdp
 
@@ -121,12 +120,12 @@ def _once(noise: float, rate: float) -> NDArray[np.float64]:
 
 @lru_cache(maxsize=64)
 def noise_for(epsilon: float, delta: float, rate: float, steps: int) -> float:
-    """Return the smallest noise multiplier with which that many steps stay within epsilon.
+    """Return the smallest noise multiplier that keeps a number of steps within epsilon.
 
     Raises
     ------
     ConfigError
-        There is none.
+        If there is none.
     """
     require_opacus()
     from opacus.accountants.utils import get_noise_multiplier

@@ -1,4 +1,4 @@
-"""How well a classifier does on labelled images: counted alike at the cloud and at the clients."""
+"""Accuracy and loss of a classifier on labelled images, computed in the same way at cloud and clients."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ if TYPE_CHECKING:
     from espalier.data.imageset import ImageSet
 
 BATCH = 256
-"""Images that are scored at once unless told otherwise."""
+"""Default number of images per batch."""
 
 
 class Score(NamedTuple):
-    """Right answers, images, and the sum of the images' cross-entropies; sums, so that scores add up."""
+    """Number of correct predictions and of images, and the sum of cross-entropies, so that scores add up."""
 
     correct: int
     total: int
@@ -29,29 +29,29 @@ class Score(NamedTuple):
 
 
 def accuracy(model: nn.Module, data: ImageSet, device: torch.device | str, batch: int = BATCH) -> Score:
-    """Score a classifier in evaluation mode; its mode afterwards is the one before.
+    """Score a classifier in evaluation mode, and restore its mode.
 
     Parameters
     ----------
     model : nn.Module
         Maps images [B, C, H, W] to logits [B, classes]; moved to `device`.
     data : ImageSet
-        The images; may be none.
+        The images, possibly none.
     device : torch.device or str
         Where to compute.
     batch : int
-        Images at a time; the result does not depend on it where the model works image by image.
+        Images at a time; does not change the result of a model that processes images independently.
 
     Returns
     -------
     Score
-        `correct` counts the images whose largest logit is their label's. One whose logits are not finite is
-        wrong, and then `loss_sum` is NaN.
+        `correct` counts the images whose largest logit is their label's. Images with logits that are not finite
+        count as wrong, and make `loss_sum` NaN.
 
     Raises
     ------
     DataError
-        The model knows fewer classes than the data have.
+        If the model has fewer classes than the data.
     """
     correct, total, loss_sum = class_accuracy(model, data, device, batch)
     return Score(int(correct.sum()), int(total.sum()), loss_sum)
@@ -60,12 +60,12 @@ def accuracy(model: nn.Module, data: ImageSet, device: torch.device | str, batch
 def class_accuracy(
     model: nn.Module, data: ImageSet, device: torch.device | str, batch: int = BATCH
 ) -> tuple[NDArray[np.int64], NDArray[np.int64], float]:
-    """Do what :func:`accuracy` does, by class.
+    """Return the score of :func:`accuracy` by class.
 
     Returns
     -------
     tuple
-        Right answers and images of each class, both int64 of shape [classes], and the summed cross-entropy.
+        Correct predictions and images of each class, both int64 of shape [classes], and the summed cross-entropy.
     """
     classes = len(data.classes)
     device = torch.device(device)
@@ -82,12 +82,12 @@ def class_accuracy(
                 logits = model(images).float().cpu()
                 if logits.shape[1] < classes:
                     raise DataError(
-                        f"data {data.name!r} have {classes} classes, the model knows {logits.shape[1]}; "
+                        f"data {data.name!r} have {classes} classes, the model {logits.shape[1]}; "
                         "measure on data of the classes it was trained on"
                     )
                 right[chosen] = (logits.argmax(1) == labels[chosen]) & logits.isfinite().all(1)
                 loss = functional.cross_entropy(logits, labels[chosen], reduction="sum")
-                # An infinite logit can give any loss; the sum shall say that it means nothing.
+                # With an infinite logit the loss is meaningless, so the sum becomes NaN.
                 loss_sum += loss.double() if logits.isfinite().all() else float("nan")
     finally:
         model.train(was_training)

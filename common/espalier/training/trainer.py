@@ -1,4 +1,4 @@
-"""A client's local training: epochs or steps on one objective, from seeded generators only."""
+"""Local training of a client: epochs or steps on one objective, with seeded randomness."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ if TYPE_CHECKING:
 
 
 def resolve_device(setting: str) -> torch.device:
-    """Return the device a ``device`` setting means; "auto" is CUDA, then MPS, then the CPU.
+    """Return the device of a ``device`` setting; "auto" is CUDA, then MPS, then the CPU.
 
     Raises
     ------
     ConfigError
-        The setting names no device, or one this machine does not have.
+        If the setting is not a device, or one that this machine does not have.
     """
     if setting == "auto":
         if torch.cuda.is_available():
@@ -37,7 +37,7 @@ def resolve_device(setting: str) -> torch.device:
     try:
         device = torch.device(setting)
         if device.type not in ("cpu", "cuda", "mps"):
-            raise RuntimeError("nothing can be trained there")
+            raise RuntimeError("training is not supported there")
         torch.empty(1, device=device)
     except (RuntimeError, AssertionError) as error:
         reason = str(error).partition("\n")[0]
@@ -56,27 +56,27 @@ def train_local(
 ) -> LocalResult:
     """Train a client's model in one round.
 
-    Every epoch visits every image once in a new order. ``local_epochs`` of them are made, or, with
-    ``local_steps``, as many as that number of steps takes, the last one cut short. Gradients are clipped to
-    ``clip_norm``; :mod:`espalier.training.optimizers` says how they are applied.
+    Every epoch visits every image once in a new order. There are ``local_epochs`` epochs, or with ``local_steps``
+    as many as that number of steps needs, the last one incomplete. Gradients are clipped to ``clip_norm`` and
+    applied by :mod:`espalier.training.optimizers`.
 
-    ``objective.extra`` and ``objective.end`` are the caller's to call, once the update is coded.
+    The caller calls ``objective.extra`` and ``objective.end``, after it has encoded the update.
 
     Parameters
     ----------
     model : nn.Module
         Holds the received weights; moved to `device` and trained in place.
     objective : Objective
-        What to minimise.
+        The objective to minimise.
     data : ImageSet
         The client's own images.
     local : LocalRound
-        Settings and state; the state is replaced at the end, and only if training went well. Its arrays are
-        left as they are, unless ``own_state`` gives them away.
+        Settings and state. The state is replaced at the end, only if training succeeds. Its arrays are not modified,
+        unless ``own_state`` permits it.
     seed : int
-        Seed of order, noise and dropout; the result depends on nothing else that is random.
+        Seed of order, noise and dropout, the only source of randomness.
     device : torch.device or str
-        Where to train. bf16 autocast is used on CUDA when ``precision`` is auto, and wherever it is "bf16".
+        Where to train. bf16 autocast is used on CUDA if ``precision`` is auto, and on any device if it is "bf16".
 
     Returns
     -------
@@ -86,7 +86,7 @@ def train_local(
     Raises
     ------
     TrainingError
-        The client has no images, or the loss is not finite.
+        If the client has no images, or the loss is not finite.
     """
     settings, count = local.settings, len(data)
     if count == 0:
@@ -129,7 +129,7 @@ def train_local(
                 seen += len(chosen)
                 if steps == settings.local_steps:
                     break
-            # One synchronisation an epoch: an update made from a NaN must never leave the client.
+            # One synchronisation per epoch: an update computed from a NaN must not leave the client.
             if not math.isfinite(loss_sum.item()):
                 raise TrainingError(
                     f"the loss is not finite in epoch {epoch} of round {local.round}; "
@@ -157,7 +157,7 @@ def _autocast(precision: str, device: torch.device) -> contextlib.AbstractContex
 
 @contextlib.contextmanager
 def seeded(seed: int, device: torch.device) -> Iterator[None]:
-    """Seed torch's global generators (dropout draws from them) and give them back as they were."""
+    """Seed torch's global generators (used by dropout) and restore their state afterwards."""
     devices = [device] if device.type == "cuda" else []
     with torch.random.fork_rng(devices=devices):
         torch.manual_seed(seed)
@@ -166,13 +166,13 @@ def seeded(seed: int, device: torch.device) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _full_convolution_speed(device: torch.device) -> Iterator[None]:
-    """Let cuDNN measure its convolution kernels: every batch but the last of an epoch has one shape."""
+    """Enable cuDNN's benchmark of convolution kernels: all batches but an epoch's last have one shape."""
     if device.type != "cuda":
         yield
         return
-    former = torch.backends.cudnn.benchmark
+    previous = torch.backends.cudnn.benchmark
     torch.backends.cudnn.benchmark = True
     try:
         yield
     finally:
-        torch.backends.cudnn.benchmark = former
+        torch.backends.cudnn.benchmark = previous

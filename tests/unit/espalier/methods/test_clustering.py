@@ -187,7 +187,7 @@ def test_both_linkages_recover_separated_groups(linkage: Linkage) -> None:
 def test_the_smallest_cluster_and_what_cannot_be_parted() -> None:
     assert bipartition(np.array([[1, 0.9], [0.9, 1]])) == ([0], [1])
     assert bipartition(np.ones((3, 3)))[0][0] == 0
-    with pytest.raises(ValueError, match="cannot be parted"):
+    with pytest.raises(ValueError, match="cannot be split"):
         bipartition(np.ones((1, 1)))
     with pytest.raises(ValueError, match="not finite"):
         bipartition(np.array([[1, np.nan], [np.nan, 1]]))

@@ -38,7 +38,11 @@ NOISY = {"update-clip": 1.0, "update-noise": 1.0}
             "masked-loss=false",
         ),
         ({"method": "heterofl", "model": "cnn-bn", "levels": "0.5,0.25"}, "levels", "largest must be 1"),
-        ({"method": "heterofl", "model": "cnn-bn", "selection": "divfl"}, "selection", "whole gradients"),
+        (
+            {"method": "heterofl", "model": "cnn-bn", "selection": "divfl"},
+            "selection",
+            "gradients of the whole network",
+        ),
         ({"method": "depthfl", "model": "cnn"}, "model", "depth-cnn"),
         ({"method": "inclusivefl", "model": "mlp"}, "model", "depth-resnet18"),
         ({"method": "split-mix", **CLASSIFIER, "base-width": 0.3}, "base-width", "0.25"),

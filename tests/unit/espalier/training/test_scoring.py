@@ -69,7 +69,7 @@ def test_what_is_not_finite_is_wrong() -> None:
 
 
 def test_a_model_of_fewer_classes_is_refused() -> None:
-    with pytest.raises(DataError, match="'toy' have 3 classes, the model knows 2"):
+    with pytest.raises(DataError, match="'toy' have 3 classes, the model 2"):
         accuracy(Told([row[:2] for row in LOGITS]), five(), CPU)
 
 
