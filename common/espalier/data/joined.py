@@ -7,11 +7,14 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
+from espalier import lazy
 from espalier.data.imageset import ImageSet, TensorImages
 from espalier.errors import DataError
 
 if TYPE_CHECKING:
     import torch
+else:
+    torch = lazy.load("torch")
 
 
 class Joined:
@@ -32,8 +35,6 @@ class Joined:
 
     def fetch(self, indices: NDArray[np.int64]) -> torch.Tensor:
         """Return float32 images [B, C, H, W] in [-1, 1]."""
-        import torch
-
         first, second = self._parts
         own = indices < len(first)
         images = torch.empty((len(indices), *self.shape))
@@ -52,7 +53,5 @@ class Joined:
 
 def with_pixels(own: ImageSet, pixels: np.ndarray, labels: np.ndarray) -> ImageSet:
     """Return a set joined with uint8 images [N, C, H, W] and their labels [N]."""
-    import torch
-
     given = TensorImages(torch.from_numpy(np.array(pixels)), np.array(labels), own.classes, own.name)
     return Joined(own, given)

@@ -8,15 +8,21 @@ import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
+from espalier import lazy
 from espalier.data.imageset import FileImages, ImageSet, TensorImages
 from espalier.errors import DataError
 from espalier.seeds import rng_for
 from espalier.torchvision_shim import import_torchvision
+
+if TYPE_CHECKING:
+    import torch
+else:
+    torch = lazy.load("torch")
 
 Split = Literal["train", "test"]
 
@@ -50,8 +56,6 @@ def default_root() -> Path:
 
 def _digits(source: Source) -> ImageSet:
     """Open scikit-learn's 1,797 digits, 8x8 grey: 1,437 to train, 360 to test, each class alike."""
-    import torch
-
     # Read where it lies: importing scikit-learn costs a resident client 80 MB for one small table.
     spec = importlib.util.find_spec("sklearn")
     folder = Path(spec.origin).parent if spec is not None and spec.origin else None
@@ -82,8 +86,6 @@ def _torchvision(
     name: str, class_name: str, classes: tuple[str, ...] | None, files: str
 ) -> Callable[[Source], ImageSet]:
     def open_it(source: Source) -> ImageSet:
-        import torch
-
         made = _opened(name, class_name, files, source, train=source.split == "train")
         pixels = torch.as_tensor(made.data)
         pixels = pixels[:, None] if pixels.ndim == 3 else pixels.permute(0, 3, 1, 2).contiguous()
@@ -123,8 +125,6 @@ def _opened(name: str, class_name: str, files: str, source: Source, **choice: An
 
 
 def _resized(data: TensorImages, size: int | None) -> TensorImages:
-    import torch
-
     if size is None or data.shape[1:] == (size, size):
         return data
     if size < 1:

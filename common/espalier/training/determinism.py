@@ -4,8 +4,16 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
+from typing import TYPE_CHECKING
 
 import torch
+
+from espalier import lazy
+
+if TYPE_CHECKING:
+    import threadpoolctl
+else:
+    threadpoolctl = lazy.load("threadpoolctl")
 
 
 @contextlib.contextmanager
@@ -23,12 +31,10 @@ def deterministic(wanted: bool = True) -> Iterator[None]:
     if not wanted:
         yield
         return
-    from threadpoolctl import threadpool_limits
-
     threads = torch.get_num_threads()
     enabled = torch.are_deterministic_algorithms_enabled()
     warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
-    with threadpool_limits(1):
+    with threadpoolctl.threadpool_limits(1):
         torch.set_num_threads(1)
         torch.use_deterministic_algorithms(True)
         try:

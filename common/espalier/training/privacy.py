@@ -12,10 +12,19 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
+from espalier import lazy
 from espalier.errors import ConfigError
 
 if TYPE_CHECKING:
+    import opacus
+    from opacus import accountants
+    from opacus.accountants import utils
+    from opacus.accountants.analysis import rdp
+
     from espalier.config.run_config import RunConfig
+else:
+    opacus, accountants = lazy.load("opacus"), lazy.load("opacus.accountants")
+    utils, rdp = lazy.load("opacus.accountants.utils"), lazy.load("opacus.accountants.analysis.rdp")
 
 #: Metrics of a ClientReport that hold the spent epsilon.
 EPSILON = {"dp-sgd": "epsilon-dp-sgd", "update": "epsilon-update"}
@@ -74,7 +83,7 @@ def require_opacus() -> None:
         If it is not.
     """
     try:
-        import opacus  # noqa: F401
+        _ = opacus.accountants
     except ImportError as error:
         raise ConfigError(
             f"differential privacy needs Opacus ({error}); pip install 'espalier-fl[privacy]'"
@@ -97,25 +106,21 @@ def epsilon_of(spent: Iterable[Sequence[float]], delta: float) -> float:
     if any(noise == 0 for noise, _, _ in history):
         return math.inf
     require_opacus()
-    from opacus.accountants import RDPAccountant
-    from opacus.accountants.analysis.rdp import get_privacy_spent
-
     spent_by_order = sum(steps * _once(noise, rate) for noise, rate, steps in history)
     with warnings.catch_warnings():
         # The warning that the optimum is at the largest order only means that the bound is not tight.
         warnings.simplefilter("ignore")
-        epsilon, _ = get_privacy_spent(orders=RDPAccountant.DEFAULT_ALPHAS, rdp=spent_by_order, delta=delta)
+        epsilon, _ = rdp.get_privacy_spent(
+            orders=accountants.RDPAccountant.DEFAULT_ALPHAS, rdp=spent_by_order, delta=delta
+        )
     return float(epsilon)
 
 
 @lru_cache(maxsize=256)
 def _once(noise: float, rate: float) -> NDArray[np.float64]:
     """Return the Rényi divergence of one step by the accountant's orders; steps add up, and it is slow to compute."""
-    from opacus.accountants import RDPAccountant
-    from opacus.accountants.analysis.rdp import compute_rdp
-
-    orders = RDPAccountant.DEFAULT_ALPHAS
-    return np.asarray(compute_rdp(q=rate, noise_multiplier=noise, steps=1, orders=orders))
+    orders = accountants.RDPAccountant.DEFAULT_ALPHAS
+    return np.asarray(rdp.compute_rdp(q=rate, noise_multiplier=noise, steps=1, orders=orders))
 
 
 @lru_cache(maxsize=64)
@@ -128,13 +133,11 @@ def noise_for(epsilon: float, delta: float, rate: float, steps: int) -> float:
         If there is none.
     """
     require_opacus()
-    from opacus.accountants.utils import get_noise_multiplier
-
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             return float(
-                get_noise_multiplier(
+                utils.get_noise_multiplier(
                     target_epsilon=epsilon,
                     target_delta=delta,
                     sample_rate=rate,
