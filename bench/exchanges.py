@@ -153,8 +153,8 @@ def make_generators(
     import torch
 
     from espalier.data.spec import open_data
-    from espalier.generators.gan import INDEX, save_gan
-    from espalier.generators.networks import GanConfig, StyleGenerator, native_size
+    from espalier_server.generators.gan import INDEX, save_gan
+    from espalier_server.generators.networks import GanConfig, StyleGenerator, native_size
     from espalier_server.generators.pretrain import pretrain, sample_grid
 
     made = Generators(folder.resolve() / data, folder.resolve() / f"{data}-untrained")

@@ -121,7 +121,7 @@ def measure(setup: Setup, generators: Generators, more: Values, root: Path, judg
                     found.pairs[label] += last_pairs(run, generator, judge)
 
                 opened = RealImages(generator, data, cell.seed) if label == ORACLE else generator
-                with patch("espalier.generators.base.open_generator", return_value=opened):
+                with patch("espalier.methods.fedktl.method.open_generator", return_value=opened):
                     found.runs[label].append(run_cell(own, look))
     return found
 

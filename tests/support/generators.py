@@ -7,8 +7,8 @@ from pathlib import Path
 import torch
 from PIL import Image
 
-from espalier.generators.gan import save_gan
-from espalier.generators.networks import GanConfig, StyleGenerator
+from espalier_server.generators.gan import save_gan
+from espalier_server.generators.networks import GanConfig, StyleGenerator
 
 
 def random_gan(folder: Path, *, size: int = 8, channels: int = 1, latent_dim: int = 16) -> str:

@@ -1,1 +1,1 @@
-"""Image generators behind one small interface: what FedKTL's cloud aligns knowledge with."""
+"""Image generators: the interface of FedKTL's pre-trained ones, and FAug's conditional GAN."""

@@ -1,4 +1,4 @@
-"""What a generator is to FedKTL, and how the one that a setting names is opened; no torch until one is."""
+"""The interface of a pre-trained image generator for FedKTL, and opening the one that a setting names."""
 
 from __future__ import annotations
 
@@ -6,32 +6,35 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
+from espalier.distribution import entry_points
 from espalier.errors import ConfigError
 
 if TYPE_CHECKING:
+    from importlib.metadata import EntryPoint
+
     import torch
     from torch import Tensor
 
-KINDS: dict[str, str] = {
+GENERATORS = "espalier.generators"
+"""Entry-point group of the kinds of generators: functions of a path and `Options` that return a `Generator`."""
+
+_PATHS = {
     "gan": "FOLDER",
     "espalier": "MODEL_FOLDER",
     "stylegan-xl": "FILE.pkl",
     "stylegan3": "FILE.pkl",
     "sd": "FOLDER",
 }
-"""Kinds of generators, and what stands behind the colon."""
-
-GRAMMAR = ", ".join(f"{kind}:{rest}" for kind, rest in KINDS.items())
 
 PICKLED = ("stylegan-xl", "stylegan3")
 """Kinds whose files execute code when they are opened."""
 
 
 class Generator(Protocol):
-    """A trained, frozen generator of images (FedKTL, Zhang et al. 2024).
+    """A pre-trained, frozen image generator (FedKTL, Zhang et al., CVPR 2024, arXiv 2403.15760).
 
-    FedKTL's feature transformer maps class prototypes to where the generator's own latents lie, and the
-    images synthesised there teach the clients.
+    FedKTL's feature transformer maps class prototypes to the distribution of the generator's latents; clients train
+    on the images that the generator synthesises from them.
 
     Attributes
     ----------
@@ -43,14 +46,14 @@ class Generator(Protocol):
     def latent_dim(self) -> int: ...  # noqa: D102
 
     def sample_latents(self, count: int, rng: torch.Generator) -> Tensor:
-        """Draw latents of the distribution W that F(P) must match.
+        """Draw latents from the distribution that the feature transformer is trained to match.
 
         Parameters
         ----------
         count : int
             Number of latents.
         rng : torch.Generator
-            The only source of randomness; on the CPU, so that every device draws the same.
+            The only source of randomness; on the CPU, so that the draw does not depend on the device.
 
         Returns
         -------
@@ -59,12 +62,12 @@ class Generator(Protocol):
         """
 
     def synthesise(self, latents: Tensor, size: int, channels: int) -> Tensor:
-        """Turn latents into images; the same latents always give the same images.
+        """Synthesise images from latents, deterministically.
 
         Parameters
         ----------
         latents : Tensor
-            float32 [count, H], anywhere.
+            float32 [count, H], on any device.
         size : int
             Height and width of the wanted images in pixels.
         channels : int
@@ -73,14 +76,25 @@ class Generator(Protocol):
         Returns
         -------
         Tensor
-            float32 [count, channels, size, size] in [-1, 1], on the CPU: resized, cut at the centre, and
-            turned to grey or RGB where the generator's own images are otherwise.
+            float32 [count, channels, size, size] in [-1, 1], on the CPU: resized, cropped to the centre, and
+            converted to grey or RGB if the generator's own images differ.
         """
 
 
 @dataclass(frozen=True)
+class Options:
+    """How to open a generator; each kind uses what applies to it. See :func:`open_generator`."""
+
+    device: torch.device
+    prompt: str = "a cat"
+    steps: int = 50
+    guidance: float = 7.5
+    trust_pickle: bool = False
+
+
+@dataclass(frozen=True)
 class GeneratorSpec:
-    """A parsed SPEC: one of `KINDS` and the path of its file or folder."""
+    """A parsed SPEC: a kind of generator and the path of its file or folder."""
 
     kind: str
     path: Path
@@ -92,7 +106,7 @@ def parse_generator(spec: str) -> GeneratorSpec:
     Parameters
     ----------
     spec : str
-        ``KIND:PATH``; see `KINDS`.
+        ``KIND:PATH``; the kinds are the entry points of `GENERATORS`.
 
     Raises
     ------
@@ -100,8 +114,8 @@ def parse_generator(spec: str) -> GeneratorSpec:
         The kind is unknown or the path is missing.
     """
     kind, colon, path = spec.strip().partition(":")
-    if not colon or kind not in KINDS or not path.strip():
-        raise ConfigError(f"generator: {spec!r} is not understood; give one of {GRAMMAR}")
+    if not colon or kind not in _openers() or not path.strip():
+        raise ConfigError(f"generator: {spec!r} is not understood; give one of {_grammar()}")
     return GeneratorSpec(kind, Path(path.strip()).expanduser())
 
 
@@ -123,12 +137,12 @@ def open_generator(
         method), ``stylegan-xl:FILE.pkl``, ``stylegan3:FILE.pkl`` or ``sd:FOLDER`` (Stable Diffusion 1 or 2 as
         diffusers saves it).
     trust_pickle : bool
-        Whether files may be opened that execute code when opened: StyleGAN's pickles, and weights of Stable
-        Diffusion that are not safetensors.
+        Whether files that execute code may be opened: StyleGAN's pickles, and weights of Stable Diffusion that are
+        not safetensors.
     device : torch.device or str
-        Where images are synthesised; "auto" is a GPU when there is one.
+        Device of the generator; "auto" is a GPU if there is one.
     prompt : str
-        What Stable Diffusion draws, the same for every class.
+        Prompt of Stable Diffusion, the same for every class.
     steps : int
         Denoising steps of ``sd`` and ``espalier``.
     guidance : float
@@ -137,8 +151,8 @@ def open_generator(
     Raises
     ------
     ConfigError
-        The SPEC does not parse, an option is out of range, what it names is not there or of another kind, or
-        opening it would execute code and is not trusted to.
+        The SPEC does not parse, an option is out of range, the path does not exist or holds another kind, or
+        opening it would execute code without `trust_pickle`.
     StateError
         A folder that Espalier wrote is damaged.
     """
@@ -146,32 +160,25 @@ def open_generator(
     if steps < 1:
         raise ConfigError(f"generator: {steps} denoising steps are too few; give at least 1")
     if not 1 <= guidance < float("inf"):
-        raise ConfigError(f"generator: a guidance of {guidance:g} makes no sense; give 1 (none) or more")
+        raise ConfigError(f"generator: a guidance of {guidance:g} is out of range; give 1 (none) or more")
     if named.kind in PICKLED and not trust_pickle:
         raise ConfigError(
             f"generator: {named.path} is a pickle, and opening a pickle runs whatever code its author put into "
             "it; if you trust where it came from, set trust-pickle=true"
         )
     if not named.path.exists():
-        raise ConfigError(f"generator: {named.path} does not exist; give the path as this machine sees it")
+        raise ConfigError(f"generator: {named.path} does not exist on this machine")
 
     from espalier.training.trainer import resolve_device
 
-    place = resolve_device(str(device))
-    if named.kind == "gan":
-        from espalier.generators.gan import GanGenerator
+    options = Options(resolve_device(str(device)), prompt, steps, guidance, trust_pickle)
+    opened: Generator = _openers()[named.kind].load()(named.path, options)
+    return opened
 
-        return GanGenerator.open(named.path, place)
-    if named.kind == "espalier":
-        from espalier.generators.diffusion import DiffusionGenerator
 
-        return DiffusionGenerator.open(named.path, place, steps)
-    if named.kind == "sd":
-        from espalier.generators.stable_diffusion import StableDiffusionGenerator
+def _openers() -> dict[str, EntryPoint]:
+    return {point.name: point for point in entry_points(GENERATORS)}
 
-        return StableDiffusionGenerator.open(
-            named.path, place, prompt=prompt, steps=steps, guidance=guidance, trust_pickle=trust_pickle
-        )
-    from espalier.generators.stylegan import StyleGanGenerator
 
-    return StyleGanGenerator.open(named.path, place, classes=named.kind == "stylegan-xl")
+def _grammar() -> str:
+    return ", ".join(f"{kind}:{_PATHS.get(kind, 'PATH')}" for kind in _openers())

@@ -47,8 +47,8 @@ def pretrain_generator(
         The training went wrong.
     """
     from espalier.data.spec import open_data
-    from espalier.generators.gan import GRID, check_out, save_gan
     from espalier.training.trainer import resolve_device
+    from espalier_server.generators.gan import GRID, check_out, save_gan
     from espalier_server.generators.pretrain import Progress, pretrain, sample_grid
 
     def tell(progress: Progress) -> None:

@@ -1,1 +1,1 @@
-"""Training of image generators at the cloud."""
+"""Pre-trained image generators at the cloud, and training one."""

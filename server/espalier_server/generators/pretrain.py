@@ -17,9 +17,9 @@ from torch.nn import functional
 
 from espalier.data.imageset import ImageSet
 from espalier.errors import ConfigError
-from espalier.generators.networks import GROUP, Discriminator, GanConfig, StyleGenerator, native_size
 from espalier.seeds import rng_for, seed_for
 from espalier.training.objectives import TrainingError
+from espalier_server.generators.networks import GROUP, Discriminator, GanConfig, StyleGenerator, native_size
 
 
 @dataclass(frozen=True)

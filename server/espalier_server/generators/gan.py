@@ -13,9 +13,10 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from espalier.errors import ConfigError, StateError
-from espalier.generators.images import in_batches
-from espalier.generators.networks import GanConfig, StyleGenerator
+from espalier.generators.base import Options
 from espalier.storage.atomic import replacing_folder, write_error
+from espalier_server.generators.images import in_batches
+from espalier_server.generators.networks import GanConfig, StyleGenerator
 
 WEIGHTS, INDEX, GRID = "generator.safetensors", "generator.json", "samples.png"
 _KIND, _FORMAT = "espalier-gan", 1
@@ -44,7 +45,7 @@ class GanGenerator:
         self.device, self.notes = device, dict(notes or {})
 
     @classmethod
-    def open(cls, folder: Path, device: torch.device) -> GanGenerator:
+    def open(cls, folder: Path, options: Options) -> GanGenerator:
         """Open a folder that :func:`save_gan` wrote.
 
         Raises
@@ -54,7 +55,7 @@ class GanGenerator:
         StateError
             A file is missing or damaged; the message names it.
         """
-        return cls(*load_gan(folder, device))
+        return cls(*load_gan(folder, options.device))
 
     @property
     def latent_dim(self) -> int:

@@ -10,9 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from espalier.errors import ConfigError
-from espalier.generators.images import in_batches
+from espalier.generators.base import Options
 from espalier.models.diffusion import denoise, image_shape
 from espalier.models.pipeline import load_model
+from espalier_server.generators.images import in_batches
 
 if TYPE_CHECKING:
     from diffusers import DDIMScheduler
@@ -46,7 +47,7 @@ class DiffusionGenerator:
         self.shape = image_shape(model)
 
     @classmethod
-    def open(cls, folder: Path, device: torch.device, steps: int = 50) -> DiffusionGenerator:
+    def open(cls, folder: Path, options: Options) -> DiffusionGenerator:
         """Open the ``model`` folder of a run.
 
         Raises
@@ -54,8 +55,9 @@ class DiffusionGenerator:
         StateError
             A file is missing or damaged; the message names it.
         ConfigError
-            The model is none of diffusion, or was trained with fewer time steps than `steps`.
+            The model is not a diffusion model, or was trained with fewer time steps than ``options.steps``.
         """
+        steps = options.steps
         model, scheduler, _ = load_model(folder)
         if type(model).__name__ != "UNet2DModel":
             raise ConfigError(
@@ -65,7 +67,7 @@ class DiffusionGenerator:
         trained = scheduler.config.num_train_timesteps
         if steps > trained:
             raise ConfigError(f"generator: {folder} has {trained} time steps; {steps} steps are too many")
-        return cls(model, scheduler, device, steps)
+        return cls(model, scheduler, options.device, steps)
 
     @property
     def latent_dim(self) -> int:

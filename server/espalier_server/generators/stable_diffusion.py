@@ -11,8 +11,9 @@ import torch
 from torch import Tensor
 
 from espalier.errors import ConfigError
-from espalier.generators.images import in_batches
+from espalier.generators.base import Options
 from espalier.torchvision_shim import import_torchvision
+from espalier_server.generators.images import in_batches
 
 _PIPELINE = "StableDiffusionPipeline"
 _DETERMINISTIC = ("PNDMScheduler", "DDIMScheduler")
@@ -53,31 +54,18 @@ class StableDiffusionGenerator:
             )
 
     @classmethod
-    def open(
-        cls,
-        folder: Path,
-        device: torch.device,
-        *,
-        prompt: str = "a cat",
-        steps: int = 50,
-        guidance: float = 7.5,
-        trust_pickle: bool = False,
-    ) -> StableDiffusionGenerator:
-        """Open a folder as diffusers' ``save_pretrained`` writes it; nothing is fetched, nothing is censored.
+    def open(cls, folder: Path, options: Options) -> StableDiffusionGenerator:
+        """Open a folder that diffusers' ``save_pretrained`` wrote, without downloads and without a safety checker.
 
-        A scheduler that is neither PNDM nor DDIM gives way to DDIM with the same noise schedule, because others
-        may add noise on the way, and then the image would be no function of the latent.
+        A scheduler other than PNDM and DDIM is replaced by DDIM with the same noise schedule, because others may add
+        noise during sampling, and the image would not be a function of the latent.
 
         Parameters
         ----------
         folder : Path
             Has ``model_index.json``.
-        device : torch.device
-            Where it shall compute.
-        prompt, steps, guidance
-            See the class.
-        trust_pickle : bool
-            Whether weights may be pickles (``.bin``) where there are no safetensors.
+        options : Options
+            With ``trust_pickle``, weights may be pickles (``.bin``) where there are no safetensors.
 
         Raises
         ------
@@ -108,7 +96,7 @@ class StableDiffusionGenerator:
             pipeline = StableDiffusionPipeline.from_pretrained(
                 str(folder),
                 local_files_only=True,
-                use_safetensors=None if trust_pickle else True,
+                use_safetensors=None if options.trust_pickle else True,
                 safety_checker=None,
                 feature_extractor=None,
                 requires_safety_checker=False,
@@ -116,12 +104,19 @@ class StableDiffusionGenerator:
                 low_cpu_mem_usage=False,
             )
         except (OSError, ValueError, RuntimeError) as error:
-            advice = "" if trust_pickle else " (weights that are not safetensors need trust-pickle=true)"
+            advice = (
+                "" if options.trust_pickle else " (weights that are not safetensors need trust-pickle=true)"
+            )
             raise ConfigError(f"generator: {folder} cannot be opened{advice}: {error}") from error
         if type(pipeline.scheduler).__name__ not in _DETERMINISTIC:
             pipeline.scheduler = DDIMScheduler.from_config(pipeline.scheduler.config)
         pipeline.set_progress_bar_config(disable=True)
-        return cls(pipeline.to(device), prompt=prompt, steps=steps, guidance=guidance)
+        return cls(
+            pipeline.to(options.device),
+            prompt=options.prompt,
+            steps=options.steps,
+            guidance=options.guidance,
+        )
 
     @property
     def latent_dim(self) -> int:

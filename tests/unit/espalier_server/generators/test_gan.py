@@ -18,8 +18,14 @@ from espalier.cli import command_line
 from espalier.data.imageset import TensorImages
 from espalier.errors import ConfigError, StateError
 from espalier.generators.base import open_generator
-from espalier.generators.gan import GanGenerator, load_gan, save_gan
-from espalier.generators.networks import Discriminator, GanConfig, StyledConv, StyleGenerator, native_size
+from espalier_server.generators.gan import GanGenerator, load_gan, save_gan
+from espalier_server.generators.networks import (
+    Discriminator,
+    GanConfig,
+    StyledConv,
+    StyleGenerator,
+    native_size,
+)
 from espalier_server.generators.pretrain import Progress, Recipe, pretrain, sample_grid
 from tests.support.generator_laws import check, seeded
 

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from espalier.errors import ConfigError
-from espalier.generators.images import in_batches
+from espalier.generators.base import Options
+from espalier_server.generators.images import in_batches
 
 _BATCH = 4  # what the authors of FedKTL use: a matter of memory only
 _NEEDED = ("mapping", "synthesis", "num_ws", "z_dim", "c_dim")
@@ -58,15 +59,15 @@ class StyleGanGenerator:
         self._latent_dim = self.sample_latents(1, torch.Generator().manual_seed(0)).shape[1]
 
     @classmethod
-    def open(cls, file: Path, device: torch.device, *, classes: bool) -> StyleGanGenerator:
-        """Unpickle a network, which runs the code that its author put there: the caller has made sure of trust.
+    def open(cls, file: Path, options: Options, *, classes: bool) -> StyleGanGenerator:
+        """Unpickle a network. This executes code in the file: the caller has checked ``trust-pickle``.
 
         Parameters
         ----------
         file : Path
             A pickle of the network, or of a dictionary that has it as ``G_ema`` or ``G``.
-        device : torch.device
-            Where it shall compute.
+        options : Options
+            Its device is used.
         classes : bool
             See the class.
 
@@ -89,7 +90,7 @@ class StyleGanGenerator:
             content = content.get("G_ema") or content.get("G")
         if not isinstance(content, nn.Module):
             raise ConfigError(f"generator: {file} holds neither a network nor one named G_ema or G")
-        return cls(content, device, classes=classes)
+        return cls(content, options.device, classes=classes)
 
     @property
     def latent_dim(self) -> int:
@@ -122,3 +123,13 @@ class StyleGanGenerator:
             return images
 
         return in_batches(draw, latents, _BATCH, size, channels)
+
+
+def open_stylegan_xl(file: Path, options: Options) -> StyleGanGenerator:
+    """Open the pickle of a class-conditional network; see `StyleGanGenerator.open`."""
+    return StyleGanGenerator.open(file, options, classes=True)
+
+
+def open_stylegan3(file: Path, options: Options) -> StyleGanGenerator:
+    """Open the pickle of an unconditional network; see `StyleGanGenerator.open`."""
+    return StyleGanGenerator.open(file, options, classes=False)

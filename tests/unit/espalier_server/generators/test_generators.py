@@ -20,13 +20,13 @@ from torch import nn
 from espalier.config.run_config import RunConfig
 from espalier.errors import ConfigError, StateError
 from espalier.generators.base import open_generator, parse_generator
-from espalier.generators.images import fit
-from espalier.generators.stylegan import StyleGanGenerator
 from espalier.models.diffusion import sample
 from espalier.models.pipeline import save_model
 from espalier.models.pruning import prune
 from espalier.models.unet import unet
 from espalier.torchvision_shim import import_torchvision
+from espalier_server.generators.images import fit
+from espalier_server.generators.stylegan import StyleGanGenerator
 from tests.support.generator_laws import check, seeded
 
 CPU = torch.device("cpu")
