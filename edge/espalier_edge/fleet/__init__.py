@@ -1,3 +1,3 @@
-"""The Flower server inside the edge process: Fleet gRPC for the clients below it."""
+"""The Flower server in the edge process: the Fleet API (gRPC) for the edge's clients."""
 
-import espalier.flower  # noqa: F401  # leaves SQLAlchemy out, before anything of Flower is imported
+import espalier.flower  # noqa: F401  # installs stubs for SQLAlchemy before Flower is imported

@@ -1,4 +1,4 @@
-"""A Flower server inside our own process: Fleet gRPC for the nodes, and grids for whoever serves them."""
+"""An inline Flower server: the Fleet API (gRPC) for nodes, and grids for runs, in this process."""
 
 from __future__ import annotations
 
@@ -35,25 +35,25 @@ from espalier_edge.fleet.servicer import FleetState, InlineFleetServicer
 
 __all__ = ["InlineFleet", "InlineGrid"]
 
-WORKERS = 4000  # most of them hold polls; threads are only made when calls need them
-# Bytes that a connection has room for before they come. gRPC keeps room for as much as came at once, up to a whole
-# chunk of 5 MiB, at every connection and for good: after K big replies 4 MB times K.
+WORKERS = 4000  # threads are created on demand; most of them hold polls
+# Maximum size of a connection's read buffer. By default gRPC grows it to the largest read, up to a chunk of 5 MiB, and
+# never shrinks it: about 4 MB per connection after K large replies.
 READ_AHEAD = 64 << 10
 TICK = 0.5
-PAUSE = 5.0  # a longer gap between ticks means that this process was stopped
-AFTER_PAUSE = 15.0  # by then every living node has sent a heartbeat
+PAUSE = 5.0  # a longer gap between ticks means that this process was suspended
+AFTER_PAUSE = 15.0  # seconds after which every live node has sent a heartbeat
 
 
-def _not_every_call(record: logging.LogRecord) -> bool:
-    """Drop what Flower's servicer writes for every reply and every join; `on_refused` tells who is not admitted."""
+def _filter_call_logs(record: logging.LogRecord) -> bool:
+    """Drop what Flower's servicer logs for every reply and registration; refusals are reported by `on_refused`."""
     text = record.getMessage()
     if "/RegisterNode][ApiError:2001]" in text or "No SuperNode found with the given public key" in text:
         return False
     return record.levelno >= logging.WARNING or not text.startswith("[Fleet.")
 
 
-class KnownMethods(grpc.ServerInterceptor):
-    """Refuses methods that Fleet does not have, before Flower's own interceptors stumble over them."""
+class UnknownMethodInterceptor(grpc.ServerInterceptor):
+    """Refuses methods that the Fleet service does not have, on which Flower's interceptors fail."""
 
     _HEAD = "/flwr.proto.Fleet/"
     _KNOWN = frozenset(DESCRIPTOR.services_by_name["Fleet"].methods_by_name)
@@ -63,7 +63,7 @@ class KnownMethods(grpc.ServerInterceptor):
         continuation: Callable[[grpc.HandlerCallDetails], grpc.RpcMethodHandler | None],
         handler_call_details: grpc.HandlerCallDetails,
     ) -> grpc.RpcMethodHandler | None:
-        """Return the handler of a call, None where there is none."""
+        """Return the handler of a call, None if there is none."""
         head, name = handler_call_details.method.rpartition("/")[::2]
         if head + "/" == self._HEAD and name not in self._KNOWN:
             return None
@@ -71,20 +71,20 @@ class KnownMethods(grpc.ServerInterceptor):
 
 
 class InlineFleet:
-    """Flower's Fleet server in this process, without SuperLink, HTTP hop or other processes.
+    """Flower's Fleet server in this process, without a SuperLink, an HTTP hop or further processes.
 
     Parameters
     ----------
     address : str
         HOST:PORT to listen on; port 0 lets the system choose (see :attr:`port`).
     certificates : tuple of bytes, optional
-        CA certificate, server certificate and private key, PEM; None serves without TLS.
+        CA certificate, server certificate and private key, PEM; by default without TLS.
     require_keys : bool
-        Admit only nodes whose key was given to :meth:`register_key`.
+        Admit only nodes whose key was passed to :meth:`register_key`.
     on_refused : callable, optional
         Called, from several threads, with the public key and the address of a node that was not admitted.
     upload_slots : int
-        How many big replies may be in memory at a time; the others wait their turn.
+        Number of big replies that may be in memory at a time; further uploads are queued.
     """
 
     def __init__(
@@ -96,12 +96,12 @@ class InlineFleet:
         on_refused: Callable[[bytes, str], None] | None = None,
         upload_slots: int = 2,
     ) -> None:
-        logging.getLogger("flwr").addFilter(_not_every_call)
+        logging.getLogger("flwr").addFilter(_filter_call_logs)
         unmap_large_blocks_on_free()
         self._address = address
         self._certificates = certificates
         self.fleet = FleetState(upload_slots)
-        self.fleet.refused_late = self._count_late
+        self.fleet.on_late_reply = self._count_late
         self._servicer = InlineFleetServicer(self.fleet, require_keys, on_refused or (lambda key, peer: None))
         self._server: grpc.Server | None = None
         self._health = HealthService()
@@ -111,12 +111,12 @@ class InlineFleet:
         self.port = 0
 
     def start(self) -> None:
-        """Listen.
+        """Start listening.
 
         Raises
         ------
         AddressError
-            If the address cannot be listened on.
+            If the server cannot listen on the address.
         """
         pool = ThreadPoolExecutor(WORKERS, thread_name_prefix="fleet")
         self._server = grpc.server(
@@ -129,10 +129,10 @@ class InlineFleet:
                 ("grpc.keepalive_time_ms", 210_000),
                 ("grpc.http2.max_pings_without_data", 0),
                 ("grpc.experimental.tcp_max_read_buffer_size", READ_AHEAD),
-                ("grpc.so_reuseport", 0),  # a second server on the port is a mistake
+                ("grpc.so_reuseport", 0),  # a second server on the same port is an error
             ],
             interceptors=[
-                KnownMethods(),
+                UnknownMethodInterceptor(),
                 RpcErrorTranslationServerInterceptor(),
                 NodeAuthServerInterceptor(self.fleet.state_factory),
                 create_fleet_runtime_version_server_interceptor(),
@@ -150,18 +150,21 @@ class InlineFleet:
                 )
                 self.port = self._server.add_secure_port(self._address, credentials)
         except RuntimeError as fault:
-            or_that = ", or its certificate is none for a server" if self._certificates else ""
+            certificate_hint = (
+                ", or the certificate is not a server certificate" if self._certificates else ""
+            )
             raise AddressError(
-                f"cannot listen on {self._address}: the port is in use or the host is not this machine's{or_that}"
+                f"cannot listen on {self._address}: the port is in use or the host is not this machine's"
+                f"{certificate_hint}"
             ) from fault
         if not self.port:
-            raise AddressError(f"cannot listen on {self._address}: no HOST:PORT of this machine")
+            raise AddressError(f"cannot listen on {self._address}: it is not a HOST:PORT of this machine")
         self._server.start()
         self._health.set("", HealthCheckResponse.SERVING)
         self._watch.start()
 
     def stop(self, grace: float = 1.0) -> None:
-        """Close every grid and stop listening; calls under way have `grace` seconds."""
+        """Close all grids and stop listening; calls in progress have `grace` seconds to finish."""
         self._stopped.set()
         for grid in list(self._grids.values()):
             grid.close()
@@ -181,24 +184,24 @@ class InlineFleet:
         public_key : bytes
             PEM or OpenSSH.
         name : str
-            Shown by :meth:`nodes`.
+            Listed by :meth:`nodes`.
 
         Raises
         ------
         StateError
-            If it is no public key on a NIST curve.
+            If it is not a public key on a NIST curve.
         """
         pem = canonical(public_key, name)
         if self.fleet.state.get_node_id_by_public_key(pem) is None:
             self.fleet.state.create_node(NOOP_FLWR_AID, NOOP_ACCOUNT_NAME, pem, 0, name=name)
 
     def drop_key(self, public_key: bytes) -> None:
-        """End the admission of a node, at once: its next call is refused, and what it was asked counts as lost.
+        """Revoke the admission of a node: its next call is refused, and its outstanding messages count as lost.
 
         Parameters
         ----------
         public_key : bytes
-            PEM or OpenSSH; nothing happens if it is not registered.
+            PEM or OpenSSH; ignored if it is not registered.
         """
         pem = canonical(public_key, "a node")
         state = self.fleet.state
@@ -207,10 +210,10 @@ class InlineFleet:
             if node_id is None:
                 return
             state.delete_node(NOOP_FLWR_AID, node_id)
-            del state.node_public_key_to_node_id[pem]  # Flower would refuse the key for ever
+            del state.node_public_key_to_node_id[pem]  # otherwise Flower never accepts the key again
 
     def nodes(self) -> list[NodeInfo]:
-        """List the nodes that are online, with their public keys."""
+        """Return the nodes that are online, with their public keys."""
         with self.fleet.state.lock:
             online = self.fleet.state.get_node_info(statuses=[NodeStatus.ONLINE])
             copies = []
@@ -234,19 +237,19 @@ class InlineFleet:
                     statuses=[NodeStatus.ONLINE]
                 )  # marks nodes offline whose lease ended
             for upload in fleet.uploads.stalled():
-                fleet.give_up_upload(upload.instruction_id)
+                fleet.abandon_upload(upload.instruction_id)
 
     # Runs ---------------------------------------------------------------------------------------
 
     def open_run(
         self, *, fab: Fab | None = None, run_config: Mapping[str, bool | int | float | str] | None = None
     ) -> InlineGrid:
-        """Start a run and return its grid; this process is its ServerApp.
+        """Start a run, whose ServerApp is this process, and return its grid.
 
         Parameters
         ----------
         fab : Fab, optional
-            Bundle of the app, which a stock SuperNode fetches. Resident nodes never run it.
+            App bundle for stock SuperNodes to fetch. Resident nodes never run it.
         run_config : mapping, optional
             Overrides of the app's configuration.
         """
@@ -266,8 +269,8 @@ class InlineFleet:
         task_id = state.get_run_info(run_ids=[run_id])[0].primary_task_id
         if task_id is None or state.claim_task(task_id) is None or not state.activate_task(task_id):
             raise StateError("Flower's link state did not start the run; check that flwr is 1.39")
-        # This process is the task, so there is no heartbeat to miss: without a token the task never
-        # expires, also not when the process was paused for an hour.
+        # This process runs the task itself and sends no heartbeats for it: without a token the task never expires,
+        # even if the process is suspended for an hour.
         with state.lock_task_store:
             record = state.task_token_store.pop(task_id)
             state.task_token_to_task_id.pop(record.token, None)

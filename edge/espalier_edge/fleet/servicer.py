@@ -1,4 +1,4 @@
-"""Flower's own Fleet servicer, taught to hold polls, to queue uploads and to say when a reply is there."""
+"""Flower's Fleet servicer, extended to hold polls, queue uploads and report complete replies."""
 
 # The methods of a gRPC servicer are named as in its .proto file.
 # ruff: noqa: N802
@@ -45,8 +45,9 @@ from espalier.flower.framing import ObjectAnswer, ObjectPush
 from espalier.flower.inline_objects import ACCEPTED, attach, detach
 from espalier.flower.payloads import BIG_CHUNKS, HUGE_CHUNKS, PayloadError, count_chunks, tree_ids
 from espalier.flower.upstreams import RECEIVED_HEADER
+from espalier_edge.fleet.link_state import IndexedLinkState
 from espalier_edge.fleet.object_store import PayloadStore
-from espalier_edge.fleet.polling import IndexedLinkState, LongPolls, poller_of, said
+from espalier_edge.fleet.polling import LongPolls, header_of, poller_of
 from espalier_edge.fleet.uploads import Upload, Uploads
 
 UPLOADS_WAITING = 400
@@ -54,7 +55,7 @@ REDELIVERIES = 3
 
 
 class FleetState:
-    """State, store and wake-ups that the servicer and the grids of one server share."""
+    """State that the servicer and the grids of a server share: link state, object store, polls and uploads."""
 
     def __init__(self, upload_slots: int) -> None:
         self.store = PayloadStore()
@@ -63,27 +64,29 @@ class FleetState:
         federation = NoOpFederationManager()
         self.state_factory = LinkStateFactory(FLWR_IN_MEMORY_DB_NAME, federation, self.store_factory)
         self.state = self.state_factory.state_instance = IndexedLinkState(federation, self.store)
-        self.mail = LongPolls()
+        self.polls = LongPolls()
         self.uploads = Uploads(upload_slots)
         self.lock = threading.RLock()
-        # Instructions that a grid waits for, and whom to tell that the reply is complete.
+        # Instructions that a grid waits for, each with the function to call when its reply is complete.
         self.outstanding: dict[str, Callable[[str], None]] = {}
         self.redelivered: dict[str, int] = {}
-        # Objects of an instruction that go with its announcement to a node of ours.
-        self.early: dict[str, list[bytes]] = {}
-        self.refused_late: Callable[[int], None] = lambda run_id: None
-        self.trust_after = 0.0  # monotonic time before which a silent node may be our own pause
-        # What a node's process was given and has not confirmed; it is offered again if that one polls once more.
+        # Objects of an instruction that are sent inline with its announcement to an Espalier node.
+        self.inline: dict[str, list[bytes]] = {}
+        self.on_late_reply: Callable[[int], None] = lambda run_id: None
+        self.trust_after = (
+            0.0  # monotonic time before which this process's own pause may explain missing heartbeats
+        )
+        # The message that a node's process received and has not confirmed; it is redelivered on the next poll.
         self.unconfirmed: dict[tuple[int, str], str] = {}
-        self._given: dict[str, tuple[int, str]] = {}  # the same by message
+        self._delivered: dict[str, tuple[int, str]] = {}  # the inverse: by message id
 
     def wants(self, instruction_id: str) -> bool:
-        """Tell whether some grid still waits for the reply to an instruction."""
+        """Return whether a grid still waits for the reply to an instruction."""
         with self.lock:
             return instruction_id in self.outstanding
 
-    def give_up_upload(self, instruction_id: str) -> None:
-        """Free an upload's slot and delete what came of it."""
+    def abandon_upload(self, instruction_id: str) -> None:
+        """Abandon an upload: free its slot and delete the objects received."""
         upload = self.uploads.release(instruction_id)
         if upload is None or not upload.reply_id:
             return
@@ -95,38 +98,38 @@ class FleetState:
         self.store.delete(upload.reply_id)
 
     def forget_session(self, session_id: str) -> None:
-        """End the bookkeeping of a push session; Flower keeps that of a refused reply for ever."""
+        """Delete the record of a push session, which Flower never deletes for a refused reply."""
         self.state._cleanup_push_session(session_id, cleanup_messages=False)
 
     def redeliver(self, node_id: int) -> None:
-        """Offer a node that was restarted the unanswered messages that its dead process had pulled."""
+        """Redeliver to a restarted node the unanswered messages that its previous process had pulled."""
         with self.state.lock, self.lock:
             for message_id, message in self.state.message_ins_store.items():
                 if message.metadata.dst_node_id == node_id:
-                    self._offer_again(message_id)
+                    self._redeliver(message_id)
 
-    def give(self, node_id: int, poller: str, message_id: str) -> None:
-        """Note that a node's process is being given a message."""
+    def record_delivery(self, node_id: int, poller: str, message_id: str) -> None:
+        """Record that a message is being sent to a node's process."""
         self.unconfirmed[node_id, poller] = message_id
-        self._given[message_id] = (node_id, poller)
+        self._delivered[message_id] = (node_id, poller)
 
-    def settle(self, message_id: str) -> None:
-        """Note that a message arrived, or that nobody waits for it any more."""
-        given = self._given.pop(message_id, None)
+    def confirm(self, message_id: str) -> None:
+        """Record that a message was received or is no longer wanted."""
+        given = self._delivered.pop(message_id, None)
         if given is not None and self.unconfirmed.get(given) == message_id:
             self.unconfirmed.pop(given, None)
 
-    def offer_unconfirmed(self, node_id: int, poller: str, got: str) -> None:
-        """Offer a process that polls again what it was given last, if it does not say that it got it."""
+    def redeliver_unconfirmed(self, node_id: int, poller: str, got: str) -> None:
+        """Redeliver the last message to a process that polls again without confirming it."""
         message_id = self.unconfirmed.get((node_id, poller))
         if message_id is None:
             return
-        self.settle(message_id)
+        self.confirm(message_id)
         if message_id != got:
             with self.state.lock, self.lock:
-                self._offer_again(message_id)
+                self._redeliver(message_id)
 
-    def _offer_again(self, message_id: str) -> None:
+    def _redeliver(self, message_id: str) -> None:
         message = self.state.message_ins_store.get(message_id)
         if message is None or not message.metadata.delivered_at or message_id not in self.outstanding:
             return
@@ -137,7 +140,7 @@ class FleetState:
         if times < REDELIVERIES:
             self.redelivered[message_id] = times + 1
             message.metadata.delivered_at = ""
-            self.mail.put(message.metadata.dst_node_id)
+            self.polls.notify(message.metadata.dst_node_id)
 
 
 class InlineFleetServicer(FleetServicer):
@@ -153,7 +156,7 @@ class InlineFleetServicer(FleetServicer):
     def ActivateNode(
         self, request: ActivateNodeRequest, context: grpc.ServicerContext
     ) -> ActivateNodeResponse:
-        """Activate a node, and offer it again what its dead process had pulled."""
+        """Activate a node, and redeliver what its previous process had pulled."""
         self._check_signer(request.public_key, context)
         if self._fleet.state.get_node_id_by_public_key(request.public_key) is None:
             self._on_refused(request.public_key, context.peer())
@@ -164,82 +167,84 @@ class InlineFleetServicer(FleetServicer):
     def RegisterNode(
         self, request: RegisterNodeFleetRequest, context: grpc.ServicerContext
     ) -> RegisterNodeFleetResponse:
-        """Register a node, where keys are not required."""
+        """Register a node; Flower refuses it if keys are required."""
         self._check_signer(request.public_key, context)
         answer: RegisterNodeFleetResponse = super().RegisterNode(request, context)
         return answer
 
     @staticmethod
     def _check_signer(public_key: bytes, context: grpc.ServicerContext) -> None:
-        """Refuse a request for another node's key: Flower only checks that a call is signed by some key.
+        """Refuse a request that names another node's key: Flower only checks that a call is signed by some key.
 
-        Anybody could keep a node away else, by activating it in its stead.
+        Otherwise anyone could block a node by activating it first.
         """
         if get_metadata_bytes(context.invocation_metadata(), PUBLIC_KEY_HEADER) != public_key:
-            context.abort(grpc.StatusCode.PERMISSION_DENIED, "the call is not signed with the key it names")
+            context.abort(
+                grpc.StatusCode.PERMISSION_DENIED, "the call is not signed with the key that it names"
+            )
 
     def SendNodeHeartbeat(
         self, request: SendNodeHeartbeatRequest, context: grpc.ServicerContext
     ) -> SendNodeHeartbeatResponse:
-        """Take a heartbeat, which is most of what an edge does while nothing happens: without a line for its log."""
+        """Handle a heartbeat without Flower's log line for each: they are most calls of an idle edge."""
         answer: SendNodeHeartbeatResponse
         try:
             answer = message_handler.send_node_heartbeat(request, self._fleet.state)
         except message_handler.InvalidHeartbeatIntervalError:
-            answer = super().SendNodeHeartbeat(request, context)  # it says what is wrong
+            answer = super().SendNodeHeartbeat(request, context)  # Flower's servicer reports the error
         return answer
 
     def PullMessages(
         self, request: PullMessagesRequest, context: grpc.ServicerContext
     ) -> PullMessagesResponse:
-        """Answer a poll at once if there is a message, else hold it until there is one or its caller gives up."""
+        """Answer a poll immediately if there is a message; otherwise hold it until there is one or it times out."""
         fleet, node_id, poller = self._fleet, request.node.node_id, poller_of(context)
-        fleet.offer_unconfirmed(node_id, poller, said(context, RECEIVED_HEADER))
-        while fleet.mail.wait(node_id, context):
-            fleet.mail.take(node_id)
-            # Not Flower's own servicer, which writes every request out for its log, shown or not.
+        fleet.redeliver_unconfirmed(node_id, poller, header_of(context, RECEIVED_HEADER))
+        while fleet.polls.wait(node_id, context):
+            fleet.polls.reset(node_id)
+            # Not Flower's own servicer, which formats every request for its log, even if the log is off.
             answer: PullMessagesResponse = message_handler.pull_messages(request, fleet.state, fleet.store)
             if answer.messages_list:
-                fleet.mail.put(node_id)  # there may be more
+                fleet.polls.notify(node_id)  # there may be further messages
                 [announcement] = answer.messages_list
                 message_id = announcement.metadata.message_id
-                fleet.give(node_id, poller, message_id)
+                fleet.record_delivery(node_id, poller, message_id)
                 if poller:  # a stock SuperNode fetches everything
-                    attach(announcement, fleet.early.get(message_id, ()))
+                    attach(announcement, fleet.inline.get(message_id, ()))
                 return answer
         return PullMessagesResponse()
 
     def PushMessages(
         self, request: PushMessagesRequest, context: grpc.ServicerContext
     ) -> PushMessagesResponse:
-        """Accept a reply that a grid waits for, when its turn has come; refuse every other one quietly."""
+        """Accept a reply that a grid waits for, once it has an upload slot; refuse any other without an error."""
         fleet = self._fleet
         if len(request.messages_list) != 1 or len(request.message_object_trees) != 1:
             context.abort(grpc.StatusCode.INVALID_ARGUMENT, "one message and one object tree per call")
         announcement, tree = request.messages_list[0], request.message_object_trees[0]
         try:
-            early = detach(announcement, tree_ids(tree))
-        except PayloadError as fault:
-            context.abort(grpc.StatusCode.INVALID_ARGUMENT, str(fault))
+            inline = detach(announcement, tree_ids(tree))
+        except PayloadError as error:
+            context.abort(grpc.StatusCode.INVALID_ARGUMENT, str(error))
         metadata = message_from_proto(announcement).metadata
         node_id, instruction_id = request.node.node_id, metadata.reply_to_message_id
         refused = PushMessagesResponse(results={metadata.message_id: 0})
         instruction = fleet.state.message_ins_store.get(instruction_id)
         if instruction is None or not fleet.wants(instruction_id):
-            fleet.refused_late(metadata.run_id)
+            fleet.on_late_reply(metadata.run_id)
             return refused
         if metadata.src_node_id != node_id or instruction.metadata.dst_node_id != node_id:
-            context.abort(grpc.StatusCode.PERMISSION_DENIED, "this node was not asked")
+            context.abort(grpc.StatusCode.PERMISSION_DENIED, "the instruction was sent to another node")
         if fleet.uploads.waiting >= UPLOADS_WAITING:
-            context.abort(grpc.StatusCode.UNAVAILABLE, "too many uploads wait for their turn")
-        fleet.give_up_upload(instruction_id)
+            context.abort(grpc.StatusCode.UNAVAILABLE, "too many uploads are queued")
+        fleet.abandon_upload(instruction_id)
         chunks = count_chunks(tree)
         upload = Upload(node_id, instruction_id, chunks >= BIG_CHUNKS, chunks >= HUGE_CHUNKS)
         if not fleet.uploads.admit(upload, lambda: fleet.wants(instruction_id) and context.is_active()):
             if not fleet.wants(instruction_id):
-                fleet.refused_late(metadata.run_id)
+                fleet.on_late_reply(metadata.run_id)
             return refused
-        return self._accept(request, context, upload, metadata, early)
+        return self._accept(request, context, upload, metadata, inline)
 
     def _accept(
         self,
@@ -247,9 +252,9 @@ class InlineFleetServicer(FleetServicer):
         context: grpc.ServicerContext,
         upload: Upload,
         metadata: Metadata,
-        early: Mapping[str, bytes],
+        inline: Mapping[str, bytes],
     ) -> PushMessagesResponse:
-        """Store an admitted reply and those of its objects that came with it; ask for the others."""
+        """Store an admitted reply and its inline objects; request the other objects."""
         fleet, reply_id = self._fleet, metadata.message_id
         accepted = False
         try:
@@ -265,40 +270,40 @@ class InlineFleetServicer(FleetServicer):
         wanted = set(answer.objects_to_push)
         stored = {
             object_id
-            for object_id in wanted & early.keys()
-            if fleet.state.store_object(metadata.run_id, answer.session_id, object_id, early[object_id])
+            for object_id in wanted & inline.keys()
+            if fleet.state.store_object(metadata.run_id, answer.session_id, object_id, inline[object_id])
         }
         upload.pending = wanted - stored
-        if early:
+        if inline:
             del answer.objects_to_push[:]
             answer.objects_to_push.extend(upload.pending)
             answer.results[reply_id] = ACCEPTED
         upload.reply_id = reply_id
-        if not fleet.wants(upload.instruction_id):  # abandoned meanwhile
-            fleet.give_up_upload(upload.instruction_id)
+        if not fleet.wants(upload.instruction_id):  # abandoned in the meantime
+            fleet.abandon_upload(upload.instruction_id)
         elif upload.complete:
-            self._tell(upload)
+            self._notify_grid(upload)
         return answer
 
     def PushObject(
         self, request: PushObjectRequest | ObjectPush, context: grpc.ServicerContext
     ) -> PushObjectResponse:
-        """Store an object of a reply under way, and tell the grid when it was the last one."""
+        """Store an object of a reply; notify the grid if it was the last one."""
         fleet = self._fleet
         upload = fleet.uploads.find(request.session_id)
         if upload is None or upload.node_id != request.node.node_id:
             return PushObjectResponse(stored=False)
         if request.object_id not in upload.pending:
-            # Sent twice, because the answer to the first one was lost.
+            # Sent twice, because the response to the first call was lost.
             return PushObjectResponse(stored=request.object_id in fleet.store)
         upload.progress_at = time.monotonic()
         answer: PushObjectResponse = super().PushObject(cast(PushObjectRequest, request), context)
         if answer.stored and fleet.uploads.arrived(upload, request.object_id):
-            self._tell(upload)
+            self._notify_grid(upload)
         return answer
 
     def PullObject(self, request: PullObjectRequest, context: grpc.ServicerContext) -> PullObjectResponse:
-        """Answer with an object; one of our own in pieces, so that it is copied but once, into the answer's bytes."""
+        """Return an object; an outgoing one as buffers, which are copied only once, into the response's bytes."""
         fleet = self._fleet
         pieces = fleet.store.pieces(request.object_id)
         status = fleet.state.get_run_status({request.run_id}).get(request.run_id)
@@ -307,22 +312,22 @@ class InlineFleetServicer(FleetServicer):
         size = sum(len(piece) for piece in pieces)
         fleet.state.store_traffic(request.run_id, bytes_sent=size, bytes_recv=0)
         answer = ObjectAnswer(object_found=True, object_available=True, pieces=pieces)
-        return cast(PullObjectResponse, answer)  # to its serializer it is one
+        return cast(PullObjectResponse, answer)  # its serialiser accepts both
 
     def ConfirmMessageReceived(
         self, request: ConfirmMessageReceivedRequest, context: grpc.ServicerContext
     ) -> ConfirmMessageReceivedResponse:
-        """Keep a message's objects until it is answered: its node may be killed and ask again."""
+        """Keep the objects of a message until it is answered: its node may be killed and fetch them again."""
         given = (request.node.node_id, poller_of(context))
         if self._fleet.unconfirmed.get(given) == request.message_object_id:
-            self._fleet.settle(request.message_object_id)
+            self._fleet.confirm(request.message_object_id)
         if self._fleet.wants(request.message_object_id):
             return ConfirmMessageReceivedResponse()
         answer: ConfirmMessageReceivedResponse = super().ConfirmMessageReceived(request, context)
         return answer
 
-    def _tell(self, upload: Upload) -> None:
+    def _notify_grid(self, upload: Upload) -> None:
         with self._fleet.lock:
-            tell = self._fleet.outstanding.get(upload.instruction_id)
-        if tell is not None:
-            tell(upload.instruction_id)
+            on_reply = self._fleet.outstanding.get(upload.instruction_id)
+        if on_reply is not None:
+            on_reply(upload.instruction_id)

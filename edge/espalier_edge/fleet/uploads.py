@@ -1,4 +1,4 @@
-"""Lets big uploads wait their turn, so that many replies at once do not pile up in the server's memory."""
+"""A queue of big uploads, which bounds the memory of a server that receives many replies at once."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from espalier.config.timeouts import UPLOAD_STALL
 
 @dataclass
 class Upload:
-    """A reply on its way: announced, perhaps waiting for its objects."""
+    """A reply that is being received: announced, with objects outstanding."""
 
     node_id: int
     instruction_id: str
@@ -25,22 +25,22 @@ class Upload:
 
     @property
     def complete(self) -> bool:
-        """Whether every object has come."""
+        """Whether every object has arrived."""
         return bool(self.reply_id) and not self.pending
 
 
 class Uploads:
-    """The uploads of a server, at most `slots` big ones, or a single huge one, at a time.
+    """The uploads to a server: at most `slots` big ones, or a single huge one, at a time.
 
-    A big upload holds its slot, a huge one all of them, from before its first byte until whoever asked for the reply
-    is done with it, or it is given up.
+    A big upload occupies one slot, a huge one all of them, from before its first byte until the reply has been
+    processed or the upload is abandoned.
 
     Parameters
     ----------
     slots : int
-        How many big uploads may be in memory.
+        Number of big uploads that may be in memory.
     stall : float
-        After so many seconds without a new object an unfinished upload is given up.
+        Seconds without a new object after which an unfinished upload is abandoned.
     """
 
     def __init__(self, slots: int, stall: float = UPLOAD_STALL) -> None:
@@ -52,18 +52,18 @@ class Uploads:
 
     @property
     def waiting(self) -> int:
-        """How many uploads wait for their turn."""
+        """Number of uploads in the queue."""
         return self._waiting
 
     def admit(self, upload: Upload, wanted: Callable[[], bool]) -> bool:
-        """Wait until the upload may begin; return False if nobody wants it any more.
+        """Wait until an upload may start; return False if it is no longer wanted.
 
         Parameters
         ----------
         upload : Upload
-            It replaces an earlier, unfinished one for the same instruction (its node was restarted).
+            Replaces an earlier, unfinished one for the same instruction (of a node that was restarted).
         wanted : callable
-            Asked about once a second.
+            Called about once a second; returns whether the reply is still expected.
         """
         with self._lock:
             self._drop_locked(upload.instruction_id)
@@ -98,7 +98,7 @@ class Uploads:
             return self._by_instruction.get(instruction_id)
 
     def arrived(self, upload: Upload, object_id: str) -> bool:
-        """Note an object; return whether the upload is complete."""
+        """Record an object that has arrived; return whether the upload is complete."""
         with self._lock:
             upload.progress_at = time.monotonic()
             upload.pending.discard(object_id)
@@ -120,12 +120,12 @@ class Uploads:
         return upload
 
     def stalled(self) -> list[Upload]:
-        """List the unfinished uploads without progress."""
+        """Return the unfinished uploads without progress."""
         oldest = time.monotonic() - self._stall
         with self._lock:
             return [up for up in self._by_instruction.values() if not up.complete and up.progress_at < oldest]
 
     def wake(self) -> None:
-        """Make the waiting ones ask whether they are still wanted."""
+        """Have the queued uploads check whether they are still wanted."""
         with self._lock:
             self._lock.notify_all()

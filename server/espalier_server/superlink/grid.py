@@ -1,17 +1,15 @@
-"""The cloud's Grid over a stock SuperLink: replies as they arrive, deadlines, and nothing left behind."""
+"""The Grid of the cloud over a stock SuperLink: yields replies as they arrive, and frees what it abandons."""
 
 from __future__ import annotations
 
 import contextlib
-import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 
 import httpx
-from flwr.app import Error, Message, RecordDict
-from flwr.app.constants import DEFAULT_TTL
+from flwr.app import Message, RecordDict
 from flwr.app.message.message import remove_content_from_message
 from flwr.common.constant import SUPERLINK_NODE_ID, ErrorCode
 from flwr.common.serde import message_from_proto
@@ -19,30 +17,30 @@ from flwr.proto.message_pb2 import ConfirmMessageReceivedRequest, PullObjectRequ
 from flwr.proto.node_pb2 import Node, NodeInfo
 from flwr.proto.runtime_pb2 import PullAppMessagesRequest
 from flwr.serverapp import Grid
-from flwr.supercore.date import now
 from flwr.supercore.run import Run
+from flwr.supercore.runtime import RuntimeHttpClient
 from flwr.superlink.grid.http_grid import HttpGrid
 
-from espalier.config.timeouts import CLOUD_UPLOAD_STALL, TTL_MARGIN
-from espalier.flower.memory import CycleCollector
+from espalier.config.timeouts import CLOUD_UPLOAD_STALL
 from espalier.flower.payloads import Content, PayloadError, chunk_ids, tree_ids, unpack
 from espalier.flower.receive_buffers import ReceiveBuffers
+from espalier.flower.streaming_grid import Countdown, StreamingGrid, error_reply, set_origin, set_ttl
 
 FASTEST = 0.02
 SLOWEST = 0.5
-SHARE = 0.15  # of the time waited so far until the next look for a reply: what comes late is seen late
-FRESH = 0.2  # seconds for which an answer about the nodes is good: planning a window asks ten times
-SMALL_AT_ONCE, CHUNKS_AT_ONCE = 4, 2  # objects of a reply that are fetched at a time
-FEW = 8  # a reply of more objects has chunks of 5 MiB
-UPLOAD_DOUBT = 10.0  # after so many seconds without progress, ask whether the uploader is still there
+SHARE = 0.15  # interval between polls, as a fraction of the time since the last progress
+FRESH = 0.2  # seconds for which the list of nodes is cached: planning a window reads it ten times
+SMALL_AT_ONCE, CHUNKS_AT_ONCE = 4, 2  # objects of a reply that are fetched in parallel
+FEW = 8  # a reply with more objects has chunks of 5 MiB
+UPLOAD_DOUBT = 10.0  # seconds without progress after which to check that the uploading node is online
 
-#: What a call raises when the SuperLink does not answer, all retries included.
+#: Exceptions of a call when the SuperLink does not answer, after all retries.
 LINK_LOST = (httpx.HTTPError,)
 
 
 @dataclass
 class _Arriving:
-    """A reply that is announced and whose objects are being fetched."""
+    """An announced reply whose objects are being fetched."""
 
     sent: Message
     reply_id: str
@@ -53,34 +51,24 @@ class _Arriving:
     doubted_at: float = 0.0
 
 
-class TreeGrid(Grid):
-    """Wraps the Grid of a ServerApp whose SuperLink is a stock one.
+class TreeGrid(StreamingGrid):
+    """Wraps the Grid of a ServerApp at a stock SuperLink.
 
     Parameters
     ----------
     grid : Grid
-        What Flower passed to the ServerApp's main function. Everything that has nothing to do with replies
-        goes to it.
-
-    Attributes
-    ----------
-    abandoned : int
-        Messages whose reply was given up.
-    late : int
-        Replies that came for such messages; they are freed in the SuperLink without being fetched.
+        The grid that Flower passes to the main function of the ServerApp.
     """
 
     def __init__(self, grid: Grid) -> None:
         if not isinstance(grid, HttpGrid):
             raise TypeError(f"TreeGrid wraps the HttpGrid of a ServerApp, not a {type(grid).__name__}")
+        super().__init__()
         self._grid = grid
         self._node = Node(node_id=SUPERLINK_NODE_ID)
-        self._lock = threading.Lock()
         self._pool = ThreadPoolExecutor(SMALL_AT_ONCE, thread_name_prefix="fetch")
         self._nodes: tuple[float, list[NodeInfo]] = (-FRESH, [])
         self._given_up: set[str] = set()
-        self.abandoned = 0
-        self.late = 0
 
     # Flower's Grid ------------------------------------------------------------------------------
 
@@ -89,8 +77,13 @@ class TreeGrid(Grid):
         self._grid.set_run(run)
 
     @property
+    def _runtime(self) -> RuntimeHttpClient:
+        """The client of the SuperLink's Runtime API, which Flower connects on first use."""
+        return self._grid._runtime_client
+
+    @property
     def run(self) -> Run:
-        """The run's record."""
+        """The record of the run."""
         return self._grid.run
 
     def create_message(
@@ -101,11 +94,11 @@ class TreeGrid(Grid):
         group_id: str,
         ttl: float | None = None,
     ) -> Message:
-        """Make an instruction message of this run."""
+        """Create an instruction message of this run."""
         return self._grid.create_message(content, message_type, dst_node_id, group_id, ttl)
 
     def get_node_ids(self) -> Iterable[int]:
-        """Node ids of the nodes that are online."""
+        """Return the ids of the nodes that are online."""
         return [node.node_id for node in self.get_nodes()]
 
     def get_nodes(self) -> Iterable[NodeInfo]:
@@ -124,12 +117,6 @@ class TreeGrid(Grid):
         """Take the replies that have come."""
         return self._grid.pull_messages(message_ids)
 
-    def send_and_receive(
-        self, messages: Iterable[Message], *, timeout: float | None = None
-    ) -> Iterable[Message]:
-        """Send messages and collect the replies that come within `timeout` seconds."""
-        return list(self.exchange(messages, deadline=DEFAULT_TTL if timeout is None else timeout))
-
     # Streaming ----------------------------------------------------------------------------------
 
     def exchange(
@@ -143,47 +130,36 @@ class TreeGrid(Grid):
         lost: Callable[[int], str] | None = None,
         first_wait: float = FASTEST,
     ) -> Iterator[Message]:
-        """Send messages and yield the replies as they arrive.
+        """Send messages and yield the replies as they arrive; see :meth:`StreamingGrid.exchange`.
 
         Parameters
         ----------
-        messages : iterable of Message
-            An ArrayRecord or RecordDict that several of them share is stored once.
-        deadline : float
-            Seconds after which the outstanding ones are abandoned.
-        quorum : int, optional
-            So many replies with content start the `grace` period; None waits for all.
-        grace : float
-            Seconds to wait for the others once the quorum is there.
-        cancelled : callable, optional
-            Asked again and again; once it says True the outstanding ones are abandoned.
+        messages, deadline, quorum, grace, cancelled
+            As in :class:`StreamingGrid`.
         lost : callable, optional
-            Asked again and again with the node of an outstanding message: why it will not answer, or "".
+            Called repeatedly with the node id of each outstanding message; returns why the node will not reply, or "".
         first_wait : float
-            Seconds between the first two looks for a reply; each look is an HTTP call, and they grow rarer with time.
+            Seconds between the first two polls. Each poll is an HTTP call; the interval grows with the time waited.
 
         Yields
         ------
         Message
-            A reply, or an Error: from the node, NODE_UNAVAILABLE for a node that is gone, or
-            REPLY_MESSAGE_UNAVAILABLE for a reply whose upload ended early or whose objects do not fit
-            together.
+            A reply or an Error.
 
         Notes
         -----
-        What was abandoned is freed in the SuperLink as far as it allows: the payload sent down at once, a
-        late reply when it has come (see :meth:`collect_late`).
+        The payload of an abandoned message is deleted in the SuperLink immediately; a late reply once it has arrived
+        (see :meth:`collect_late`).
         """
         self.collect_late()
         batch = list(messages)
         del messages
         for message in batch:
-            message.metadata.ttl = now().timestamp() + deadline + TTL_MARGIN - message.metadata.created_at
-        end = time.monotonic() + deadline
+            set_ttl(message, deadline)
+        countdown = Countdown(deadline, quorum, grace)
         waiting: dict[str, Message] = {}
         arriving: dict[str, _Arriving] = {}
-        came, moved_at = 0, time.monotonic()
-        collector = CycleCollector()
+        progress_at = time.monotonic()
         try:
             failed = []
             for message, message_id in zip(
@@ -192,76 +168,74 @@ class TreeGrid(Grid):
                 if message_id:
                     waiting[message_id] = remove_content_from_message(message)
                 else:
-                    failed.append(_error(message, ErrorCode.NODE_UNAVAILABLE, "the node is unknown"))
+                    failed.append(error_reply(message, ErrorCode.NODE_UNAVAILABLE, "the node is unknown"))
             del batch
             yield from failed
             while waiting or arriving:
                 for found in self._announced(waiting):
                     arriving[found.sent.metadata.message_id] = found
                     del waiting[found.sent.metadata.message_id]
-                moved = False
+                progress = False
                 for message_id, one in list(arriving.items()):
                     before = len(one.missing)
                     reply = self._fetch(one)
-                    moved = moved or reply is not None or len(one.missing) < before
+                    progress = progress or reply is not None or len(one.missing) < before
                     if reply is None:
                         continue
                     del arriving[message_id]
                     if reply.has_error():
-                        self._free(message_id)  # a node that was gone never fetched it
-                    came += reply.has_content()
-                    if quorum is not None and came == quorum:
-                        end = min(end, time.monotonic() + grace)
-                    collector.collect(but_last=True)
-                    collector.track(reply)
+                        self._free(message_id)  # a node that was offline never fetched it
+                    countdown.count(reply)
                     yield reply
                     del reply
                 for message_id, sent in list(waiting.items()):
                     if lost is not None and (reason := lost(sent.metadata.dst_node_id)):
                         del waiting[message_id]
                         self._abandon({message_id: sent}, {})
-                        yield _error(sent, ErrorCode.NODE_UNAVAILABLE, reason)
-                left = end - time.monotonic()
+                        yield error_reply(sent, ErrorCode.NODE_UNAVAILABLE, reason)
+                left = countdown.left
                 if left <= 0 or (cancelled is not None and cancelled()):
                     break
-                moved_at = time.monotonic() if moved else moved_at
-                wait = min(SLOWEST, max(first_wait, SHARE * (time.monotonic() - moved_at)))
+                progress_at = time.monotonic() if progress else progress_at
+                wait = min(SLOWEST, max(first_wait, SHARE * (time.monotonic() - progress_at)))
                 if waiting or arriving:
                     time.sleep(min(wait, left))
         finally:
             self._abandon(waiting, arriving)
 
     def collect_late(self) -> int:
-        """Free the replies that came too late, without fetching them.
+        """Delete late replies in the SuperLink without fetching them.
+
+        Call it repeatedly between windows: within a minute of its deadline, every abandoned message has had a late
+        reply or has expired.
 
         Returns
         -------
         int
-            How many came since the last call. Between windows, call it now and then: a message that was
-            given up is settled, one way or the other, within a minute of its deadline.
+            Number of late replies since the last call.
         """
         with self._lock:
             given_up = sorted(self._given_up)
         if not given_up:
             return 0
-        answer = self._grid._runtime_client.PullMessages(PullAppMessagesRequest(message_ids=given_up))
-        came = 0
+        answer = self._runtime.PullMessages(PullAppMessagesRequest(message_ids=given_up))
+        count = 0
         for reply in answer.messages_list:
             self._free(reply.metadata.message_id)
             with self._lock:
                 self._given_up.discard(reply.metadata.reply_to_message_id)
-                # An error that the SuperLink made itself (expired, node gone) comes from no node.
+                # An Error that the SuperLink created itself (message expired, node offline) is no late reply.
                 if reply.metadata.src_node_id != SUPERLINK_NODE_ID:
-                    came += 1
+                    count += 1
                     self.late += 1
-        return came
+        return count
 
     # Parts --------------------------------------------------------------------------------------
 
     def _announced(self, waiting: dict[str, Message]) -> list[_Arriving]:
         if not waiting:
             return []
-        answer = self._grid._runtime_client.PullMessages(PullAppMessagesRequest(message_ids=list(waiting)))
+        answer = self._runtime.PullMessages(PullAppMessagesRequest(message_ids=list(waiting)))
         found = []
         for proto, tree in zip(answer.messages_list, answer.message_object_trees, strict=True):
             reply = message_from_proto(proto)
@@ -272,14 +246,14 @@ class TreeGrid(Grid):
             try:
                 missing = tree_ids(tree)
                 chunks = chunk_ids(tree)
-                missing.sort(key=chunks.__contains__)  # our edges send what describes before the chunks
+                missing.sort(key=chunks.__contains__)  # Espalier edges send descriptions before chunks
             except PayloadError:
-                missing = []  # unpacking it will fail, and say so
+                missing = []  # unpacking raises the error
             found.append(_Arriving(sent, reply.metadata.message_id, missing))
         return found
 
     def _fetch(self, one: _Arriving) -> Message | None:
-        """Fetch what has come of a reply; return it when it is complete, or an Error in its place."""
+        """Fetch the available objects of a reply; return the reply once it is complete, or an Error in its place."""
         run_id = one.sent.metadata.run_id
         at_once = SMALL_AT_ONCE if len(one.missing) + len(one.contents) <= FEW else CHUNKS_AT_ONCE
         while one.missing:
@@ -287,7 +261,7 @@ class TreeGrid(Grid):
             for object_id, answer in zip(asked, self._pull_objects(run_id, asked), strict=True):
                 if not answer.object_found:
                     self._free(one.reply_id)
-                    return _error(
+                    return error_reply(
                         one.sent, ErrorCode.REPLY_MESSAGE_UNAVAILABLE, "the upload of the reply ended early"
                     )
                 if answer.object_available:
@@ -298,34 +272,33 @@ class TreeGrid(Grid):
                 one.progress_at = time.monotonic()
             if one.contents.keys() >= set(asked):
                 continue
-            if not self._stands_still(one):
+            if not self._stalled(one):
                 return None
             self._free(one.reply_id)
-            return _error(
-                one.sent, ErrorCode.REPLY_MESSAGE_UNAVAILABLE, "the upload of the reply stands still"
+            return error_reply(
+                one.sent, ErrorCode.REPLY_MESSAGE_UNAVAILABLE, "the upload of the reply stalled"
             )
         self._free(one.reply_id)
         try:
             reply = unpack(one.reply_id, one.contents)
         except PayloadError as fault:
-            return _error(one.sent, ErrorCode.REPLY_MESSAGE_UNAVAILABLE, f"its reply is refused: {fault}")
-        own = reply.metadata.__dict__
-        own["_src_node_id"], own["_dst_node_id"] = one.sent.metadata.dst_node_id, SUPERLINK_NODE_ID
-        own["_run_id"], own["_reply_to_message_id"] = run_id, one.sent.metadata.message_id
-        return reply
+            return error_reply(
+                one.sent, ErrorCode.REPLY_MESSAGE_UNAVAILABLE, f"its reply is refused: {fault}"
+            )
+        return set_origin(reply, one.sent, run_id)
 
     def _pull_objects(self, run_id: int, object_ids: Sequence[str]) -> list[PullObjectResponse]:
-        """Ask for some objects at a time: each call waits for the SuperLink longer than it works."""
-        pull = self._grid._runtime_client.PullObject
+        """Fetch objects in parallel, as a call spends most of its time waiting for the SuperLink."""
+        pull = self._runtime.PullObject
         requests = [PullObjectRequest(node=self._node, run_id=run_id, object_id=i) for i in object_ids]
         return list(self._pool.map(pull, requests))
 
-    def _stands_still(self, one: _Arriving) -> bool:
+    def _stalled(self, one: _Arriving) -> bool:
         now_ = time.monotonic()
         if now_ - max(one.progress_at, one.doubted_at) < UPLOAD_DOUBT:
             return False
         one.doubted_at = now_
-        one.missing.reverse()  # a stock node sends chunks first, and so shows that it goes on
+        one.missing.reverse()  # a stock node sends chunks first, so ask for those to see progress
         gone = one.sent.metadata.dst_node_id not in set(self._grid.get_node_ids())
         return gone or now_ - one.progress_at > CLOUD_UPLOAD_STALL
 
@@ -333,19 +306,15 @@ class TreeGrid(Grid):
         with self._lock:
             self._given_up.update(waiting)
             self.abandoned += len(waiting) + len(arriving)
-        # The payload sent down, which nobody may ever fetch, and what has come of replies. If the SuperLink is gone,
-        # so is what it held.
+        # Delete the payloads sent, which may never be fetched, and partial replies. A SuperLink that does not answer
+        # has lost both, as it stores them in memory.
         with contextlib.suppress(httpx.HTTPError):
             for object_id in [*waiting, *(one.reply_id for one in arriving.values())]:
                 self._free(object_id)
 
     def _free(self, object_id: str) -> None:
-        """Delete a message's objects in the SuperLink's store."""
+        """Delete the objects of a message in the SuperLink's store."""
         request = ConfirmMessageReceivedRequest(
             node=self._node, run_id=self._grid.run.run_id, message_object_id=object_id
         )
-        self._grid._runtime_client.ConfirmMessageReceived(request)
-
-
-def _error(sent: Message, code: int, reason: str) -> Message:
-    return Message(Error(code, reason), reply_to=sent)
+        self._runtime.ConfirmMessageReceived(request)

@@ -73,7 +73,7 @@ def test_an_edges_store_puts_verified_chunks_there_and_forgets_the_room_with_the
         else:
             store.put(object_id, content)
         assert store.get(object_id) == content
-    contents = {object_id: store.held(object_id) for object_id in tree_ids(packed.tree)}
+    contents = {object_id: store.content(object_id) for object_id in tree_ids(packed.tree)}
     assert sum(isinstance(content, tuple) for content in contents.values()) == 3
     store.delete(packed.message_id)
     assert not store._buffers._buffers

@@ -13,7 +13,7 @@ import pytest
 
 from espalier.config.timeouts import POLL_HELD, POLL_HELD_STOCK, PULL
 from espalier.flower.upstreams import POLLER_HEADER
-from espalier_edge.fleet.polling import ENDLESS, LongPolls, patience
+from espalier_edge.fleet.polling import ENDLESS, LongPolls, hold_time
 from tests.support.processes import wait_until
 
 
@@ -60,7 +60,7 @@ def wait(mail: LongPolls, node: int, call: Call) -> bool:
     ],
 )
 def test_a_poll_is_held_as_long_as_its_caller_says(remaining: float | None, seconds: float) -> None:
-    assert patience(remaining) == pytest.approx(seconds)
+    assert hold_time(remaining) == pytest.approx(seconds)
 
 
 def test_mail_wakes_the_poll_of_its_node_alone() -> None:
@@ -68,12 +68,12 @@ def test_mail_wakes_the_poll_of_its_node_alone() -> None:
     with ThreadPoolExecutor() as pool:
         one, other = pool.submit(wait, mail, 1, Call()), pool.submit(wait, mail, 2, Call())
         wait_until(lambda: mail.held == 2, 5)
-        mail.put(1)
+        mail.notify(1)
         assert one.result(5)
         assert not other.done()
         assert wait(mail, 1, Call())  # until somebody looks, there is mail
-        mail.take(1)
-        mail.put(2)
+        mail.reset(1)
+        mail.notify(2)
         assert other.result(5)
     assert mail.held == 0
 
@@ -85,7 +85,7 @@ def test_a_caller_that_hangs_up_is_given_nothing_and_frees_its_thread() -> None:
         wait_until(lambda: mail.held == 1, 5)
         call.hang_up()
         assert not held.result(5)
-    mail.put(1)
+    mail.notify(1)
     assert not wait(mail, 1, call)
     assert wait(mail, 1, Call())
 
@@ -101,7 +101,7 @@ def test_the_later_of_two_polls_of_a_process_gets_the_mail() -> None:
         assert not earlier.result(5)
         assert not copy.done()
         wait_until(lambda: mail.held == 2, 5)
-        mail.put(1)
+        mail.notify(1)
         assert later.result(5)
         assert copy.result(5)
 
@@ -115,7 +115,7 @@ def test_polls_beyond_the_limit_are_answered_at_once() -> None:
     began = time.monotonic()
     assert not wait(mail, 2, Call())
     assert time.monotonic() - began < POLL_HELD / 2
-    mail.put(2)
+    mail.notify(2)
     assert wait(mail, 2, Call())
     first.hang_up()
     held.join(5)

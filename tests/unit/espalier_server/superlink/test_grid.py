@@ -112,7 +112,7 @@ def test_a_reply_that_is_gone_or_stands_still_becomes_an_error(monkeypatch: pyte
     monkeypatch.setattr(cloud_grid, "CLOUD_UPLOAD_STALL", -1.0)
     still = grid._fetch(one)
     assert still is not None
-    assert "stands still" in str(still.error.reason)
+    assert "stalled" in str(still.error.reason)
     assert link.freed == [link.reply_id]
 
 
