@@ -120,7 +120,7 @@ def test_a_configuration_nested_without_end() -> None:
         parse_run_record(ConfigRecord({"run": "r", "config": b"[" * 100_000}))
 
 
-def test_an_array_that_repeats_its_chunk_until_no_memory_holds_it() -> None:
+def test_an_array_that_repeats_one_chunk_beyond_memory() -> None:
     """A few characters name a chunk of 1 MiB eight million times."""
     record = ArrayRecord({"w": array_from_numpy(np.zeros(2**18, np.float32))})
     packed = pack(Message(RecordDict({"arrays": record}), 1, "train"))
@@ -245,7 +245,7 @@ def test_absurd_weights(weight: float) -> None:
         tally.absorb(Weights.pack({"w": np.ones(2, np.float32)}), {"weight": weight})
 
 
-def test_one_edges_bad_progress_hides_nobody_elses(tmp_path: Path) -> None:
+def test_one_invalid_progress_hides_no_other(tmp_path: Path) -> None:
     class Grid:
         """Two edges, of which the first answers badly."""
 

@@ -111,7 +111,7 @@ def test_a_superlink_that_is_killed_comes_back_with_its_run(cloud: LiveCloud) ->
     assert alive == []
 
 
-def test_a_cloud_is_alone_on_its_state_and_its_failures_are_told(cloud: LiveCloud) -> None:
+def test_a_cloud_locks_its_state_and_reports_failed_runs(cloud: LiveCloud) -> None:
     state = cloud.folder / "state"
     assert (state / CLOUD_FILE).exists()
     fleet, control = (free_port() for _ in range(2))

@@ -95,7 +95,7 @@ def test_the_reserved_record_names_the_run_and_its_configuration(tmp_path: Path)
         assert reply.has_error()
 
 
-def test_an_app_that_raises_answers_with_one_line_and_its_node_lives_on(tmp_path: Path) -> None:
+def test_an_exception_in_the_app_becomes_an_error_reply(tmp_path: Path) -> None:
     with fleet() as server, resident(app, tmp_path, address(server)):
         grid = server.open_run()
         nodes = online(server, 1)
@@ -151,7 +151,7 @@ def test_a_quorum_starts_the_grace_period(tmp_path: Path) -> None:
         assert empty(server)
 
 
-def test_replies_come_as_they_arrive_and_a_closed_exchange_leaves_nothing(tmp_path: Path) -> None:
+def test_replies_are_yielded_on_arrival(tmp_path: Path) -> None:
     with (
         fleet() as server,
         resident(app, tmp_path / "a", address(server)),
@@ -168,7 +168,7 @@ def test_replies_come_as_they_arrive_and_a_closed_exchange_leaves_nothing(tmp_pa
         assert empty(server)
 
 
-def test_a_payload_that_is_sent_to_many_is_offered_once_and_not_kept_as_objects() -> None:
+def test_a_shared_payload_is_offered_once() -> None:
     with fleet() as server:
         server.register_key(key_of(ec.generate_private_key(ec.SECP256R1())), "x")
         ids = [server.fleet.state.create_node("a", "a", bytes([i]), 10) for i in range(5)]
@@ -207,7 +207,7 @@ def test_a_node_that_is_gone_is_not_waited_for(tmp_path: Path) -> None:
         assert empty(server)
 
 
-def test_silence_after_a_pause_of_the_server_is_not_taken_for_death(
+def test_nodes_are_trusted_after_a_pause_of_the_server(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(FleetClient, "heartbeat", lambda self, ended: None)
@@ -223,7 +223,9 @@ def test_silence_after_a_pause_of_the_server_is_not_taken_for_death(
         assert reply.error.code == ErrorCode.NODE_UNAVAILABLE
 
 
-def test_a_thread_that_fails_unforeseen_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_thread_continues_after_an_unexpected_exception(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     pull = FleetClient.pull
     faults = iter([RuntimeError("nobody foresaw this"), UpstreamRefusedError("no")])
 

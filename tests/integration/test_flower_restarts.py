@@ -20,7 +20,7 @@ from tests.support.processes import free_port, wait_until
 from tests.support.resident_process import app
 
 
-def test_a_killed_node_returns_at_once_with_its_key_and_state_and_gets_its_message_again(
+def test_a_killed_node_returns_with_its_state_and_message(
     tmp_path: Path,
 ) -> None:
     with fleet() as server:

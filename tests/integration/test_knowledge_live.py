@@ -147,7 +147,7 @@ def test_a_killed_client_keeps_its_own_model(live: Processes, tmp_path: Path) ->
     check_alike(broken, twin(tmp_path / "whole").run("killed", settings))
 
 
-def test_a_client_with_other_classes_is_told_so(live: Processes, tmp_path: Path) -> None:
+def test_a_client_with_other_classes_is_refused(live: Processes, tmp_path: Path) -> None:
     for label in ("cat", "dog"):
         (tmp_path / label).mkdir()
         for i in range(2):

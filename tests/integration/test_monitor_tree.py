@@ -18,7 +18,7 @@ from tests.support.paths import ROOT
 from tests.support.processes import free_port, running, wait_until
 
 
-def test_a_tree_is_looked_on_while_it_trains(tmp_path: Path) -> None:
+def test_a_tree_is_monitored_while_it_trains(tmp_path: Path) -> None:
     authority = Authority(tmp_path)
     certificate, key = map(str, authority.issue("server"))
     roots = ["--root-certificates", str(authority.roots)]

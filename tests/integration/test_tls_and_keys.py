@@ -137,7 +137,7 @@ def test_a_node_without_the_right_certificates_does_not_connect(
     assert "no secure connection to localhost" in caplog.text
 
 
-def test_nodes_that_hold_both_authorities_reach_servers_of_either(tmp_path: Path, authority: Pair) -> None:
+def test_nodes_with_two_authorities_reach_both_servers(tmp_path: Path, authority: Pair) -> None:
     new = new_authority("ours", 1)  # of the same name, as after `certs init --renew`
     both = new.certificate + authority.certificate
     for number, signer in enumerate((authority, new)):
@@ -166,7 +166,7 @@ def guarded(folder: Path, authority: Pair) -> Iterator[tuple[InlineFleet, KeyReg
             admission.stop()
 
 
-def test_a_key_is_needed_and_may_be_added_and_revoked_while_all_runs(
+def test_keys_are_added_and_revoked_at_run_time(
     tmp_path: Path, authority: Pair, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level(logging.INFO)
@@ -206,7 +206,7 @@ def online_id(server: InlineFleet) -> int:
     return node_id
 
 
-def test_what_a_revoked_node_was_asked_counts_as_lost(tmp_path: Path, authority: Pair) -> None:
+def test_requests_to_a_revoked_node_count_as_lost(tmp_path: Path, authority: Pair) -> None:
     asked = threading.Event()
     with (
         guarded(tmp_path, authority) as (server, registry, upstream),
@@ -254,7 +254,7 @@ def test_a_name_belongs_to_its_registered_key(tmp_path: Path, authority: Pair) -
         assert "registered as 'cam-2'" in fault.detail
 
 
-def test_nobody_activates_a_node_in_its_stead(tmp_path: Path, authority: Pair) -> None:
+def test_a_node_is_activated_with_its_own_key_only(tmp_path: Path, authority: Pair) -> None:
     victim, thief = (ec.generate_private_key(ec.SECP256R1()) for _ in range(2))
     with guarded(tmp_path, authority) as (server, registry, upstream):
         registry.add("cam", public_key_to_bytes(victim.public_key()))
@@ -361,7 +361,7 @@ class SecureTree:
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="looks at processes as Linux shows them")
-def test_a_tree_with_tls_and_keys_runs_on_when_its_superlink_is_killed(tmp_path: Path) -> None:
+def test_a_secure_tree_survives_a_killed_superlink(tmp_path: Path) -> None:
     with ExitStack() as stack:
         tree = SecureTree(tmp_path, stack)
         tree.start_rest()

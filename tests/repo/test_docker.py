@@ -93,7 +93,7 @@ def test_volumes_exist_and_keep_secrets_apart(services: dict[str, Any]) -> None:
     assert held["client"] == {"clients"}
 
 
-def test_volumes_that_certs_makes_belong_to_the_user_of_the_image(services: dict[str, Any]) -> None:
+def test_volumes_belong_to_the_user_of_the_image(services: dict[str, Any]) -> None:
     """A new volume takes the owner of the folder it is mounted on first, if the image has that folder."""
     dockerfile = (ROOT / "docker" / "Dockerfile").read_text(encoding="utf-8")
     made = re.search(r"install -d -o espalier .*?\n *(/.*)", dockerfile)
@@ -166,7 +166,7 @@ def test_each_machine_has_its_file() -> None:
 # --- the image -----------------------------------------------------------------------------------------
 
 
-def test_the_image_is_built_in_stages_for_any_processor_and_not_for_root() -> None:
+def test_the_image_is_staged_portable_and_not_root() -> None:
     lines = (ROOT / "docker" / "Dockerfile").read_text(encoding="utf-8").splitlines()
     assert sum(line.startswith("FROM ") for line in lines) >= 3
     assert not re.search(r"amd64|x86_64|aarch64|--platform", "\n".join(lines))
@@ -267,7 +267,7 @@ def test_certs_makes_what_every_tier_reads(tiers: Path, services: dict[str, Any]
     assert (tiers / "clients" / "client-3" / "node.key").stat().st_mode & 0o777 == 0o600
 
 
-def test_certs_lets_edges_and_clients_in_and_nobody_else(tiers: Path) -> None:
+def test_certs_admits_edges_and_clients_only(tiers: Path) -> None:
     def names(path: Path) -> list[str]:
         return [entry.name for entry in KeyRegistry(path).entries() if not entry.revoked]
 

@@ -6,7 +6,7 @@ import pytest
 from bench.train import COMPILED, Case, Seconds, compiling, over, take_turns, torch_threads
 
 
-def test_every_turn_reverses_the_order_and_the_first_does_not_count() -> None:
+def test_turns_alternate_and_the_first_is_a_warm_up() -> None:
     seen: list[tuple[str, int]] = []
     waits: list[int] = []
     sides = {name: lambda number, name=name: seen.append((name, number)) for name in "abc"}

@@ -35,7 +35,7 @@ def words(first: str) -> list[str]:
     return done.stdout.split()
 
 
-def test_a_client_imports_no_optional_package_and_computes_the_same() -> None:
+def test_a_client_imports_no_optional_package() -> None:
     pytest.importorskip("scipy")
     all_of_it, alone = words(""), words("leave_out_optional()")
     assert "scipy" in all_of_it[1:]  # else there is nothing to leave out

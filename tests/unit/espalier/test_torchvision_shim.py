@@ -9,7 +9,7 @@ import pytest
 from espalier.torchvision_shim import import_torchvision
 
 
-def test_a_fresh_process_can_use_torchvision_and_diffusers_after_the_shim() -> None:
+def test_torchvision_and_diffusers_work_after_the_shim() -> None:
     code = (
         "from espalier.torchvision_shim import import_torchvision\n"
         "first = import_torchvision(); assert import_torchvision() is first\n"

@@ -67,7 +67,7 @@ def test_a_new_run_draws_anew_and_spends_again(tmp_path: Path) -> None:
     assert here.budget.total() == 1.5
 
 
-def test_noise_is_from_the_operating_system_unless_a_test_asks_otherwise(tmp_path: Path) -> None:
+def test_noise_is_from_the_operating_system(tmp_path: Path) -> None:
     def told(name: str, **more: object) -> list[float]:
         return list(device(tmp_path / name, **more).hello("r", 1.0).histogram.counts)
 

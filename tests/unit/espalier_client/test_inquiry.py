@@ -77,7 +77,7 @@ def test_batch_loss_is_that_of_one_seeded_batch() -> None:
     assert asked(whole, "batch-loss")[0].loss == pytest.approx(float(losses.mean()), rel=1e-5)
 
 
-def test_a_diffusion_models_loss_is_seeded_by_client_round_and_question() -> None:
+def test_a_diffusion_loss_is_seeded_by_client_and_round() -> None:
     made = call(device(data="digits:0/96"), method="fedavg", model="unet-tiny", batch_size=32)
     first, again, later = (asked(made, "loss", round=r)[0].loss for r in (3, 3, 4))
     assert first == again
@@ -86,7 +86,7 @@ def test_a_diffusion_models_loss_is_seeded_by_client_round_and_question() -> Non
     assert 0.5 < first < 2
 
 
-def test_accuracy_counts_right_answers_on_the_devices_own_test_images() -> None:
+def test_accuracy_on_the_clients_own_test_images() -> None:
     made = call(device(data="digits:0/8"), method="fedavg", model="cnn", batch_size=5)
     data = made.device.test_images
     assert data is not None
@@ -147,7 +147,7 @@ def test_samples_are_images_of_the_clients_own_seed() -> None:
 
 
 @pytest.mark.parametrize("kind", ["loss", "batch-loss", "gradient", "accuracy"])
-def test_an_answer_changes_nothing_at_the_device_or_in_what_was_sent(kind: str, tmp_path: Path) -> None:
+def test_an_answer_changes_no_state(kind: str, tmp_path: Path) -> None:
     made = call(device(state=tmp_path), method="fedavg", model="cnn-bn", optimizer="adam", local_steps=1)
     plan = made.plan()
     train_round(made.device, plan, made.message(plan, control.TRAIN))

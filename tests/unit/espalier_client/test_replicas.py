@@ -37,7 +37,7 @@ def test_what_cannot_be_dealt_is_refused(tmp_path: Path) -> None:
         plan_replicas("c" * 62, "digits", tmp_path, 3)
 
 
-def test_channels_are_shared_and_one_that_was_left_gets_nobody_new() -> None:
+def test_replicas_share_channels() -> None:
     channels, upstream = ChannelPool(2), Upstream("127.0.0.1:1", insecure=True)
     first, second, third = (channels.acquire(upstream) for _ in range(3))
     assert first is second
@@ -75,7 +75,7 @@ def own_threads() -> list[threading.Thread]:
     return [t for t in threading.enumerate() if t.name.startswith(("poll", "work", "heartbeats"))]
 
 
-def test_they_call_their_app_one_at_a_time_and_answer_the_rest_at_once(tmp_path: Path) -> None:
+def test_replicas_call_their_app_one_at_a_time(tmp_path: Path) -> None:
     inside, most, side = [0], [0], threading.Event()
 
     def app(message: Message, context: Context) -> Message:

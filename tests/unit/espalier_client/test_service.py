@@ -47,9 +47,7 @@ def folder(tmp_path: Path) -> Path:
 
 
 @pytest.mark.parametrize("flags", [["-P"], []], ids=["safe path", "plain"])
-def test_modules_of_an_app_have_the_names_that_flowers_templates_give_them(
-    folder: Path, flags: list[str]
-) -> None:
+def test_apps_may_use_module_names_of_flowers_templates(folder: Path, flags: list[str]) -> None:
     done = subprocess.run(
         [sys.executable, *flags, "-c", PROGRAM], cwd=folder, capture_output=True, text=True, check=False
     )

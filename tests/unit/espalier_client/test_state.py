@@ -28,7 +28,7 @@ def value_of(state: dict[str, np.ndarray]) -> float:
     return float(state["adam.m"][0, 0]) if state else 0.0
 
 
-def test_nothing_kept_is_an_empty_state(tmp_path: Path) -> None:
+def test_no_saved_version_is_an_empty_state(tmp_path: Path) -> None:
     assert StateStore(tmp_path / "absent").load("run", (3, 9)) == {}
 
 
@@ -46,7 +46,7 @@ def test_a_client_rolls_back_to_what_the_plan_names(tmp_path: Path) -> None:
     assert store.versions("run") == []
 
 
-def test_kept_are_newest_one_before_and_the_checkpointed(tmp_path: Path) -> None:
+def test_which_versions_are_retained(tmp_path: Path) -> None:
     store = StateStore(tmp_path)
     for window in (1, 2, 3):
         for round_ in (1, 2, 3):
@@ -99,7 +99,7 @@ def test_old_runs_are_forgotten(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("run", ["", "..", "../x", "a/b", "a" * 65, "ü", "/etc"])
-def test_run_ids_play_no_path_tricks(tmp_path: Path, run: str) -> None:
+def test_run_ids_that_are_paths_are_refused(tmp_path: Path, run: str) -> None:
     store = StateStore(tmp_path / "state")
     with pytest.raises(StateError, match="run id"):
         store.save(run, (1, 1), tensors(1), checkpoint_window=0)
@@ -175,7 +175,7 @@ def test_a_kill_loses_nothing(
     assert len(read_files) == 1
 
 
-def test_who_goes_back_gets_the_older_state(tmp_path: Path, read_files: list[Path]) -> None:
+def test_a_rollback_loads_the_older_state(tmp_path: Path, read_files: list[Path]) -> None:
     store = StateStore(tmp_path)
     store.save("run", (1, 1), tensors(1), checkpoint_window=0)
     store.save("run", (1, 2), tensors(2), checkpoint_window=0)

@@ -89,7 +89,7 @@ def test_a_control_variate_is_made_of_what_the_edge_decodes(codec: str, tmp_path
     assert same == (codec == "none")
 
 
-def test_the_same_plan_gives_the_same_reply_and_another_round_another() -> None:
+def test_the_same_plan_gives_the_same_reply() -> None:
     made = call(device(), method="fedavg", **FAST)
     first, again = (read_by_edge(made, trained(made)[0]) for _ in range(2))
     other = read_by_edge(made, trained(made, round=4)[0])
@@ -97,7 +97,7 @@ def test_the_same_plan_gives_the_same_reply_and_another_round_another() -> None:
     assert any(not np.array_equal(first[n], other[n]) for n in first)
 
 
-def test_the_report_says_what_was_done_and_what_was_sent_is_left_alone() -> None:
+def test_the_report_of_a_round() -> None:
     made = call(device(), method="fedavg", learning_rate=0.1, **FAST)
     plan = made.plan()
     message = made.message(plan, control.TRAIN)
@@ -131,7 +131,7 @@ def test_statistics_and_counters_are_not_coded() -> None:
     assert 0 < kept <= 0.011 * size
 
 
-def test_a_client_goes_on_from_the_version_it_is_told(tmp_path: Path) -> None:
+def test_a_client_starts_from_the_version_in_the_plan(tmp_path: Path) -> None:
     """Adam's moments of window 1 round 3 or none at all: the next round differs."""
     made = call(device(state=tmp_path), method="fedavg", optimizer="adam", **FAST)
     plan = made.plan(round=4)
@@ -182,7 +182,7 @@ def test_a_payload_of_another_length_is_refused() -> None:
 # --- what servers read ---------------------------------------------------------------------------------------
 
 
-def test_servers_read_what_was_decoded_under_whatever_name_it_left() -> None:
+def test_servers_read_decoded_values_under_any_name() -> None:
     class Small(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -214,7 +214,7 @@ def forget_kept(monkeypatch: pytest.MonkeyPatch) -> Callable[[], None]:
     return forget
 
 
-def test_rounds_in_one_process_give_the_bits_of_rounds_in_new_ones(
+def test_rounds_in_one_process_equal_rounds_in_new_ones(
     tmp_path: Path, forget_kept: Callable[[], None]
 ) -> None:
     """What is kept between rounds, layers and state, changes nothing: not after other methods, nor after a fault."""

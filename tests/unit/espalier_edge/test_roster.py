@@ -114,7 +114,7 @@ def test_a_client_that_comes_back_as_another_node_counts_once(tree: Tree, roster
     assert {n: k.node_id for n, k in roster.clients().items()} == {"cam-1": 7}
 
 
-def test_a_client_of_another_version_is_named_once_and_takes_part(tree: Tree, roster: Roster) -> None:
+def test_a_client_of_another_version_is_named_once(tree: Tree, roster: Roster) -> None:
     old = hello("cam-1")
     old.facts.versions.update({"espalier": "0.0.1", "flwr": "1.39.9"})
     tree.join(1, b"k1", old)

@@ -338,7 +338,7 @@ def sub_model_window(answer: Answer, view: pb.View, rounds: int = 1) -> tuple[Ed
     return edge_window(plan, weights, answer)
 
 
-def test_a_part_of_the_model_is_sent_and_averaged_where_it_is_held() -> None:
+def test_a_partial_model_is_averaged_over_its_holders() -> None:
     edge, grid = sub_model_window(add_one, narrow(), rounds=2)
     report, payload = edge.run()
     assert not report.faults
@@ -368,7 +368,7 @@ def test_a_part_of_the_model_is_sent_and_averaged_where_it_is_held() -> None:
         ({"v": np.full((1, 1), np.inf, np.float32)}, {}, "tensor 'v' holds a value that is not finite"),
     ],
 )
-def test_an_unsound_part_is_refused_by_name_and_the_round_goes_on(
+def test_an_invalid_partial_model_is_refused_by_name(
     arrays: dict[str, np.ndarray], changes: dict[str, Any], fault: str
 ) -> None:
     def answer(plan: pb.RoundPlan, weights: Weights, message: Message) -> Message:

@@ -202,7 +202,7 @@ def test_a_bad_report_is_refused_by_name_and_the_window_goes_on(changes: dict[st
     np.testing.assert_allclose(made.state.weights.views()["w"], 4.0)
 
 
-def test_a_silent_edge_is_a_straggler_and_nobody_leaves_the_model_as_it_was() -> None:
+def test_a_silent_edge_is_a_straggler() -> None:
     made = strategy()
     sent(made)
     arrays, _ = made.aggregate_train(2, iter(()))
@@ -330,7 +330,7 @@ def test_an_unsound_answer_is_refused_by_the_edges_name(
     assert fault in found.detail
 
 
-def test_the_clients_of_largest_loss_train_in_the_first_round_and_edges_choose_in_the_second() -> None:
+def test_largest_losses_train_and_edges_choose_in_round_two() -> None:
     made = strategy(fraction=0.5, selection="pow-d")
     cast(FakeTree, made.tree).grid.answer = lambda edge, m: told(
         m, edge, {"a": 1.0} if edge == "east" else {"b": 3.0}, arrays={}

@@ -135,9 +135,7 @@ def test_an_edge_that_lost_its_window_is_found(tree: Tree, tmp_path: Path) -> No
     assert {e["edge"] for e in read_events(tmp_path / "events.jsonl")} == {"edge-1", "edge-2"}
 
 
-def test_an_edge_that_was_started_again_and_then_got_the_window_is_waited_for(
-    tree: Tree, tmp_path: Path
-) -> None:
+def test_a_restarted_edge_with_the_window_is_waited_for(tree: Tree, tmp_path: Path) -> None:
     watch = Watch(tree, EventLog(tmp_path / "events.jsonl"), 3)
     with watch:
         grid = grid_of(tree)
@@ -154,7 +152,7 @@ def test_an_edge_that_was_started_again_and_then_got_the_window_is_waited_for(
         assert watch.lost(1) == ""
 
 
-def test_edges_are_asked_now_and_then_and_at_once_when_one_was_started_again(
+def test_edges_are_polled_and_at_once_after_a_restart(
     tree: Tree, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     clock = [100.0]
@@ -190,7 +188,7 @@ def test_edges_are_asked_now_and_then_and_at_once_when_one_was_started_again(
         ("r", 4, 77, 5.0, False),
     ],
 )
-def test_an_edge_gives_up_a_window_that_the_cloud_went_on_without(
+def test_an_edge_drops_a_window_the_cloud_skipped(
     run: str, window: int, flower_run: int, sent_at: float, overtaken: bool
 ) -> None:
     progress = EdgeProgress(run="r", window=3, flower_run=77, sent_at=10.0)

@@ -151,9 +151,7 @@ OUT_OF_RANGE: list[tuple[str, object, str]] = [
 
 
 @pytest.mark.parametrize(("key", "value", "mend"), OUT_OF_RANGE)
-def test_every_setting_of_a_method_out_of_range_says_how_to_mend_it(
-    key: str, value: object, mend: str
-) -> None:
+def test_settings_out_of_range_are_named(key: str, value: object, mend: str) -> None:
     (line,) = faults(**{key: value})
     assert line.startswith(f"{key}: ")
     assert mend in line

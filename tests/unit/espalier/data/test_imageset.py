@@ -80,7 +80,7 @@ def test_folder_of_class_folders(tmp_path: Path) -> None:
     assert data.subset(ints(2)).labels.tolist() == [2]
 
 
-def test_grey_images_give_one_channel_unless_told(tmp_path: Path) -> None:
+def test_grey_images_give_one_channel(tmp_path: Path) -> None:
     picture(tmp_path / "a" / "1.png", 255)
     assert open_folder(tmp_path, split="train", size=4).shape == (1, 4, 4)
     colour = open_folder(tmp_path, split="train", size=4, channels=3)

@@ -193,7 +193,7 @@ def test_test_shares_look_like_training_shares(scheme: str) -> None:
     assert sorted(map(bytes, seen.flatten(1).numpy())) == sorted(map(bytes, everything.flatten(1).numpy()))
 
 
-def test_a_test_split_of_other_proportions_is_divided_class_by_class() -> None:
+def test_a_test_split_is_divided_class_by_class() -> None:
     # Class 0 held 30:10 by two clients, class 1 by the second only, class 2 by nobody.
     labels = np.array([0] * 40 + [1] * 10)
     owner = np.array([0] * 30 + [1] * 20)

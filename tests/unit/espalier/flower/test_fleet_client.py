@@ -15,7 +15,7 @@ from espalier.flower.fleet_client import FleetClient
 from espalier.flower.upstreams import Upstream
 
 
-def test_objects_that_are_on_their_way_are_waited_for_once_and_not_one_by_one(
+def test_pending_objects_are_waited_for_together(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     rests: list[float] = []

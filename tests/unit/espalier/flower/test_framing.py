@@ -48,7 +48,7 @@ def fields(found: Any) -> tuple[Any, ...]:
 
 @pytest.mark.parametrize("size", SIZES)
 @pytest.mark.parametrize("cut", [0, 1, 60])
-def test_a_request_has_protobufs_bytes_and_is_read_as_protobuf_reads_it(size: int, cut: int) -> None:
+def test_a_request_has_the_bytes_of_protobuf(size: int, cut: int) -> None:
     content = filler(size)
     for node, run, object_id, session in (
         (Node(node_id=2**63 + 1), 2**64 - 1, "a" * 64, "s"),
@@ -66,7 +66,7 @@ def test_a_request_has_protobufs_bytes_and_is_read_as_protobuf_reads_it(size: in
 
 
 @pytest.mark.parametrize("size", SIZES)
-def test_an_answer_has_protobufs_bytes_and_is_read_as_protobuf_reads_it(size: int) -> None:
+def test_an_answer_has_the_bytes_of_protobuf(size: int) -> None:
     content = filler(size)
     for found, available in ((True, True), (True, False), (False, False)):
         theirs = PullObjectResponse(object_found=found, object_available=available, object_content=content)
@@ -78,7 +78,7 @@ def test_an_answer_has_protobufs_bytes_and_is_read_as_protobuf_reads_it(size: in
         assert fields(read) == fields(theirs)
 
 
-def test_a_big_content_is_not_copied_and_keeps_nothing_but_its_call() -> None:
+def test_large_content_is_not_copied() -> None:
     data = PushObjectRequest(object_content=BIG, session_id="s").SerializeToString()
     content = framing.push_from_bytes(data).object_content
     assert isinstance(content, memoryview)

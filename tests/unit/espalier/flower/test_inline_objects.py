@@ -65,7 +65,7 @@ def test_there_is_room_for_so_many_bytes(size: int) -> None:
     assert (len(found) == len(packed.objects)) == (size < MAX_INLINE_BYTES)
 
 
-def test_afterwards_the_announcement_is_as_one_that_took_nothing_along() -> None:
+def test_the_announcement_equals_one_without_objects() -> None:
     held = message(KIB)
     packed = pack(held)
     plain = message_to_proto(remove_content_from_message(held))

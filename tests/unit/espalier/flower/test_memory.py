@@ -77,7 +77,7 @@ def test_what_goes_with_its_message_costs_no_collection() -> None:
     assert not found
 
 
-def test_a_loop_over_replies_costs_no_collection_though_it_holds_the_last_one() -> None:
+def test_a_loop_over_replies_triggers_no_collection() -> None:
     collector = CycleCollector(every=SIZE)
 
     def replies() -> Iterator[Message]:

@@ -65,7 +65,7 @@ def test_run_states_are_restored_and_only_the_newest_kept(tmp_path: Path) -> Non
     assert len(list(tmp_path.iterdir())) == 2
 
 
-def test_an_empty_state_leaves_no_file_and_a_damaged_one_is_named(tmp_path: Path) -> None:
+def test_an_empty_state_leaves_no_file(tmp_path: Path) -> None:
     states = ContextStates(tmp_path)
     states.save("run", states.load("run"))
     assert list(tmp_path.iterdir()) == []

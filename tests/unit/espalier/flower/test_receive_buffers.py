@@ -60,7 +60,7 @@ def test_an_array_is_the_bytes_that_its_chunks_were_put_to() -> None:
     np.testing.assert_array_equal(numbers_in(message), NUMBERS)
 
 
-def test_an_edges_store_puts_verified_chunks_there_and_forgets_the_room_with_the_message() -> None:
+def test_store_receives_verified_chunks_and_releases_the_buffer() -> None:
     packed, store = packed_of(array_from_numpy(NUMBERS)), PayloadStore()
     store.preregister(1, packed.tree)
     chunks = chunk_ids(packed.tree)
@@ -153,7 +153,7 @@ def test_views_are_in_place_only_where_they_make_up_the_whole() -> None:
     assert in_place([memoryview(bytearray(data))], 10) is None
 
 
-def test_blank_bytes_are_written_to_and_live_as_long_as_what_lies_on_them() -> None:
+def test_uninitialised_bytes_live_as_long_as_their_views() -> None:
     data, memory = blank_bytes(5)
     memory[:] = range(5)
     assert data == bytes(range(5))

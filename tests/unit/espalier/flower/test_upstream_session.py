@@ -24,7 +24,7 @@ class _Busy(UpstreamSession):
         self._busy = True
 
 
-def test_a_node_polls_seldom_beside_a_call_and_at_once_when_it_is_done() -> None:
+def test_a_node_polls_less_during_a_call() -> None:
     loop, pace = _Busy(), PollPace(fast=0.001, slow=60.0)
     began = time.monotonic()
     loop._rest(pace, 0.0)

@@ -50,7 +50,7 @@ def test_a_rebuilt_network_computes_the_same(which: str, request: pytest.Fixture
     assert describe(rebuilt) == describe(model)
 
 
-def test_a_rebuilt_network_trains_and_leaves_the_received_tensors_alone(pruned: nn.Module) -> None:
+def test_a_rebuilt_network_copies_received_tensors(pruned: nn.Module) -> None:
     received = {name: t.clone() for name, t in pruned.state_dict().items()}
     kept = {name: t.clone() for name, t in received.items()}
     model = build_with(over_the_wire(pruned), received)

@@ -73,7 +73,7 @@ def gradients(model: Any, images: Tensor) -> list[Tensor]:
 
 @pytest.mark.parametrize("ratio", [0, 0.2])
 @pytest.mark.parametrize("preset", sorted(PRESETS))
-def test_every_network_has_the_gradients_it_has_with_diffusers_attention(preset: str, ratio: float) -> None:
+def test_gradients_equal_those_of_diffusers_attention(preset: str, ratio: float) -> None:
     torch.manual_seed(1)
     size = 16 if preset == "unet-paper" else 8
     model: Any = unet(preset, 1, size)

@@ -338,7 +338,7 @@ def test_with_statistics_equals_torchs_cumulative_average(family: str) -> None:
     assert torch.allclose(ready(images(4))[:2], ready(images(4)[:2]), atol=1e-6)
 
 
-def test_statistics_are_of_what_evaluation_sees_without_the_scaler() -> None:
+def test_statistics_are_taken_without_the_scaler() -> None:
     plain = made("cnn", widths=[2, 3], norm="static")
     scaled = made("cnn", widths=[2, 3], norm="static", scale=0.125)
     scaled.load_state_dict(plain.state_dict())

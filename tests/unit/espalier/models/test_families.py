@@ -144,7 +144,7 @@ def test_clients_take_models_in_turn() -> None:
 
 
 @pytest.mark.parametrize("name", DOCUMENTED)
-def test_the_whole_networks_have_their_documented_numbers_of_parameters(name: str) -> None:
+def test_networks_have_their_documented_sizes(name: str) -> None:
     assert parameters(on_meta(name, 3, 224, 1000, feature_dim=0, head=0)) == DOCUMENTED[name]
 
 

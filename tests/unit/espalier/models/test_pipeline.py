@@ -29,7 +29,7 @@ def saved(pruned: nn.Module, tmp_path: Path) -> Path:
     return tmp_path / "model"
 
 
-def test_a_pruned_model_comes_back_as_a_pipeline_that_draws_the_same(pruned: nn.Module, saved: Path) -> None:
+def test_a_pruned_pipeline_round_trip(pruned: nn.Module, saved: Path) -> None:
     pipeline = load_pipeline(saved)
     pipeline.set_progress_bar_config(disable=True)
     drawn = pipeline(
@@ -48,7 +48,7 @@ def test_schedule_and_notes_come_back(saved: Path) -> None:
     assert not model.training
 
 
-def test_saving_replaces_the_former_model_and_leaves_nothing_beside_it(saved: Path) -> None:
+def test_saving_replaces_the_previous_model(saved: Path) -> None:
     (saved / "stale.txt").write_text("left over")
     save_model(saved, unet("unet-tiny", 3, 16), schedule=SETTINGS)
     assert sorted(p.name for p in saved.iterdir()) == [

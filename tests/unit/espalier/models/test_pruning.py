@@ -125,7 +125,7 @@ def test_a_ratio_outside_0_and_1_is_refused(ratio: float, dense: Any) -> None:
         prune(dense, ratio)
 
 
-def test_a_ratio_that_leaves_nothing_is_refused_with_the_largest_that_works(dense: Any) -> None:
+def test_a_ratio_too_large_is_refused_with_the_largest_valid(dense: Any) -> None:
     with pytest.raises(ConfigError, match=r"pruning-ratio: 0.9 .* at most 0.8"):
         prune(dense, 0.9)
     prune(dense, 0.8)

@@ -31,7 +31,7 @@ def test_the_output_has_the_shape_of_the_input(preset: str, channels: int, size:
         assert unet(preset, channels, size)(images, 3).sample.shape == images.shape
 
 
-def test_pruning_a_fifth_is_possible_in_every_norm_group_of_every_preset() -> None:
+def test_a_fifth_can_be_pruned_in_every_preset() -> None:
     for preset in PRESETS.values():
         for width in preset.widths:
             assert width % preset.groups == 0

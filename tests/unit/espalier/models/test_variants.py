@@ -115,7 +115,7 @@ def test_every_hidden_width_is_the_rounded_up_share() -> None:
             assert new == expected, (name, axis)
 
 
-def test_whole_width_is_the_network_itself_and_the_given_one_stays() -> None:
+def test_full_width_is_the_network_itself() -> None:
     spec = describe(network("resnet"))
     before = spec.SerializeToString(deterministic=True)
     assert narrowed(spec, 1.0) == spec

@@ -17,8 +17,8 @@ from espalier_edge.monitor import EdgeSource, EdgeTotals
 from espalier_edge.roster import Known
 from espalier_edge.rounds import EdgeProgress
 from espalier_proto import espalier_pb2 as pb
+from tests.support.event_log import status
 from tests.support.processes import free_port
-from tests.unit.espalier.monitor.test_monitor import status
 
 Samples = dict[tuple[str, frozenset[tuple[str, str]]], float]
 

@@ -116,7 +116,7 @@ def test_plain_lines_where_there_is_no_terminal() -> None:
     ]
 
 
-def test_a_terminal_shows_window_round_trainers_loss_bytes_and_time_left() -> None:
+def test_a_terminal_shows_the_progress() -> None:
     output = io.StringIO()
     console = Console(file=output, force_terminal=True, width=100, color_system=None)
     with RunView(console) as view:

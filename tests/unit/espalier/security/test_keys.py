@@ -119,7 +119,7 @@ def test_those_who_add_at_once_all_stay(registry: KeyRegistry) -> None:
     assert [e.name for e in registry.entries()] == ["cam-0", "cam-1", "cam-2", "cam-3"]
 
 
-def test_the_file_is_its_owners_and_damage_is_told(registry: KeyRegistry) -> None:
+def test_the_file_is_private_and_damage_is_reported(registry: KeyRegistry) -> None:
     registry.add("cam", PEMS[0])
     assert stat.S_IMODE(registry.path.stat().st_mode) == 0o600
     (entry,) = json.loads(registry.path.read_text())

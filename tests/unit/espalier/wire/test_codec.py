@@ -74,9 +74,7 @@ def gaussian(size: int, seed: int = 3) -> np.ndarray:
 @example(arrays={})
 @example(arrays={"a": np.zeros(0, np.float32)})
 @example(arrays={"a": np.array(2.0, np.float32), "b": np.zeros((2, 3), np.float32)})
-def test_the_layout_says_what_crosses_and_the_update_comes_back_in_shape(
-    codec: Codec, arrays: Arrays
-) -> None:
+def test_decoded_updates_have_the_shapes_of_the_layout(codec: Codec, arrays: Arrays) -> None:
     coded, layout = codec.encode(arrays, rng()), codec.layout(Layout.of(arrays))
     assert {n: (str(a.dtype), a.shape) for n, a in coded.items()} == {
         t.name: (str(STORED_AS[t.dtype]), t.shape) for t in layout.tensors
@@ -116,7 +114,7 @@ def test_order_in_memory_does_not_matter(codec: Codec) -> None:
 
 
 @by_codec
-def test_codes_are_written_where_they_are_wanted_and_tensor_by_tensor_where_that_can_be(codec: Codec) -> None:
+def test_codes_are_written_in_place_tensor_by_tensor(codec: Codec) -> None:
     arrays = {"a": gaussian(60).reshape(6, 10), "b": gaussian(7), "c": gaussian(1)}
     expected = codec.encode(arrays, rng())
     room = Weights.blank(codec.layout(Layout.of(arrays)))
@@ -249,7 +247,7 @@ def test_codes_of_a_byte_or_half_a_byte_are_its_digits() -> None:
     assert pack(codes, 4).tobytes().hex() == "0123456789abcdef"
 
 
-def test_packed_codes_of_another_length_or_with_spare_bits_are_refused() -> None:
+def test_packed_codes_of_another_length_are_refused() -> None:
     with pytest.raises(ValueError, match="2 bytes for 5 codes of 4 bits"):
         unpack(np.zeros(2, np.uint8), 5, 4)
     with pytest.raises(ValueError, match="after the last code"):
@@ -286,7 +284,7 @@ def test_numbers_on_levels_are_kept_bit_by_bit() -> None:
 
 
 @given(st.lists(st.integers(-3, 3), min_size=1, max_size=9).filter(any))
-def test_every_vector_of_whole_numbers_with_a_whole_norm_is_lossless(numbers: list[int]) -> None:
+def test_integer_vectors_of_integer_norm_are_lossless(numbers: list[int]) -> None:
     # One more number makes the norm whole: n² + ((n²−1)/2)² = ((n²+1)/2)² for odd n² = Σ x².
     square = sum(n * n for n in numbers)
     if square % 2 == 0:

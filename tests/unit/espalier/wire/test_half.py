@@ -20,7 +20,7 @@ def test_every_half_widens_as_numpy_widens_it() -> None:
     assert np.array_equal(bits(from_half(EVERY)), bits(EVERY.astype(np.float32)))
 
 
-def test_every_finite_half_and_what_lies_between_two_of_them_is_rounded_as_numpy_rounds_it() -> None:
+def test_halves_and_midpoints_round_as_in_numpy() -> None:
     whole = EVERY[np.isfinite(EVERY)].astype(np.float32)
     ordered = np.sort(whole)
     ties = (ordered[:-1] + ordered[1:]) / 2  # exact in float32: to even, or nothing is equal

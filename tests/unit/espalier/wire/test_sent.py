@@ -82,7 +82,7 @@ def test_without_a_downlink_codec_nothing_is_copied() -> None:
     assert read is weights
 
 
-def test_an_edge_sends_the_very_payload_on_unless_its_tensors_have_moved() -> None:
+def test_an_edge_forwards_an_unchanged_payload() -> None:
     payload, _ = form("fp16").encode(tensors(np.full((4, 3), 0.1, np.float32)))
     record = payload.to_record()
     plan = pb.WindowPlan(architecture=NETWORK, layout=LAYOUT.to_proto())

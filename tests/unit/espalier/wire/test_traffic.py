@@ -9,7 +9,7 @@ import pytest
 from espalier.wire.traffic import CLIENT_EDGE, EDGE_CLOUD, Ledger
 
 
-def test_ledger_adds_up() -> None:
+def test_traffic_adds_up() -> None:
     ledger, other = Ledger(), Ledger()
     ledger.add(CLIENT_EDGE, up_bytes=3)
     other.add(CLIENT_EDGE, up_bytes=4, down_bytes=5, messages=2)

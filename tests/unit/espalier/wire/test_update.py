@@ -117,7 +117,7 @@ def test_top_k_sends_the_largest_differences() -> None:
 
 
 @pytest.mark.parametrize("changed", [np.zeros((2, 2), np.float32), np.zeros(4)])
-def test_what_was_sent_in_another_shape_or_dtype_travels_as_it_is(changed: np.ndarray) -> None:
+def test_tensors_of_another_shape_or_dtype_are_not_coded(changed: np.ndarray) -> None:
     """There is no difference to take, and numpy would broadcast one."""
     sent = {"w": np.ones((2, 2), np.float32) if changed.ndim == 1 else np.ones((1, 1), np.float32)}
     form = UpdateForm(Layout.of({"w": changed}), Layout.of(sent), frozenset(), codec_of("fp16"))

@@ -19,7 +19,7 @@ def object_of(number: int) -> tuple[str, bytes]:
     return sha256(content).hexdigest(), content
 
 
-def test_an_offered_object_is_made_for_those_who_ask_and_forgotten_with_its_message() -> None:
+def test_an_offered_object_is_made_on_request_and_dropped() -> None:
     store, (sent, content), made = PayloadStore(), object_of(1), []
     store.preregister(1, ObjectTree(object_id=sent))
     body = memoryview(content)
@@ -76,7 +76,7 @@ def test_what_others_put_into_the_store_is_still_verified() -> None:
     assert store.get(object_id) == content
 
 
-def test_a_huge_upload_waits_for_all_slots_and_keeps_others_waiting() -> None:
+def test_a_huge_upload_takes_all_slots() -> None:
     uploads = Uploads(slots=2)
     asked = iter([True, False])  # whether the reply is still wanted: when the upload comes, and once it waits
     assert uploads.admit(Upload(1, "big", big=True), lambda: True)

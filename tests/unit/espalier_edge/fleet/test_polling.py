@@ -78,7 +78,7 @@ def test_mail_wakes_the_poll_of_its_node_alone() -> None:
     assert mail.held == 0
 
 
-def test_a_caller_that_hangs_up_is_given_nothing_and_frees_its_thread() -> None:
+def test_a_caller_that_disconnects_frees_its_thread() -> None:
     mail, call = LongPolls(), Call()
     with ThreadPoolExecutor() as pool:
         held = pool.submit(wait, mail, 1, call)

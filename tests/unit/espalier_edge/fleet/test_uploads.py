@@ -26,7 +26,7 @@ def test_uploads_take_turns() -> None:
     thread.join()
 
 
-def test_an_upload_that_nobody_wants_any_more_does_not_wait() -> None:
+def test_a_cancelled_upload_does_not_wait() -> None:
     uploads = Uploads(slots=1)
     assert uploads.admit(Upload(1, "a", big=True), lambda: True)
     assert not uploads.admit(Upload(2, "b", big=True), lambda: False)

@@ -204,7 +204,7 @@ def test_a_classifier_is_the_same_by_seed_and_kept_by_content(
     assert "trained again" in caplog.text
 
 
-def test_no_feature_network_is_trained_before_the_first_measurement(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_feature_network_is_trained_on_first_use(monkeypatch: pytest.MonkeyPatch) -> None:
     trainings: list[int] = []
     monkeypatch.setattr(features_module, "_fit", lambda *_: trainings.append(1))
     quality = Quality(toy(), train=toy(), seed=0)  # clients wait for this one before they train

@@ -35,7 +35,7 @@ def test_events_are_followed_as_they_come(tmp_path: Path) -> None:
     log.close()
 
 
-def test_a_torn_line_costs_only_itself(tmp_path: Path) -> None:
+def test_an_incomplete_line_is_skipped(tmp_path: Path) -> None:
     path = tmp_path / "events.jsonl"
     path.write_text('{"event": "run"}\n{"event": "win')
     log = EventLog(path)

@@ -417,7 +417,7 @@ def test_a_family_is_the_mean_of_its_clients(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("sent", "unit"), [(4_000, "kB"), (40_000_000, "MB")])
-def test_small_payloads_are_told_in_kilobytes(sent: int, unit: str, tmp_path: Path) -> None:
+def test_small_payloads_are_shown_in_kilobytes(sent: int, unit: str, tmp_path: Path) -> None:
     record = made_up_exchange(windows=2)
     for window in record.windows:
         for traffic in window.links.values():

@@ -141,7 +141,7 @@ def test_a_run_that_goes_on_is_left_alone(tmp_path: Path) -> None:
     assert resumed_settings(tmp_path, {})["rounds"] == 3
 
 
-def test_a_folder_is_refused_to_another_run_and_to_other_settings(tmp_path: Path) -> None:
+def test_a_folder_of_another_run_is_refused(tmp_path: Path) -> None:
     """What `flwr run` with the same run-id and out meets, too."""
     config = RunConfig.from_flat({**SETTINGS, "run-id": "r"})
     check_folder(config, tmp_path)
@@ -157,9 +157,7 @@ def test_a_folder_is_refused_to_another_run_and_to_other_settings(tmp_path: Path
 
 
 @pytest.mark.parametrize("damage", ["truncated", "flipped", "meta"])
-def test_a_damaged_checkpoint_is_named_and_the_one_before_gives_the_same_bits(
-    damage: str, tmp_path: Path
-) -> None:
+def test_resume_from_the_checkpoint_before_a_damaged_one(damage: str, tmp_path: Path) -> None:
     settings: Flat = {"method": "scaffold", "reproducible": True}
     whole = run(tmp_path / "whole", **settings)
     run(tmp_path / "broken", **settings)
@@ -182,7 +180,7 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_gives_the_same_bits(
     assert weights(run(tmp_path / "broken", **settings)) == weights(whole)
 
 
-def test_a_damaged_report_is_told_again_by_the_events(tmp_path: Path) -> None:
+def test_a_damaged_report_is_rebuilt_from_the_events(tmp_path: Path) -> None:
     first = run(tmp_path)
     (first.out / "report.json").write_text("{")
     again = run(tmp_path, rounds=4)
@@ -236,7 +234,7 @@ def test_a_full_disk_costs_the_checkpoint_that_is_written(window: int, tmp_path:
     assert (tensors["w"].tolist(), meta) == ([1, 1, 1], {"round": 1})
 
 
-def test_a_run_whose_disk_is_full_fails_clearly_and_goes_on_later(
+def test_a_full_disk_fails_the_run_which_resumes_later(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     whole = run(tmp_path / "whole")
@@ -276,7 +274,7 @@ def test_an_event_on_a_full_disk_is_an_error_that_names_the_file(
     assert read_events(tmp_path / "events.jsonl")[-1]["reason"] == "full"
 
 
-def test_a_client_that_cannot_keep_its_state_is_named_and_the_round_goes_on(tmp_path: Path) -> None:
+def test_a_client_that_cannot_save_its_state_is_named(tmp_path: Path) -> None:
     tree = tree_of(tmp_path)
     (tmp_path / "clients" / "c1").mkdir(parents=True, exist_ok=True)
     (tmp_path / "clients" / "c1" / "rounds").write_text("a file where a folder is needed")
@@ -315,7 +313,7 @@ def break_once(node: LocalNode, when: int) -> None:
 
 
 @pytest.mark.parametrize("method", ["scaffold", "feddyn", "fedproto"])
-def test_a_client_killed_between_its_state_and_its_reply_costs_no_bit(method: str, tmp_path: Path) -> None:
+def test_a_client_killed_before_its_reply_changes_nothing(method: str, tmp_path: Path) -> None:
     """The window is sent again, and the client goes back to the version that it names."""
     settings: Flat = {**SETTINGS, "method": method, "reproducible": True, "rg": 3, "rounds": 6}
     whole = tree_of(tmp_path / "whole").run("r", settings)
@@ -328,7 +326,7 @@ def test_a_client_killed_between_its_state_and_its_reply_costs_no_bit(method: st
     assert weights(broken) == weights(whole)
 
 
-def test_a_client_that_lost_its_state_ends_a_reproducible_run_by_name(tmp_path: Path) -> None:
+def test_a_lost_client_state_ends_a_reproducible_run(tmp_path: Path) -> None:
     run(tmp_path, reproducible=True)
     shutil.rmtree(tmp_path / "clients" / "c1" / "rounds")
     with pytest.raises(EspalierError, match=r"c1 .*lacks the state of window 3, round 3.*in 3 tries"):
@@ -337,7 +335,7 @@ def test_a_client_that_lost_its_state_ends_a_reproducible_run_by_name(tmp_path: 
     assert Checkpoints(run_ / "checkpoints").latest() == 3
 
 
-def test_a_reproducible_run_waits_for_exactly_those_who_take_part(tmp_path: Path) -> None:
+def test_a_reproducible_run_waits_for_its_participants(tmp_path: Path) -> None:
     with pytest.raises(EspalierError, match="2 clients joined, and min-clients=1"):
         run(tmp_path / "more", reproducible=True, min_clients=1)
     # c1 was given two edges and reaches one.
@@ -347,7 +345,7 @@ def test_a_reproducible_run_waits_for_exactly_those_who_take_part(tmp_path: Path
         tree.run("r", SETTINGS | {"reproducible": True, "hello-timeout": 0.01})
 
 
-def test_a_resumed_reproducible_run_is_not_joined_by_others_nor_by_other_data(tmp_path: Path) -> None:
+def test_a_reproducible_run_admits_no_new_client_or_data(tmp_path: Path) -> None:
     run(tmp_path, reproducible=True)
     device._device.cache_clear()
     more = [*CLIENTS, LocalClient("c9", "digits:9/64", (0, 1), {"homes": 2})]

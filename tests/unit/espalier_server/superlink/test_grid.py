@@ -78,7 +78,7 @@ def reply_of(elements: int) -> tuple[TreeGrid, Link, _Arriving]:
 
 
 @pytest.mark.parametrize(("elements", "at_once"), [(10, SMALL_AT_ONCE), (9_000_000, CHUNKS_AT_ONCE)])
-def test_objects_are_fetched_a_few_at_a_time_and_fewer_of_a_big_reply(elements: int, at_once: int) -> None:
+def test_objects_are_fetched_a_few_at_a_time(elements: int, at_once: int) -> None:
     grid, link, one = reply_of(elements)
     reply = grid._fetch(one)
     assert reply is not None
@@ -87,7 +87,7 @@ def test_objects_are_fetched_a_few_at_a_time_and_fewer_of_a_big_reply(elements: 
     assert link.freed == [link.reply_id]
 
 
-def test_what_has_come_is_kept_and_what_has_not_is_asked_for_again() -> None:
+def test_missing_objects_are_requested_again() -> None:
     grid, link, one = reply_of(10)
     link.late = {link.order[0], link.order[2]}
     assert grid._fetch(one) is None
@@ -116,7 +116,7 @@ def test_a_reply_that_is_gone_or_stands_still_becomes_an_error(monkeypatch: pyte
     assert link.freed == [link.reply_id]
 
 
-def test_a_node_that_sends_chunks_first_is_not_taken_for_one_that_stands_still(
+def test_a_node_that_sends_chunks_first_counts_as_active(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """A stock one does; what describes is asked for first, and comes last."""
@@ -138,7 +138,7 @@ def test_a_node_that_sends_chunks_first_is_not_taken_for_one_that_stands_still(
     assert reply.has_content()
 
 
-def test_a_chunk_that_is_no_object_makes_a_refused_reply_and_no_fault_of_the_cloud() -> None:
+def test_an_invalid_chunk_refuses_the_reply() -> None:
     grid, link, one = reply_of(4_000_000)
     chunks = {i for i in link.order if link.there[i].startswith(b"ArrayChunk")}
     one.missing.sort(key=chunks.__contains__)
