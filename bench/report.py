@@ -1,4 +1,4 @@
-"""How every bench speaks: one command-line form, one JSON object, one table, optional plots (DESIGN §7)."""
+"""The common form of the benches: command line, JSON object, table, optional plots."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Any Flower app over the tree: a plain message goes to the clients, their replies become one (DESIGN §1)."""
+"""Any Flower app over the tree: a plain message goes to the clients, their replies become one."""
 
 from __future__ import annotations
 

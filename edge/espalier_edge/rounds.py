@@ -1,4 +1,4 @@
-"""A window at an edge: its rounds with its clients, added up as the replies arrive (DESIGN §2)."""
+"""A window at an edge: its rounds with its clients, added up as the replies arrive."""
 
 from __future__ import annotations
 
@@ -85,7 +85,7 @@ class EdgeWindow:
 
     Between its rounds the edge is a server of its own: it moves its tensors on by the method's step.
     What it reports is not the moved model but the window's tally, so that the cloud takes the step
-    over all clients; with one round a window this is flat federated learning (DESIGN §2).
+    over all clients; with one round a window this is flat federated learning.
 
     Parameters
     ----------

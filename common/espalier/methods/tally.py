@@ -1,4 +1,4 @@
-"""What servers add up: weighted means, sums and forwarded tensors that merge from edges to the cloud (DESIGN §2)."""
+"""What servers add up: weighted means, sums and forwarded tensors that merge from edges to the cloud."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How a client's update is coded for the link: whole, in half precision, quantised or sparse (DESIGN §4)."""
+"""How a client's update is coded for the link: whole, in half precision, quantised or sparse."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Tensors on a link: one flat buffer per dtype and the layout that names what lies in it (DESIGN §3)."""
+"""Tensors on a link: one flat buffer per dtype and the layout that names what lies in it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a server sends, on the link: the network's tensors in half precision where the run says so (DESIGN §3)."""
+"""What a server sends, on the link: the network's tensors in half precision where the run says so."""
 
 from __future__ import annotations
 

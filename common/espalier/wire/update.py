@@ -1,4 +1,4 @@
-"""A client's update on the link: its trained tensors as coded differences, all else as it is (DESIGN §3)."""
+"""A client's update on the link: its trained tensors as coded differences, all else as it is."""
 
 from __future__ import annotations
 

@@ -59,7 +59,7 @@ def draw_window(
     """Draw the next window.
 
     The clients of its first round are chosen here, by what they answer about the global model where the
-    selection wants to know; for its further rounds the edges ask (DESIGN §2).
+    selection wants to know; for its further rounds the edges ask.
 
     Parameters
     ----------

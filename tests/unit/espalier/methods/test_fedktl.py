@@ -131,7 +131,7 @@ def test_unit_prototypes_by_class() -> None:
     for label, vector in zip(table.labels, table.vectors, strict=True):
         mean = outputs[data.labels == label].mean(0)
         np.testing.assert_allclose(vector, mean / np.linalg.norm(mean), atol=1e-5)
-    # methods/knowledge.md: with 10 classes at most 400 B go up
+    # With 10 classes at most 400 B go up
     assert sum(array.nbytes for array in objective.extra().values()) == 400
 
 

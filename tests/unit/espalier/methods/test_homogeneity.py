@@ -7,7 +7,7 @@ from espalier.methods.homogeneity import edge_probabilities, sh_score
 
 
 def test_known_scores() -> None:
-    # fedphd.md §1: 2 of 10 classes 1.368, 1 of 4 classes 1.134, uniform 2.
+    # By hand: 2 of 10 classes 1.368, 1 of 4 classes 1.134, uniform 2.
     two_of_ten = np.array([5, 5, 0, 0, 0, 0, 0, 0, 0, 0])
     assert sh_score(two_of_ten) == pytest.approx(1.368, abs=5e-4)
     assert sh_score(np.array([7, 0, 0, 0])) == pytest.approx(1.134, abs=5e-4)

@@ -51,7 +51,7 @@ def generator(seed: int, name: str, round_: int, purpose: str) -> np.random.Gene
 def simulate(
     clients: list[Member], first: int, rounds: int, k: int, seed: int, a: float
 ) -> list[dict[str, str]]:
-    """FedPhD's rule by the text of fedphd.md §1, with distributions q_e and counts n_e kept apart."""
+    """FedPhD's rule (arXiv 2507.06449, Algorithm 1), with distributions q_e and counts n_e kept apart."""
     q = {e: np.full(10, 0.1) for e in EDGES}
     n = dict.fromkeys(EDGES, 0.0)
     found = []
@@ -123,7 +123,7 @@ def test_mean_homogeneity() -> None:
 
 
 def test_rule_is_no_worse_than_random() -> None:
-    """fedphd.md §1: with K=4 of 20 the rule lifts the mean mu a little (1.815 -> 1.825)."""
+    """With K=4 of 20 the rule lifts the mean mu a little (1.815 -> 1.825)."""
     clients = members()
 
     def mean_mu(rule: AtRandom | ByHomogeneity) -> float:

@@ -164,7 +164,7 @@ def chi_square(found: Counter[tuple[str, ...]], expected: Mapping[tuple[str, ...
 
 
 def test_everyone_a_candidate_gives_the_largest_losses() -> None:
-    """heterogeneity.md §10.11, first half: d = K takes the m largest losses, ties by name."""
+    """D = K takes the m largest losses, ties by name."""
     members = crowd([1, 9, 5, 2, 7])
     selection = rule("pow-d", fraction=0.4, candidates=5)
     for round_ in range(1, 10):
@@ -212,7 +212,7 @@ def successive(p: Mapping[str, float], size: int) -> dict[tuple[str, ...], float
 
 @pytest.mark.parametrize("name", ["pow-d", "cpow-d", "rpow-d"])
 def test_as_many_candidates_as_picks_is_proportional_sampling(name: str) -> None:
-    """heterogeneity.md §10.11, second half: d = m is sampling ∝ p_k, whatever the losses."""
+    """D = m is sampling ∝ p_k, whatever the losses."""
     members = crowd([1, 2, 3, 4])
     selection = rule(name, fraction=0.5, candidates=2, seed=11)
     expected = successive({"c00": 0.1, "c01": 0.2, "c02": 0.3, "c03": 0.4}, 2)

@@ -90,7 +90,7 @@ def test_scaffold_computes_from_what_the_server_reads() -> None:
 
 
 def test_the_mean_of_the_variates_stays_the_servers_with_sampled_clients() -> None:
-    """C == mean c_k over rounds in which 2 of 3 clients take part (heterogeneity.md section 10.5)."""
+    """C == mean c_k over rounds in which 2 of 3 clients take part."""
     optima = [[0.0, 3.0], [4.0, -1.0], [1.0, 1.0]]
     states: list[dict[str, np.ndarray]] = [{}, {}, {}]
     weights, common = np.array([2.0, 2.0], np.float32), np.zeros(2, np.float32)

@@ -365,7 +365,7 @@ def test_stacks_are_told_apart_by_client_and_name() -> None:
 
 
 def test_adding_many_updates_keeps_one_sum() -> None:
-    """The edge's memory does not grow with its clients (DESIGN §2)."""
+    """The edge's memory does not grow with its clients."""
     size = 10_000_000
     layout = Layout((TensorSpec("w", "float32", (size // 4,)),))
     tracemalloc.start()

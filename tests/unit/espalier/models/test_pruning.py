@@ -34,7 +34,7 @@ def paper() -> nn.Module:
     return model
 
 
-# Ratio: parameters and multiply-accumulates of the paper's net at 32 pixels (methods/fedphd.md section 2);
+# Ratio: parameters and multiply-accumulates of the paper's net at 32 pixels;
 # `python -m bench.pruning` has the other ratios.
 TABLE = {0.20: (20.340e6, 3.423e9), 0.40: (9.259e6, 1.533e9)}
 

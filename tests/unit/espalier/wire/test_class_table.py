@@ -202,7 +202,7 @@ def test_pixels_keep_images_to_half_a_step() -> None:
 
 
 def test_pairs_take_the_bytes_of_the_formula() -> None:
-    # methods/knowledge.md: 10 classes, 32x32x3, H = 512: 143,360 B
+    # 10 classes, 32x32x3, H = 512: 143,360 B
     pairs = Pairs(np.zeros((10, 3, 32, 32), np.float32), np.zeros((10, 512), np.float32))
     assert sum(a.nbytes for a in pairs.arrays().values()) == 143_360
 

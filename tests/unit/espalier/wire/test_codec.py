@@ -306,7 +306,7 @@ def test_no_bias_over_4000_draws() -> None:
     ("levels", "variance", "tolerance"), [(1, 21.1, 0.8), (4, 4.7, 0.25), (64, 0.032, 0.003)]
 )
 def test_variance_of_785_numbers(levels: int, variance: float, tolerance: float) -> None:
-    """A Gaussian x of norm 1: the variances seen with another implementation (heterogeneity.md §5)."""
+    """A Gaussian x of norm 1: the variances seen with another implementation."""
     x = gaussian(785)
     x /= np.linalg.norm(x)
     sample = draws(x, levels, 400)
