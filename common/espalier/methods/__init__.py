@@ -8,7 +8,7 @@ NumPy and import these modules without torch, so heavy libraries are loaded late
   ``TYPE_CHECKING`` alone (:mod:`espalier.lazy`). Runtime uses, ``isinstance`` included, read ``torch.Tensor``.
 - Networks: ``from espalier import models`` and ``models.initial_model(...)``. The package resolves its names upon
   first use.
-- A module of ours that defines torch classes (``fedktl.networks``) is loaded as a library is.
+- A module of ours that defines torch classes (``fedktl.client``) is loaded as a library is.
 - All other modules of ours are imported at the top of the file. There are no imports inside functions.
 
 What several methods share: `base` (the hooks), `selection` and `planning` (participants and their edges), `levels` and

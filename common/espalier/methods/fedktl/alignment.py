@@ -8,29 +8,58 @@ authors' code learns a table that only tracks that mean.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import numpy as np
+import torch
+from torch import Generator, Tensor, nn
+from torch.nn import functional
 
-from espalier import lazy, models
+from espalier.models.arrays import load_arrays, to_array
+from espalier.seeds import seed_for
 from espalier.training.objectives import TrainingError
 
-if TYPE_CHECKING:
-    import torch
-    from torch import Generator, Tensor
-    from torch.nn import functional
-
-    from espalier.methods.fedktl import networks
-
-    #: A generator's own latents: from a count and a torch generator to float32 [count, H].
-    LatentSource = Callable[[int, Generator], Tensor]
-else:
-    torch, functional = lazy.load("torch"), lazy.load("torch.nn.functional")
+#: A generator's own latents: from a count and a torch generator to float32 [count, H].
+LatentSource = Callable[[int, Generator], Tensor]
 
 #: Squared bandwidths of the sum of Gaussian kernels (the authors' code).
 BANDWIDTHS = (10.0, 15.0, 20.0, 50.0)
+
+
+class FeatureTransformer(nn.Sequential):
+    """F: ``Linear(K, K), BatchNorm1d, ReLU, Linear(K, H)``.
+
+    Its batch normalisation has no running statistics: F is only applied to the prototypes it is trained on, to all of
+    them at once for the centroids.
+
+    Parameters
+    ----------
+    dimension : int
+        K, length of a prototype.
+    latent_dim : int
+        H, length of a latent.
+    run_seed : int
+        Seed of the initial weights.
+    """
+
+    def __init__(self, dimension: int, latent_dim: int, run_seed: int) -> None:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed_for(run_seed, "cloud", 0, "feature transformer"))
+            super().__init__(
+                nn.Linear(dimension, dimension),
+                nn.BatchNorm1d(dimension, track_running_stats=False),
+                nn.ReLU(),
+                nn.Linear(dimension, latent_dim),
+            )
+
+    def arrays(self) -> dict[str, np.ndarray]:
+        """Return copies of its tensors, which the cloud stores between rounds."""
+        return {name: to_array(tensor).copy() for name, tensor in self.state_dict().items()}
+
+    def load(self, arrays: Mapping[str, np.ndarray]) -> None:
+        """Load the tensors that `arrays` returned."""
+        load_arrays(self, arrays)
 
 
 @dataclass(frozen=True, eq=False)
@@ -77,7 +106,7 @@ def class_means(values: Tensor, labels: Tensor, classes: int) -> Tensor:
 
 
 def align(
-    transformer: networks.FeatureTransformer,
+    transformer: FeatureTransformer,
     prototypes: np.ndarray,
     labels: np.ndarray,
     latents: LatentSource,
@@ -99,7 +128,7 @@ def align(
 
     Parameters
     ----------
-    transformer : networks.FeatureTransformer
+    transformer : FeatureTransformer
         On its device.
     prototypes : numpy.ndarray
         float32 [n, K], one row per client and class.
@@ -151,7 +180,7 @@ def align(
             separability = functional.mse_loss(outputs, means[label_of[chosen]])
             optimizer.zero_grad()
             (distance + weight * separability).backward()  # type: ignore[no-untyped-call]
-            torch.nn.utils.clip_grad_norm_(transformer.parameters(), clip)
+            nn.utils.clip_grad_norm_(transformer.parameters(), clip)
             optimizer.step()
             losses.append(torch.stack((distance, separability)).detach())
         first, second = torch.stack(losses).mean(0).tolist()
@@ -160,10 +189,10 @@ def align(
         history.append((first, second))
     with torch.no_grad():
         centroids = class_means(transformer(rows), label_of, classes)
-    held = np.unique(models.to_array(label_of))
+    held = np.unique(to_array(label_of))
     return Alignment(
         labels=held,
-        centroids=models.to_array(centroids)[held],
+        centroids=to_array(centroids)[held],
         mmd=tuple(first for first, _ in history),
         separability=tuple(second for _, second in history),
     )
@@ -181,7 +210,7 @@ def _draw(latents: LatentSource, count: int, generator: Generator, like: Tensor)
     return drawn
 
 
-def _latent_dim(transformer: networks.FeatureTransformer) -> int:
+def _latent_dim(transformer: FeatureTransformer) -> int:
     last = transformer[-1]
-    assert isinstance(last, torch.nn.Linear)
+    assert isinstance(last, nn.Linear)
     return last.out_features

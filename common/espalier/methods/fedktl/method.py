@@ -13,8 +13,6 @@ from espalier.errors import ConfigError
 from espalier.generators.base import open_generator
 from espalier.methods.base import CloudState, Inquiry, ServerState, Update
 from espalier.methods.class_tables import table_in, table_layout, table_of
-from espalier.methods.fedktl.alignment import align
-from espalier.methods.fedktl.objectives import ArcFace, KnowledgeTransfer, UnitPrototypes
 from espalier.methods.own_models import OwnModels
 from espalier.methods.tally import Arrays, Tally
 from espalier.seeds import seed_for
@@ -29,10 +27,11 @@ if TYPE_CHECKING:
     from torch import nn
 
     from espalier.generators.base import Generator
-    from espalier.methods.fedktl import networks
+    from espalier.methods.fedktl import alignment, client
 else:
     torch, nn = lazy.load("torch"), lazy.load("torch.nn")
-    networks = lazy.load("espalier.methods.fedktl.networks")
+    client = lazy.load("espalier.methods.fedktl.client")
+    alignment = lazy.load("espalier.methods.fedktl.alignment")
 
 log = logging.getLogger("espalier.cloud")
 
@@ -69,11 +68,12 @@ class FedKTL(OwnModels):
 
     def objective(self, round_: int) -> Objective:
         """Return ArcFace, the transfer task and the prototypes."""
-        return ArcFace() + KnowledgeTransfer(self.settings.transfer_weight) + UnitPrototypes()
+        transfer = client.KnowledgeTransfer(self.settings.transfer_weight)
+        return client.ArcFace() + transfer + client.UnitPrototypes()
 
     def predictor(self, model: nn.Module, classes: int) -> nn.Module:
         """Return the network that outputs the cosines with the ETF's vectors."""
-        return nn.Sequential(model, networks.EtfHead.of(classes, self.settings.seed))
+        return nn.Sequential(model, client.EtfHead.of(classes, self.settings.seed))
 
     def describe_reply(self, objective: Objective, model: nn.Module, report: pb.ClientReport) -> None:
         """Report the classes of the prototypes."""
@@ -116,12 +116,12 @@ class FedKTL(OwnModels):
         if not rows:
             return
         s, generator = self.settings, self._open()
-        transformer = networks.FeatureTransformer(self.classes, generator.latent_dim, s.seed)
+        transformer = alignment.FeatureTransformer(self.classes, generator.latent_dim, s.seed)
         stored = {n.removeprefix(TRANSFORMER): a for n, a in state.extra.items() if n.startswith(TRANSFORMER)}
         if stored:
             transformer.load(stored)
         random = torch.Generator().manual_seed(seed_for(s.seed, "cloud", state.round, "alignment"))
-        found = align(
+        found = alignment.align(
             transformer,
             rows["vectors"],
             rows["labels"],

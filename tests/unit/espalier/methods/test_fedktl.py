@@ -13,9 +13,16 @@ from torch import Generator, Tensor, nn
 from torch.nn import functional
 
 from espalier.errors import WireError
-from espalier.methods.fedktl.alignment import align, class_means, mmd
-from espalier.methods.fedktl.networks import EtfHead, FeatureTransformer, simplex_etf, transfer_head
-from espalier.methods.fedktl.objectives import ArcFace, KnowledgeTransfer, UnitPrototypes, margin_logits
+from espalier.methods.fedktl.alignment import FeatureTransformer, align, class_means, mmd
+from espalier.methods.fedktl.client import (
+    ArcFace,
+    EtfHead,
+    KnowledgeTransfer,
+    UnitPrototypes,
+    margin_logits,
+    simplex_etf,
+    transfer_head,
+)
 from espalier.training.objectives import TrainingError
 from espalier.training.trainer import train_local
 from espalier.wire.class_table import UNIT_PROTOTYPE

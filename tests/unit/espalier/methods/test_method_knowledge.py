@@ -15,7 +15,7 @@ from espalier.config.run_config import RunConfig
 from espalier.data.spec import open_data
 from espalier.errors import ConfigError
 from espalier.methods.fedktl import FedKTL
-from espalier.methods.fedktl.objectives import ArcFace
+from espalier.methods.fedktl.client import ArcFace
 from espalier.models.initial import initial_model
 from espalier.training.objectives import LocalRound
 from espalier.wire.class_table import COUNT, MEAN, ROUND, VECTORS

@@ -1,35 +1,28 @@
 """FedKTL at the client: a fixed simplex classifier with an angular margin, prototypes, and the transfer task.
 
 A client's own head h is its last layer, so the output h(f(x)) in R^C of its network is used as the feature: it is
-normalised and compared with the C fixed vectors of a simplex equiangular tight frame (ETF), the same for all
-clients. So prototypes have C values.
+normalised and compared with the C fixed vectors of a simplex equiangular tight frame (ETF), the same for all clients.
+So prototypes have C values.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any, cast
 
 import numpy as np
+import torch
+from torch import Generator, Tensor, nn
+from torch.nn import functional
 
-from espalier import lazy
 from espalier.methods.class_tables import TableTerm, class_table
+from espalier.seeds import rng_for, seed_for
 from espalier.tasks.base import measuring
 from espalier.training.forward_hooks import RunningMean, require_classifier, single_output
 from espalier.training.objectives import LocalResult, LocalRound, Objective
 from espalier.wire import class_table as tables
 from espalier.wire.class_table import ClassTable
 from espalier.wire.pairs import Pairs
-
-if TYPE_CHECKING:
-    import torch
-    from torch import Generator, Tensor, nn
-    from torch.nn import functional
-
-    from espalier.methods.fedktl import networks
-else:
-    torch, functional = lazy.load("torch"), lazy.load("torch.nn.functional")
-    networks = lazy.load("espalier.methods.fedktl.networks")
 
 METHOD = "FedKTL"
 #: Margin (radians) and scale of ArcFace (the authors' code).
@@ -53,9 +46,7 @@ class ArcFace(Objective):
     def begin(self, model: nn.Module, local: LocalRound) -> None:
         """Create the run's ETF."""
         device = next(model.parameters()).device
-        self._head = networks.EtfHead.of(require_classifier(model, METHOD).classes, local.settings.seed).to(
-            device
-        )
+        self._head = EtfHead.of(require_classifier(model, METHOD).classes, local.settings.seed).to(device)
 
     def loss(self, model: nn.Module, images: Tensor, labels: Tensor, generator: Generator) -> Tensor:
         """Return the cross-entropy of the logits with margin."""
@@ -118,7 +109,7 @@ class KnowledgeTransfer(Objective):
             self._centroids = torch.from_numpy(np.array(pairs.centroids)).to(device)
             with measuring(model), torch.no_grad():
                 width = network.features(self._images[:1]).shape[1]
-            head = networks.transfer_head(width, self._centroids.shape[1], local.settings.seed)
+            head = transfer_head(width, self._centroids.shape[1], local.settings.seed)
             self._head = head.to(device)
 
     def parameters(self) -> Iterable[nn.Parameter]:
@@ -169,3 +160,72 @@ def margin_logits(cosines: Tensor, labels: Tensor, margin: float = MARGIN, scale
     beyond = own - margin * float(np.sin(margin))
     moved = torch.where(angle + margin <= torch.pi, torch.cos(angle + margin), beyond)
     return scale * cosines.scatter(1, labels[:, None], moved)
+
+
+def transfer_head(width: int, latent_dim: int, run_seed: int) -> nn.Linear:
+    """Return the initial h', the same for all clients with features of this width, in every round."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed_for(run_seed, "cloud", 0, "transfer head"))
+        return nn.Linear(width, latent_dim)
+
+
+# --- the classifier ------------------------------------------------------------------------------------
+
+
+def simplex_etf(classes: int, dimension: int, run_seed: int) -> np.ndarray:
+    """Return the run's simplex ETF: unit vectors with pairwise cosines -1/(C-1).
+
+    ``sqrt(C/(C-1)) P (I - 11'/C)`` with orthonormal columns P, K x C, from the QR decomposition of uniform random
+    numbers.
+
+    Parameters
+    ----------
+    classes : int
+        C, at least 2.
+    dimension : int
+        K, at least C.
+    run_seed : int
+        The run's `seed`. The frame depends on it alone, so it is not sent.
+
+    Returns
+    -------
+    numpy.ndarray
+        float32 [C, K].
+    """
+    if not 2 <= classes <= dimension:
+        raise ValueError(f"a simplex of {classes} vectors in {dimension} dimensions")
+    columns, triangle = np.linalg.qr(rng_for(run_seed, "cloud", 0, "etf").random((dimension, classes)))
+    # The decomposition does not determine the signs of the columns.
+    columns = columns * np.sign(np.diag(triangle))
+    frame = np.sqrt(classes / (classes - 1)) * columns @ (np.eye(classes) - 1.0 / classes)
+    rows = frame.T / np.linalg.norm(frame.T, axis=1, keepdims=True)
+    return np.asarray(rows, dtype=np.float32)
+
+
+class EtfHead(nn.Module):
+    """Maps outputs [B, K] to their cosines [B, C] with the rows of an ETF; the largest is the prediction.
+
+    ``nn.Sequential(model, EtfHead.of(classes, run_seed))`` is a classifier that can be evaluated as any other.
+
+    Parameters
+    ----------
+    rows : numpy.ndarray
+        float32 [C, K], as :func:`simplex_etf` returns them.
+    """
+
+    rows: Tensor
+
+    def __init__(self, rows: np.ndarray) -> None:
+        super().__init__()
+        self.register_buffer("rows", torch.from_numpy(np.array(rows)), persistent=False)
+
+    @classmethod
+    def of(cls, classes: int, run_seed: int) -> EtfHead:
+        """Return the run's head for networks with one output per class, K = C."""
+        return cls(simplex_etf(classes, classes, run_seed))
+
+    def forward(self, outputs: Tensor) -> Tensor:
+        """Return the cosines, float32 [B, C]."""
+        # In float32 even under autocast, because the loss scales cosines by 64.
+        with torch.autocast(outputs.device.type, enabled=False):
+            return functional.normalize(outputs.float(), dim=1) @ self.rows.T
