@@ -294,8 +294,8 @@ def equal_replies_case() -> Case:
 def monitor_case() -> Case:
     from rich.console import Console
 
-    from espalier.monitor.ask import as_dict
-    from espalier.monitor.text import exit_status, render, troubles
+    from espalier_server.commands.status_client import as_dict
+    from espalier_server.commands.status_text import exit_status, render, troubles
 
     def mutant(rng: Random) -> mpb.TreeStatus:
         return cast(mpb.TreeStatus, mutate_proto(STATUS, rng))

@@ -52,6 +52,9 @@ MetricsPort = Annotated[
 ]
 MetricsHost = Annotated[str, typer.Option(help="Address of --metrics-port; plain HTTP.")]
 LogFormat = Annotated[Format, typer.Option(help="text, or json: one object an event, on stderr.")]
+ServerName = Annotated[
+    str, typer.Option(help="Name the server's certificate must hold, if not the address's host.")
+]
 
 
 def start_process(

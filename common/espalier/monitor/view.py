@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from espalier.monitor.progress import RunState
+from espalier.monitor.run_state import RunState
 from espalier.wire.traffic import LINKS
 from espalier_proto import monitor_pb2 as mpb
 

@@ -11,7 +11,6 @@ from pathlib import Path
 from espalier.config.run_config import FlatValue
 from espalier.data.spec import parse_spec
 from espalier.errors import ConfigError, EspalierError
-from espalier.monitor.progress import RunView
 from espalier.processes.clouds import Cloud, find_cloud, running_clouds
 from espalier.processes.supervise import (
     Group,
@@ -23,6 +22,7 @@ from espalier.processes.supervise import (
 )
 from espalier.security.transport import Address
 from espalier_server.commands.follow import check_folder, describe_result, prepare, run_to_end
+from espalier_server.commands.run_view import RunView
 from espalier_server.records.events import EVENTS_FILE
 
 #: Settings of the demonstration where they differ from the defaults: a run of minutes on two cores.
@@ -85,7 +85,7 @@ def run_demo(edges: int, clients: int, data: str, out: Path, settings: Mapping[s
             status = run_to_end(
                 cloud, config, view, check, lambda: _start_clients(group, folder, addresses, clients, data)
             )
-    view.say(describe_result(out, status))
+    view.print_line(describe_result(out, status))
     return status
 
 
@@ -100,7 +100,7 @@ def _set_aside(out: Path, view: RunView) -> None:
     while (aside := out.with_name(f"{out.name}.{number}")).exists():
         number += 1
     out.rename(aside)
-    view.say(f"the earlier run in {out} is now {aside}")
+    view.print_line(f"the earlier run in {out} is now {aside}")
 
 
 def _start_cloud(group: Group, folder: Path) -> tuple[str, Address, Address]:
@@ -157,6 +157,6 @@ def _check(group: Group, view: RunView, reported: set[str]) -> None:
             group.check()
         if process.name not in reported:
             reported.add(process.name)
-            view.say(f"{process.name} ended: {process.last_words()} (log: {process.log})")
+            view.print_line(f"{process.name} ended: {process.last_words()} (log: {process.log})")
             if all(other in group.ended() for other in group.processes if other.name.startswith("client-")):
                 raise EspalierError("every client has ended")

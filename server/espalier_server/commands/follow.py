@@ -10,9 +10,9 @@ from pathlib import Path
 
 from espalier.config.run_config import FlatValue, RunConfig
 from espalier.errors import EspalierError, StateError
-from espalier.monitor.progress import RunView
 from espalier.processes.clouds import Cloud
 from espalier.processes.supervise import signals_interrupt
+from espalier_server.commands.run_view import RunView
 from espalier_server.records.events import EVENTS_FILE, FINAL, read_events, read_from
 from espalier_server.superlink.submission import Submission, flower_status, forget, stop_run, submit
 
@@ -96,7 +96,7 @@ def run_to_end(
             submitted()
             return _follow(cloud, submission, view, check)
         except KeyboardInterrupt:
-            view.say(f"stopping run {submission.run} …")
+            view.print_line(f"stopping run {submission.run} …")
             stop_run(cloud, submission, STOP_SECONDS)
             _show_rest(submission, view)
             raise

@@ -43,7 +43,7 @@ def run(
     """Submit a run to the cloud on this machine and show its progress; with --resume, one that did not finish."""
     from espalier.config.run_config import parse_assignments
     from espalier.environment import check_libraries
-    from espalier.monitor.progress import RunView
+    from espalier_server.commands.run_view import RunView
 
     check_libraries("cloud")
 
@@ -63,7 +63,7 @@ def run(
     view = RunView()
     with view:
         status = run_to_end(running, config, view)
-    view.say(describe_result(Path(str(config["out"])), status))
+    view.print_line(describe_result(Path(str(config["out"])), status))
 
 
 def stop(

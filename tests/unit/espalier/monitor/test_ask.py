@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 
-from espalier.monitor.ask import as_dict
+from espalier_server.commands.status_client import as_dict
 from tests.support.event_log import VERSIONS, status
 
 

@@ -10,7 +10,7 @@ import grpc
 import pytest
 
 from espalier.errors import AddressError, ConfigError
-from espalier.monitor.ask import ask_status, watch
+from espalier_server.commands.status_client import ask_status, watch
 from espalier.monitor.health import check_health
 from espalier.monitor.service import WATCHERS, MonitorServer
 from espalier.security.transport import Security

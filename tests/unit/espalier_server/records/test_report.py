@@ -11,7 +11,8 @@ from pathlib import Path
 import pytest
 
 from espalier.errors import StateError
-from espalier.monitor.progress import RunState, describe
+from espalier.monitor.run_state import RunState
+from espalier_server.commands.run_view import describe
 from espalier_server.records.charts import Line, column_chart, line_chart, number, row_chart
 from espalier_server.records.events import EventLog, read_events
 from espalier_server.records.rebuild import from_events

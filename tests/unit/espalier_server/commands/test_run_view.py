@@ -1,4 +1,4 @@
-"""What is shown of a run: counted from its events, not from hearsay."""
+"""The state of a run after its events, and its terminal view."""
 
 from __future__ import annotations
 
@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from espalier.monitor.progress import RunState, RunView
+from espalier.monitor.run_state import RunState
+from espalier_server.commands.run_view import RunView
 
 
 def plan(window: int, rg: int = 2) -> dict[str, Any]:

@@ -1,10 +1,9 @@
-"""A run as it is watched: a live view on a terminal, plain lines elsewhere, both fed by the run's events."""
+"""The terminal view of a run: live on a terminal, one line per event elsewhere."""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Any
 
@@ -16,155 +15,17 @@ from rich.table import Table
 from rich.text import Text
 
 from espalier.monitor.formatting import duration, names, size, spark
+from espalier.monitor.run_state import EdgeProgress, RunState
 from espalier.wire.traffic import CLIENT_EDGE, EDGE_CLOUD, LINKS
 
 
-@dataclass
-class EdgeView:
-    """What is known of an edge inside the running window."""
-
-    round: int = 0
-    training: list[str] = field(default_factory=list)
-    done: list[str] = field(default_factory=list)
-    loss: float | None = None
-    bytes: dict[str, int] = field(default_factory=dict)
-
-
-@dataclass
-class RunState:
-    """A run as its events told it so far; `feed` is the only way it changes."""
-
-    run: str = ""
-    method: str = ""
-    rounds: int = 0
-    windows: int = 0
-    edges: list[str] = field(default_factory=list)
-    clients: list[str] = field(default_factory=list)
-    window: int = 0
-    plan: list[dict[str, Any]] = field(default_factory=list)
-    at_edges: dict[str, EdgeView] = field(default_factory=dict)
-    losses: dict[int, float | None] = field(default_factory=dict)
-    links: dict[str, dict[str, int]] = field(default_factory=dict)
-    quality: dict[str, Any] = field(default_factory=dict)
-    model: dict[str, Any] = field(default_factory=dict)
-    faults: list[dict[str, Any]] = field(default_factory=list)
-    training_since: float | None = None
-    rounds_before: int = 0
-    phase: str = "waiting for edges and clients"
-    status: str = ""
-    reason: str = ""
-
-    def feed(self, event: Mapping[str, Any]) -> None:
-        """Take an event in; one this version does not know changes nothing."""
-        handler = getattr(self, "_on_" + str(event["event"]).replace("-", "_"), None)
-        if handler is not None:
-            handler(event)
-
-    def _on_run(self, event: Mapping[str, Any]) -> None:
-        config = event.get("config", {})
-        self.run, self.method = str(event.get("run", "")), str(config.get("method", ""))
-        self.rounds = int(config.get("rounds", 0))
-        self.windows = -(-self.rounds // max(1, int(config.get("rg", 1))))
-        self.training_since, self.status = None, ""
-        self.phase = "waiting for edges and clients"
-
-    def _on_joined(self, event: Mapping[str, Any]) -> None:
-        self.edges, self.clients = list(event.get("edges", [])), list(event.get("clients", []))
-        self.phase = "preparing"
-
-    def _on_resumed(self, event: Mapping[str, Any]) -> None:
-        self.window = int(event.get("window", 0))
-        self.losses = {
-            round_: loss for round_, loss in self.losses.items() if round_ <= int(event.get("round", 0))
-        }
-        self.phase = "resuming"
-
-    def _on_window_start(self, event: Mapping[str, Any]) -> None:
-        self.window, self.plan, self.at_edges = int(event["window"]), list(event.get("rounds", [])), {}
-        self.phase = "training"
-        if self.training_since is None:
-            self.training_since, self.rounds_before = float(event["time"]), self.first_round - 1
-
-    def _on_progress(self, event: Mapping[str, Any]) -> None:
-        if event.get("window") == self.window:
-            self.at_edges[str(event["edge"])] = EdgeView(
-                round=int(event.get("round", 0)),
-                training=list(event.get("training", [])),
-                done=list(event.get("done", [])),
-                loss=event.get("loss"),
-                bytes=dict(event.get("bytes") or {}),
-            )
-
-    def _on_window_end(self, event: Mapping[str, Any]) -> None:
-        self.losses |= {int(round_): loss for round_, loss in (event.get("losses") or {}).items()}
-        self.links = {link: dict(counts) for link, counts in (event.get("links") or {}).items()}
-        self.at_edges, self.phase = {}, "measuring and saving"
-
-    def _on_evaluation(self, event: Mapping[str, Any]) -> None:
-        self.quality = dict(event)
-
-    _on_accuracy = _on_evaluation
-
-    def _on_prune(self, event: Mapping[str, Any]) -> None:
-        self.model = dict(event)
-
-    def _on_fault(self, event: Mapping[str, Any]) -> None:
-        self.faults.append(dict(event))
-
-    def _on_interrupted(self, event: Mapping[str, Any]) -> None:
-        self.phase = "interrupted; the cloud brings the run back"
-
-    def _on_finished(self, event: Mapping[str, Any]) -> None:
-        self.status, self.reason, self.phase = str(event["event"]), str(event.get("reason") or ""), ""
-
-    _on_stopped = _on_failed = _on_finished
-
-    @property
-    def first_round(self) -> int:
-        """First round of the running window."""
-        return int(self.plan[0]["round"]) if self.plan else 1
-
-    @property
-    def rounds_done(self) -> float:
-        """Rounds behind the run, with the parts of those that the edges are in."""
-        if self.phase != "training" or not self.plan:
-            return float(max(self.losses, default=0))
-        parts = []
-        for edge in {part["edge"] for entry in self.plan for part in entry.get("participants", [])}:
-            view = self.at_edges.get(edge)
-            if view is None or view.round < self.first_round:
-                parts.append(0.0)
-            else:
-                share = len(view.done) / max(1, len(view.done) + len(view.training))
-                parts.append(view.round - self.first_round + share)
-        return self.first_round - 1 + (sum(parts) / len(parts) if parts else 0.0)
-
-    def seconds_left(self, now: float) -> float | None:
-        """Estimate the time to the end from the rounds so far; None before the first part of one is done."""
-        if self.training_since is None or self.status:
-            return None
-        done = self.rounds_done - self.rounds_before
-        if done <= 0:
-            return None
-        return (now - self.training_since) / done * max(0.0, self.rounds - self.rounds_done)
-
-    def bytes_on(self, link: str) -> tuple[int, int]:
-        """Return payload bytes (up, down) on a link so far, the running window's as far as known."""
-        counts = self.links.get(link, {})
-        up, down = counts.get("up_bytes", 0), counts.get("down_bytes", 0)
-        if link == CLIENT_EDGE:
-            up += sum(view.bytes.get("up_bytes", 0) for view in self.at_edges.values())
-            down += sum(view.bytes.get("down_bytes", 0) for view in self.at_edges.values())
-        return up, down
-
-
 class RunView:
-    """Shows a run; a context manager. `feed` events to it, and `tick` between them.
+    """Shows a run; a context manager. Call `feed` with each event, and `tick` between them.
 
     Parameters
     ----------
     console : Console, optional
-        Where to; a live view if it is a terminal, else one line for each event that matters.
+        Where to print: a live view on a terminal, else one line per relevant event.
     """
 
     def __init__(self, console: Console | None = None) -> None:
@@ -189,22 +50,22 @@ class RunView:
             self._live.stop()
 
     def feed(self, event: Mapping[str, Any]) -> None:
-        """Take an event in and show it."""
+        """Apply an event and show it."""
         self.state.feed(event)
         if self._live is None:
             line = describe(event, self.state)
             if line:
-                self.say(line)
+                self.print_line(line)
         else:
             self.tick()
 
     def tick(self) -> None:
-        """Bring times and bars up to date."""
+        """Update times and bars."""
         if self._live is not None:
             self._live.update(self._render(), refresh=True)
 
-    def say(self, line: str) -> None:
-        """Print a line of its own, above a live view."""
+    def print_line(self, line: str) -> None:
+        """Print a line above the live view."""
         self.console.print(line, markup=False, highlight=False, soft_wrap=True)
 
     def _render(self) -> RenderableType:
@@ -222,7 +83,7 @@ class RunView:
 
 
 def describe(event: Mapping[str, Any], state: RunState) -> str:
-    """Return one plain line for an event, or "" for one that is not worth it."""
+    """Return one line of text for an event, or "" for an event that is not shown."""
     kind, window = event["event"], event.get("window")
     if kind == "run":
         return f"run {state.run}: {state.method}, {state.rounds} rounds in {state.windows} windows"
@@ -249,7 +110,9 @@ def describe(event: Mapping[str, Any], state: RunState) -> str:
         return f"fault: {_fault(event)}"
     if kind == "resumed":
         return f"resumed after window {window}, round {event.get('round')}"
-    if event.get("reason"):  # finished, stopped, failed, interrupted; without one the exit says enough
+    if event.get(
+        "reason"
+    ):  # finished, stopped, failed, interrupted; without a reason the exit status suffices
         return f"{kind}: {event['reason']}"
     return ""
 
@@ -274,7 +137,7 @@ def _edges(state: RunState) -> RenderableType:
     for name in ("edge", "round", "training", "done", "loss"):
         table.add_column(name, justify="right" if name in ("round", "loss") else "left")
     for edge in state.edges:
-        view = state.at_edges.get(edge, EdgeView())
+        view = state.at_edges.get(edge, EdgeProgress())
         training, done = view.training, view.done
         if not view.round and state.phase == "training":
             training = sorted(

@@ -15,10 +15,10 @@ from rich.console import Console
 from rich.live import Live
 
 from espalier.errors import AddressError, EspalierError
-from espalier.monitor.ask import watch
-from espalier.monitor.text import render
 from espalier.security.transport import Security
 from espalier_proto import monitor_pb2 as mpb
+from espalier_server.commands.status_client import watch
+from espalier_server.commands.status_text import render
 
 AGAIN_SECONDS = 2.0
 _TICK = 0.1
