@@ -19,7 +19,6 @@ from espalier.methods.faug import seeds_layout
 from espalier.methods.registry import create_method
 from espalier.methods.state import CloudState
 from espalier.methods.tally import Tally
-from espalier.monitor.formatting import duration, spark
 from espalier.security.name_registry import NameRegistry
 from espalier.wire import control
 from espalier.wire.hello import MAX_SAMPLES, check_client_hello
@@ -29,6 +28,7 @@ from espalier_client.training import evaluate_plain, train_round
 from espalier_edge.relay import ReplySum
 from espalier_proto import espalier_pb2 as pb
 from espalier_server.client_keys import ClientKeys
+from espalier_server.commands.formatting import duration, spark
 from espalier_server.planning.tree import Tree
 from tests.support.calls import call, device
 from tests.unit.espalier_edge.test_rounds import NODES, SAMPLES, add_one, means, reply_to, window

@@ -12,9 +12,9 @@ from pathlib import Path
 import psutil
 import pytest
 
-from espalier.processes.clouds import CLOUD_FILE
 from espalier.processes.supervise import espalier_command, espalier_env
 from espalier_server.records.events import read_events
+from espalier_server.superlink.clouds import CLOUD_FILE
 from tests.support.paths import ROOT
 from tests.support.processes import free_port, wait_until
 

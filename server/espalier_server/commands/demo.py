@@ -11,7 +11,6 @@ from pathlib import Path
 from espalier.config.run_config import FlatValue
 from espalier.data.spec import parse_spec
 from espalier.errors import ConfigError, EspalierError
-from espalier.processes.clouds import Cloud, find_cloud, running_clouds
 from espalier.processes.supervise import (
     Group,
     espalier_command,
@@ -24,6 +23,7 @@ from espalier.security.transport import Address
 from espalier_server.commands.follow import check_folder, describe_result, prepare, run_to_end
 from espalier_server.commands.run_view import RunView
 from espalier_server.records.events import EVENTS_FILE
+from espalier_server.superlink.clouds import Cloud, find_cloud, running_clouds
 
 #: Settings of the demonstration where they differ from the defaults: a run of minutes on two cores.
 DEMO: dict[str, FlatValue] = {

@@ -47,9 +47,9 @@ def run(
 
     check_libraries("cloud")
 
-    from espalier.processes.clouds import find_cloud
     from espalier_server.commands.follow import describe_result, prepare, run_to_end
     from espalier_server.records.resume import resumed_settings
+    from espalier_server.superlink.clouds import find_cloud
     from espalier_server.superlink.submission import submit
 
     if (out is None) == (resume is None):

@@ -10,10 +10,10 @@ from google.protobuf.json_format import MessageToDict
 
 from espalier.errors import ConfigError
 from espalier.monitor.channel import open_channel
-from espalier.processes.clouds import find_cloud
 from espalier.security.transport import Security, parse_address
 from espalier_proto import monitor_pb2 as mpb
 from espalier_proto.monitor_pb2_grpc import MonitorStub
+from espalier_server.superlink.clouds import find_cloud
 
 
 def monitor_of(cloud: str) -> tuple[str, Security]:

@@ -10,8 +10,8 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-from espalier.monitor.formatting import duration, size, spark
 from espalier_proto import monitor_pb2 as mpb
+from espalier_server.commands.formatting import duration, size, spark
 
 #: Exit statuses of `espalier status`.
 GOING_ON, TROUBLE, IDLE = 0, 1, 3

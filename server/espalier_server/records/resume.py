@@ -9,12 +9,12 @@ from pathlib import Path
 
 from espalier.config.run_config import FlatValue, RunConfig
 from espalier.errors import ConfigError, StateError
-from espalier.processes.clouds import running_clouds
 from espalier.storage.lock import FolderInUseError, FolderLock, holder, is_locked
 from espalier.storage.run_folder import REPORT_FILE
 from espalier_server.records.events import EVENTS_FILE, read_events
 from espalier_server.records.rebuild import from_events
 from espalier_server.records.record import RunRecord
+from espalier_server.superlink.clouds import running_clouds
 from espalier_server.superlink.submission import submissions
 
 log = logging.getLogger("espalier.cloud")

@@ -8,9 +8,9 @@ import time
 from collections.abc import Callable
 
 from espalier.errors import EspalierError, StateError
-from espalier.processes.clouds import Cloud
 from espalier.security.keys import KeyRegistry
 from espalier.security.refusals import Refusals
+from espalier_server.superlink.clouds import Cloud
 from espalier_server.superlink.control_api import register_node, unregister_node
 
 log = logging.getLogger("espalier.cloud")

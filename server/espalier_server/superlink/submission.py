@@ -17,11 +17,11 @@ from typing import Any
 
 from espalier.config.run_config import FlatValue
 from espalier.errors import ConfigError, EspalierError, StateError
-from espalier.processes.clouds import Cloud, running_clouds
 from espalier.processes.supervise import espalier_env
 from espalier.storage.json_file import write_json
 from espalier_server import FLOWER_APP
 from espalier_server.records.events import EVENTS_FILE, FINAL, STOP_FILE, EventLog, read_from
+from espalier_server.superlink.clouds import Cloud, running_clouds
 
 log = logging.getLogger("espalier.cloud")
 

@@ -16,7 +16,6 @@ from espalier.errors import ConfigError, EspalierError, StateError
 from espalier.monitor.logs import Forwarder, announce, is_json
 from espalier.monitor.metrics import TreeCollector, serve_metrics
 from espalier.names import check_name
-from espalier.processes.clouds import Cloud, running_clouds
 from espalier.processes.supervise import (
     Process,
     check_free,
@@ -35,6 +34,7 @@ from espalier_server.monitor import CloudSource, monitored
 from espalier_server.records.events import FINAL, read_from
 from espalier_server.superlink import submission as runs
 from espalier_server.superlink.admission import EdgeAdmission
+from espalier_server.superlink.clouds import Cloud, running_clouds
 from espalier_server.superlink.submission import Submission
 
 log = logging.getLogger("espalier.cloud")

@@ -11,10 +11,9 @@ from pathlib import Path
 import pytest
 
 from espalier import cli
-from espalier.processes import clouds
-from espalier.processes.clouds import Cloud
 from espalier.storage.lock import LOCK_FILE
-from espalier_server.superlink import submission
+from espalier_server.superlink import clouds, submission
+from espalier_server.superlink.clouds import Cloud
 from espalier_server.superlink.submission import Submission
 from tests.support.paths import ROOT
 from tests.support.synthetic_run import made_up_record

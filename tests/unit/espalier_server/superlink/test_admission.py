@@ -10,10 +10,10 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from flwr.supercore.primitives.asymmetric import public_key_to_bytes
 
 from espalier.errors import AddressError
-from espalier.processes.clouds import Cloud
 from espalier.security.keys import EDGE_KEYS, KeyRegistry, fingerprint
 from espalier.security.refusals import AGAIN_SECONDS, Refusals
 from espalier_server.superlink.admission import EdgeAdmission
+from espalier_server.superlink.clouds import Cloud
 
 PEMS = [public_key_to_bytes(ec.generate_private_key(ec.SECP256R1()).public_key()) for _ in range(3)]
 
