@@ -10,12 +10,12 @@ import grpc
 import pytest
 
 from espalier.errors import AddressError, ConfigError
-from espalier_server.commands.status_client import ask_status, watch
 from espalier.monitor.health import check_health
 from espalier.monitor.service import WATCHERS, MonitorServer
 from espalier.security.transport import Security
 from espalier_proto import monitor_pb2 as mpb
 from espalier_proto.monitor_pb2_grpc import MonitorStub
+from espalier_server.commands.status_client import ask_status, watch
 from tests.support.event_log import status
 from tests.support.processes import wait_until
 

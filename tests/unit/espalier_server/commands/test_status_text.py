@@ -6,8 +6,8 @@ import io
 
 from rich.console import Console
 
-from espalier_server.commands.status_text import GOING_ON, IDLE, TROUBLE, exit_status, render, troubles
 from espalier_proto import monitor_pb2 as mpb
+from espalier_server.commands.status_text import GOING_ON, IDLE, TROUBLE, exit_status, render, troubles
 from tests.support.event_log import LOG, status
 
 
