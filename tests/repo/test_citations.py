@@ -21,7 +21,7 @@ SOURCES = sorted(
     and path.name.endswith((*ENDINGS, "Makefile"))
     and path.name != "mkdocs.yml"  # MkDocs checks its own
 )
-PAGES = {path.name for path in [*ROOT.glob("*.md"), *ROOT.rglob("docs/*.md"), *ROOT.glob(".github/*.md")]}
+PAGES = {path.name for path in [*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *ROOT.glob(".github/*.md")]}
 #: Pages of the site that are made from files at the root.
 GENERATED = {"index.md", "contributing.md", "changelog.md", "security-policy.md"}
 
