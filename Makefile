@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 DEMO_OUT ?= runs/demo
 
-.PHONY: setup demo test lint unit integration chaos test-chaos fuzz test-fuzz soak test-docker proto docs bench clean
+.PHONY: setup demo test lint unit integration test-wheel chaos test-chaos fuzz test-fuzz soak test-docker proto docs bench clean
 
 setup: $(VENV)/.installed
 
@@ -19,7 +19,7 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 demo: setup
 	$(BIN)/espalier demo --method fedphd --edges 2 --clients 4 --data digits --out $(DEMO_OUT)
 
-test: lint docs unit integration chaos fuzz
+test: lint docs unit test-wheel integration chaos fuzz
 
 lint: setup
 	$(BIN)/ruff check .
@@ -35,6 +35,10 @@ docs: setup
 # One worker a core and one thread a worker.
 unit: setup
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto tests/unit tests/repo
+
+# The wheel, built and installed into environments of their own, and a tree that trains in them.
+test-wheel: setup
+	$(BIN)/python -m pytest tests/wheel
 
 # A file's tests share a tree of processes, so a file stays on one worker. They wait for one another much of the time.
 integration: setup

@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 
 from espalier import lazy
 from espalier.data.imageset import FileImages, ImageSet, TensorImages
+from espalier.distribution import install_command
 from espalier.errors import DataError
 from espalier.seeds import rng_for
 from espalier.torchvision_shim import import_torchvision
@@ -62,8 +63,8 @@ def _digits(source: Source) -> ImageSet:
     file = folder / "datasets" / "data" / "digits.csv.gz" if folder else None
     if file is None or not file.is_file():
         raise DataError(
-            "the data set 'digits' ships with scikit-learn, which is not installed: install Espalier with "
-            "its 'testbed' extra (pip install 'espalier-fl[testbed]')"
+            "the data set 'digits' is part of scikit-learn, which is not installed; "
+            f"run: {install_command('testbed')}"
         )
     with gzip.open(file, "rt") as table:
         rows = np.loadtxt(table, delimiter=",", dtype=np.int64)

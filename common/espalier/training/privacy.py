@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from espalier import lazy
+from espalier.distribution import install_command
 from espalier.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -86,7 +87,7 @@ def require_opacus() -> None:
         _ = opacus.accountants
     except ImportError as error:
         raise ConfigError(
-            f"differential privacy needs Opacus ({error}); pip install 'espalier-fl[privacy]'"
+            f"differential privacy needs Opacus ({error}); run: {install_command('privacy')}"
         ) from None
 
 

@@ -18,6 +18,7 @@ from torch import nn
 
 from espalier.data.imageset import ImageSet, to_float, to_uint8
 from espalier.data.sources import default_root
+from espalier.distribution import install_command
 from espalier.errors import ConfigError, DataError
 from espalier.seeds import rng_for, seed_for
 from espalier.storage.atomic import replacing
@@ -204,8 +205,7 @@ class InceptionFeatures:
             from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
         except ImportError as error:
             raise DataError(
-                "features=inception needs torch-fidelity: install Espalier with its 'cloud' extra "
-                "(pip install 'espalier-fl[cloud]')"
+                f"features=inception needs torch-fidelity, which is not installed; run: {install_command('cloud')}"
             ) from error
         file = _inception_file(download)
         try:

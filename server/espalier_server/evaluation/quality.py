@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from espalier.data.imageset import ImageSet, to_float, to_uint8
+from espalier.distribution import install_command
 from espalier.errors import ConfigError, DataError
 from espalier.seeds import rng_for, seed_for
 from espalier.torchvision_shim import import_torchvision
@@ -22,7 +23,7 @@ from espalier_server.evaluation.features import Features, open_features
 _MAX_REAL = 10_000
 _KID_SUBSETS = 100
 _KID_SUBSET_SIZE = 1000
-_NO_METRICS = "measuring quality needs torchmetrics: pip install 'espalier-fl[cloud]'"
+_NO_METRICS = f"measuring quality needs torchmetrics; run: {install_command('cloud')}"
 
 
 @dataclasses.dataclass(frozen=True)

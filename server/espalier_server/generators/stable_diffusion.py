@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from espalier.distribution import install_command
 from espalier.errors import ConfigError
 from espalier.generators.base import Options
 from espalier.torchvision_shim import import_torchvision
@@ -88,7 +89,7 @@ class StableDiffusionGenerator:
             import transformers  # noqa: F401
         except ImportError:
             raise ConfigError(
-                "generator: Stable Diffusion needs transformers; pip install 'espalier-fl[sd]'"
+                f"generator: Stable Diffusion needs transformers; run: {install_command('sd')}"
             ) from None
         from diffusers import DDIMScheduler, StableDiffusionPipeline
 
