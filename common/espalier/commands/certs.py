@@ -1,4 +1,4 @@
-"""The commands that make certificates and node keys: a folder for the authority, and one for each machine."""
+"""The command `espalier certs`: certificates and node keys, with a folder for the authority and one per machine."""
 
 from __future__ import annotations
 
@@ -30,25 +30,23 @@ Hosts = Annotated[
         help="DNS name or IP address that others connect to; repeatable. A renewal keeps the old ones.",
     ),
 ]
-Days = Annotated[float, typer.Option(min=0.01, help="Days until it expires.")]
-Renew = Annotated[bool, typer.Option("--renew", help="Make a new certificate; the old one is kept aside.")]
-RenewKey = Annotated[
-    bool, typer.Option("--renew-key", help="Make a new node key; the old one is kept aside.")
-]
-Format = Annotated[Literal["text", "json"], typer.Option("--format", help="How to print.")]
+Days = Annotated[float, typer.Option(min=0.01, help="Days of validity.")]
+Renew = Annotated[bool, typer.Option("--renew", help="Make a new certificate; the old file is renamed.")]
+RenewKey = Annotated[bool, typer.Option("--renew-key", help="Make a new node key; the old file is renamed.")]
+Format = Annotated[Literal["text", "json"], typer.Option("--format", help="Output format.")]
 
 
 @app.command()
 def init(
     folder: Authority = Path("certs"),
-    name: Annotated[str, typer.Option(help="What the authority is called.")] = "Espalier",
+    name: Annotated[str, typer.Option(help="Name of the authority.")] = "Espalier",
     days: Days = 3650.0,
     renew: Annotated[
-        bool, typer.Option("--renew", help="Make a new authority; ca.pem then holds it and the old one.")
+        bool, typer.Option("--renew", help="Make a new authority; ca.pem then contains it and the old one.")
     ] = False,
-    retire: Annotated[bool, typer.Option("--retire", help="Take the old authorities out of ca.pem.")] = False,
+    retire: Annotated[bool, typer.Option("--retire", help="Remove the old authorities from ca.pem.")] = False,
 ) -> None:
-    """Make the authority that signs the servers' certificates; keep its folder to yourself."""
+    """Make the authority that signs servers' certificates; its folder is secret."""
     from espalier.security.certificates import in_force, new_authority
 
     roots = folder / CA
@@ -64,11 +62,11 @@ def init(
     pair = new_authority(name, days)
     _make_folder(folder)
     for path in (roots, folder / CA_KEY):
-        _keep_aside(path)
+        _rename_old(path)
     write_bytes(folder / CA_KEY, pair.private_key, 0o600)
     write_bytes(roots, b"".join([pair.certificate, *old]), 0o644)
-    typer.echo(f"{roots}: what every machine checks servers against (--root-certificates)")
-    typer.echo(f"{folder / CA_KEY}: the authority's key; it stays here")
+    typer.echo(f"{roots}: verifies servers on every machine (--root-certificates)")
+    typer.echo(f"{folder / CA_KEY}: the authority's private key; do not copy it")
     if old:
         typer.echo(
             "next: copy ca.pem to every machine, renew the servers' certificates, then `certs init --retire`"
@@ -142,7 +140,7 @@ def show(
     path: Annotated[Path, typer.Argument(help="A PEM file, or a folder with some.")] = Path("certs"),
     form: Format = "text",
 ) -> None:
-    """Say what certificates stand for and when they expire."""
+    """Print the subjects of certificates and when they expire."""
     from espalier.security.certificates import facts
 
     files = sorted(path.rglob("*.pem")) if path.is_dir() else [path]
@@ -186,7 +184,7 @@ def _certify(folder: Path, out: Path, hosts: list[str] | None, days: float) -> N
     pair = issue(_authority(folder), list(dict.fromkeys([*hosts, *OWN_HOSTS])), days)
     _make_folder(out)
     for name in (CERTIFICATE, PRIVATE_KEY):
-        _keep_aside(out / name)
+        _rename_old(out / name)
     write_bytes(out / PRIVATE_KEY, pair.private_key, 0o600)
     write_bytes(out / CERTIFICATE, pair.certificate, 0o644)
     write_bytes(out / CA, _read(folder / CA), 0o644)
@@ -200,7 +198,7 @@ def _make_node_key(out: Path) -> None:
 
     private, public = node_key_pair()
     for name in (NODE_KEY, NODE_PUBLIC):
-        _keep_aside(out / name)
+        _rename_old(out / name)
     write_bytes(out / NODE_KEY, private, 0o600)
     write_bytes(out / NODE_PUBLIC, public, 0o644)
     typer.echo(f"{out / NODE_KEY}: --key")
@@ -224,11 +222,11 @@ def _read(path: Path) -> bytes:
 
 def _refuse_overwriting(path: Path, renew: bool, flag: str) -> None:
     if path.exists() and not renew:
-        raise ConfigError(f"{path} exists; {flag} makes a new one and keeps the old one aside")
+        raise ConfigError(f"{path} exists; {flag} makes a new one and renames the old one")
 
 
-def _keep_aside(path: Path) -> None:
-    """Rename a file that is about to be replaced."""
+def _rename_old(path: Path) -> None:
+    """Rename a file before it is replaced."""
     if path.exists():
         now = datetime.datetime.now(datetime.UTC)
         path.rename(path.with_name(f"{path.name}.until-{now:%Y%m%dT%H%M%S.%f}"))

@@ -1,4 +1,4 @@
-"""The commands that say who may take part: `espalier clients` and `espalier edges`, over the keys in a state folder."""
+"""The commands `espalier clients` and `espalier edges`: the registered node keys in a state folder."""
 
 from __future__ import annotations
 
@@ -12,73 +12,75 @@ from espalier.errors import ConfigError
 
 State = Annotated[Path, typer.Option("--state", help="State folder of the cloud or edge; it may be running.")]
 EdgeState = Annotated[Path, typer.Option("--state", help="State folder of the cloud; it may be running.")]
-Name = Annotated[str, typer.Argument(help="As its --name says.")]
+Name = Annotated[str, typer.Argument(help="Name of the node, its --name.")]
 PublicKey = Annotated[Path, typer.Argument(metavar="KEY.pub", help="Its public node key, OpenSSH or PEM.")]
 Runs = Annotated[
     list[Path] | None,
-    typer.Option("--runs", help="Folder of runs: say which of them name it; repeatable."),
+    typer.Option("--runs", help="Folder with runs: list those whose report names it; repeatable."),
 ]
 Format = Annotated[Literal["text", "json"], typer.Option("--format", help="How to print.")]
 
 clients = typer.Typer(
-    help="Say whose keys clients are known by.", no_args_is_help=True, rich_markup_mode=None
+    help="Register and revoke the node keys of clients.", no_args_is_help=True, rich_markup_mode=None
 )
-edges = typer.Typer(help="Say which edges the cloud admits.", no_args_is_help=True, rich_markup_mode=None)
+edges = typer.Typer(
+    help="Register and revoke the node keys of edges.", no_args_is_help=True, rich_markup_mode=None
+)
 
 
 @clients.command("list")
 def list_clients(state: State, form: Format = "text") -> None:
-    """List the clients' keys."""
+    """List the registered clients."""
     _list(_files("client", state), form)
 
 
 @clients.command("add")
 def add_client(name: Name, key: PublicKey, state: State) -> None:
-    """Let a client take part; a running cloud or edge sees it within a few seconds."""
+    """Register a client; a running cloud or edge admits it within a few seconds."""
     _add(_files("client", state), name, key)
 
 
 @clients.command("revoke")
 def revoke_client(name: Name, state: State) -> None:
-    """Take a client's rights; its key cannot come back."""
+    """Revoke a client's key, for good."""
     _revoke(_files("client", state), name)
 
 
 @clients.command("forget")
 def forget_client(name: Name, state: State, runs: Runs = None) -> None:
-    """Delete what is kept about a client here, its keys included."""
+    """Delete what this state folder holds about a client, its keys included."""
     _forget(_files("client", state), name, runs)
 
 
 @edges.command("list")
 def list_edges(state: EdgeState, form: Format = "text") -> None:
-    """List the edges' keys."""
+    """List the registered edges."""
     _list(_files("edge", state), form)
 
 
 @edges.command("add")
 def add_edge(name: Name, key: PublicKey, state: EdgeState) -> None:
-    """Let an edge connect; a running cloud sees it within a few seconds."""
+    """Register an edge; a running cloud admits it within a few seconds."""
     _add(_files("edge", state), name, key)
 
 
 @edges.command("revoke")
 def revoke_edge(name: Name, state: EdgeState) -> None:
-    """Take an edge's rights; its key cannot come back."""
+    """Revoke an edge's key, for good."""
     _revoke(_files("edge", state), name)
 
 
 @edges.command("forget")
 def forget_edge(name: Name, state: EdgeState, runs: Runs = None) -> None:
-    """Delete what is kept about an edge here, its keys included."""
+    """Delete what this state folder holds about an edge, its keys included."""
     _forget(_files("edge", state), name, runs)
 
 
-# --- what they share -------------------------------------------------------------------------------
+# --- shared -------------------------------------------------------------------------------
 
 
 class Files(NamedTuple):
-    """Where a state folder keeps keys of a kind of node, those of the other kind, and names claimed without keys."""
+    """Files in a state folder: keys of one kind of node, keys of the other kind, names claimed on first use."""
 
     keys: Path
     others: Path
@@ -128,9 +130,9 @@ def _add(files: Files, name: str, key: Path) -> None:
     if b"PRIVATE" in content:
         raise ConfigError(f"{key} is a private key; give its public half, the .pub file")
     public_key = canonical(content, name)
-    # An edge that had a client's key could sign in its name.
+    # An edge with a client's key could sign messages as that client.
     if any(entry.public_key == public_key for entry in KeyRegistry(files.others).entries()):
-        raise ConfigError(f"this key is in {files.others}; an edge and a client need keys of their own")
+        raise ConfigError(f"this key is in {files.others}; an edge and a client need different keys")
     entry = KeyRegistry(files.keys).add(name, public_key)
     typer.echo(f"{entry.name} {fingerprint(entry.public_key)} is in {files.keys}")
 
@@ -143,7 +145,7 @@ def _revoke(files: Files, name: str) -> None:
 
 
 def _forget(files: Files, name: str, runs: list[Path] | None) -> None:
-    """Delete a name's keys and its place among the names claimed; say which runs' folders still have it."""
+    """Delete a name's keys and its claim to the name; list the runs whose report still names it."""
     from espalier.security.keys import KeyRegistry
     from espalier.security.name_registry import NameRegistry
 
@@ -151,15 +153,15 @@ def _forget(files: Files, name: str, runs: list[Path] | None) -> None:
     if NameRegistry(files.names).forget(name):
         gone.append(f"its name in {files.names.name}")
     where = files.keys.parent
-    typer.echo(f"{name}: deleted {' and '.join(gone)}" if gone else f"{name}: nothing is kept in {where}")
+    typer.echo(f"{name}: deleted {' and '.join(gone)}" if gone else f"{name}: nothing to delete in {where}")
     if not runs:
-        typer.echo("what finished runs left is not changed; --runs DIR says which of them name it")
+        typer.echo("the folders of finished runs are not changed; --runs DIR lists those that name it")
     for folder in _runs_that_name(runs or [], name):
         typer.echo(f"not changed: the report and checkpoints in {folder} name {name}")
 
 
 def _runs_that_name(folders: list[Path], name: str) -> list[Path]:
-    """Return the folders of runs, at or below `folders`, whose report holds a name."""
+    """Return the folders of runs, in `folders` or below, whose report contains a name."""
     from espalier.storage.run_folder import REPORT_FILE
 
     reports = [path for folder in folders for path in sorted(folder.rglob(REPORT_FILE))]

@@ -1,4 +1,4 @@
-"""Options that several commands share."""
+"""Options that the commands of several tiers share."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 
 class Format(StrEnum):
-    """How a command answers, or a process logs."""
+    """Format of a command's output or of a log."""
 
     TEXT = "text"
     JSON = "json"
@@ -26,41 +26,49 @@ Settings = Annotated[
     typer.Option("-c", "--config", metavar="KEY=VALUE", help="A setting of the run; repeatable."),
 ]
 StateFolder = Annotated[
-    Path, typer.Option("--state", help="Folder of this process's own; one process at a time.")
+    Path, typer.Option("--state", help="State folder of this process; one process at a time.")
 ]
 Roots = Annotated[
-    Path | None, typer.Option("--root-certificates", help="PEM file to check servers' certificates against.")
+    Path | None,
+    typer.Option(
+        "--root-certificates",
+        help="PEM file of the authorities to verify servers with.",
+    ),
 ]
 Certificate = Annotated[
-    Path | None, typer.Option("--certificate", help="PEM file to show to those who connect.")
+    Path | None, typer.Option("--certificate", help="PEM file of the certificate to present.")
 ]
-PrivateKey = Annotated[Path | None, typer.Option("--private-key", help="PEM file of the certificate's key.")]
-Insecure = Annotated[bool, typer.Option("--insecure", help="Allow links without TLS beyond this machine.")]
+PrivateKey = Annotated[
+    Path | None, typer.Option("--private-key", help="PEM file of the certificate's private key.")
+]
+Insecure = Annotated[
+    bool, typer.Option("--insecure", help="Allow connections without TLS to and from other machines.")
+]
 NodeKey = Annotated[
-    Path | None, typer.Option("--key", help="Private node key; one is made in --state otherwise.")
+    Path | None, typer.Option("--key", help="Private node key; by default one is generated in --state.")
 ]
 TrustOnFirstUse = Annotated[
     bool,
     typer.Option(
         "--trust-on-first-use",
-        help="With TLS, too, let the first key that says a name have it; by default only registered keys connect.",
+        help="With TLS, bind a name to the first key that uses it; by default only registered keys connect.",
     ),
 ]
 
 MetricsPort = Annotated[
-    int | None, typer.Option(min=1, max=65535, help="Answer Prometheus at this port; not at all without.")
+    int | None, typer.Option(min=1, max=65535, help="Port for Prometheus; without it no metrics are served.")
 ]
-MetricsHost = Annotated[str, typer.Option(help="Address of --metrics-port; plain HTTP.")]
-LogFormat = Annotated[Format, typer.Option(help="text, or json: one object an event, on stderr.")]
+MetricsHost = Annotated[str, typer.Option(help="Address for --metrics-port; HTTP without TLS.")]
+LogFormat = Annotated[Format, typer.Option(help="text, or json: one object per event, on stderr.")]
 ServerName = Annotated[
-    str, typer.Option(help="Name the server's certificate must hold, if not the address's host.")
+    str, typer.Option(help="Name in the server's certificate, if it is not the host of the address.")
 ]
 
 
 def start_process(
     log_format: Format, metrics_port: int | None = None, metrics_host: str = "127.0.0.1"
 ) -> Address | None:
-    """Set up what every tier's process has: its log; return where it answers Prometheus, if it does."""
+    """Configure the log of a tier's process; return the address for Prometheus, None without one."""
     from espalier.monitor.logs import configure
     from espalier.security.transport import Address, parse_address
 
@@ -81,7 +89,7 @@ def security_of(
     insecure: bool,
     trust_on_first_use: bool = False,
 ) -> Security:
-    """Return what the TLS options say."""
+    """Return the TLS options as one value."""
     from espalier.security.transport import Security
 
     return Security(roots, certificate, key, insecure, trust_on_first_use)

@@ -160,7 +160,7 @@ class RunConfig(Settings):
         fingerprint = said.pop(DEFAULTS, None)
         if fingerprint is not None and fingerprint != _fingerprint(cls().to_flat()):
             raise ConfigError(
-                "the sender's default settings are not this side's; install one Espalier on both"
+                "the sender's default settings are not this side's; install the same version of espalier-fl on both"
             )
         return cls.from_flat(said)
 

@@ -1,4 +1,4 @@
-"""Ending a long-lived process by a signal, also where something in it hangs."""
+"""Termination of a long-lived process by a signal, even while it hangs."""
 
 from __future__ import annotations
 
@@ -9,17 +9,17 @@ from espalier.config.timeouts import STOP
 
 
 def stop_on_signals(stop: Callable[[], None], seconds: float = STOP) -> None:
-    """Call `stop` on SIGTERM and Ctrl-C, and let the kernel end the process if it still lives some time later.
+    """Call `stop` on SIGTERM and Ctrl-C; after `seconds` the kernel ends the process if it still runs.
 
-    A process whose parent was killed gets SIGTERM and nobody who would kill it afterwards. The alarm needs
-    no thread, no lock and no interpreter: its default action ends the process whatever hangs in it.
+    A process whose parent was killed receives SIGTERM, and no SIGKILL follows. The alarm's default action ends the
+    process without a thread, a lock or the interpreter, whatever hangs in it.
 
     Parameters
     ----------
     stop : callable
-        Called in the main thread, between any two of its instructions; it must take no lock.
+        Called in the main thread between any two bytecode instructions; it must not take a lock.
     seconds : float
-        How long the process may take to end.
+        Time that the process may take to end.
     """
 
     def handle(*_: object) -> None:

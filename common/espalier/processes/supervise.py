@@ -1,4 +1,4 @@
-"""Child processes that end with us: by a signal, by an error, and on Linux even when we are killed."""
+"""Child processes that end with their parent: after a signal, after an error, and on Linux even after SIGKILL."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ _POLL_SECONDS = 0.05
 
 @dataclass(frozen=True)
 class Process:
-    """A child with a process group of its own."""
+    """A child process that leads its own process group."""
 
     name: str
     popen: subprocess.Popen[bytes]
@@ -35,10 +35,10 @@ class Process:
 
     @property
     def running(self) -> bool:
-        """Whether it has not ended yet."""
+        """Whether it has not ended."""
         return self.popen.poll() is None
 
-    def last_words(self, lines: int = 1) -> str:
+    def last_lines(self, lines: int = 1) -> str:
         """Return the last non-empty lines of its log."""
         try:
             text = self.log.read_text(encoding="utf-8", errors="replace")
@@ -48,10 +48,10 @@ class Process:
 
 
 def spawn(name: str, command: Sequence[str], log: Path, env: Mapping[str, str] | None = None) -> Process:
-    """Start a child whose output goes to `log`, in a process group of its own.
+    """Start a child that leads its own process group and writes its output to `log`.
 
-    The terminal's Ctrl-C does not reach it; `stop` ends it. On Linux it gets SIGTERM when the thread that
-    started it ends, so start children from a thread that lives as long as they shall.
+    Ctrl-C in the terminal does not reach it; `stop` ends it. On Linux it receives SIGTERM when the thread that
+    started it ends, so start children from a thread that outlives them.
 
     Raises
     ------
@@ -62,7 +62,9 @@ def spawn(name: str, command: Sequence[str], log: Path, env: Mapping[str, str] |
         log.parent.mkdir(parents=True, exist_ok=True)
         output = log.open("ab")
     except OSError as error:
-        raise StateError(f"cannot write {log}: {error.strerror}; give the folder to this user") from error
+        raise StateError(
+            f"cannot write {log}: {error.strerror}; check the permissions of the folder"
+        ) from error
     with output:
         popen = subprocess.Popen(
             command,
@@ -77,19 +79,19 @@ def spawn(name: str, command: Sequence[str], log: Path, env: Mapping[str, str] |
 
 
 def _die_with(parent: int) -> Callable[[], None]:
-    """Return what a fresh child calls to be terminated when `parent` dies."""
-    libc = ctypes.CDLL(None)  # loaded here: between fork and exec as little as possible may happen
+    """Return the function that a new child calls so that the kernel terminates it when `parent` dies."""
+    libc = ctypes.CDLL(None)  # loaded before the fork: after it the child may do as little as possible
 
     def arm() -> None:
         libc.prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
-        if os.getppid() != parent:  # it died before the call took effect
+        if os.getppid() != parent:  # the parent died before the call took effect
             os._exit(1)
 
     return arm
 
 
 def stop(processes: Sequence[Process], grace: float = KILL) -> None:
-    """End children and the groups they lead: SIGTERM to all, SIGKILL to those alive after `grace` seconds."""
+    """End children and their process groups: SIGTERM to all, SIGKILL to those that live after `grace` seconds."""
     for process in processes:
         _signal(process, signal.SIGTERM)
     deadline = time.monotonic() + grace
@@ -97,7 +99,7 @@ def stop(processes: Sequence[Process], grace: float = KILL) -> None:
         with contextlib.suppress(subprocess.TimeoutExpired):
             process.popen.wait(max(0.0, deadline - time.monotonic()))
     for process in processes:
-        # Also when the leader is gone: others of its group may have ignored the first signal.
+        # Also when the leader has ended: others of its group may have ignored SIGTERM.
         while time.monotonic() < deadline and _group_alive(process):
             time.sleep(_POLL_SECONDS)
         _signal(process, signal.SIGKILL)
@@ -118,7 +120,7 @@ def _group_alive(process: Process) -> bool:
 
 
 class Group:
-    """Children that are started together and stopped together, last one first; a context manager."""
+    """Children that are stopped together, in reverse order of their start; a context manager."""
 
     def __init__(self, grace: float = KILL) -> None:
         self.grace = grace
@@ -139,23 +141,23 @@ class Group:
         return process
 
     def ended(self) -> list[Process]:
-        """Return the children that have ended by themselves."""
+        """Return the children that have ended without `stop`."""
         return [process for process in self.processes if not process.running]
 
     def check(self) -> None:
-        """Raise EspalierError with the last words of a child that has ended by itself."""
+        """Raise EspalierError with the last line of a child's log if one has ended without `stop`."""
         for process in self.ended():
-            words = process.last_words().removeprefix("error: ")
+            line = process.last_lines().removeprefix("error: ")
             code = process.popen.returncode
-            raise EspalierError(f"{process.name} ended with status {code}: {words} (log: {process.log})")
+            raise EspalierError(f"{process.name} ended with status {code}: {line} (log: {process.log})")
 
     def wait_until(self, ready: Callable[[], bool], what: str, timeout: float) -> None:
-        """Wait until `ready()`, failing as soon as a child ends.
+        """Wait until `ready()` returns true; fail as soon as a child ends.
 
         Raises
         ------
         EspalierError
-            A child ended, or `timeout` seconds passed; `what` says what was waited for.
+            A child ended, or `timeout` seconds passed; the message names `what` was not ready.
         """
         deadline = time.monotonic() + timeout
         while not ready():
@@ -167,12 +169,12 @@ class Group:
     def stop(self) -> None:
         """End all children; safe to call twice."""
         processes, self.processes = self.processes[::-1], []
-        with signals_held():
+        with signals_ignored():
             stop(processes, self.grace)
 
 
 def process_alive(pid: int | None) -> bool:
-    """Whether a process of this id runs; None is nobody, and a zombie is dead."""
+    """Return whether a process with this id runs; False for None and for a zombie."""
     if pid is None:
         return False
     try:
@@ -202,8 +204,8 @@ def signals_interrupt() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def signals_held() -> Iterator[None]:
-    """Hold SIGINT, SIGTERM and SIGHUP back while children are being stopped, so that none is left over."""
+def signals_ignored() -> Iterator[None]:
+    """Ignore SIGINT, SIGTERM and SIGHUP while children are being stopped, so that all of them are."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
@@ -222,7 +224,7 @@ def espalier_command(*arguments: str) -> list[str]:
 
 
 def espalier_env() -> dict[str, str]:
-    """Return the environment our processes need: our packages, our tools first, no telemetry."""
+    """Return environment variables for child processes: this environment's scripts first on PATH, no telemetry."""
     return {
         "PATH": os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)]),
         "FLWR_TELEMETRY_ENABLED": "0",
@@ -232,7 +234,7 @@ def espalier_env() -> dict[str, str]:
 
 
 def free_ports(count: int) -> list[int]:
-    """Return different loopback ports that nobody listens on now."""
+    """Return distinct loopback ports that are free now."""
     with contextlib.ExitStack() as held:
         sockets = [held.enter_context(socket.socket()) for _ in range(count)]
         for sock in sockets:
@@ -241,7 +243,7 @@ def free_ports(count: int) -> list[int]:
 
 
 def listens(host: str, port: int) -> bool:
-    """Whether a connection to the address is accepted now."""
+    """Return whether the address accepts a connection now."""
     try:
         with socket.create_connection((host, port), timeout=1.0):
             return True
@@ -250,12 +252,12 @@ def listens(host: str, port: int) -> bool:
 
 
 def check_free(address: Address, flag: str) -> None:
-    """Check that an address can be listened on.
+    """Check that this process can listen on an address.
 
     Raises
     ------
     AddressError
-        It is in use or none of this machine's; `flag` says which option gave it.
+        It is in use or not an address of this machine; the message names the option `flag`.
     """
     try:
         family, kind, proto, _, target = socket.getaddrinfo(
@@ -269,7 +271,7 @@ def check_free(address: Address, flag: str) -> None:
     except OSError as error:
         if error.errno == errno.EADDRINUSE:
             raise AddressError(
-                f"{flag} {address} is in use; stop what listens there or take another port"
+                f"{flag} {address} is in use; stop the process that listens there or choose another port"
             ) from error
         raise AddressError(
             f"{flag} {address}: {error.strerror}; give an address and port of this machine"

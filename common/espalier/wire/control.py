@@ -65,7 +65,7 @@ def decode(kind: type[P], data: object, sender: str) -> P:
         raise WireError(
             sender,
             f"a {kind.__name__} of schema {schema}{_version_of(message)}, this side speaks {SCHEMA} (espalier "
-            f"{distribution.version()}); install one Espalier on both",
+            f"{distribution.version()}); install the same version of espalier-fl on both",
         )
     return message
 

@@ -1,4 +1,4 @@
-"""`espalier demo`: a whole tree of real processes on this machine, one run, and everything stopped again."""
+"""`espalier demo`: starts a tree of real processes on this machine, trains one run, and stops them."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from espalier_server.commands.run_view import RunView
 from espalier_server.records.events import EVENTS_FILE
 from espalier_server.superlink.clouds import Cloud, find_cloud, running_clouds
 
-#: Settings of the demonstration where they differ from the defaults: a run of minutes on two cores.
+#: Settings that differ from the defaults, for a run of minutes on two cores.
 DEMO: dict[str, FlatValue] = {
     "rounds": 60,
     "rg": 5,
@@ -41,27 +41,27 @@ READY_SECONDS = 90.0
 
 
 def run_demo(edges: int, clients: int, data: str, out: Path, settings: Mapping[str, FlatValue]) -> str:
-    """Start a cloud, `edges` edges and `clients` clients, run once, stop all of them; return the status.
+    """Start a cloud, edges and clients, train one run and stop all processes; return the status of the run.
 
     Parameters
     ----------
     edges, clients : int
-        Processes of each kind; every client reaches every edge.
+        Number of processes of each kind; every client connects to every edge.
     data : str
         ``SOURCE`` or ``SOURCE:SCHEME``; client i of n gets ``SOURCE:i/n:SCHEME``, and quality is measured
-        against the whole.
+        against the whole data set.
     out : Path
-        The run's folder; logs and states of the processes go to its ``processes/``.
+        The run's folder; its ``processes/`` holds the logs and state folders of the processes.
     settings : mapping
-        Flat settings that go before those of `DEMO`.
+        Flat settings that override those of `DEMO`.
 
     Raises
     ------
     EspalierError
-        A setting is at fault, a process does not start, or the run failed.
+        A setting is invalid, a process does not start, or the run failed.
     """
     if edges < 1 or clients < 1:
-        raise ConfigError(f"a tree needs an edge and a client, not --edges {edges} --clients {clients}")
+        raise ConfigError(f"--edges {edges} --clients {clients}: a tree needs at least one of each")
     source, _, scheme = data.partition(":")
     parse_spec(":".join(filter(None, [source, f"0/{clients}", scheme])))
     tree: dict[str, FlatValue] = {"eval-data": source, "min-edges": edges, "min-clients": clients}
@@ -70,8 +70,8 @@ def run_demo(edges: int, clients: int, data: str, out: Path, settings: Mapping[s
     _set_aside(out, view)
     config = prepare({**DEMO, **tree, **settings}, out)
     with signals_interrupt(), Group() as group:
-        # No core idles and the run's own process, the slowest to start, has not to wait for the others: edges
-        # start beside the cloud, and clients while the run that waits for them does.
+        # Start-up is overlapped, because it takes most of a short demonstration: edges start together with the cloud,
+        # and clients while the ServerApp, the slowest process to start, does.
         folder = out / "processes"
         name, listen, control = _start_cloud(group, folder)
         addresses = _start_edges(group, folder, listen, edges)
@@ -90,10 +90,10 @@ def run_demo(edges: int, clients: int, data: str, out: Path, settings: Mapping[s
 
 
 def _set_aside(out: Path, view: RunView) -> None:
-    """Move an earlier demo out of the way; nothing that was made is lost."""
+    """Rename the folder of an earlier demonstration, so that its results are not overwritten."""
     if not (out / EVENTS_FILE).exists():
         check_folder(out, "demo")
-        # Processes of a demo that never came to its run leave states that belong to nobody.
+        # State folders of a demonstration that ended before its run was submitted.
         shutil.rmtree(out / "processes", ignore_errors=True)
         return
     number = 1
@@ -104,7 +104,7 @@ def _set_aside(out: Path, view: RunView) -> None:
 
 
 def _start_cloud(group: Group, folder: Path) -> tuple[str, Address, Address]:
-    """Start the cloud; return its name and where edges and commands reach it."""
+    """Start the cloud; return its name and its addresses for edges and for commands."""
     fleet, control = (Address("127.0.0.1", port) for port in free_ports(2))
     name = f"demo-{uuid.uuid4().hex[:6]}"
     arguments = ["--listen", str(fleet), "--control", str(control), "--name", name]
@@ -123,7 +123,7 @@ def _ready_cloud(group: Group, name: str, fleet: Address, control: Address) -> C
 
 
 def _start_edges(group: Group, folder: Path, cloud: Address, edges: int) -> list[Path]:
-    """Start the edges; return the files in which each writes what port it got."""
+    """Start the edges; return the files to which they write their addresses."""
     for number in range(1, edges + 1):
         name = f"edge-{number}"
         arguments = ["--name", name, "--cloud", str(cloud), "--listen", "127.0.0.1:0"]
@@ -133,7 +133,7 @@ def _start_edges(group: Group, folder: Path, cloud: Address, edges: int) -> list
 
 
 def _start_clients(group: Group, folder: Path, addresses: list[Path], clients: int, data: str) -> None:
-    """Start the clients, as soon as every edge has written its address."""
+    """Start the clients once every edge has written its address."""
     threads = max(1, (os.cpu_count() or 1) // clients)
     group.wait_until(
         lambda: all(path.exists() and path.read_text().endswith("\n") for path in addresses),
@@ -151,12 +151,12 @@ def _start_clients(group: Group, folder: Path, addresses: list[Path], clients: i
 
 
 def _check(group: Group, view: RunView, reported: set[str]) -> None:
-    """End the demo when a process ends before everybody joined; later, go on without it and say so."""
+    """Fail if a process ends before all clients have joined; after that, report it and continue."""
     for process in group.ended():
         if process.name == "cloud" or not view.state.clients:
             group.check()
         if process.name not in reported:
             reported.add(process.name)
-            view.print_line(f"{process.name} ended: {process.last_words()} (log: {process.log})")
+            view.print_line(f"{process.name} ended: {process.last_lines()} (log: {process.log})")
             if all(other in group.ended() for other in group.processes if other.name.startswith("client-")):
                 raise EspalierError("every client has ended")

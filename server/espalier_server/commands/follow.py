@@ -1,4 +1,4 @@
-"""Submitting a run and watching it to its end: shared by `espalier run` and `espalier demo`."""
+"""Submits a run and follows it to its end, for `espalier run` and `espalier demo`."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ from espalier_server.superlink.clouds import Cloud
 from espalier_server.superlink.submission import Submission, flower_status, forget, stop_run, submit
 
 STOP_SECONDS = 60.0
-_SILENT_SECONDS = 20.0  # without a first event, after which Flower is asked what became of the run
+_SILENT_SECONDS = 20.0  # without a first event, after which Flower is asked for the run's status
 _TICK_SECONDS = 0.25
 
 
 def prepare(settings: Mapping[str, FlatValue], out: Path) -> dict[str, FlatValue]:
-    """Check the settings here, where their faults are said clearly, and complete them.
+    """Validate the settings before anything starts, and complete them.
 
     Returns
     -------
@@ -32,7 +32,7 @@ def prepare(settings: Mapping[str, FlatValue], out: Path) -> dict[str, FlatValue
     Raises
     ------
     ConfigError
-        A setting is at fault.
+        A setting is invalid.
     StateError
         `out` cannot be used, or holds another run.
     """
@@ -45,7 +45,7 @@ def prepare(settings: Mapping[str, FlatValue], out: Path) -> dict[str, FlatValue
 
 
 def check_folder(out: Path, run: str) -> None:
-    """Refuse a folder that cannot become, or go on being, the folder of `run`."""
+    """Check that a folder can be, or already is, the folder of `run`."""
     try:
         out.mkdir(parents=True, exist_ok=True)
         probe = out / f".{uuid.uuid4().hex}"
@@ -72,21 +72,21 @@ def run_to_end(
     check: Callable[[RunView], None] = lambda view: None,
     submitted: Callable[[], None] = lambda: None,
 ) -> str:
-    """Submit a run, show it, and return its status once it has ended: "finished" or "stopped".
+    """Submit a run, show its progress, and return its status when it has ended: "finished" or "stopped".
 
-    Ctrl-C (and SIGTERM) stops the run cleanly; a second one leaves it to itself.
+    Ctrl-C (or SIGTERM) stops the run cleanly; after a second one, the run is no longer waited for.
 
     Parameters
     ----------
     check : callable
-        Called with the view several times a second; what it raises ends the run.
+        Called with the view several times a second; an exception that it raises is passed on.
     submitted : callable
-        Called once, as soon as the cloud has the run.
+        Called once, as soon as the run is submitted.
 
     Raises
     ------
     EspalierError
-        The run cannot be submitted, or failed; with the reason.
+        The run cannot be submitted, or it failed; with the reason.
     KeyboardInterrupt
         It was interrupted; the run has been stopped.
     """
@@ -103,34 +103,34 @@ def run_to_end(
 
 
 def _follow(cloud: Cloud, submission: Submission, view: RunView, check: Callable[[RunView], None]) -> str:
-    offset, heard, asked = submission.offset, False, time.monotonic()
+    offset, started, asked = submission.offset, False, time.monotonic()
     while True:
         events, offset = read_from(submission.events, offset)
         for event in events:
-            heard = True
+            started = True
             view.feed(event)
             if event["event"] in FINAL:
                 forget(cloud, submission)
                 if event["event"] == "failed":
                     raise EspalierError(
-                        f"run {submission.run} failed: {event.get('reason') or 'without a reason'}"
+                        f"run {submission.run} failed: {event.get('reason') or 'no reason given'}"
                     )
                 return str(event["event"])
         view.tick()
         check(view)
         if not cloud.running:
             raise EspalierError(
-                f"the cloud {cloud.name!r} has ended; start it again on {cloud.state} and the run goes on "
-                "from its last checkpoint"
+                f"the cloud {cloud.name!r} has ended; start it again with --state {cloud.state}, and it resumes "
+                "the run from the last checkpoint"
             )
-        if not heard and time.monotonic() - asked > _SILENT_SECONDS:
+        if not started and time.monotonic() - asked > _SILENT_SECONDS:
             _ask_flower(cloud, submission)
             asked = time.monotonic()
         time.sleep(_TICK_SECONDS)
 
 
 def _ask_flower(cloud: Cloud, submission: Submission) -> None:
-    """Raise if the ServerApp ended before it could write an event."""
+    """Raise EspalierError if the ServerApp ended before it wrote an event."""
     status, details = flower_status(cloud, submission)
     if status.startswith("finished"):
         forget(cloud, submission)
@@ -141,7 +141,7 @@ def _ask_flower(cloud: Cloud, submission: Submission) -> None:
 
 
 def _show_rest(submission: Submission, view: RunView) -> None:
-    """Show how a stopped run ended."""
+    """Show the final event of a stopped run."""
     events, _ = read_from(submission.events, submission.offset)
     for event in events:
         if event["event"] in FINAL:
@@ -149,6 +149,6 @@ def _show_rest(submission: Submission, view: RunView) -> None:
 
 
 def describe_result(out: Path, status: str) -> str:
-    """Return where the results of a run that ended are."""
+    """Return a line that lists the results of a run that has ended."""
     made = [name for name in ("report.html", "samples.png", "model") if (out / name).exists()]
-    return f"{status}; in {out}: {', '.join(made) or 'nothing yet'}"
+    return f"{status}; in {out}: {', '.join(made) or 'no results'}"

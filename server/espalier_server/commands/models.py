@@ -1,4 +1,4 @@
-"""The commands of models: sample, pretrain-generator."""
+"""Commands for models: sample, pretrain-generator."""
 
 from __future__ import annotations
 
@@ -27,18 +27,23 @@ def sample(
 
 
 def pretrain_generator(
-    data: Annotated[str, typer.Option(help="Data SPEC to learn from, e.g. digits or mnist.")],
+    data: Annotated[str, typer.Option(help="Data SPEC to train on, e.g. digits or mnist.")],
     out: Annotated[Path, typer.Option(help="Folder to write.")],
-    minutes: Annotated[float, typer.Option(help="How long to train, by the clock.")] = 3.0,
+    minutes: Annotated[float, typer.Option(help="Training time in minutes of wall-clock time.")] = 3.0,
     steps: Annotated[
-        int | None, typer.Option(help="How many steps instead: the same seed gives the same generator.")
+        int | None,
+        typer.Option(help="Steps instead of --minutes: the same seed gives the same generator."),
     ] = None,
-    seed: Annotated[int, typer.Option(min=0, help="Seed of weights, order and noise.")] = 0,
-    latent: Annotated[int, typer.Option(help="Length of a latent.")] = 128,
-    size: Annotated[int | None, typer.Option(help="Pixels of a side; the data's own unless given.")] = None,
+    seed: Annotated[
+        int, typer.Option(min=0, help="Seed of the weights, the order of the data and the noise.")
+    ] = 0,
+    latent: Annotated[int, typer.Option(help="Dimension of the latent space.")] = 128,
+    size: Annotated[
+        int | None, typer.Option(help="Height and width in pixels; by default those of the data.")
+    ] = None,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
 ) -> None:
-    """Train a small generator of images for FedKTL; a few minutes on a CPU."""
+    """Train a small image generator for FedKTL; a few minutes on a CPU."""
     from espalier.environment import check_libraries
 
     check_libraries("cloud")

@@ -1,4 +1,4 @@
-"""`espalier pretrain-generator`: train the small GAN that FedKTL uses where no larger generator is at hand."""
+"""`espalier pretrain-generator`: trains a small GAN for FedKTL, for use without a larger pretrained generator."""
 
 from __future__ import annotations
 
@@ -25,15 +25,15 @@ def pretrain_generator(
     data : str
         See :func:`espalier.data.spec.open_data`.
     out : Path
-        Folder to write; a former generator there is replaced.
+        Folder to write; a generator in it is replaced.
     minutes, steps, seed, latent_dim
         See :func:`espalier_server.generators.pretrain.pretrain`.
     size : int, optional
-        Height and width of the images, in pixels; what the data have unless given.
+        Height and width of the images in pixels; by default those of the data.
     device : str
         Where to train.
     say : callable
-        Gets lines of progress.
+        Called with each line of progress.
 
     Raises
     ------
@@ -44,14 +44,14 @@ def pretrain_generator(
     StateError
         `out` cannot be written.
     TrainingError
-        The training went wrong.
+        The training failed.
     """
     from espalier.data.spec import open_data
     from espalier.training.trainer import resolve_device
     from espalier_server.generators.gan import GRID, check_out, save_gan
     from espalier_server.generators.pretrain import Progress, pretrain, sample_grid
 
-    def tell(progress: Progress) -> None:
+    def report(progress: Progress) -> None:
         say(
             f"{progress.share:4.0%}  {progress.seconds:5.0f} s  step {progress.step}: "
             f"generator loss {progress.generator_loss:.2f}, discriminator loss {progress.discriminator_loss:.2f}"
@@ -65,7 +65,7 @@ def pretrain_generator(
         f"{len(images)} images of {images.name}, {channels} x {height} x {height}, {len(images.classes)} classes"
     )
     network, notes = pretrain(
-        images, minutes=minutes, steps=steps, seed=seed, latent_dim=latent_dim, device=place, say=tell
+        images, minutes=minutes, steps=steps, seed=seed, latent_dim=latent_dim, device=place, say=report
     )
     save_gan(out, network, notes, sample_grid(network, seed=seed))
-    say(f"{out}: the generator; look at {out / GRID} before you use it")
+    say(f"{out}: the generator; check its samples in {out / GRID} before you use it")

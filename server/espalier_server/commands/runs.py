@@ -1,4 +1,4 @@
-"""The commands of a run: demo, run, stop, report."""
+"""Commands for runs: demo, run, stop, report."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ def demo(
     method: Annotated[str | None, typer.Option(help="Federated method.")] = None,
     edges: Annotated[int, typer.Option(help="Edge processes.")] = 2,
     clients: Annotated[int, typer.Option(help="Client processes.")] = 4,
-    data: Annotated[str, typer.Option(help="SOURCE or SOURCE:SCHEME, shared among the clients.")] = "digits",
+    data: Annotated[str, typer.Option(help="SOURCE or SOURCE:SCHEME, divided among the clients.")] = "digits",
     out: Annotated[Path, typer.Option(help="Folder of the run.")] = Path("runs/demo"),
     settings: Settings = None,
 ) -> None:
@@ -53,7 +53,7 @@ def run(
     from espalier_server.superlink.submission import submit
 
     if (out is None) == (resume is None):
-        raise ConfigError("give --out DIR for a new run, or --resume RUN_DIR to go on with one")
+        raise ConfigError("give --out DIR for a new run, or --resume RUN_DIR to resume one")
     given = parse_assignments(settings or [])
     config = prepare(given, out) if out is not None else resumed_settings(cast(Path, resume), given)
     running = find_cloud(cloud)

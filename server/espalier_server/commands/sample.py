@@ -1,4 +1,4 @@
-"""`espalier sample`: draw with a model that a run left."""
+"""`espalier sample`: generates images with the model of a run."""
 
 from __future__ import annotations
 
@@ -8,14 +8,14 @@ from espalier.errors import StateError
 
 
 def sample_model(model: Path, count: int, steps: int, seed: int, out: Path) -> None:
-    """Draw `count` images with the model in a folder and write them as one PNG grid.
+    """Generate images with the model in a folder and write them as a PNG grid.
 
     Parameters
     ----------
     model : Path
         Folder ``model/`` of a run.
     count, steps, seed : int
-        Images, DDIM steps, and the seed of the starting noise.
+        Number of images, DDIM steps, and the seed of the initial noise.
     out : Path
         PNG file.
 

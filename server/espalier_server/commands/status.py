@@ -15,7 +15,8 @@ if TYPE_CHECKING:
 
 CloudName = Annotated[str, typer.Option("--cloud", help="Name of a cloud on this machine.")]
 MonitorAddress = Annotated[
-    str | None, typer.Option(metavar="HOST:PORT", help="Its --monitor address, where it runs elsewhere.")
+    str | None,
+    typer.Option(metavar="HOST:PORT", help="Its --monitor address, if it runs on another machine."),
 ]
 
 
@@ -50,7 +51,7 @@ def top(
     root_certificates: Roots = None,
     insecure: Insecure = False,
 ) -> None:
-    """Watch the tree live, until q or Ctrl-C."""
+    """Show the status of the tree live, until q or Ctrl-C."""
     from espalier_server.commands.top import run_top
 
     where, security = _target(cloud, address, root_certificates, insecure)

@@ -1,4 +1,4 @@
-"""The clouds that run on this machine: found by name, each with its state folder."""
+"""The registry of clouds that run on this machine, by name."""
 
 from __future__ import annotations
 
@@ -18,22 +18,22 @@ CLOUD_FILE = "cloud.json"
 
 @dataclass(frozen=True)
 class Cloud:
-    """A running cloud, as it describes itself.
+    """A running cloud.
 
     Attributes
     ----------
     name : str
-        What ``espalier run --cloud`` calls it.
+        Name for ``espalier run --cloud``.
     listen, control : str
         Addresses of its Fleet API (for edges) and Control API (for this machine).
     pid : int
-        Process that supervises it.
+        Process id of its supervisor.
     state : str
         Its state folder.
     root_certificates : str
-        PEM file its ports are checked against; empty when they are plain.
+        PEM file of the authority of its certificate; empty without TLS.
     monitor : str
-        Address of its live view; empty when it serves none.
+        Address of its monitoring service; empty if it has none.
     """
 
     name: str
@@ -72,37 +72,37 @@ class Cloud:
         )
         for path in registry().glob("*.json"):
             other = _read(path)
-            if other is not None and not other.running:  # it was killed and could not take itself off
+            if other is not None and not other.running:  # it was killed and could not unregister
                 path.unlink(missing_ok=True)
         for path in (self.folder / CLOUD_FILE, registry() / f"{self.name}.json"):
             write_json(path, asdict(self))
 
     def unregister(self) -> None:
-        """Take the cloud off the registry, if it still is the one of its name."""
+        """Remove the cloud from the registry, unless another one has its name now."""
         path = registry() / f"{self.name}.json"
         if _read(path) == self:
             path.unlink(missing_ok=True)
 
     @property
     def running(self) -> bool:
-        """Whether a process owns its state folder."""
+        """Whether a process owns the state folder."""
         return is_locked(self.folder)
 
 
 def registry() -> Path:
-    """Return the folder with one file per cloud of this user."""
+    """Return the folder that holds one file for each cloud of this user."""
     base = os.environ.get("XDG_STATE_HOME") or str(Path.home() / ".local" / "state")
     return Path(base) / "espalier" / "clouds"
 
 
 def running_clouds() -> list[Cloud]:
-    """Return the clouds that run, by name."""
+    """Return the running clouds, ordered by name."""
     clouds = [cloud for path in sorted(registry().glob("*.json")) if (cloud := _read(path)) is not None]
     return [cloud for cloud in clouds if cloud.running]
 
 
 def find_cloud(name: str) -> Cloud:
-    """Return the running cloud of a name.
+    """Return the running cloud with a name.
 
     Raises
     ------

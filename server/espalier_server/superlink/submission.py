@@ -227,7 +227,7 @@ def flwr(cloud: Cloud, command: str, *arguments: str) -> dict[str, Any]:
         ) from error
     except OSError as error:
         raise EspalierError(
-            f"cannot start {tool}: {error.strerror}; install espalier in this environment"
+            f"cannot start {tool}: {error.strerror}; install espalier-fl in this environment again"
         ) from error
     reply = _json(done.stdout)
     if done.returncode != 0 or not reply.get("success"):

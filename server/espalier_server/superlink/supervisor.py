@@ -22,7 +22,7 @@ from espalier.processes.supervise import (
     espalier_env,
     listens,
     process_alive,
-    signals_held,
+    signals_ignored,
     spawn,
     stop,
 )
@@ -130,7 +130,7 @@ def run_cloud(
             try:
                 supervisor.run()
             finally:
-                with signals_held():
+                with signals_ignored():
                     supervisor.close()
                     cloud.unregister()
     finally:
@@ -255,7 +255,7 @@ class Supervisor:
         deadline = time.monotonic() + READY_SECONDS
         while not all(listens(*address) for address in addresses):
             if not process.running:
-                words = process.last_words()
+                words = process.last_lines()
                 raise StateError(f"flower-superlink ended at once: {words} (log: {process.log})")
             if time.monotonic() > deadline:
                 raise StateError(

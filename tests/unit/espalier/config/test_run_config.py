@@ -318,5 +318,5 @@ def test_a_plan_says_only_what_departs_from_the_defaults() -> None:
 def test_a_plan_of_other_defaults_is_refused() -> None:
     struct = RunConfig.from_flat({"rounds": 7}).to_struct()
     struct.update({"defaults": "0123456789abcdef"})
-    with pytest.raises(ConfigError, match="default settings are not this side's; install one Espalier"):
+    with pytest.raises(ConfigError, match="default settings are not this side's; install the same version"):
         RunConfig.from_struct(struct)

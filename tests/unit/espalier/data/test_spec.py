@@ -171,7 +171,7 @@ def test_celeba_classes_are_male_times_young(tmp_path: Path, monkeypatch: pytest
 
 def test_a_missing_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(DataError, match="'testbed' extra"):
+    with pytest.raises(DataError, match=r"run: pip install 'espalier-fl\[testbed\]'"):
         open_data("digits")
 
 

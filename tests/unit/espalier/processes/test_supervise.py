@@ -60,14 +60,14 @@ def test_output_goes_to_the_log(tmp_path: Path) -> None:
     )
     process.popen.wait(10)
     assert process.log.read_text() == "one\ntwo\n"
-    assert process.last_words() == "two"
-    assert process.last_words(2) == "one\ntwo"
+    assert process.last_lines() == "two"
+    assert process.last_lines(2) == "one\ntwo"
 
 
 def test_stop_ends_those_that_listen_and_those_that_do_not(tmp_path: Path) -> None:
     polite = spawn("polite", python(SLEEP), tmp_path / "polite.log")
     stubborn = spawn("stubborn", python(STUBBORN), tmp_path / "stubborn.log")
-    wait_for(lambda: stubborn.last_words() == "ready")
+    wait_for(lambda: stubborn.last_lines() == "ready")
     start = time.monotonic()
     stop([polite, stubborn], grace=0.5)
     assert time.monotonic() - start < 5
@@ -77,7 +77,7 @@ def test_stop_ends_those_that_listen_and_those_that_do_not(tmp_path: Path) -> No
 
 def test_stop_reaches_grandchildren(tmp_path: Path) -> None:
     process = spawn("parent", python(PARENT), tmp_path / "parent.log")
-    wait_for(lambda: "ready" in process.last_words(2))
+    wait_for(lambda: "ready" in process.last_lines(2))
     grandchild = int(process.log.read_text().split()[0])
     stop([process], grace=0.5)
     wait_for(lambda: gone(grandchild))
