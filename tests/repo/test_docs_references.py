@@ -101,3 +101,12 @@ def test_make_targets_exist(page: Path) -> None:
         match[1] for code in code_of(page) if (match := re.match(r"(?:\w+\$ +)?make ([a-z][\w-]*)", code))
     }
     assert named <= targets
+
+
+def test_the_log_lines_of_the_certificates_page_are_those_of_the_node() -> None:
+    section = text_of(ROOT / "docs" / "certificates.md").split("| its log says |")[1]
+    said = [line.split("|")[1].strip() for line in section.splitlines()[2:] if line.startswith("|")]
+    assert len(said) > 5
+    sources = "\n".join(text_of(path) for path in (ROOT / "common" / "espalier" / "flower").glob("*.py"))
+    joined = re.sub(r'"\s*\n\s*f?"', "", sources)  # literals that stand on several lines
+    assert [line for line in said if line not in joined] == []
