@@ -53,7 +53,7 @@ def forget_peak() -> int:
 def edge(state: Path, clients: int, size: int, tensors: int) -> dict[str, Any]:
     """Serve one round as `espalier edge` does, without the link to a cloud."""
     from bench.local_grid import LocalCloud
-    from espalier.config.run_config import RunConfig
+    from espalier.methods.run_config import RunConfig
     from espalier_edge.app import EdgeApp
     from espalier_edge.fleet.server import InlineFleet
 

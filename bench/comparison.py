@@ -14,7 +14,7 @@ import numpy as np
 from PIL import Image
 
 from bench.local_tree import LocalClient, LocalTree
-from espalier.config.run_config import FlatValue
+from espalier.config.fields import FlatValue
 from espalier.errors import EspalierError
 from espalier.wire.traffic import LINKS
 from espalier_server.records.events import EVENTS_FILE

@@ -26,7 +26,7 @@ from bench.comparison import (
     Settings,
 )
 from bench.report import Outcome, Row, Target, parser, show
-from espalier.config.run_config import FlatValue
+from espalier.config.fields import FlatValue
 from espalier.errors import ConfigError, EspalierError
 from espalier.wire.traffic import CLIENT_EDGE, EDGE_CLOUD
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, cast
 
 from bench.local_grid import LocalCloud, LocalFleet, LocalGrid, LocalNode, client_node
-from espalier.config.run_config import RunConfig
+from espalier.methods.run_config import RunConfig
 from espalier_client.app import app as client_app
 from espalier_edge.app import EdgeApp
 from espalier_server.run import TreeRun

@@ -15,7 +15,7 @@ import psutil
 from bench.report import Outcome, Target, run
 from bench.scale import MB, edge_processes
 from bench.stock import SuperLink, app_bundle, environment, running, serverapp_grid, superlink, wait_until
-from espalier.config.run_config import RunConfig
+from espalier.methods.run_config import RunConfig
 from espalier.monitor.node_status import connected_upstreams
 from espalier.processes.supervise import espalier_command, espalier_env
 from espalier_edge.fleet.server import InlineFleet

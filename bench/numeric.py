@@ -18,11 +18,11 @@ import numpy as np
 from flwr.app import ConfigRecord, Context, Message, RecordDict
 from google.protobuf.struct_pb2 import Struct
 
-from espalier.config.run_config import RunConfig
 from espalier.flower.memory import retain_freed_blocks
 from espalier.flower.node_resources import NodeResources
 from espalier.flower.resident import ResidentNode, Upstream
 from espalier.methods.registry import create_method
+from espalier.methods.run_config import RunConfig
 from espalier.methods.views import buffers_of
 from espalier.processes.signals import stop_on_signals
 from espalier.seeds import rng_for

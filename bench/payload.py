@@ -21,7 +21,7 @@ from bench.report import Outcome, Target, run
 from bench.rounds import one_tensor, random_weights, unet_layout
 from bench.scale import rounds, tree
 from bench.stream import streamed
-from espalier.config.run_config import FlatValue
+from espalier.config.fields import FlatValue
 from espalier.flower.payloads import pack, tree_ids, unpack
 from espalier.wire.payload import Layout
 

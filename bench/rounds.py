@@ -221,8 +221,8 @@ def unet_layout(size: int | None = None, dtype: str = "float32") -> Layout:
 
 def trained_network(model: str, **flat: Any) -> Trained:
     """Return a network of a preset for the digits, and the settings to train it with."""
-    from espalier.config.run_config import RunConfig
     from espalier.methods.registry import create_method
+    from espalier.methods.run_config import RunConfig
     from espalier.models.architecture import describe
     from espalier.models.arrays import model_arrays
 

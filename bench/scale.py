@@ -20,7 +20,8 @@ from flwr.app import Message, RecordDict
 from bench.numeric import WAKE
 from bench.report import Outcome, Row, Target, run
 from bench.stock import SuperLink, app_bundle, environment, running, serverapp_grid, superlink, wait_until
-from espalier.config.run_config import FlatValue, RunConfig
+from espalier.config.fields import FlatValue
+from espalier.methods.run_config import RunConfig
 from espalier.processes.supervise import espalier_command, espalier_env
 from espalier_edge.fleet.server import InlineFleet
 from espalier_server.records.snapshot import Snapshot

@@ -26,8 +26,8 @@ if TYPE_CHECKING:
     import torch
     from torch import nn
 
-    from espalier.config.run_config import RunConfig
     from espalier.data.imageset import ImageSet
+    from espalier.methods.run_config import RunConfig
 
 ABOUT = "Images a second of a client's local training, against a plain PyTorch loop, dense and pruned"
 RATIO = 0.2
@@ -205,7 +205,7 @@ def sides(case: Case, device: str, variants: bool) -> dict[str, Callable[[int], 
     """Build every side's network and return what trains it for a turn."""
     import torch
 
-    from espalier.config.run_config import RunConfig
+    from espalier.methods.run_config import RunConfig
     from espalier.models.initial import initial_model
     from espalier.tasks.base import base_objective
 

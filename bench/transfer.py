@@ -159,7 +159,7 @@ def train_judge(data: ImageSet, test: ImageSet, steps: int) -> tuple[nn.Module, 
     import torch
     from torch.nn import functional
 
-    from espalier.config.run_config import RunConfig
+    from espalier.methods.run_config import RunConfig
     from espalier.models.initial import initial_model
 
     settings = RunConfig.from_flat({"method": "fedavg", "model": "cnn", "seed": 0})

@@ -5,10 +5,10 @@ from __future__ import annotations
 import numpy as np
 from flwr.app import Message
 
-from espalier.config.run_config import RunConfig
+from espalier.config.run_settings import RunSettings
 from espalier.data.imageset import to_uint8
 from espalier.errors import WireError
-from espalier.methods.faug import SEED_IMAGES, SEED_LABELS, seed_labels, targets
+from espalier.methods.faug import SEED_IMAGES, SEED_LABELS, FAugSettings, seed_labels, targets
 from espalier.seeds import rng_for, seed_for
 from espalier.wire import control
 from espalier.wire.payload import Weights
@@ -43,14 +43,14 @@ def answer_augmentation(
     return report, _fill(device, settings, plan, message, report)
 
 
-def _seeds(device: Device, settings: RunConfig, report: pb.ClientReport) -> Weights:
+def _seeds(device: Device, settings: RunSettings, report: pb.ClientReport) -> Weights:
     """Return a few images of the labels this client lacks, and of some it does not, to hide which."""
     rng = rng_for(settings.seed, device.name, 0, "seed images")
     wanted, redundant = seed_labels(device.labels, settings, rng)
     chosen = []
     for label in sorted([*wanted, *redundant]):
         own = np.flatnonzero(device.images.labels == label)
-        chosen.append(np.sort(rng.permutation(own)[: settings.faug_seeds]))
+        chosen.append(np.sort(rng.permutation(own)[: settings.of(FAugSettings).faug_seeds]))
     indices = np.concatenate(chosen) if chosen else np.zeros(0, np.int64)
     images = to_uint8(device.images.fetch(indices)).numpy() if len(indices) else _nothing(device)
     report.metrics.update({"seeds": len(indices), "targets": len(wanted), "redundant": len(redundant)})
@@ -62,7 +62,7 @@ def _nothing(device: Device) -> np.ndarray:
 
 
 def _fill(
-    device: Device, settings: RunConfig, plan: pb.RoundPlan, message: Message, report: pb.ClientReport
+    device: Device, settings: RunSettings, plan: pb.RoundPlan, message: Message, report: pb.ClientReport
 ) -> Weights:
     """Draw images of the labels this client lacks until it has as many as of the others."""
     from espalier.generators.conditional import ConditionalGenerator
@@ -72,7 +72,7 @@ def _fill(
         generator = ConditionalGenerator.of(arrays, len(device.images.classes), device.images.shape)
     except ValueError as error:
         raise WireError(plan.edge, str(error)) from error
-    missing = targets(device.labels, settings.faug_scarce)
+    missing = targets(device.labels, settings.of(FAugSettings).faug_scarce)
     labels = np.repeat(np.arange(len(missing)), missing).astype(np.int64)
     if len(labels):
         seed = seed_for(settings.seed, device.name, 0, "fill")

@@ -97,7 +97,7 @@ def _node_config(
     data: str, words: list[str], level: float | None, model: str | None, privacy_budget: float | None
 ) -> dict[str, bool | int | float | str]:
     """Return the entries of the node config that options give, each checked."""
-    from espalier.config.run_config import parse_assignments
+    from espalier.config.assignments import parse_assignments
 
     if data:
         from espalier.data.spec import parse_spec

@@ -10,6 +10,7 @@ from espalier.errors import WireError
 from espalier.methods.views import INQUIRIES, answer_layout
 from espalier.seeds import rng_for, seed_for
 from espalier.tasks.base import base_objective, dataset_gradient, dataset_loss
+from espalier.tasks.diffusion_settings import DiffusionSettings
 from espalier.training.scoring import accuracy
 from espalier.wire import control
 from espalier.wire.payload import Weights
@@ -125,12 +126,13 @@ def _samples(device: Device, task: Task, report: pb.ClientReport) -> dict[str, n
 
     local = task.local
     layout = answer_layout("samples", task.plan.architecture, local.settings, task.plan.population)
+    settings = local.settings.of(DiffusionSettings)
     images = sample(
         task.model.to(device.torch_device),
         count=layout.tensors[0].shape[0],
-        steps=local.settings.sample_steps,
+        steps=settings.sample_steps,
         seed=seed_for(local.settings.seed, device.name, 0, "evaluation"),
-        settings=local.settings,
+        settings=settings,
     )
     return {"samples/images": to_uint8(images).numpy()}
 

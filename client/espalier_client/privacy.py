@@ -8,11 +8,19 @@ from collections.abc import Iterable, Mapping
 
 import numpy as np
 
-from espalier.config.run_config import RunConfig
+from espalier.config.run_settings import RunSettings
 from espalier.errors import WireError
 from espalier.methods.privacy_rules import ANSWERED
 from espalier.training.objectives import TrainingError
-from espalier.training.privacy import EPSILON, Mechanism, mechanism_of, noise_of, update_mechanism
+from espalier.training.privacy import (
+    EPSILON,
+    DeltaSettings,
+    Mechanism,
+    PrivacySettings,
+    mechanism_of,
+    noise_of,
+    update_mechanism,
+)
 from espalier_client.device import Device
 from espalier_proto import espalier_pb2 as pb
 
@@ -22,7 +30,7 @@ log = logging.getLogger("espalier.client")
 _BLIND_METRICS = frozenset({"lr-sum"})
 
 
-def check_plan(device: Device, plan: pb.RoundPlan, settings: RunConfig) -> None:
+def check_plan(device: Device, plan: pb.RoundPlan, settings: RunSettings) -> None:
     """Refuse a plan that would tell of the images what privacy forbids.
 
     Raises
@@ -31,15 +39,16 @@ def check_plan(device: Device, plan: pb.RoundPlan, settings: RunConfig) -> None:
         The run is not private although the device's owner asks for it, or is, and the plan asks for an exact
         answer.
     """
-    if device.privacy_budget and not settings.private:
+    private = settings.of(PrivacySettings)
+    if device.privacy_budget and not private.private:
         raise WireError(
             plan.edge,
             f"the owner of {device.name} grants a privacy budget and this run keeps none; "
             "set dp-sgd-noise or update-noise",
         )
-    if plan.inquiry and settings.private:
+    if plan.inquiry and private.private:
         # What a device draws from layers of its own was trained under DP-SGD, or not at all.
-        allowed = ANSWERED if settings.dp_sgd else ANSWERED - {"samples"}
+        allowed = ANSWERED if private.dp_sgd else ANSWERED - {"samples"}
         if plan.inquiry not in allowed:
             raise WireError(
                 plan.edge, f"the inquiry {plan.inquiry!r}, whose exact answer tells of the images"
@@ -55,7 +64,7 @@ class RoundPrivacy:
         This device.
     plan : pb.RoundPlan
         The round's plan.
-    settings : RunConfig
+    settings : RunSettings
         The run's settings.
     images : int
         Images that are trained on.
@@ -68,13 +77,14 @@ class RoundPrivacy:
         The device keeps no state, or Opacus is not installed.
     """
 
-    def __init__(self, device: Device, plan: pb.RoundPlan, settings: RunConfig, images: int) -> None:
+    def __init__(self, device: Device, plan: pb.RoundPlan, settings: RunSettings, images: int) -> None:
         self._device, self._plan, self._settings = device, plan, settings
         self.training: Mechanism | None = None
-        if settings.dp_sgd:
+        self._private, self._delta = settings.of(PrivacySettings), settings.of(DeltaSettings).dp_delta
+        if self._private.dp_sgd:
             self.training = mechanism_of(settings, images, noise_of(settings, images))
-            target = settings.dp_sgd_epsilon
-            after = device.budget.epsilon(plan.run, "dp-sgd", settings.dp_delta, self.training)
+            target = self._private.dp_sgd_epsilon
+            after = device.budget.epsilon(plan.run, "dp-sgd", self._delta, self.training)
             if target and after > target:
                 raise TrainingError(
                     f"epsilon would be {after:.4g}, dp-sgd-epsilon={target:g} is all of the run: rounds were done "
@@ -86,7 +96,7 @@ class RoundPrivacy:
         run = self._plan.run
         if self.training:
             self._device.budget.charge(run, "dp-sgd", self.training)
-        if self._settings.update_noise:
+        if self._private.update_noise:
             self._device.budget.charge(run, "update", update_mechanism(self._settings))
 
     def noised(
@@ -97,7 +107,7 @@ class RoundPrivacy:
         buffers: frozenset[str],
     ) -> dict[str, np.ndarray]:
         """Return a reply's tensors, their difference to what was received clipped and noised as the run asks."""
-        s = self._settings
+        s = self._private
         if not s.update_clip:
             return arrays
         rng = self._device.private_rng(self._plan.round, "update")
@@ -105,7 +115,7 @@ class RoundPrivacy:
 
     def describe(self, report: pb.ClientReport) -> None:
         """Leave out of a report what images enter exactly, and say what was spent."""
-        s = self._settings
+        s = self._private
         if not s.private:
             return
         budget = self._device.budget
@@ -113,15 +123,15 @@ class RoundPrivacy:
         for name in [n for n in report.metrics if n not in _BLIND_METRICS]:
             del report.metrics[name]
         if s.dp_sgd:
-            report.metrics[EPSILON["dp-sgd"]] = budget.epsilon(self._plan.run, "dp-sgd", s.dp_delta)
+            report.metrics[EPSILON["dp-sgd"]] = budget.epsilon(self._plan.run, "dp-sgd", self._delta)
         if s.update_noise:
-            report.metrics[EPSILON["update"]] = budget.epsilon(self._plan.run, "update", s.dp_delta)
+            report.metrics[EPSILON["update"]] = budget.epsilon(self._plan.run, "update", self._delta)
         spent = {n: round(report.metrics[n], 3) for n in EPSILON.values() if n in report.metrics}
         log.info(
             "run %s: spent %s at delta %g; over all runs %.3g",
             self._plan.run,
             spent,
-            s.dp_delta,
+            self._delta,
             budget.total(),
         )
 

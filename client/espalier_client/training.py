@@ -12,11 +12,12 @@ import torch
 from flwr.app import ArrayRecord, Message, MetricRecord, RecordDict
 
 from espalier.config.reproducible import is_reproducible
-from espalier.config.run_config import RunConfig
+from espalier.config.run_settings import RunSettings
 from espalier.errors import ConfigError, WireError
 from espalier.flower.arrays import array_from_numpy, numpy_view
 from espalier.methods.base import Method
 from espalier.methods.registry import create_method
+from espalier.methods.run_config import RunConfig
 from espalier.methods.views import buffers_of
 from espalier.models.architecture import describe
 from espalier.models.arrays import model_arrays, to_tensor
@@ -27,7 +28,7 @@ from espalier.seeds import rng_for, seed_for
 from espalier.tasks.base import base_objective, dataset_loss
 from espalier.training.determinism import deterministic
 from espalier.training.objectives import LocalResult, LocalRound, Objective
-from espalier.training.privacy import Mechanism
+from espalier.training.privacy import Mechanism, PrivacySettings
 from espalier.training.trainer import train_local
 from espalier.wire import control
 from espalier.wire.codec import Codec, create_codec
@@ -232,7 +233,7 @@ def train_plain(
     the client keeps between rounds is in Flower's `Context.state`, because a plain run has no versions.
     """
     settings, model = _plain_model(device, record, run_config)
-    if settings.private or device.privacy_budget:
+    if settings.of(PrivacySettings).private or device.privacy_budget:
         raise ConfigError(
             "differential privacy needs the plans of an Espalier run, which count what was spent; submit one, or "
             "give DP-SGD and update noise to your own ClientApp"
@@ -293,7 +294,7 @@ def train(
 
 def local_round(
     device: Device,
-    settings: RunConfig,
+    settings: RunSettings,
     round_: int,
     received: Mapping[str, np.ndarray],
     state: dict[str, np.ndarray],

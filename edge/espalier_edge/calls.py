@@ -18,8 +18,9 @@ from espalier.flower.reply_outcome import fault_kind
 from espalier.methods.base import Method, Update
 from espalier.methods.state import ServerState
 from espalier.methods.views import Sent, answer_layout, buffers_of, whole_view
+from espalier.training.privacy import PrivacySettings
 from espalier.wire import control
-from espalier.wire.codec import Codec, create_codec
+from espalier.wire.codec import Codec, CodecSettings, create_codec
 from espalier.wire.payload import Layout
 from espalier.wire.sent import SentForm
 from espalier.wire.signature import UNSIGNED, check
@@ -210,7 +211,7 @@ class Caller:
     def _coded(self, sent: Sent) -> Sent:
         """Return a view with its tensors as clients will read them, and as they lie on the link."""
         settings = self.method.settings
-        if settings.downlink == "none":
+        if settings.of(CodecSettings).downlink == "none":
             return sent
         coded, read = SentForm(sent.weights.layout, sent.architecture, settings).encode(sent.weights)
         return replace(sent, weights=read, coded=coded)
@@ -279,7 +280,11 @@ class Caller:
         if not 0 < report.samples <= called[name].hello.samples:
             raise WireError(name, f"{report.samples} samples, its hello had {called[name].hello.samples}")
         # Under differential privacy a client keeps its exact loss to itself.
-        untold = np.isnan(report.loss) and self.method.settings.private and not plans[name].inquiry
+        untold = (
+            np.isnan(report.loss)
+            and self.method.settings.of(PrivacySettings).private
+            and not plans[name].inquiry
+        )
         told = [] if untold else [report.loss]
         if not np.isfinite([*told, *report.metrics.values()]).all():
             raise WireError(name, "a loss or another metric that is not a number")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from espalier.config.run_config import RunConfig
+from espalier.config.run_settings import RunSettings
 from espalier.config.timeouts import LEAST_ROUND
 
 #: A deadline is so many times what the slowest participant is expected to take.
@@ -13,12 +13,12 @@ MARGIN = 3.0
 NEWEST = 0.3
 
 
-def work_of(settings: RunConfig, samples: int, numbers: int) -> float:
+def work_of(settings: RunSettings, samples: int, numbers: int) -> float:
     """Return what a client has to do in a round, in samples times numbers of the model it is sent.
 
     Parameters
     ----------
-    settings : RunConfig
+    settings : RunSettings
         The run's configuration.
     samples : int
         Samples the client holds.

@@ -11,16 +11,17 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from espalier.config.run_config import RunConfig
 from espalier.errors import UNSOUND, ConfigError, EspalierError, WireError, unsound
+from espalier.methods.power_of_choice import PowD, rating
 from espalier.methods.registry import create_method
-from espalier.methods.selection import rating, shares, top
+from espalier.methods.run_config import RunConfig
+from espalier.methods.selection import shares, top
 from espalier.methods.state import ServerState
 from espalier.methods.tally import Tally
 from espalier.methods.views import buffers_of
 from espalier.seeds import rng_for
 from espalier.wire import control
-from espalier.wire.codec import create_codec
+from espalier.wire.codec import CodecSettings, create_codec
 from espalier.wire.payload import Weights
 from espalier.wire.update import UpdateForm
 from espalier_edge.calls import Answered, Caller
@@ -238,7 +239,7 @@ class EdgeWindow:
             counts[participant.edge] = counts.get(participant.edge, 0) + 1
         keep = shares(counts, schedule.keep)[self.edge]
         answers = self._ask("loss", schedule.round, candidates)
-        settings = self.method.settings
+        settings = self.method.settings.of(PowD.Settings)
         rated = {a.update.name: rating(settings, a.report.loss, a.report.samples) for a in answers}
         chosen = set(top(rated, keep))
         return [p for p in candidates if p.client in chosen]
@@ -252,7 +253,8 @@ class EdgeWindow:
             detail = f"{late} replies came after their deadline and were dropped"
             self.caller.fault("clients", "late", detail, 0)
         settings, received = self.method.settings, self._received
-        codec = None if settings.edge_codec == "none" else create_codec(settings, settings.edge_codec)
+        name = settings.of(CodecSettings).edge_codec
+        codec = None if name == "none" else create_codec(settings, name)
         # A coordinate that nobody held is no difference.
         weights, scalars = self.tally.report(received.views() if codec else None)
         self.report.metrics.update(scalars)

@@ -7,7 +7,7 @@ import os
 from flwr.app import Context
 from flwr.serverapp import Grid, ServerApp
 
-from espalier.config.run_config import RunConfig
+from espalier.methods.run_config import RunConfig
 from espalier.monitor.logs import FORMAT_ENV, configure
 from espalier_server.monitor import remember_run
 from espalier_server.records.resume import at_work

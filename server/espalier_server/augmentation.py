@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from espalier.config.run_config import RunConfig
-from espalier.methods.faug import SEED_IMAGES, SEED_LABELS, leakage
+from espalier.config.run_settings import RunSettings
+from espalier.methods.faug import SEED_IMAGES, SEED_LABELS, FAugSettings, leakage
 from espalier.methods.selection import Answer
 from espalier.seeds import seed_for
 from espalier.wire.payload import Weights
@@ -27,13 +27,13 @@ _IMAGES, _LABELS = SEED_IMAGES.partition("/")[2], SEED_LABELS.partition("/")[2]
 
 
 def augment(
-    settings: RunConfig, strategy: WindowStrategy, classes: int, device: torch.device, samples: Path
+    settings: RunSettings, strategy: WindowStrategy, classes: int, device: torch.device, samples: Path
 ) -> AugmentationEntry:
     """Let clients fill up the labels they lack.
 
     Parameters
     ----------
-    settings : RunConfig
+    settings : RunSettings
         The `faug-…` settings.
     strategy : WindowStrategy
         Asks the clients.
@@ -68,7 +68,12 @@ def augment(
         entry.leakage_to_server[name], entry.leakage_between[name] = to_server, between
     seed = seed_for(settings.seed, "cloud", 0, "conditional gan")
     generator = train_conditional(
-        np.concatenate(pixels), marks, classes, steps=settings.faug_steps, seed=seed, device=device
+        np.concatenate(pixels),
+        marks,
+        classes,
+        steps=settings.of(FAugSettings).faug_steps,
+        seed=seed,
+        device=device,
     )
     samples.parent.mkdir(parents=True, exist_ok=True)
     image_grid(generator.draw(np.repeat(np.arange(classes), 8), seed)).save(samples)

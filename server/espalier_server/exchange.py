@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 import numpy as np
 from flwr.app import Message
 
-from espalier.config.run_config import RunConfig
+from espalier.config.run_settings import RunSettings
 from espalier.errors import WireError, unsound
 from espalier.flower.arrays import payload_bytes
 from espalier.flower.reply_outcome import fault_kind
@@ -17,7 +17,7 @@ from espalier.methods.base import CloudState, Method
 from espalier.methods.tally import ROWS, stacked
 from espalier.methods.views import buffers_of
 from espalier.wire import control
-from espalier.wire.codec import create_codec
+from espalier.wire.codec import CodecSettings, create_codec
 from espalier.wire.payload import Layout, Weights
 from espalier.wire.sent import SentForm
 from espalier.wire.traffic import CLIENT_EDGE, EDGE_CLOUD
@@ -64,7 +64,7 @@ class Exchange:
     received: Weights = field(default_factory=lambda: Weights.pack({}))
 
     @property
-    def settings(self) -> RunConfig:
+    def settings(self) -> RunSettings:
         """The run's configuration."""
         return self.method.settings
 
@@ -128,9 +128,9 @@ class Exchange:
     def _tensors(self, reply: Message, layout: Layout, name: str) -> Weights:
         """Read a report's tensors; of the network's it may hold coded differences."""
         s, received = self.settings, self.received
-        if s.edge_codec == "none":
+        if (name := s.of(CodecSettings).edge_codec) == "none":
             return control.read_weights(reply, layout, name)
-        codec, buffers = create_codec(s, s.edge_codec), buffers_of(self.plan.architecture)
+        codec, buffers = create_codec(s, name), buffers_of(self.plan.architecture)
         form = UpdateForm(layout, received.layout, buffers, codec)
         payload = control.read_weights(reply, form.wire, name)
         return form.whole(payload, received.views(), name)

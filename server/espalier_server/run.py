@@ -11,11 +11,13 @@ from typing import Literal
 
 from flwr.app import ArrayRecord, ConfigRecord
 
-from espalier.config.run_config import RunConfig
+from espalier.config.run_settings import RunSettings
 from espalier.config.timeouts import window_seconds
 from espalier.errors import EspalierError, StateError
 from espalier.methods.base import CloudState, Method
-from espalier.methods.levels import parse_levels
+from espalier.methods.faug import AugmentSettings
+from espalier.methods.homogeneity import ScoreSettings
+from espalier.methods.levels import LevelSettings
 from espalier.methods.planning import AtRandom, mean_homogeneity, plan_window
 from espalier.methods.registry import create_method
 from espalier.models.diffusion import ema_update
@@ -24,6 +26,7 @@ from espalier.monitor.logs import bind
 from espalier.security.keys import EDGE_KEYS, KEYS_ONLY, KeyRegistry
 from espalier.security.name_registry import EDGE_NAMES, Claims, NameRegistry
 from espalier.training.determinism import deterministic
+from espalier.training.privacy import PrivacySettings
 from espalier.training.trainer import resolve_device
 from espalier.wire.payload import Weights
 from espalier_server.client_keys import ClientKeys
@@ -55,7 +58,7 @@ class TreeRun:
 
     Parameters
     ----------
-    settings : RunConfig
+    settings : RunSettings
         The run's configuration.
     grid : TreeGrid
         The run's grid.
@@ -65,14 +68,14 @@ class TreeRun:
         Folder of what the cloud knows beyond a run: which key owns which edge's or client's name.
     """
 
-    def __init__(self, settings: RunConfig, grid: TreeGrid, out: Path, state: Path) -> None:
+    def __init__(self, settings: RunSettings, grid: TreeGrid, out: Path, state: Path) -> None:
         self.settings, self.grid, self.out = settings, grid, out
         self.run_id = settings.run_id or uuid.uuid4().hex[:12]
         self.method: Method = create_method(settings)
-        by_hand = self.method.has_levels and settings.level_choice == "device"
-        smallest = min(parse_levels(settings.levels)) if by_hand else 0.0
+        by_hand = self.method.has_levels and settings.of(LevelSettings).level_choice == "device"
+        smallest = min(settings.of(LevelSettings).shares) if by_hand else 0.0
         names, keys = edge_names(state), ClientKeys(state, keys_only=bool(os.environ.get(KEYS_ONLY)))
-        epsilon = settings.histogram_epsilon
+        epsilon = settings.of(PrivacySettings).histogram_epsilon
         self.tree = Tree(grid, names, self.run_id, epsilon, keys, smallest, settings.reproducible)
         self.chronicle = Chronicle(settings, self.run_id, out)
         self.state: CloudState | None = None
@@ -124,7 +127,7 @@ class TreeRun:
         strategy = WindowStrategy(self.method, state, self.tree, self.run_id, reached)
         strategy.summary()
         if state.window == 0:
-            if s.augment == "faug":
+            if s.of(AugmentSettings).augment == "faug":
                 self._augment(strategy)
             self.method.before_run(state, strategy.ask)
             if state.pruned:
@@ -183,7 +186,9 @@ class TreeRun:
             self.chronicle.ledger.merge(strategy.outcome.ledger)
             self.chronicle.faults(faults)
             return
-        planned, random = (mean_homogeneity(p, members, s.homogeneity_form) for p in (plan, random_plan))
+        planned, random = (
+            mean_homogeneity(p, members, s.of(ScoreSettings).homogeneity_form) for p in (plan, random_plan)
+        )
         self.chronicle.window(strategy, time.monotonic() - start, planned, random)
         self.chronicle.faults(faults)
 
@@ -282,7 +287,7 @@ class TreeRun:
             raise StopRequested
 
 
-def run_folder(settings: RunConfig, flower_run: int) -> Path:
+def run_folder(settings: RunSettings, flower_run: int) -> Path:
     """Return the run's folder, made where it was not: `out`, or one below the cloud's state."""
     out = (
         Path(settings.out) if settings.out else cloud_state() / "runs" / (settings.run_id or str(flower_run))
@@ -294,7 +299,7 @@ def run_folder(settings: RunConfig, flower_run: int) -> Path:
     return out
 
 
-def check_folder(settings: RunConfig, out: Path) -> None:
+def check_folder(settings: RunSettings, out: Path) -> None:
     """Refuse a folder in which a run cannot begin, or not go on with these settings.
 
     Raises

@@ -13,7 +13,7 @@ from flwr.serverapp.strategy import Strategy
 from espalier.config.reproducible import in_order
 from espalier.errors import UNSOUND, WireError
 from espalier.methods.base import CloudState, Method
-from espalier.methods.homogeneity import sh_score
+from espalier.methods.homogeneity import ScoreSettings, sh_score
 from espalier.methods.planning import Member, Round
 from espalier.methods.selection import Answer
 from espalier.methods.tally import Tally
@@ -172,7 +172,7 @@ class WindowStrategy(Strategy):
             self._account(node, name, report)
             if report.samples:
                 samples += report.samples
-                self.outcome.mu[name] = sh_score(labels, self.settings.homogeneity_form)
+                self.outcome.mu[name] = sh_score(labels, self.settings.of(ScoreSettings).homogeneity_form)
         exchange.note_silent()
         return merged, samples
 

@@ -8,7 +8,7 @@ from typing import Any, cast
 import numpy as np
 from flwr.app import ConfigRecord, Message, RecordDict
 
-from espalier.config.run_config import RunConfig
+from espalier.methods.run_config import RunConfig
 from espalier.models.architecture import build
 from espalier.models.initial import initial_model
 from espalier.wire import control

@@ -8,9 +8,8 @@ from typing import Any, cast
 import numpy as np
 from flwr.app import Message, RecordDict
 
-from espalier.config.run_config import RunConfig
-from espalier.config.settings import Settings
 from espalier.flower.arrays import array_from_numpy, numpy_view
+from espalier.methods.run_config import RunConfig
 from espalier.wire import control
 from espalier.wire.bitpack import pack as pack_bits
 from espalier.wire.bitpack import unpack as unpack_bits
@@ -196,7 +195,7 @@ def pairs_case() -> Case:
 
 def sent_case(downlink: str) -> Case:
     """Return the case of what a server sends in half precision."""
-    settings = Settings.model_validate({"downlink": downlink})
+    settings = RunConfig(downlink=downlink)
     plan = pb.RoundPlan(schema=1, layout=LAYOUT.to_proto())
     plan.architecture.tensors.extend(plan.layout.tensors)
     payload, _ = SentForm(LAYOUT, plan.architecture, settings).encode(Weights.pack(MODEL))

@@ -10,13 +10,13 @@ import numpy as np
 import pytest
 from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
 
-from espalier.config.run_config import RunConfig
 from espalier.errors import WireError
 from espalier.flower.arrays import array_from_numpy, numpy_view
 from espalier.flower.payloads import PayloadError, pack, unpack
 from espalier.flower.run_info import parse_run_record
 from espalier.methods.faug import seeds_layout
 from espalier.methods.registry import create_method
+from espalier.methods.run_config import RunConfig
 from espalier.methods.state import CloudState
 from espalier.methods.tally import Tally
 from espalier.security.name_registry import NameRegistry

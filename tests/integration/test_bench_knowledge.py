@@ -16,9 +16,9 @@ from bench.faug import HIDDEN, PAPERS, PARAMETERS, ROUNDS, WIDTHS, PaperRun, tar
 from bench.knowledge import LABELS, edge_targets, main
 from bench.transfer import CLIPPED, MU0, ORACLE, VARIANTS, RealImages
 
-from espalier.config.run_config import RunConfig
 from espalier.data.spec import open_data
 from espalier.generators.base import open_generator
+from espalier.methods.run_config import RunConfig
 from espalier.models.classifiers import CNN, CNNArguments
 from tests.support.generators import random_gan
 

@@ -12,7 +12,7 @@ from bench.claims import Variant, fewer_rounds, mean_rounds
 from bench.methods import main, methods, table_cells
 from bench.regimes import CLAIMS
 
-from espalier.config.run_config import RunConfig
+from espalier.methods.run_config import RunConfig
 
 LINKS = [f"{link}_{way}_kb" for link in ("client_edge", "edge_cloud") for way in ("up", "down")]
 

@@ -14,8 +14,8 @@ from bench.stock import app_bundle, serverapp_grid, superlink
 from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
 from flwr.serverapp.strategy import FedAdam, FedAvg
 
-from espalier.config.run_config import RunConfig
 from espalier.errors import EspalierError
+from espalier.methods.run_config import RunConfig
 from espalier.models.initial import initial_model
 from espalier.models.pipeline import load_pipeline
 from espalier.security.name_registry import NameRegistry

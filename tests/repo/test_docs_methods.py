@@ -11,9 +11,11 @@ import numpy as np
 import pytest
 from bench.local_tree import LocalClient, LocalTree
 
-from espalier.config.run_config import RunConfig, flat_keys, parse_assignments
+from espalier.config.assignments import parse_assignments
+from espalier.config.run_settings import keys_of
 from espalier.methods.base import Method
 from espalier.methods.registry import METHODS
+from espalier.methods.run_config import RunConfig
 from espalier.models.initial import initial_model
 from espalier_server.run import TreeRun
 from tests.support.paths import ROOT
@@ -29,7 +31,7 @@ def test_every_method_has_its_section() -> None:
 
 def test_defaults_are_the_settings_defaults() -> None:
     """A number, text in quotes, true or false behind a key is a default; a bare word is a choice."""
-    keys, defaults = flat_keys(), RunConfig().to_flat()
+    keys, defaults = keys_of(RunConfig.groups()), RunConfig().to_flat()
     said = re.findall(r"`([a-z-]+=(?:\"[^\"`]*\"|[0-9.e-]+|true|false))`", PAGE)
     assert len(said) > 60
     for word in said:
@@ -40,7 +42,8 @@ def test_defaults_are_the_settings_defaults() -> None:
 
 @pytest.mark.parametrize("axis", ["selection", "codec", "edge_choice", "level_choice"])
 def test_every_choice_of_an_axis_is_in_a_table(axis: str) -> None:
-    choices = set(get_args(RunConfig.model_fields[axis].annotation)) - {"auto"}
+    group, field = keys_of(RunConfig.groups())[axis.replace("_", "-")]
+    choices = set(get_args(group.model_fields[field].annotation)) - {"auto"}
     assert choices
     first_cells = " ".join(line.split("|")[1] for line in PAGE.splitlines() if line.startswith("| `"))
     assert {c for c in choices if f"`{c}`" not in first_cells} == set()

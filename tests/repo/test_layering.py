@@ -14,11 +14,6 @@ from tests.support.paths import ROOT
 PACKAGES = ("espalier", "espalier_server", "espalier_edge", "espalier_client", "espalier_proto")
 #: Imports that close a circle. Each line goes with the change that ends the import.
 CIRCULAR = {
-    ("espalier.config.run_config", "espalier.methods.registry"),
-    ("espalier.config.run_config", "espalier.methods.compatibility"),
-    ("espalier.config.run_config", "espalier.methods.levels"),
-    ("espalier.methods.selection", "espalier.methods.power_of_choice"),
-    ("espalier.methods.selection", "espalier.methods.facility"),
     ("espalier.methods.base", "espalier.methods.views"),
     ("espalier.wire.codec", "espalier.wire.compression"),
 }
@@ -109,7 +104,7 @@ import espalier_edge.service
 from espalier.errors import ConfigError
 from espalier.methods.registry import create_method, method_names
 from espalier.models.presets import classifiers
-from espalier.config.run_config import RunConfig
+from espalier.methods.run_config import RunConfig
 
 for name in method_names():
     for model in ("unet-tiny", *classifiers()):

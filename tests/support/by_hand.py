@@ -15,12 +15,12 @@ from bench.local_tree import LocalClient, LocalTree
 from flwr.app import Message
 from torch.nn import functional
 
-from espalier.config.run_config import RunConfig
 from espalier.data.spec import open_data
 from espalier.flower.node_state import load_key
 from espalier.flower.payloads import content_id
 from espalier.methods.base import CloudState, Method, Update
 from espalier.methods.registry import create_method
+from espalier.methods.run_config import RunConfig
 from espalier.methods.state import build_model
 from espalier.methods.tally import Tally
 from espalier.methods.views import answer_layout

@@ -11,8 +11,8 @@ from flwr.app import ArrayRecord, Message, RecordDict
 from flwr.supercore.task_identity import TaskIdentity
 from torch import nn
 
-from espalier.config.run_config import RunConfig
 from espalier.methods.registry import create_method
+from espalier.methods.run_config import RunConfig
 from espalier.models.architecture import describe
 from espalier.models.arrays import model_arrays
 from espalier.wire import control

@@ -13,9 +13,9 @@ from bench.local_tree import LocalTree
 from flwr.app import ArrayRecord, Message
 from torch import Tensor
 
-from espalier.config.run_config import RunConfig
 from espalier.data.spec import open_data
 from espalier.flower.arrays import numpy_view, payload_bytes
+from espalier.methods.run_config import RunConfig
 from espalier.models.arrays import load_arrays
 from espalier.models.initial import initial_model
 from espalier.models.layers import Classifier

@@ -15,10 +15,10 @@ from bench.local_grid import LocalFleet, LocalGrid, client_node
 from bench.local_tree import LocalClient
 from flwr.app import ConfigRecord
 
-from espalier.config.run_config import RunConfig
 from espalier.methods.base import CloudState
 from espalier.methods.planning import Member
 from espalier.methods.registry import create_method
+from espalier.methods.run_config import RunConfig
 from espalier.methods.selection import Answer
 from espalier.methods.tally import Tally
 from espalier.security.name_registry import NameRegistry

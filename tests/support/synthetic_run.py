@@ -8,7 +8,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from espalier.config.run_config import RunConfig
+from espalier.methods.own_models import OwnModelSettings
+from espalier.methods.run_config import RunConfig
 from espalier_server.records.record import (
     AccuracyEntry,
     AugmentationEntry,
@@ -154,7 +155,7 @@ def made_up_exchange(windows: int = 12, clients: int = 12) -> RunRecord:
         rounds=windows,
     )
     record.config, record.method, record.model = config.to_flat(), "fedktl", ModelSize()
-    names, models = sorted(record.clients), config.families.split(",")
+    names, models = sorted(record.clients), config.of(OwnModelSettings).families.split(",")
     for window, entry in zip(record.windows, record.accuracy, strict=True):
         window.assignments = {name: models[i % 3] for i, name in enumerate(names)}
         window.metrics = {

@@ -8,8 +8,10 @@ import numpy as np
 import torch
 from torch import Generator, Tensor, nn
 
-from espalier.config.run_config import RunConfig
+from espalier.config.fields import key_of
+from espalier.config.run_settings import keys_of
 from espalier.data.imageset import ImageSet
+from espalier.methods.run_config import RunConfig
 from espalier.models.initial import initial_model
 from espalier.training.objectives import LocalResult, LocalRound, Objective
 
@@ -47,7 +49,7 @@ def received(model: nn.Module) -> dict[str, Tensor]:
 
 def local_round(model: nn.Module, preset: str = "cnn", round_: int = 1, **known: Any) -> LocalRound:
     """Return the round of a client that was just given `model`."""
-    names = {name: known.pop(name) for name in tuple(known) if name in RunConfig.model_fields}
+    names = {name: known.pop(name) for name in tuple(known) if key_of(name) in keys_of(RunConfig.groups())}
     values: dict[str, Any] = {"model": preset, "learning_rate": 0.1, "clip_norm": 0.0} | names
     settings = RunConfig(**values)
     return LocalRound(settings, round_, received(model), name="client", **known)

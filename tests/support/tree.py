@@ -19,7 +19,7 @@ from bench.stock import (
     wait_until,
 )
 
-from espalier.config.run_config import RunConfig
+from espalier.methods.run_config import RunConfig
 from espalier_server.records.snapshot import Snapshot
 from espalier_server.run import TreeRun
 from espalier_server.superlink.grid import TreeGrid

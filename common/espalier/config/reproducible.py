@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
-from typing import TYPE_CHECKING, TypeVar
+from typing import TypeVar
 
 from google.protobuf.struct_pb2 import Struct
-
-if TYPE_CHECKING:
-    from espalier.config.settings import Settings
 
 T = TypeVar("T")
 
@@ -45,39 +42,3 @@ def is_reproducible(settings: Struct) -> bool:
     """Whether a plan's settings ask for the same bits again; what they say is validated elsewhere."""
     said: Mapping[str, object] = dict(settings.items())
     return said.get("reproducible", False) is True
-
-
-def contradictions(settings: Settings, edge_choice: str) -> list[str]:
-    """Return the settings of a reproducible run by which chance would get in, one line each, key first.
-
-    Parameters
-    ----------
-    settings : Settings
-        The run's settings.
-    edge_choice : str
-        `edge-choice`, with "auto" resolved by the method.
-    """
-    if not settings.reproducible:
-        return []
-    faults = []
-    if edge_choice == "shape":
-        faults.append(
-            "edge-choice: shape goes by measured link times, which reproducible=true rules out; "
-            "use homogeneity, random or fixed"
-        )
-    if settings.level_choice == "speed":
-        faults.append(
-            "level-choice: speed is measured, which reproducible=true rules out; use spread, device or memory"
-        )
-    noises = ("histogram_epsilon", "dp_sgd_noise", "dp_sgd_epsilon", "update_noise")
-    faults += [
-        f"{key.replace('_', '-')}: the noise must be a secret of the devices, which reproducible=true rules out; "
-        "set it to 0"
-        for key in noises
-        if getattr(settings, key) > 0
-    ]
-    if settings.device not in ("auto", "cpu"):
-        faults.append(
-            f"device: {settings.device} may round differently every time; set device=cpu or reproducible=false"
-        )
-    return faults

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, ClassVar, Protocol
 
+from pydantic import Field
+
+from espalier.config.fields import PositiveInt, SettingsGroup
 from espalier.distribution import entry_points
 from espalier.errors import ConfigError
 
@@ -28,6 +31,37 @@ _PATHS = {
 
 PICKLED = ("stylegan-xl", "stylegan3")
 """Kinds whose files execute code when they are opened."""
+
+
+class GeneratorSettings(SettingsGroup):
+    """Which generator the cloud opens."""
+
+    cloud_only: ClassVar[frozenset[str]] = frozenset({"generator"})
+
+    generator: str = Field(
+        default="",
+        description="the generator at the cloud: gan:DIR, espalier:DIR, sd:DIR, stylegan-xl:FILE or stylegan3:FILE",
+    )
+
+
+class DenoisingSettings(SettingsGroup):
+    """How a diffusion generator draws."""
+
+    generator_steps: PositiveInt = Field(default=50, description="denoising steps of a diffusion generator")
+
+
+class PromptSettings(SettingsGroup):
+    """What Stable Diffusion draws."""
+
+    prompt: str = Field(default="a cat", description="prompt of Stable Diffusion, the same for every class")
+
+
+class TrustSettings(SettingsGroup):
+    """Whether files may be opened that can execute code."""
+
+    trust_pickle: bool = Field(
+        default=False, description="open pickles, which can execute code on the cloud's machine"
+    )
 
 
 class Generator(Protocol):

@@ -8,10 +8,12 @@ from typing import TYPE_CHECKING, ClassVar
 import numpy as np
 
 from espalier import models
-from espalier.config.run_config import FlatValue, RunConfig
-from espalier.methods.planning import AtRandom, ByHomogeneity, EdgeChoice, Fixed, Member
+from espalier.config.fields import FlatValue
+from espalier.config.run_settings import Groups, RunSettings
+from espalier.methods.homogeneity import ScoreSettings
+from espalier.methods.planning import AtRandom, ByHomogeneity, EdgeChoice, Fixed, HomogeneitySettings, Member
 from espalier.methods.selection import Selection, create_selection
-from espalier.methods.shape import ByShape
+from espalier.methods.shape import ByShape, ShapeSettings
 from espalier.methods.state import CloudState, ServerState, build_model, trained_layout
 from espalier.methods.tally import Arrays, Tally
 from espalier.methods.updates import Deployed, Inquiry, Update
@@ -37,12 +39,14 @@ class Method:
 
     Parameters
     ----------
-    settings : RunConfig
+    settings : RunSettings
         The run's configuration.
     """
 
     #: Name in `-c method=…`.
     name: ClassVar[str]
+    #: Groups of settings that the method reads, beyond those of every run: its own `Settings` and shared ones.
+    uses: ClassVar[Groups] = ()
     #: Tasks it supports: "diffusion", "classification".
     tasks: ClassVar[tuple[str, ...]] = ("diffusion", "classification")
     #: Architecture families it supports; empty: any.
@@ -74,18 +78,18 @@ class Method:
     #: protect ("": nothing).
     extra_disclosure: ClassVar[str] = ""
 
-    def __init__(self, settings: RunConfig) -> None:
+    def __init__(self, settings: RunSettings) -> None:
         self.settings = settings
 
     # --- settings --------------------------------------------------------------------------------------
 
     @classmethod
-    def contradictions(cls, settings: RunConfig) -> list[str]:
+    def contradictions(cls, settings: RunSettings) -> list[str]:
         """Return the faults of a configuration that are specific to this method, one line each, key first."""
         return []
 
     @classmethod
-    def defaults_by_rounds(cls, settings: RunConfig) -> dict[str, FlatValue]:
+    def defaults_by_rounds(cls, settings: RunSettings) -> dict[str, FlatValue]:
         """Return the resolved values of settings whose default depends on `rounds`, by flat key.
 
         A resume with more rounds does not change them.
@@ -93,9 +97,9 @@ class Method:
         return {}
 
     @classmethod
-    def chosen(cls, settings: RunConfig, axis: str) -> str:
+    def chosen(cls, settings: RunSettings, axis: str) -> str:
         """Return a setting (`selection`, `codec`, `edge_choice`, `weighting`) with "auto" resolved."""
-        value: str = getattr(settings, axis)
+        value = str(settings.value(axis))
         own: str = getattr(cls, f"own_{axis}")
         return own if value == "auto" else value
 
@@ -107,10 +111,16 @@ class Method:
         """Return the rule that assigns clients to edges."""
         s = self.settings
         rules: dict[str, Callable[[], EdgeChoice]] = {
-            "homogeneity": lambda: ByHomogeneity(s.selection_a, s.selection_b, s.homogeneity_form),
+            "homogeneity": lambda: ByHomogeneity(
+                s.of(HomogeneitySettings).selection_a,
+                s.of(HomogeneitySettings).selection_b,
+                s.of(ScoreSettings).homogeneity_form,
+            ),
             "random": AtRandom,
             "fixed": Fixed,
-            "shape": lambda: ByShape(s.shape_diversity, s.shape_edges, s.rg),
+            "shape": lambda: ByShape(
+                s.of(ShapeSettings).shape_diversity, s.of(ShapeSettings).shape_edges, s.rg
+            ),
         }
         return rules[self.chosen(s, "edge_choice")]()
 

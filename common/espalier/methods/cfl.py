@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
+from pydantic import Field
 
+from espalier.config.fields import Positive, PositiveInt, SettingsGroup
 from espalier.methods.base import CloudState, Deployed, Inquiry, Method, ServerState, Update
 from espalier.methods.clustering import bipartition, cosine_matrix, gram_matrix, should_split, update_norms
 from espalier.methods.planning import Member
@@ -15,7 +17,7 @@ from espalier.wire.payload import Weights
 from espalier_proto import espalier_pb2 as pb
 
 if TYPE_CHECKING:
-    from espalier.config.run_config import RunConfig
+    from espalier.config.run_settings import RunSettings
 
 #: Prefix of `CloudState.extra`: the cluster of each client.
 MEMBER = "cluster/"
@@ -35,13 +37,28 @@ class CFL(Method):
     mean of the models they started from.
     """
 
+    class Settings(SettingsGroup):
+        """When and how a cluster splits."""
+
+        cfl_mean_norm: Positive = Field(
+            default=0.4, description="a cluster splits only if its mean update is shorter (eps1)"
+        )
+        cfl_max_norm: Positive = Field(
+            default=1.6, description="and only if one of its clients' updates is longer (eps2)"
+        )
+        cfl_from_round: PositiveInt = Field(default=20, description="first round that may split")
+        cfl_linkage: Literal["single", "complete"] = Field(
+            default="single", description="optimal bipartition, or the one of the authors' code"
+        )
+
     name = "cfl"
+    uses = (Settings,)
     has_one_model = False
     own_weighting = "uniform"
     per_example_loss = True
 
     @classmethod
-    def contradictions(cls, settings: RunConfig) -> list[str]:
+    def contradictions(cls, settings: RunSettings) -> list[str]:
         """Require the updates of all clients without a lossy codec."""
         faults = []
         if settings.fraction < 1 or cls.chosen(settings, "selection") != "uniform":
@@ -124,9 +141,9 @@ class CFL(Method):
         updates = [{n: tally.stacks[c][n] for n in trained} for c in clients]
         weights = np.array([float(tally.stacks[c][WEIGHT]) for c in clients])
         mean, longest = update_norms(gram_matrix(updates), weights)
-        if not should_split(mean, longest, len(clients), state.round, self.settings):
+        if not should_split(mean, longest, len(clients), state.round, self.settings.of(CFL.Settings)):
             return []
-        _, leaving = bipartition(cosine_matrix(updates), self.settings.cfl_linkage)
+        _, leaving = bipartition(cosine_matrix(updates), self.settings.of(CFL.Settings).cfl_linkage)
         return [clients[i] for i in leaving]
 
     @staticmethod

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Literal, Protocol
 
 import numpy as np
 
@@ -12,7 +12,6 @@ from espalier import lazy
 if TYPE_CHECKING:
     from sklearn import cluster
 
-    from espalier.config.settings import Settings
 else:
     cluster = lazy.load("sklearn.cluster")
 
@@ -99,7 +98,18 @@ def update_norms(gram: np.ndarray, weights: np.ndarray | None = None) -> tuple[f
     return mean**0.5, float(np.diag(gram).max()) ** 0.5
 
 
-def should_split(norm_of_mean: float, max_norm: float, size: int, round_: int, settings: Settings) -> bool:
+class SplitLimits(Protocol):
+    """The thresholds of :func:`should_split`."""
+
+    @property
+    def cfl_mean_norm(self) -> float: ...  # noqa: D102
+    @property
+    def cfl_max_norm(self) -> float: ...  # noqa: D102
+    @property
+    def cfl_from_round(self) -> int: ...  # noqa: D102
+
+
+def should_split(norm_of_mean: float, max_norm: float, size: int, round_: int, limits: SplitLimits) -> bool:
     """Return whether a cluster is stationary as a whole while some of its clients are not.
 
     Parameters
@@ -112,14 +122,14 @@ def should_split(norm_of_mean: float, max_norm: float, size: int, round_: int, s
         Number of members; clusters of 2 or fewer are not split.
     round_ : int
         Round of the updates; must be at least `cfl-from-round`.
-    settings : Settings
-        The run's configuration.
+    limits : SplitLimits
+        The thresholds, e.g. ``CFL.Settings``.
     """
     return (
         size > 2
-        and round_ >= settings.cfl_from_round
-        and norm_of_mean < settings.cfl_mean_norm
-        and max_norm > settings.cfl_max_norm
+        and round_ >= limits.cfl_from_round
+        and norm_of_mean < limits.cfl_mean_norm
+        and max_norm > limits.cfl_max_norm
     )
 
 

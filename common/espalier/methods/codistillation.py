@@ -7,11 +7,13 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 from google.protobuf.message import DecodeError
+from pydantic import Field
 
 from espalier import lazy, models
+from espalier.config.fields import Count, NonNegative, PositiveInt, SettingsGroup
 from espalier.errors import WireError
 from espalier.methods.base import CloudState, ServerState, Update
-from espalier.methods.own_models import OwnModels
+from espalier.methods.own_models import OwnModels, OwnModelSettings
 from espalier.methods.planning import Member
 from espalier.methods.state import architecture_layout
 from espalier.methods.tally import Arrays, Tally
@@ -40,11 +42,19 @@ class CoDistillation(OwnModels):
     cross-entropy against the mean prediction of the other clients' copies on the same batch.
     """
 
+    class Settings(SettingsGroup):
+        """When and how strongly peers count."""
+
+        peer_weight: NonNegative = Field(default=1.0, description="weight of the peers' mean")
+        peer_every: PositiveInt = Field(default=1, description="rounds between two exchanges")
+        peer_burn_in: Count = Field(default=1, description="first rounds without peers")
+
     name = "codistillation"
+    uses = (Settings, OwnModelSettings)
 
     def sends(self, round_: int) -> bool:
         """Return whether copies are exchanged after a round."""
-        return round_ % self.settings.peer_every == 0
+        return round_ % self.settings.of(CoDistillation.Settings).peer_every == 0
 
     def assign(
         self, state: CloudState, picked: Sequence[str], members: Mapping[str, Member], round_: int
@@ -62,7 +72,8 @@ class CoDistillation(OwnModels):
     def objective(self, round_: int) -> Objective:
         """Return the cross-entropy and the distillation from the peers."""
         return super().objective(round_) + PeerDistillation(
-            self.settings.peer_weight, self.settings.peer_burn_in
+            self.settings.of(CoDistillation.Settings).peer_weight,
+            self.settings.of(CoDistillation.Settings).peer_burn_in,
         )
 
     def publish(self, trained: dict[str, np.ndarray], local: LocalRound) -> dict[str, np.ndarray]:

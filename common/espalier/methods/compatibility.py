@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from espalier.config.reproducible import contradictions as not_reproducible
-from espalier.config.run_config import RunConfig
+from espalier.config.run_settings import RunSettings
+from espalier.config.timeouts import chains, order_faults
 from espalier.methods.base import Method
-from espalier.methods.levels import parse_levels
+from espalier.methods.levels import LevelSettings
 from espalier.methods.privacy_rules import privacy_faults
 from espalier.models.presets import MODELS, family_of, task_of
+from espalier.tasks.diffusion_settings import DiffusionSettings
+from espalier.training.privacy import PrivacySettings
 
 
-def contradictions(method: type[Method], settings: RunConfig) -> list[str]:
+def contradictions(method: type[Method], settings: RunSettings) -> list[str]:
     """Return the faults of combinations of settings, one line each, key first."""
     faults = list(method.contradictions(settings))
     task, family = task_of(settings.model), family_of(settings.model)
@@ -25,7 +27,7 @@ def contradictions(method: type[Method], settings: RunConfig) -> list[str]:
         )
     selection = method.chosen(settings, "selection")
     if method.has_levels:
-        if parse_levels(settings.levels)[0] != 1:
+        if settings.of(LevelSettings).shares[0] != 1:
             faults.append(
                 "levels: the largest must be 1, otherwise a part of the network is not trained; add it, e.g. 1,0.5"
             )
@@ -34,8 +36,47 @@ def contradictions(method: type[Method], settings: RunConfig) -> list[str]:
                 f"selection: divfl compares gradients of the whole network, clients of {method.name} have parts of it; "
                 "use pow-d or uniform"
             )
-    faults += not_reproducible(settings, method.chosen(settings, "edge_choice"))
+    faults += _not_reproducible(settings, method.chosen(settings, "edge_choice"))
     if settings.ema_decay and not method.has_one_model:
         faults.append(f"ema-decay: {method.name} has several models to average; set ema-decay=0")
     faults += privacy_faults(method, settings)
+    faults += order_faults(chains(settings.round_deadline, settings.window_deadline, settings.rg))
+    faults += settings.of(DiffusionSettings).faults()
+    return faults
+
+
+def _not_reproducible(settings: RunSettings, edge_choice: str) -> list[str]:
+    """Return the settings of a reproducible run by which chance would get in, one line each, key first.
+
+    Parameters
+    ----------
+    settings : RunSettings
+        The run's settings.
+    edge_choice : str
+        `edge-choice`, with "auto" resolved by the method.
+    """
+    if not settings.reproducible:
+        return []
+    faults = []
+    if edge_choice == "shape":
+        faults.append(
+            "edge-choice: shape goes by measured link times, which reproducible=true rules out; "
+            "use homogeneity, random or fixed"
+        )
+    if settings.of(LevelSettings).level_choice == "speed":
+        faults.append(
+            "level-choice: speed is measured, which reproducible=true rules out; use spread, device or memory"
+        )
+    noises = ("histogram_epsilon", "dp_sgd_noise", "dp_sgd_epsilon", "update_noise")
+    private = settings.of(PrivacySettings)
+    faults += [
+        f"{key.replace('_', '-')}: the noise must be a secret of the devices, which reproducible=true rules out; "
+        "set it to 0"
+        for key in noises
+        if getattr(private, key) > 0
+    ]
+    if settings.device not in ("auto", "cpu"):
+        faults.append(
+            f"device: {settings.device} may round differently every time; set device=cpu or reproducible=false"
+        )
     return faults

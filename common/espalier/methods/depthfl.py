@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from espalier import lazy, models
 from espalier.methods.feddyn import DynamicRegularizer, FedDyn
+from espalier.methods.levels import DistillationSettings, LevelSettings
 from espalier.methods.submodels import SubModels, depth_at
 from espalier.tasks.classification import cross_entropy, single_precision
 from espalier.training.forward_hooks import require_exits
@@ -35,6 +36,7 @@ class DepthFL(SubModels, FedDyn):
     """
 
     name = "depthfl"
+    uses = (FedDyn.Settings, LevelSettings, DistillationSettings)
     own_selection = "uniform"
     families = ("exits",)
 
@@ -44,7 +46,7 @@ class DepthFL(SubModels, FedDyn):
 
     def objective(self, round_: int) -> Objective:
         """Return the exits' cross-entropies and divergences, and the dynamic regulariser."""
-        return ExitDistillation() + DynamicRegularizer(self.settings.dyn_alpha)
+        return ExitDistillation() + DynamicRegularizer(self.settings.of(FedDyn.Settings).dyn_alpha)
 
 
 class ExitDistillation(Objective):
@@ -57,7 +59,8 @@ class ExitDistillation(Objective):
     def begin(self, model: nn.Module, local: LocalRound) -> None:
         """Compute the round's lambda."""
         require_exits(model)
-        self._weight = consistency_weight(local.round) if local.settings.distillation else 0.0
+        distills = local.settings.of(DistillationSettings).distillation
+        self._weight = consistency_weight(local.round) if distills else 0.0
 
     def loss(self, model: nn.Module, images: Tensor, labels: Tensor, generator: Generator) -> Tensor:
         """Return the loss over all exits."""

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import heapq
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
+from pydantic import Field
 
+from espalier.config.fields import SettingsGroup
 from espalier.methods.fedavg import FedAvg
 from espalier.methods.planning import Member, pick_clients, pick_count
 from espalier.methods.selection import Answer, Selection, register_selection
@@ -18,7 +20,7 @@ from espalier.training.objectives import LocalRound, Objective
 if TYPE_CHECKING:
     from torch import Generator, Tensor, nn
 
-    from espalier.config.run_config import RunConfig
+    from espalier.config.run_settings import RunSettings
 
 #: Section of a reply that holds the gradient at the received model.
 GRADIENT = "gradient/"
@@ -71,12 +73,26 @@ class FacilityLocation(Selection):
     the next window.
     """
 
-    probe = "gradient"
+    class Settings(SettingsGroup):
+        """Which gradients are updated, and how the set is found."""
 
-    def __init__(self, settings: RunConfig) -> None:
+        divfl_gradients: Literal["ideal", "no-overhead"] = Field(
+            default="no-overhead",
+            description="whose gradients are updated in a round: all clients' (ideal), the participants' (no-overhead)",
+        )
+        divfl_greedy: Literal["greedy", "lazy", "stochastic"] = Field(
+            default="lazy", description="algorithm that maximises the facility location function"
+        )
+
+    probe = "gradient"
+    uses = (Settings,)
+
+    def __init__(self, settings: RunSettings) -> None:
         super().__init__(settings)
         # In the ideal variant every client is asked before each window, so participants need not report.
-        self.reports = "gradient" if settings.divfl_gradients == "no-overhead" else ""
+        self.reports = (
+            "gradient" if settings.of(FacilityLocation.Settings).divfl_gradients == "no-overhead" else ""
+        )
         self._rows: dict[str, np.ndarray] = {}
         self._size = 0
         self._members: list[Member] = []
@@ -89,7 +105,7 @@ class FacilityLocation(Selection):
     def candidates(self, round_: int, members: Sequence[Member]) -> list[Member]:
         """Return all members ("ideal"), or those whose gradient is not known, often none."""
         self._members = sorted(members, key=lambda m: m.name)
-        ideal = self.settings.divfl_gradients == "ideal"
+        ideal = self.settings.of(FacilityLocation.Settings).divfl_gradients == "ideal"
         return [m for m in self._members if ideal or m.name not in self._rows]
 
     def choose(
@@ -152,7 +168,7 @@ class FacilityLocation(Selection):
 
     def _maximise(self, known: Sequence[Member], count: int, round_: int) -> list[Member]:
         table = distances(np.stack([self._rows[m.name] for m in known]))
-        how = self.settings.divfl_greedy
+        how = self.settings.of(FacilityLocation.Settings).divfl_greedy
         if how == "stochastic":
             pool = max(count, round(0.1 * len(known)))
             rng = rng_for(self.settings.seed, "cloud", round_, "selection")

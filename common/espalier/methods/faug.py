@@ -3,14 +3,44 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Literal
 
 import numpy as np
+from pydantic import Field
 
-from espalier.config.run_config import RunConfig
+from espalier.config.fields import Count, PositiveInt, SettingsGroup
+from espalier.config.run_settings import RunSettings
 from espalier.wire.payload import Layout, TensorSpec
 
 #: Tensors of a client's seed images.
 SEED_IMAGES, SEED_LABELS = "seeds/images", "seeds/labels"
+
+
+class AugmentSettings(SettingsGroup):
+    """Whether clients' data is augmented."""
+
+    augment: Literal["none", "faug"] = Field(
+        default="none",
+        description="faug: clients add images of a shared generator to labels they have few of",
+    )
+
+
+class FAugSettings(SettingsGroup):
+    """What clients upload, and the training of the generator."""
+
+    faug_scarce: float = Field(
+        default=0.5,
+        gt=0,
+        le=1,
+        description="a label with fewer images than this share of the client's mean is a target",
+    )
+    faug_seeds: PositiveInt = Field(
+        default=5, description="largest number of images that a client uploads per label"
+    )
+    faug_redundant: Count = Field(
+        default=0, description="labels uploaded in addition to the targets, to hide them"
+    )
+    faug_steps: PositiveInt = Field(default=1000, description="training steps of the conditional GAN")
 
 
 def targets(counts: np.ndarray, scarce: float) -> np.ndarray:
@@ -40,18 +70,18 @@ def targets(counts: np.ndarray, scarce: float) -> np.ndarray:
 
 
 def seed_labels(
-    counts: np.ndarray, settings: RunConfig, rng: np.random.Generator
+    counts: np.ndarray, settings: RunSettings, rng: np.random.Generator
 ) -> tuple[list[int], list[int]]:
     """Return the labels of a client's seed images: the targets of which it has images, and redundant ones."""
-    is_target = targets(counts, settings.faug_scarce) > 0
+    is_target = targets(counts, settings.of(FAugSettings).faug_scarce) > 0
     wanted = [int(label) for label in np.flatnonzero(is_target & (counts > 0))]
     others = np.flatnonzero(~is_target & (counts > 0))
-    count = min(settings.faug_redundant, len(others))
+    count = min(settings.of(FAugSettings).faug_redundant, len(others))
     redundant = sorted(int(label) for label in rng.choice(others, count, replace=False)) if count else []
     return wanted, redundant
 
 
-def seeds_layout(metrics: Mapping[str, float], image_shape: Sequence[int], settings: RunConfig) -> Layout:
+def seeds_layout(metrics: Mapping[str, float], image_shape: Sequence[int], settings: RunSettings) -> Layout:
     """Return the layout of a client's seed images; raises ValueError if their number is out of range."""
     count = metrics.get("seeds", -1)
     if not 0 <= count <= 10_000 or count != int(count):

@@ -6,9 +6,12 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 import numpy as np
+from pydantic import Field
 
 from espalier import lazy
+from espalier.config.fields import NonNegative, SettingsGroup
 from espalier.methods.class_tables import ClassTables, TableTerm
+from espalier.methods.own_models import OwnModelSettings
 from espalier.training.forward_hooks import ForwardCapture, RunningMean, require_classifier, single_output
 from espalier.training.objectives import LocalResult, LocalRound, Objective
 from espalier.wire import class_table as tables
@@ -33,7 +36,13 @@ class FD(ClassTables):
     (count − 1), which the client computes from the common table.
     """
 
+    class Settings(SettingsGroup):
+        """The weight of the averaged outputs."""
+
+        soft_label_weight: NonNegative = Field(default=1.0, description="weight gamma of the soft labels")
+
     name = "fd"
+    uses = (Settings, OwnModelSettings)
     kind = "soft-label"
 
     def dimension(self) -> int:
@@ -42,7 +51,9 @@ class FD(ClassTables):
 
     def objective(self, round_: int) -> Objective:
         """Return the cross-entropy and the distillation from the soft labels."""
-        return super().objective(round_) + SoftLabelDistillation(self.settings.soft_label_weight)
+        return super().objective(round_) + SoftLabelDistillation(
+            self.settings.of(FD.Settings).soft_label_weight
+        )
 
 
 class SoftLabelDistillation(TableTerm):

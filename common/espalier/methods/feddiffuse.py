@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
+from pydantic import Field
+
+from espalier.config.fields import SettingsGroup
 from espalier.methods.base import CloudState
 from espalier.methods.personal import PersonalLayers
 from espalier.methods.planning import Member
@@ -12,7 +15,7 @@ from espalier.seeds import rng_for
 from espalier_proto import espalier_pb2 as pb
 
 if TYPE_CHECKING:
-    from espalier.config.run_config import RunConfig
+    from espalier.config.run_settings import RunSettings
 
 #: Parts of the U-Net by prefixes of their tensors' names; the time embedding belongs to the encoder.
 PARTS = {
@@ -33,26 +36,35 @@ class FedDiffuse(PersonalLayers):
     stays on the clients.
     """
 
+    class Settings(SettingsGroup):
+        """What is exchanged."""
+
+        exchange: Literal["full", "usplit", "ulatdec", "udec"] = Field(
+            default="usplit", description="parts of the U-Net that cross the links"
+        )
+
     name = "feddiffuse"
+    uses = (Settings,)
     tasks = ("diffusion",)
     per_example_loss = True
 
     @classmethod
-    def contradictions(cls, settings: RunConfig) -> list[str]:
+    def contradictions(cls, settings: RunSettings) -> list[str]:
         """Refuse a moving average of a network that the cloud does not have."""
-        if settings.ema_decay and LOCAL[settings.exchange]:
-            return [f"ema-decay: with exchange={settings.exchange} the cloud has no whole model; set it to 0"]
+        exchange = settings.of(FedDiffuse.Settings).exchange
+        if settings.ema_decay and LOCAL[exchange]:
+            return [f"ema-decay: with exchange={exchange} the cloud has no whole model; set it to 0"]
         return []
 
     def is_personal(self, name: str) -> bool:
         """Return whether a tensor belongs to a part that is not exchanged."""
-        return part_of(name) in LOCAL[self.settings.exchange]
+        return part_of(name) in LOCAL[self.settings.of(FedDiffuse.Settings).exchange]
 
     def assign(
         self, state: CloudState, picked: Sequence[str], members: Mapping[str, Member], round_: int
     ) -> dict[str, str]:
         """Return the parts that each client sends, e.g. "down+mid"; a client without a partner sends all."""
-        if self.settings.exchange != "usplit":
+        if self.settings.of(FedDiffuse.Settings).exchange != "usplit":
             return super().assign(state, picked, members, round_)
         rng = rng_for(self.settings.seed, "cloud", round_, "pairs")
         order = [sorted(picked)[i] for i in rng.permutation(len(picked))]
@@ -64,7 +76,7 @@ class FedDiffuse(PersonalLayers):
 
     def view(self, state: CloudState, key: str) -> pb.View:
         """Return the whole network, of which some parts are returned."""
-        if self.settings.exchange != "usplit":
+        if self.settings.of(FedDiffuse.Settings).exchange != "usplit":
             return super().view(state, key)
         names = [t.name for t in state.architecture.tensors if part_of(t.name) in key.split("+")]
         return pb.View(architecture=state.architecture, returns=names)

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 import numpy as np
+from pydantic import Field
 
 from espalier import lazy
+from espalier.config.fields import Positive, SettingsGroup
+from espalier.config.run_settings import Groups
 from espalier.methods.base import CloudState, Inquiry, Method, ServerState, Update
 from espalier.methods.proximal import SquaredDistance
 from espalier.methods.tally import Tally
@@ -33,7 +36,13 @@ class FedDyn(Method):
     and counters are averaged without h. Between its reports an edge updates its own w and h.
     """
 
+    class Settings(SettingsGroup):
+        """The dynamic regulariser."""
+
+        dyn_alpha: Positive = Field(default=0.1, description="weight alpha of the dynamic regulariser")
+
     name = "feddyn"
+    uses: ClassVar[Groups] = (Settings,)
     own_optimizer = "sgd"
     own_selection = "bernoulli"
     own_weighting = "uniform"
@@ -50,7 +59,7 @@ class FedDyn(Method):
 
     def objective(self, round_: int) -> Objective:
         """Return the task's loss and the dynamic regulariser."""
-        return super().objective(round_) + DynamicRegularizer(self.settings.dyn_alpha)
+        return super().objective(round_) + DynamicRegularizer(self.settings.of(FedDyn.Settings).dyn_alpha)
 
     # --- edge and cloud ------------------------------------------------------------------------------
 
@@ -62,11 +71,11 @@ class FedDyn(Method):
             for name in update.arrays
             if f"{SECTION}/{name}" in server.tensors
         }
-        tally.sum(drift, -self.settings.dyn_alpha / server.population)
+        tally.sum(drift, -self.settings.of(FedDyn.Settings).dyn_alpha / server.population)
 
     def step(self, server: ServerState, tally: Tally) -> None:
         """Update h, then w."""
-        before, alpha = server.tensors, self.settings.dyn_alpha
+        before, alpha = server.tensors, self.settings.of(FedDyn.Settings).dyn_alpha
         h = {name: before[name] + change for name, change in tally.sums().items()}
         means = tally.means(before)
         for name, mean in means.items():

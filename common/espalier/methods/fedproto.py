@@ -5,9 +5,13 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, cast
 
+from pydantic import Field
+
 from espalier import lazy, models
+from espalier.config.fields import NonNegative, SettingsGroup
 from espalier.errors import ConfigError
 from espalier.methods.class_tables import ClassTables, TableTerm, class_table
+from espalier.methods.own_models import OwnModelSettings
 from espalier.models.families import family_models
 from espalier.training.forward_hooks import ForwardCapture, RunningMean, require_classifier
 from espalier.training.objectives import LocalResult, LocalRound, Objective, TrainingError
@@ -28,7 +32,13 @@ class FedProto(ClassTables):
     sample's features to the mean prototype of its class over all clients.
     """
 
+    class Settings(SettingsGroup):
+        """The weight of the prototypes."""
+
+        prototype_weight: NonNegative = Field(default=1.0, description="weight of the prototypes")
+
     name = "fedproto"
+    uses = (Settings, OwnModelSettings)
     kind = "prototype"
 
     def dimension(self) -> int:
@@ -42,7 +52,7 @@ class FedProto(ClassTables):
         s = self.settings
         widths = {
             name: models.feature_width(s.model_copy(update={"model": name}), self.image_shape, self.classes)
-            for name in family_models(s.families or s.model)
+            for name in family_models(s.of(OwnModelSettings).families or s.model)
         }
         if len(set(widths.values())) > 1:
             lengths = ", ".join(f"{name} {width}" for name, width in widths.items())
@@ -51,7 +61,7 @@ class FedProto(ClassTables):
 
     def objective(self, round_: int) -> Objective:
         """Return the cross-entropy and the distance to the prototypes."""
-        return super().objective(round_) + PrototypeTerm(self.settings.prototype_weight)
+        return super().objective(round_) + PrototypeTerm(self.settings.of(FedProto.Settings).prototype_weight)
 
 
 class PrototypeTerm(TableTerm):

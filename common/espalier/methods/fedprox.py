@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from pydantic import Field
+
+from espalier.config.fields import NonNegative, SettingsGroup
 from espalier.methods.base import Method
 from espalier.methods.proximal import SquaredDistance
 from espalier.training.objectives import LocalRound, Objective
@@ -15,12 +18,18 @@ if TYPE_CHECKING:
 class FedProx(Method):
     """Algorithm 2: clients minimise F_k(θ) + μ/2 ‖θ − w‖²; servers average by samples."""
 
+    class Settings(SettingsGroup):
+        """Weight of the proximal term."""
+
+        prox_mu: NonNegative = Field(default=0.01, description="weight mu of the proximal term")
+
     name = "fedprox"
+    uses = (Settings,)
     per_example_loss = True
 
     def objective(self, round_: int) -> Objective:
         """Return the task's loss and the proximal term."""
-        return super().objective(round_) + ProximalTerm(self.settings.prox_mu)
+        return super().objective(round_) + ProximalTerm(self.settings.of(FedProx.Settings).prox_mu)
 
 
 class ProximalTerm(Objective):

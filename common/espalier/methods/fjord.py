@@ -10,7 +10,7 @@ import numpy as np
 
 from espalier import lazy, models
 from espalier.methods.base import CloudState, Deployed, Inquiry
-from espalier.methods.levels import parse_levels
+from espalier.methods.levels import DistillationSettings, LevelSettings
 from espalier.methods.submodels import SubModels, sliced
 from espalier.models.presets import PRESETS
 from espalier.tasks.classification import cross_entropy, single_precision
@@ -42,6 +42,7 @@ class FjORD(SubModels):
     """
 
     name = "fjord"
+    uses = (LevelSettings, DistillationSettings)
 
     def variant(self, architecture: pb.ArchitectureSpec, level: float) -> pb.ArchitectureSpec:
         """Return the network of a width."""
@@ -50,7 +51,7 @@ class FjORD(SubModels):
     def before_run(self, state: CloudState, ask: Inquiry) -> None:
         """Add the statistics of every width."""
         sections: dict[str, np.ndarray] = {}
-        for width in parse_levels(self.settings.levels):
+        for width in self.settings.of(LevelSettings).shares:
             spec = self.variant(state.architecture, width)
             own = sliced(state.weights, spec).views()
             sections |= {section(width) + t.name: own[t.name] for t in spec.tensors if t.buffer}
@@ -78,7 +79,7 @@ class FjORD(SubModels):
         """Return the network of every width with the statistics of that width."""
         found: list[Deployed] = []
         tensors = state.tensors
-        for width in parse_levels(self.settings.levels):
+        for width in self.settings.of(LevelSettings).shares:
             spec = self.variant(state.architecture, width)
             arrays = sliced(state.weights, spec).views()
             arrays |= {t.name: tensors[section(width) + t.name] for t in spec.tensors if t.buffer}
@@ -114,7 +115,7 @@ class OrderedDropout(Objective):
             {name: tensor.shape for name, tensor in model.state_dict().items()},
         )
         self._widths: list[Slice] = []
-        for width in sorted(parse_levels(local.settings.levels)):
+        for width in sorted(local.settings.of(LevelSettings).shares):
             network = models.build(models.narrowed(spec, width))
             shapes = {name: tensor.shape for name, tensor in network.state_dict().items()}
             if not all(_within(shape, held.get(name)) for name, shape in shapes.items()):
@@ -123,10 +124,10 @@ class OrderedDropout(Objective):
             fits = shapes == held
         if not self._widths or not fits:
             raise TrainingError(
-                f"the received network has none of the widths levels={local.settings.levels} of "
+                f"the received network has none of the widths levels={local.settings.of(LevelSettings).levels} of "
                 f"model={local.settings.model}"
             )
-        self._distills = local.settings.distillation
+        self._distills = local.settings.of(DistillationSettings).distillation
 
     def loss(self, model: nn.Module, images: Tensor, labels: Tensor, generator: Generator) -> Tensor:
         """Return the batch's loss; in evaluation the cross-entropy at p_max."""

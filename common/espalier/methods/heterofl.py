@@ -5,20 +5,24 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 import numpy as np
+from pydantic import Field
 
 from espalier import models
+from espalier.config.fields import SettingsGroup
 from espalier.methods.base import CloudState, Deployed, Inquiry, ServerState, Update
+from espalier.methods.levels import LevelSettings
 from espalier.methods.submodels import SubModels, sliced
 from espalier.methods.tally import Tally
 from espalier.models.presets import is_output_tensor
 from espalier.tasks.classification import CrossEntropy, MaskedCrossEntropy
 from espalier.training.objectives import Objective
+from espalier.training.privacy import PrivacySettings
 from espalier.wire.payload import Weights
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
-    from espalier.config.run_config import RunConfig
+    from espalier.config.run_settings import RunSettings
     from espalier.methods.selection import Answer
     from espalier_proto import espalier_pb2 as pb
 
@@ -33,18 +37,26 @@ class HeteroFL(SubModels):
     through the global network once, and the statistics of the batches are averaged.
     """
 
+    class Settings(SettingsGroup):
+        """How narrow networks are trained."""
+
+        masked_loss: bool = Field(default=True, description="leave out the labels that a client lacks")
+        width_scaler: bool = Field(default=True, description="scale a narrow layer's output in training")
+
     name = "heterofl"
+    uses = (Settings, LevelSettings)
     own_weighting = "uniform"
     per_example_loss = True
 
     @classmethod
-    def contradictions(cls, settings: RunConfig) -> list[str]:
+    def contradictions(cls, settings: RunSettings) -> list[str]:
         """Refuse label noise and DP-SGD with the masked loss, which needs the true label sets."""
-        wanted = {"histogram-epsilon": settings.histogram_epsilon > 0, "dp-sgd-noise": settings.dp_sgd}
+        private = settings.of(PrivacySettings)
+        wanted = {"histogram-epsilon": private.histogram_epsilon > 0, "dp-sgd-noise": private.dp_sgd}
         return [
             f"{key}: heterofl's masked loss needs true label sets; set masked-loss=false"
             for key, on in wanted.items()
-            if on and settings.masked_loss
+            if on and settings.of(HeteroFL.Settings).masked_loss
         ]
 
     def initial(self, image_shape: tuple[int, int, int], classes: int) -> nn.Module:
@@ -56,16 +68,20 @@ class HeteroFL(SubModels):
 
     def variant(self, architecture: pb.ArchitectureSpec, level: float) -> pb.ArchitectureSpec:
         """Return the network of a rate."""
-        return models.narrowed(architecture, level, scaler=self.settings.width_scaler)
+        return models.narrowed(architecture, level, scaler=self.settings.of(HeteroFL.Settings).width_scaler)
 
     def objective(self, round_: int) -> Objective:
         """Return the cross-entropy over a client's own labels."""
-        return MaskedCrossEntropy() if self.settings.masked_loss else CrossEntropy()
+        return MaskedCrossEntropy() if self.settings.of(HeteroFL.Settings).masked_loss else CrossEntropy()
 
     def contribute(self, tally: Tally, update: Update, server: ServerState) -> None:
         """Add the client's tensors; of the output layer, the rows of its labels."""
         own = update.labels > 0
-        output = [n for n in update.arrays if self.settings.masked_loss and is_output_tensor(n)]
+        output = [
+            n
+            for n in update.arrays
+            if self.settings.of(HeteroFL.Settings).masked_loss and is_output_tensor(n)
+        ]
         tally.mean(update.arrays, self.weight_of(update), rows=dict.fromkeys(output, own))
 
     def deployed(self, state: CloudState, ask: Inquiry) -> list[Deployed]:

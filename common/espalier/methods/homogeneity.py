@@ -6,8 +6,19 @@ from collections.abc import Sequence
 from typing import Literal
 
 import numpy as np
+from pydantic import Field
+
+from espalier.config.fields import SettingsGroup
 
 Form = Literal["root", "squared"]
+
+
+class ScoreSettings(SettingsGroup):
+    """The score of label distributions."""
+
+    homogeneity_form: Literal["root", "squared"] = Field(
+        default="root", description="form of the statistical homogeneity score"
+    )
 
 
 def sh_score(counts: np.ndarray, form: Form = "root") -> float:

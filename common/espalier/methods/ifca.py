@@ -6,8 +6,10 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
+from pydantic import Field
 
 from espalier import models
+from espalier.config.fields import PositiveInt, SettingsGroup
 from espalier.methods.base import CloudState, Deployed, Inquiry, Method
 from espalier.methods.clustering import nearest_model, well_spread
 from espalier.methods.prefixes import matches
@@ -18,7 +20,7 @@ from espalier.wire.payload import Layout, Weights
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from espalier.config.run_config import RunConfig
+    from espalier.config.run_settings import RunSettings
     from espalier.training.objectives import LocalRound
 
 #: Largest number of initialisations; the last one is used in any case.
@@ -34,21 +36,30 @@ class IFCA(Method):
     drawn until each is chosen by enough clients.
     """
 
+    class Settings(SettingsGroup):
+        """The clusters."""
+
+        clusters: PositiveInt = Field(default=2, description="number of models")
+        shared_layers: str = Field(
+            default="", description="prefixes of the tensors all clusters share, commas between"
+        )
+
     name = "ifca"
+    uses = (Settings,)
     has_one_model = False
     extra_disclosure = "which cluster fits its images best"
     tasks = ("classification",)
 
     @classmethod
-    def contradictions(cls, settings: RunConfig) -> list[str]:
+    def contradictions(cls, settings: RunSettings) -> list[str]:
         """Refuse a run without clusters."""
-        if settings.clusters < 2:
+        if settings.of(IFCA.Settings).clusters < 2:
             return ["clusters: ifca needs at least 2 models; set clusters=2 or method=fedavg"]
         return []
 
     def before_run(self, state: CloudState, ask: Inquiry) -> None:
         """Draw k models until clients choose each of them."""
-        k = self.settings.clusters
+        k = self.settings.of(IFCA.Settings).clusters
         for attempt in range(TRIES):
             self._draw(state, attempt)
             answers = ask("loss", state.architecture, state.weights, None)
@@ -57,9 +68,10 @@ class IFCA(Method):
                 return
 
     def _draw(self, state: CloudState, attempt: int) -> None:
-        s, shared = self.settings, self.settings.shared_layers
+        s, own = self.settings, self.settings.of(IFCA.Settings)
+        shared = own.shared_layers
         networks = []
-        for j in range(s.clusters):
+        for j in range(own.clusters):
             seed = seed_for(s.seed, "cloud", attempt, f"cluster {j}")
             network = models.initial_model(
                 s.model_copy(update={"seed": seed}), self.image_shape, self.classes
@@ -81,7 +93,7 @@ class IFCA(Method):
                 for n, a in local.aux.items()
                 if n.startswith(_key(j, ""))
             }
-            for j in range(self.settings.clusters)
+            for j in range(self.settings.of(IFCA.Settings).clusters)
         ]
         chosen = nearest_model([network_loss(local, tensors) for tensors in clusters])
         local.metrics["cluster"] = chosen
@@ -89,14 +101,14 @@ class IFCA(Method):
 
     def publish(self, trained: dict[str, np.ndarray], local: LocalRound) -> dict[str, np.ndarray]:
         """Return the trained tensors under their cluster's names."""
-        j, shared = int(local.metrics["cluster"]), self.settings.shared_layers
+        j, shared = int(local.metrics["cluster"]), self.settings.of(IFCA.Settings).shared_layers
         return {n if matches(n, shared) else _key(j, n): a for n, a in trained.items()}
 
     def returned(self, sent: Layout, names: Sequence[str], metrics: Mapping[str, float]) -> Layout:
         """Return the layout of the chosen cluster's and the shared tensors."""
         j = metrics.get("cluster", -1)
-        if j not in range(self.settings.clusters):
-            raise ValueError(f"cluster {j:g} of {self.settings.clusters}")
+        if j not in range(clusters := self.settings.of(IFCA.Settings).clusters):
+            raise ValueError(f"cluster {j:g} of {clusters}")
         return sent.only(n for n in sent.names if "/" not in n or n.startswith(_key(int(j), "")))
 
     # --- cloud ---------------------------------------------------------------------------------------
@@ -111,7 +123,7 @@ class IFCA(Method):
                 Weights.pack(shared | state.section(f"cluster{j}")),
                 at_clients=False,
             )
-            for j in range(self.settings.clusters)
+            for j in range(self.settings.of(IFCA.Settings).clusters)
         ]
         everything = Deployed("all clusters", state.architecture, state.weights, at_cloud=False)
         return [*clusters, everything]

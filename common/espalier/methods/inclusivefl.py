@@ -7,10 +7,12 @@ from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING
 
 import numpy as np
+from pydantic import Field
 
 from espalier import lazy, models
+from espalier.config.fields import SettingsGroup
 from espalier.methods.base import CloudState, Deployed, Inquiry, ServerState, Update
-from espalier.methods.levels import parse_levels
+from espalier.methods.levels import LevelSettings
 from espalier.methods.submodels import SubModels, depth_at
 from espalier.methods.tally import Tally
 from espalier.training.forward_hooks import require_exits
@@ -39,7 +41,18 @@ class InclusiveFL(SubModels):
     The authors' code never applies the momentum; the formula is the paper's.
     """
 
+    class Settings(SettingsGroup):
+        """Momentum distillation."""
+
+        inclusive_beta: float = Field(
+            default=0.2,
+            ge=0,
+            le=1,
+            description="share of the deeper tier's momentum in a last layer",
+        )
+
     name = "inclusivefl"
+    uses = (Settings, LevelSettings)
     families = ("exits",)
     server_sections = frozenset({"own", "next"})
 
@@ -48,7 +61,7 @@ class InclusiveFL(SubModels):
     def depths(self, architecture: pb.ArchitectureSpec) -> list[int]:
         """Return the depths of the tiers, the shallowest first."""
         whole = self._whole_depth(architecture)
-        return sorted({depth_at(level, whole) for level in parse_levels(self.settings.levels)})
+        return sorted({depth_at(level, whole) for level in self.settings.of(LevelSettings).shares})
 
     @staticmethod
     def _whole_depth(architecture: pb.ArchitectureSpec) -> int:
@@ -123,7 +136,7 @@ class InclusiveFL(SubModels):
         """Take the means; the change of a last stage becomes (1 − β) Δ_last + β Δ_next."""
         means = tally.means(server.tensors)
         for name in [n for n in means if f"next/{n}" in means and f"own/{n}" in means]:
-            beta = means[name].dtype.type(self.settings.inclusive_beta)
+            beta = means[name].dtype.type(self.settings.of(InclusiveFL.Settings).inclusive_beta)
             means[name] = means[name] + beta * (means[f"next/{name}"] - means[f"own/{name}"])
         server.assign({n: a for n, a in means.items() if not n.startswith(("own/", "next/"))})
 
@@ -131,7 +144,7 @@ class InclusiveFL(SubModels):
         """Return every tier's network, the deepest first."""
         found: list[Deployed] = []
         tensors = state.tensors
-        for level in parse_levels(self.settings.levels):
+        for level in self.settings.of(LevelSettings).shares:
             view = self.view(state, f"{level:g}")
             arrays: dict[str, np.ndarray] = {
                 t.name: tensors[view.sources.get(t.name, t.name)] for t in view.architecture.tensors

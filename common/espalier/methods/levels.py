@@ -7,17 +7,53 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
+from pydantic import Field, field_validator
+
+from espalier.config.fields import SettingsGroup, setting_error
 from espalier.errors import ConfigError
 from espalier.seeds import rng_for
 
 if TYPE_CHECKING:
-    from espalier.config.run_config import RunConfig
+    from espalier.config.run_settings import RunSettings
     from espalier.methods.planning import Member
 
 #: Bytes of memory needed to train a level.
 Need = Callable[[float], int]
+
+
+class LevelSettings(SettingsGroup):
+    """The sizes of sub-models and which client trains which."""
+
+    levels: str = Field(
+        default="1,0.5,0.25", description="sizes of sub-models as shares of the whole, separated by commas"
+    )
+    level_choice: Literal["spread", "device", "memory", "speed"] = Field(
+        default="spread",
+        description="how a client gets its level: by name, as set at the device, by memory, by measured speed",
+    )
+    dynamic_levels: bool = Field(default=False, description="draw the levels again in every round")
+
+    @field_validator("levels")
+    @classmethod
+    def _check_levels(cls, value: str) -> str:
+        try:
+            parse_levels(value)
+        except ConfigError as error:
+            raise setting_error(str(error).removeprefix("levels: ")) from None
+        return value
+
+    @property
+    def shares(self) -> tuple[float, ...]:
+        """The levels as numbers, largest first."""
+        return parse_levels(self.levels)
+
+
+class DistillationSettings(SettingsGroup):
+    """Distillation between sub-models."""
+
+    distillation: bool = Field(default=True, description="train small sub-models to match larger ones")
 
 
 def parse_levels(text: str) -> tuple[float, ...]:
@@ -56,7 +92,7 @@ def parse_levels(text: str) -> tuple[float, ...]:
 
 
 def assign_levels(
-    members: Sequence[Member], settings: RunConfig, round_: int, need: Need | None = None
+    members: Sequence[Member], settings: RunSettings, round_: int, need: Need | None = None
 ) -> dict[str, float]:
     """Assign a level to every client.
 
@@ -77,7 +113,7 @@ def assign_levels(
     ----------
     members : sequence of Member
         Clients that can participate, in any order.
-    settings : RunConfig
+    settings : RunSettings
         `levels`, `level-choice`, `dynamic-levels`, `seed`.
     round_ : int
         The round; used with `dynamic-levels` only.
@@ -94,21 +130,22 @@ def assign_levels(
     ConfigError
         If a device's configured level is below the smallest one.
     """
-    levels = parse_levels(settings.levels)
+    chosen = settings.of(LevelSettings)
+    levels = chosen.shares
     ordered = sorted(members, key=lambda m: m.name)
-    if settings.level_choice == "spread":
+    if chosen.level_choice == "spread":
         given = {m.name: levels[i * len(levels) // len(ordered)] for i, m in enumerate(ordered)}
-    elif settings.level_choice == "speed":
+    elif chosen.level_choice == "speed":
         given = _by_rank({m.name: m.speed for m in ordered}, levels)
     else:
         given = _by_memory(ordered, levels, need)
-        if settings.level_choice == "device":
+        if chosen.level_choice == "device":
             given |= {m.name: _own_level(m, levels) for m in ordered if m.level > 0}
-    if not settings.dynamic_levels:
+    if not chosen.dynamic_levels:
         return given
     drawn = {}
     for name, most in given.items():
-        choices = [v for v in levels if v <= most or settings.level_choice == "spread"]
+        choices = [v for v in levels if v <= most or chosen.level_choice == "spread"]
         drawn[name] = choices[int(rng_for(settings.seed, name, round_, "level").integers(len(choices)))]
     return drawn
 

@@ -7,8 +7,10 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
+from pydantic import Field
 
 from espalier import lazy, models
+from espalier.config.fields import NonNegative, Positive, SettingsGroup
 from espalier.methods.base import CloudState, Inquiry, Method
 from espalier.models.presets import task_of
 from espalier.seeds import seed_for
@@ -37,7 +39,14 @@ class MOON(Method):
     U-Net's pooled mid-block features go through a separate head, which is averaged like the network.
     """
 
+    class Settings(SettingsGroup):
+        """The contrastive term."""
+
+        moon_mu: NonNegative = Field(default=1.0, description="weight mu of the contrastive term")
+        moon_temperature: Positive = Field(default=0.5, description="temperature of the contrastive term")
+
     name = "moon"
+    uses = (Settings,)
     sticky_edge = True
 
     def initial(self, image_shape: tuple[int, int, int], classes: int) -> nn.Module:
@@ -55,7 +64,7 @@ class MOON(Method):
 
     def objective(self, round_: int) -> Objective:
         """Return the task's loss and the contrastive term."""
-        s = self.settings
+        s = self.settings.of(MOON.Settings)
         return super().objective(round_) + ModelContrastiveTerm(s.moon_mu, s.moon_temperature)
 
     def returned(self, sent: Layout, names: Sequence[str], metrics: Mapping[str, float]) -> Layout:

@@ -6,9 +6,11 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
+from pydantic import Field
 
 from espalier import models
-from espalier.config.run_config import RunConfig
+from espalier.config.fields import SettingsGroup
+from espalier.config.run_settings import RunSettings
 from espalier.methods.base import CloudState, Deployed, Inquiry, Method, ServerState, Update
 from espalier.methods.planning import Member
 from espalier.methods.tally import Tally
@@ -16,6 +18,7 @@ from espalier.methods.views import Sent
 from espalier.models.families import model_of
 from espalier.models.presets import is_model
 from espalier.seeds import seed_for
+from espalier.wire.codec import CodecSettings
 from espalier.wire.payload import Layout, Weights
 from espalier_proto import espalier_pb2 as pb
 
@@ -28,6 +31,15 @@ if TYPE_CHECKING:
 OWN = "own"
 #: Prefix of the network in a client's state.
 STATE = "own/"
+
+
+class OwnModelSettings(SettingsGroup):
+    """Which model each client trains."""
+
+    families: str = Field(
+        default="",
+        description="clients' models in turn: a family (HtFE-img-8, …) or names separated by commas; empty: model",
+    )
 
 
 class OwnModels(Method):
@@ -44,7 +56,7 @@ class OwnModels(Method):
     extra_disclosure = "outputs of a network of its own on its images"
 
     @classmethod
-    def contradictions(cls, settings: RunConfig) -> list[str]:
+    def contradictions(cls, settings: RunSettings) -> list[str]:
         """Refuse selections that compare networks, and codecs of weights."""
         faults = []
         if cls.chosen(settings, "selection") == "divfl":
@@ -53,7 +65,10 @@ class OwnModels(Method):
             faults.append(f"codec: {cls.name} exchanges no weights to code; set codec=none")
         faults += [
             f"{key}: {cls.name} exchanges no weights to code; set {key}=none"
-            for key, value in (("downlink", settings.downlink), ("edge-codec", settings.edge_codec))
+            for key, value in (
+                ("downlink", settings.of(CodecSettings).downlink),
+                ("edge-codec", settings.of(CodecSettings).edge_codec),
+            )
             if value != "none"
         ]
         return faults
@@ -68,7 +83,7 @@ class OwnModels(Method):
         self, state: CloudState, picked: Sequence[str], members: Mapping[str, Member], round_: int
     ) -> dict[str, str]:
         """Return each client's model."""
-        family = self.settings.families or self.settings.model
+        family = self.settings.of(OwnModelSettings).families or self.settings.model
         places = {name: i for i, name in enumerate(sorted(members))}
         return {name: members[name].model or model_of(family, places[name]) for name in picked}
 

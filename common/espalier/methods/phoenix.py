@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 import numpy as np
+from pydantic import Field
 
+from espalier.config.fields import Count, NonNegative, SettingsGroup
 from espalier.data.imageset import to_uint8
 from espalier.data.joined import with_pixels
 from espalier.data.spec import open_data
@@ -20,7 +22,7 @@ from espalier.wire.payload import Weights
 from espalier_proto import espalier_pb2 as pb
 
 if TYPE_CHECKING:
-    from espalier.config.run_config import RunConfig
+    from espalier.config.run_settings import RunSettings
     from espalier.data.imageset import ImageSet
     from espalier.training.objectives import LocalRound
 
@@ -44,36 +46,56 @@ class Phoenix(PersonalLayers):
     `quality-threshold` times the previous window's median is excluded and reported by name.
     """
 
+    class Settings(SettingsGroup):
+        """Shared data, personal layers and the filter of clients."""
+
+        cloud_only: ClassVar[frozenset[str]] = frozenset({"shared_data"})
+
+        shared_data: str = Field(
+            default="", description="data of which the cloud sends a part to every client"
+        )
+        shared_count: Count = Field(default=0, description="images of it that every client receives")
+        personal_layers: str = Field(
+            default="", description="prefixes of the tensors that never leave a client, separated by commas"
+        )
+        quality_threshold: NonNegative = Field(
+            default=0.0,
+            description="largest loss of a participant, as a multiple of the median; 0: no limit",
+        )
+
     name = "phoenix"
+    uses = (Settings,)
     tasks = ("diffusion",)
     server_sections = frozenset({"limit"})
     extra_disclosure = "its loss, by which clients are filtered"
 
     @classmethod
-    def contradictions(cls, settings: RunConfig) -> list[str]:
+    def contradictions(cls, settings: RunSettings) -> list[str]:
         """Refuse shared data of which no image is sent, and a moving average of an incomplete model."""
         faults = []
         # The reverse cannot be checked here: `shared-data` is a location at the cloud and is not sent.
-        if settings.shared_data and not settings.shared_count:
+        if settings.of(Phoenix.Settings).shared_data and not settings.of(Phoenix.Settings).shared_count:
             faults.append("shared-count: no image of shared-data is sent; set e.g. shared-count=100")
-        if settings.ema_decay and settings.personal_layers:
+        if settings.ema_decay and settings.of(Phoenix.Settings).personal_layers:
             faults.append("ema-decay: with personal-layers the cloud has no whole model; set it to 0")
         return faults
 
     def is_personal(self, name: str) -> bool:
         """Return whether a tensor is under `personal-layers`."""
-        return matches(name, self.settings.personal_layers)
+        return matches(name, self.settings.of(Phoenix.Settings).personal_layers)
 
     # --- the shared images ---------------------------------------------------------------------------
 
     def before_run(self, state: CloudState, ask: Inquiry) -> None:
         """Draw the images that all clients receive."""
         further: dict[str, np.ndarray] = {LIMIT: np.zeros(1)}
-        s = self.settings
+        s = self.settings.of(Phoenix.Settings)
         if s.shared_data and s.shared_count:
             images = open_data(s.shared_data)
             count = min(s.shared_count, len(images))
-            chosen = rng_for(s.seed, "cloud", 0, "handout").choice(len(images), count, replace=False)
+            chosen = rng_for(self.settings.seed, "cloud", 0, "handout").choice(
+                len(images), count, replace=False
+            )
             further[IMAGES] = to_uint8(images.fetch(chosen)).numpy()
             further[LABELS] = images.labels[chosen]
         state.weights = Weights.pack(state.tensors | further)
@@ -134,7 +156,9 @@ class Phoenix(PersonalLayers):
         super().central_step(state, tally)
         losses = [float(stack[LOSS][0]) for stack in tally.stacks.values()]
         if losses:  # an edge may have forwarded none
-            state.assign({LIMIT: np.array([self.settings.quality_threshold * np.median(losses)])})
+            state.assign(
+                {LIMIT: np.array([self.settings.of(Phoenix.Settings).quality_threshold * np.median(losses)])}
+            )
         # An excluded client's state, including the images, is rolled back to before the round.
         counted = (client for client, stack in tally.stacks.items() if not stack[LEFT_OUT][0])
         state.extra |= {GIVEN + client: np.ones(1) for client in counted}

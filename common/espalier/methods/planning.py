@@ -5,12 +5,22 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Literal, Protocol
 
 import numpy as np
+from pydantic import Field
 
+from espalier.config.fields import SettingsGroup
 from espalier.methods.homogeneity import Form, edge_probabilities, sh_score
 from espalier.seeds import rng_for
+
+
+class EdgeChoiceSettings(SettingsGroup):
+    """How a client's edge is chosen."""
+
+    edge_choice: Literal["auto", "homogeneity", "random", "fixed", "shape"] = Field(
+        default="auto", description="how a client's edge is chosen; auto: the method's rule"
+    )
 
 
 @dataclass(frozen=True)
@@ -113,6 +123,15 @@ class DrawnEdge(ABC):
             draw = rng_for(seed, member.name, round_, "edge").choice(len(member.edges), p=chances)
             assignment[member.name] = member.edges[int(draw)]
         return assignment
+
+
+class HomogeneitySettings(SettingsGroup):
+    """The constants of the draw by homogeneity."""
+
+    selection_a: float = Field(
+        default=10000.0, description="a of the edge choice, p_e ~ ReLU(a mu - n_e + b)"
+    )
+    selection_b: float = Field(default=0.0, description="b of the edge choice")
 
 
 @dataclass(frozen=True)

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
+from pydantic import Field
 
+from espalier.config.fields import Count, SettingsGroup
 from espalier.methods.fedavg import FedAvg
 from espalier.methods.planning import Member
 from espalier.methods.selection import (
@@ -15,14 +17,13 @@ from espalier.methods.selection import (
     Selection,
     by_name,
     proportions,
-    rating,
     register_selection,
     top,
 )
 from espalier.seeds import rng_for
 
 if TYPE_CHECKING:
-    from espalier.config.run_config import RunConfig
+    from espalier.config.run_settings import RunSettings
 
 
 class PowerOfChoice(FedAvg):
@@ -45,10 +46,26 @@ class PowD(Selection):
     which is not the paper's, ranks by a client's share p_k F_k of the global loss instead.
     """
 
+    class Settings(SettingsGroup):
+        """The number of candidates and their ranking."""
+
+        candidates: Count = Field(
+            default=0,
+            description="d, the number of clients asked for their loss; 0: twice the number that train",
+        )
+        adaptive_candidates: bool = Field(
+            default=False,
+            description="d is halved from all clients to the number that train over the run (adapow-d)",
+        )
+        loss_weight: Literal["none", "samples"] = Field(
+            default="none", description="rank candidates by F_k, or by n_k F_k"
+        )
+
     probe = "loss"
     weighting = "uniform"
+    uses = (Settings,)
 
-    def __init__(self, settings: RunConfig) -> None:
+    def __init__(self, settings: RunSettings) -> None:
         super().__init__(settings)
         self._keep = 1
 
@@ -62,7 +79,7 @@ class PowD(Selection):
     ) -> list[Member]:
         """Return the m candidates of the largest loss, ties by name."""
         losses = {
-            m.name: rating(self.settings, answers[m.name].metrics["loss"], m.samples)
+            m.name: rating(self.settings.of(PowD.Settings), answers[m.name].metrics["loss"], m.samples)
             for m in candidates
             if m.name in answers and "loss" in answers[m.name].metrics
         }
@@ -85,9 +102,9 @@ class PowD(Selection):
         return [ordered[i] for i in sorted(drawn)]
 
     def _candidate_count(self, round_: int, population: int, keep: int) -> int:
-        s = self.settings
+        s = self.settings.of(PowD.Settings)
         if s.adaptive_candidates:
-            return adaptive_count(round_, s.rounds, population, keep)
+            return adaptive_count(round_, self.settings.rounds, population, keep)
         return min(max(s.candidates or 2 * keep, keep), population)
 
 
@@ -108,7 +125,7 @@ class StalePowD(PowD):
 
     probe = ""
 
-    def __init__(self, settings: RunConfig) -> None:
+    def __init__(self, settings: RunSettings) -> None:
         super().__init__(settings)
         self._losses: dict[str, float] = {}
 
@@ -117,7 +134,7 @@ class StalePowD(PowD):
 
         def rank(member: Member) -> tuple[float, float]:
             loss = self._losses.get(member.name, math.inf)
-            return -rating(self.settings, loss, member.samples), float(
+            return -rating(self.settings.of(PowD.Settings), loss, member.samples), float(
                 rng_for(self.settings.seed, member.name, round_, "selection-tie").random()
             )
 
@@ -155,6 +172,21 @@ class StalePowD(PowD):
             for key, value in state.items()
             if key.startswith("loss/")
         }
+
+
+def rating(settings: PowD.Settings, loss: float, samples: int) -> float:
+    """Return the score of a candidate.
+
+    Parameters
+    ----------
+    settings : PowD.Settings
+        `loss-weight` chooses F_k ("none") or n_k F_k ("samples"), which ranks as p_k F_k.
+    loss : float
+        F_k, the mean loss of the client.
+    samples : int
+        n_k, its number of samples.
+    """
+    return loss * samples if settings.loss_weight == "samples" else loss
 
 
 def adaptive_count(round_: int, rounds: int, population: int, keep: int) -> int:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from espalier.config.run_config import RunConfig
+from espalier.config.run_settings import RunSettings
 from espalier.methods.base import Method
+from espalier.methods.faug import AugmentSettings
 from espalier.models.presets import MODELS, normalises_batches, task_of
+from espalier.training.privacy import PrivacySettings
 
 #: Selections without an inquiry to clients.
 _WITHOUT_INQUIRY = ("uniform", "proportional", "bernoulli")
@@ -12,22 +14,22 @@ _WITHOUT_INQUIRY = ("uniform", "proportional", "bernoulli")
 ANSWERED = frozenset({"accuracy", "samples"})
 
 
-def privacy_faults(method: type[Method], settings: RunConfig) -> list[str]:
+def privacy_faults(method: type[Method], settings: RunSettings) -> list[str]:
     """Return the faults of the privacy settings, one line each, key first.
 
     Disclosures without noise are refused, so that the reported epsilon covers everything that a server receives from
     training.
     """
-    faults = _own_faults(settings)
+    faults, private = _own_faults(settings), settings.of(PrivacySettings)
     selection = method.chosen(settings, "selection")
-    if settings.update_clip and (method.own_models or selection == "divfl"):
+    if private.update_clip and (method.own_models or selection == "divfl"):
         what = method.name if method.own_models else "selection=divfl"
         faults.append(
             f"update-clip: with {what} a reply is more than an update of the received weights; set it to 0"
         )
-    if not settings.private:
+    if not private.private:
         return faults
-    key = "dp-sgd-noise" if settings.dp_sgd else "update-noise"
+    key = "dp-sgd-noise" if private.dp_sgd else "update-noise"
     if normalises_batches(settings.model):
         fitting = [m for m in MODELS if task_of(m) == task_of(settings.model) and not normalises_batches(m)]
         faults.append(
@@ -38,19 +40,17 @@ def privacy_faults(method: type[Method], settings: RunConfig) -> list[str]:
         faults.append(
             f"{key}: with {method.name} a client also discloses {method.extra_disclosure}; use fedavg"
         )
-    elif settings.dp_sgd and not method.per_example_loss:
+    elif private.dp_sgd and not method.per_example_loss:
         faults.append(
             f"{key}: the loss of {method.name} is not a mean of per-image losses; use fedavg, or update-noise"
         )
     if selection not in _WITHOUT_INQUIRY:
         faults.append(f"selection: {selection} asks clients for losses or gradients; use uniform with {key}")
-    if settings.augment != "none":
-        faults.append(
-            f"augment: {settings.augment} uploads images, which {key} does not protect; set augment=none"
-        )
+    if (augment := settings.of(AugmentSettings).augment) != "none":
+        faults.append(f"augment: {augment} uploads images, which {key} does not protect; set augment=none")
     if (
-        settings.update_noise
-        and not settings.dp_sgd
+        private.update_noise
+        and not private.dp_sgd
         and settings.eval_clients
         and task_of(settings.model) == "diffusion"
     ):
@@ -60,15 +60,15 @@ def privacy_faults(method: type[Method], settings: RunConfig) -> list[str]:
     return faults
 
 
-def _own_faults(settings: RunConfig) -> list[str]:
+def _own_faults(settings: RunSettings) -> list[str]:
     """Return the faults among the privacy settings themselves."""
-    faults = []
-    if settings.dp_sgd_noise and settings.dp_sgd_epsilon:
+    faults, private = [], settings.of(PrivacySettings)
+    if private.dp_sgd_noise and private.dp_sgd_epsilon:
         faults.append("dp-sgd-epsilon: dp-sgd-noise determines it already; set one of the two to 0")
-    if settings.dp_sgd and not settings.clip_norm:
+    if private.dp_sgd and not settings.clip_norm:
         faults.append("clip-norm: DP-SGD clips every image's gradient to it; set e.g. clip-norm=1")
-    if settings.dp_sgd and settings.precision == "bf16":
+    if private.dp_sgd and settings.precision == "bf16":
         faults.append("precision: DP-SGD computes in single precision; set precision=auto or fp32")
-    if settings.update_noise and not settings.update_clip:
+    if private.update_noise and not private.update_clip:
         faults.append("update-clip: update-noise is a multiple of it; set e.g. update-clip=1")
     return faults

@@ -6,8 +6,11 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 import numpy as np
+from pydantic import Field
 
+from espalier.config.fields import NonNegative, SettingsGroup
 from espalier.methods.base import Method, ServerState, Update
+from espalier.methods.selection import SelectionSettings
 from espalier.methods.tally import Tally
 from espalier.tasks.local_metrics import local_loss
 from espalier.training.objectives import LocalResult, LocalRound, Objective
@@ -15,7 +18,7 @@ from espalier.training.objectives import LocalResult, LocalRound, Objective
 if TYPE_CHECKING:
     from torch import Generator, Tensor, nn
 
-    from espalier.config.run_config import RunConfig
+    from espalier.config.run_settings import RunSettings
 
 
 class QFedAvg(Method):
@@ -27,16 +30,22 @@ class QFedAvg(Method):
     edge's window is its Σh_k. Clients are sampled ∝ n_k, so their mean is not weighted again.
     """
 
+    class Settings(SettingsGroup):
+        """How strongly large losses weigh."""
+
+        fairness_q: NonNegative = Field(default=1.0, description="exponent q of the losses; 0: a plain mean")
+
     name = "qfedavg"
+    uses = (Settings,)
     own_selection = "proportional"
     own_optimizer = "sgd"
     extra_disclosure = "its loss at the received model, by which it is weighted"
 
     @classmethod
-    def contradictions(cls, settings: RunConfig) -> list[str]:
+    def contradictions(cls, settings: RunSettings) -> list[str]:
         """Refuse weighting by samples, because the losses are the weights, and optimisers other than SGD."""
         faults = []
-        if settings.weighting == "samples":
+        if settings.of(SelectionSettings).weighting == "samples":
             faults.append("weighting: q-FedAvg weighs clients by their loss; leave it at auto")
         if settings.optimizer == "adam":
             faults.append("optimizer: q-FedAvg's L is 1 over SGD's step size; set optimizer=sgd")
@@ -52,7 +61,7 @@ class QFedAvg(Method):
 
     def contribute(self, tally: Tally, update: Update, server: ServerState) -> None:
         """Add w − Δ_k/h_k with weight h_k; running statistics and counters without the correction."""
-        q, loss = self.settings.fairness_q, update.metrics.get("received-loss", 0.0)
+        q, loss = self.settings.of(QFedAvg.Settings).fairness_q, update.metrics.get("received-loss", 0.0)
         if not loss > 0:
             raise ValueError(f"its loss at the received model is {loss}; q-FedAvg needs a positive one")
         local = update.metrics.get("lr-sum", 0.0)

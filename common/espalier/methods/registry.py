@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from espalier.config.run_config import RunConfig
+from espalier.config.run_settings import RunSettings
 from espalier.errors import ConfigError
 from espalier.methods.base import Method
 from espalier.methods.cfl import CFL
@@ -70,7 +70,7 @@ def method_names() -> tuple[str, ...]:
     return tuple(sorted(METHODS))
 
 
-def create_method(settings: RunConfig) -> Method:
+def create_method(settings: RunSettings) -> Method:
     """Return the method of a run.
 
     Raises

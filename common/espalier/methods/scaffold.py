@@ -5,6 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
+from pydantic import Field
+
+from espalier.config.fields import Positive, SettingsGroup
 from espalier.methods.base import CloudState, Inquiry, Method, ServerState, Update
 from espalier.methods.tally import Tally
 from espalier.training.named_state import on_device, read_blocks, trainable_parameters, write_blocks
@@ -13,7 +16,7 @@ from espalier.training.objectives import LocalResult, LocalRound, Objective
 if TYPE_CHECKING:
     from torch import Generator, Tensor, nn
 
-    from espalier.config.run_config import RunConfig
+    from espalier.config.run_settings import RunSettings
 
 #: Section of the servers' c, and prefix of c_k in a client's state.
 SECTION, STATE = "control", "scaffold/"
@@ -28,7 +31,13 @@ class SCAFFOLD(Method):
     its reports an edge updates its own w and c; its changes of c add up at the cloud.
     """
 
+    class Settings(SettingsGroup):
+        """The step of the servers."""
+
+        server_rate: Positive = Field(default=1.0, description="step size eta_g of the servers")
+
     name = "scaffold"
+    uses = (Settings,)
     own_optimizer = "sgd"
     own_weighting = "uniform"
     mean_sections = frozenset({SECTION})
@@ -36,7 +45,7 @@ class SCAFFOLD(Method):
     per_example_loss = True
 
     @classmethod
-    def contradictions(cls, settings: RunConfig) -> list[str]:
+    def contradictions(cls, settings: RunSettings) -> list[str]:
         """Refuse optimisers whose step is not Kη times a mean gradient."""
         faults = []
         if settings.optimizer == "adam":
@@ -61,7 +70,7 @@ class SCAFFOLD(Method):
 
     def contribute(self, tally: Tally, update: Update, server: ServerState) -> None:
         """Add w + η_g Δ_k to the mean, Δc_k / N to the change of c."""
-        rate, local = self.settings.server_rate, update.metrics.get("lr-sum", 0.0)
+        rate, local = self.settings.of(SCAFFOLD.Settings).server_rate, update.metrics.get("lr-sum", 0.0)
         if not local > 0:
             raise ValueError(f"its sum of step sizes is {local}, so its control variate is unknown")
         control, moved, change = server.section(SECTION), dict(update.arrays), {}

@@ -12,16 +12,29 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, ClassVar, TypeVar
+from typing import TYPE_CHECKING, ClassVar, Literal, TypeVar
 
 import numpy as np
+from pydantic import Field
 
+from espalier.config.fields import SettingsGroup
 from espalier.methods.planning import Member, pick_clients, pick_count
 from espalier.seeds import rng_for
 
 if TYPE_CHECKING:
-    from espalier.config.run_config import RunConfig
+    from espalier.config.run_settings import RunSettings
     from espalier.training.objectives import Objective
+
+
+class SelectionSettings(SettingsGroup):
+    """Which clients train in a round, and their weights in a mean."""
+
+    selection: Literal[
+        "auto", "uniform", "proportional", "bernoulli", "pow-d", "cpow-d", "rpow-d", "divfl"
+    ] = Field(default="auto", description="which clients train in a round; auto: the method's rule")
+    weighting: Literal["auto", "samples", "uniform"] = Field(
+        default="auto", description="a client's weight in a mean; auto: that of the method or the selection"
+    )
 
 
 @dataclass(frozen=True)
@@ -45,19 +58,21 @@ class Selection(ABC):
 
     Parameters
     ----------
-    settings : RunConfig
+    settings : RunSettings
         The run's configuration.
     """
 
     #: Inquiry to the candidates: "" none, "loss" F_k(w) on all data, "batch-loss" on one random mini-batch,
     #: "gradient" the full-batch gradient.
     probe: ClassVar[str] = ""
+    #: Groups of settings of the rule.
+    uses: ClassVar[tuple[type[SettingsGroup], ...]] = ()
     #: Weights of the mean that match the sampling: "samples" n_k / Σ n_k, "uniform" 1 / m.
     weighting: ClassVar[str] = "samples"
     #: What every participant reports for `observe`: "" nothing more, "gradient" ∇F_k at the received model.
     reports: str = ""
 
-    def __init__(self, settings: RunConfig) -> None:
+    def __init__(self, settings: RunSettings) -> None:
         self.settings = settings
 
     def measurement(self) -> Objective | None:
@@ -186,12 +201,12 @@ class Bernoulli(Selection):
         return [m for m in ordered if coins[m.name] < limit or coins[m.name] == lowest]
 
 
-def create_selection(settings: RunConfig, name: str) -> Selection:
+def create_selection(settings: RunSettings, name: str) -> Selection:
     """Return the selection registered under a name.
 
     Parameters
     ----------
-    settings : RunConfig
+    settings : RunSettings
         The run's configuration.
     name : str
         `selection`, with "auto" resolved by the method.
@@ -204,11 +219,6 @@ def create_selection(settings: RunConfig, name: str) -> Selection:
     if name not in SELECTIONS:
         raise ValueError(f"no selection is called {name!r}")
     return SELECTIONS[name](settings)
-
-
-def rating(settings: RunConfig, loss: float, samples: int) -> float:
-    """Return the score of a candidate: F_k, or with `loss-weight=samples` n_k F_k, which ranks as p_k F_k."""
-    return loss * samples if settings.loss_weight == "samples" else loss
 
 
 def top(losses: Mapping[str, float], m: int) -> list[str]:

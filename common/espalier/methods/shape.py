@@ -27,7 +27,9 @@ import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 import numpy as np
+from pydantic import Field
 
+from espalier.config.fields import Count, NonNegative, SettingsGroup
 from espalier.methods.planning import Member, Round
 from espalier.seeds import rng_for
 
@@ -40,6 +42,17 @@ _RESTARTS = 8
 
 #: The minimised value: clients above the edges' bounds, then J.
 Score = tuple[int, float]
+
+
+class ShapeSettings(SettingsGroup):
+    """The objective of the association."""
+
+    shape_diversity: NonNegative = Field(
+        default=1.0, description="weight of the diversity of edge data against communication cost"
+    )
+    shape_edges: Count = Field(
+        default=0, description="number of edges that aggregate; 0: the number of least cost"
+    )
 
 
 class ByShape:

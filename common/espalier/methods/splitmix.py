@@ -5,9 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
+from pydantic import Field
+
 from espalier import models
+from espalier.config.fields import SettingsGroup
 from espalier.methods.base import CloudState, Deployed, Inquiry, Method
-from espalier.methods.levels import assign_levels, parse_levels
+from espalier.methods.levels import LevelSettings, assign_levels
 from espalier.methods.planning import Member
 from espalier.methods.submodels import sliced
 from espalier.seeds import rng_for
@@ -18,7 +21,7 @@ from espalier_proto import espalier_pb2 as pb
 if TYPE_CHECKING:
     from torch import Generator, Tensor, nn
 
-    from espalier.config.run_config import RunConfig
+    from espalier.config.run_settings import RunSettings
 
 
 class SplitMix(Method):
@@ -30,28 +33,40 @@ class SplitMix(Method):
     with the mean logits of the first R·B bases.
     """
 
+    class Settings(SettingsGroup):
+        """The base networks."""
+
+        base_width: float = Field(default=0.125, gt=0, le=1, description="width of a base network")
+
     name = "split-mix"
+    uses = (Settings, LevelSettings)
     tasks = ("classification",)
     families = ("mlp", "cnn", "resnet")
     has_levels = True
 
     @classmethod
-    def contradictions(cls, settings: RunConfig) -> list[str]:
+    def contradictions(cls, settings: RunSettings) -> list[str]:
         """Refuse a base width that does not divide the network."""
-        count = 1 / settings.base_width
+        width = settings.of(SplitMix.Settings).base_width
+        count = 1 / width
         if abs(count - round(count)) > 1e-9:
-            return [f"base-width: {settings.base_width:g} is no 1/B; set it to 0.5, 0.25, 0.125, …"]
+            return [f"base-width: {width:g} is no 1/B; set it to 0.5, 0.25, 0.125, …"]
         return []
 
     @property
     def bases(self) -> int:
         """B."""
-        return round(1 / self.settings.base_width)
+        return round(1 / self.settings.of(SplitMix.Settings).base_width)
 
     def initial(self, image_shape: tuple[int, int, int], classes: int) -> nn.Module:
         """Return all bases, their weights scaled as in the full-width network."""
         return models.initial_bases(
-            self.settings, image_shape, classes, self.settings.base_width, range(self.bases), rescaled=True
+            self.settings,
+            image_shape,
+            classes,
+            self.settings.of(SplitMix.Settings).base_width,
+            range(self.bases),
+            rescaled=True,
         )
 
     def assign(
@@ -81,7 +96,7 @@ class SplitMix(Method):
     def deployed(self, state: CloudState, ask: Inquiry) -> list[Deployed]:
         """Return the ensemble of all bases and those of the smaller levels."""
         found = super().deployed(state, ask)
-        for level in parse_levels(self.settings.levels):
+        for level in self.settings.of(LevelSettings).shares:
             if level < 1:
                 spec = models.with_members(state.architecture, range(max(1, round(level * self.bases))))
                 weights = sliced(state.weights, spec)

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import ClassVar
 
 from espalier.methods.base import CloudState, Deployed, Inquiry, Method
-from espalier.methods.levels import assign_levels, parse_levels
+from espalier.methods.levels import LevelSettings, assign_levels
 from espalier.methods.planning import Member
 from espalier.wire.payload import Weights
 from espalier_proto import espalier_pb2 as pb
@@ -42,7 +42,7 @@ class SubModels(Method):
     def deployed(self, state: CloudState, ask: Inquiry) -> list[Deployed]:
         """Return the whole network, and the sub-model of every smaller level."""
         found = super().deployed(state, ask)
-        for level in parse_levels(self.settings.levels):
+        for level in self.settings.of(LevelSettings).shares:
             if level < 1:
                 spec = self.variant(state.architecture, level)
                 found.append(

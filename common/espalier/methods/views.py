@@ -9,10 +9,11 @@ from dataclasses import dataclass
 import numpy as np
 from google.protobuf.json_format import MessageToDict
 
-from espalier.config.run_config import RunConfig
+from espalier.config.run_settings import RunSettings
 from espalier.errors import WireError
 from espalier.methods.faug import seeds_layout
 from espalier.methods.state import ServerState, trained_layout
+from espalier.tasks.diffusion_settings import DiffusionSettings
 from espalier.wire.payload import Layout, TensorSpec, Weights
 from espalier_proto import espalier_pb2 as pb
 
@@ -104,7 +105,7 @@ def buffers_of(architecture: pb.ArchitectureSpec) -> frozenset[str]:
 def answer_layout(
     kind: str,
     architecture: pb.ArchitectureSpec,
-    settings: RunConfig,
+    settings: RunSettings,
     population: int,
     metrics: Mapping[str, float] | None = None,
     image_shape: Sequence[int] = (),
@@ -117,7 +118,7 @@ def answer_layout(
         One of `INQUIRIES`.
     architecture : pb.ArchitectureSpec
         The network asked about.
-    settings : RunConfig
+    settings : RunSettings
         The run's configuration.
     population : int
         Clients in the run (N).
@@ -143,7 +144,7 @@ def answer_layout(
         if "sample_size" not in config:
             raise ValueError(f"samples of a {architecture.family} network, which generates no images")
         size = int(config["sample_size"])
-        count = max(1, math.ceil(settings.eval_samples / max(population, 1)))
+        count = max(1, math.ceil(settings.of(DiffusionSettings).eval_samples / max(population, 1)))
         return Layout(
             (TensorSpec("samples/images", "uint8", (count, int(config["in_channels"]), size, size)),)
         )

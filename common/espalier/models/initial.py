@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
-from espalier.config.run_config import RunConfig
+from espalier.config.run_settings import RunSettings
 from espalier.errors import ConfigError
 from espalier.models.presets import MAX_SIZE, MIN_SIZE, PRESETS, Preset, task_of
 from espalier.seeds import seed_for
@@ -15,13 +15,13 @@ if TYPE_CHECKING:
 
 
 def initial_model(
-    settings: RunConfig, image_shape: tuple[int, int, int], classes: int = 0, projection: int = 0
+    settings: RunSettings, image_shape: tuple[int, int, int], classes: int = 0, projection: int = 0
 ) -> nn.Module:
     """Build the run's network with random weights that depend on the run's seed alone.
 
     Parameters
     ----------
-    settings : RunConfig
+    settings : RunSettings
         `model` and `seed` are used.
     image_shape : tuple of int
         Channels, height, width; height and width must be equal.
@@ -56,7 +56,7 @@ def initial_model(
         return model
 
 
-def import_ahead(settings: RunConfig) -> None:
+def import_ahead(settings: RunSettings) -> None:
     """Import what the run's model will be built with, where that takes long: for a U-Net seconds."""
     if task_of(settings.model) == "diffusion":
         from espalier.diffusers_shim import import_diffusers
@@ -64,7 +64,7 @@ def import_ahead(settings: RunConfig) -> None:
         import_diffusers()
 
 
-def feature_width(settings: RunConfig, image_shape: tuple[int, int, int], classes: int) -> int:
+def feature_width(settings: RunSettings, image_shape: tuple[int, int, int], classes: int) -> int:
     """Return the length of the features of the run's classifier; nothing is allocated to find out."""
     import torch
 
@@ -78,7 +78,7 @@ def feature_width(settings: RunConfig, image_shape: tuple[int, int, int], classe
 
 
 def initial_bases(
-    settings: RunConfig,
+    settings: RunSettings,
     image_shape: tuple[int, int, int],
     classes: int,
     width: float,
@@ -90,7 +90,7 @@ def initial_bases(
 
     Parameters
     ----------
-    settings : RunConfig
+    settings : RunSettings
         `model` and `seed` are used; a base network's weights depend on the seed and its number alone.
     image_shape : tuple of int
         Channels, height, width; height and width must be equal.

@@ -127,7 +127,7 @@ def task_of(model: str) -> Task:
     Raises
     ------
     KeyError
-        The name is no preset's; a validated `RunConfig` holds none such.
+        The name is no preset's; a validated `RunSettings` holds none such.
     """
     return PRESETS[model].task
 

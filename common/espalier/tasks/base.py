@@ -19,13 +19,13 @@ if TYPE_CHECKING:
     import torch
     from torch import Generator, Tensor, nn
 
-    from espalier.config.run_config import RunConfig
+    from espalier.config.run_settings import RunSettings
     from espalier.data.imageset import ImageSet
 else:
     torch = lazy.load("torch")
 
 
-def base_objective(settings: RunConfig) -> Objective:
+def base_objective(settings: RunSettings) -> Objective:
     """Return the task's loss without a method's terms: the DDPM loss or cross-entropy."""
     return DDPMLoss() if task_of(settings.model) == "diffusion" else CrossEntropy()
 

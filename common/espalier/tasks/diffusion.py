@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any, cast
 
 from espalier import lazy, models
+from espalier.tasks.diffusion_settings import DiffusionSettings
 from espalier.training.objectives import LocalRound, Objective
 
 if TYPE_CHECKING:
@@ -26,7 +27,7 @@ class DDPMLoss(Objective):
 
     def begin(self, model: nn.Module, local: LocalRound) -> None:
         """Build the noise schedule from the run's settings."""
-        self._schedule = models.noise_schedule(local.settings)
+        self._schedule = models.noise_schedule(local.settings.of(DiffusionSettings))
 
     def loss(self, model: nn.Module, images: Tensor, labels: Tensor, generator: Generator) -> Tensor:
         """Return the mean squared error of the predicted noise."""

@@ -22,7 +22,7 @@ from espalier.errors import EspalierError
 if TYPE_CHECKING:
     from torch import Generator, Tensor, nn
 
-    from espalier.config.run_config import RunConfig
+    from espalier.config.run_settings import RunSettings
     from espalier.data.imageset import ImageSet
     from espalier_proto import espalier_pb2 as pb
 
@@ -37,7 +37,7 @@ class LocalRound:
 
     Attributes
     ----------
-    settings : RunConfig
+    settings : RunSettings
         The run's configuration, from the plan.
     round : int
         Edge round, counted from 1 over the run.
@@ -71,7 +71,7 @@ class LocalRound:
         update them in place instead of copying them. A round that fails leaves them partly changed.
     """
 
-    settings: RunConfig
+    settings: RunSettings
     round: int
     received: Mapping[str, Tensor] = field(default_factory=dict)
     aux: Mapping[str, np.ndarray] = field(default_factory=dict)

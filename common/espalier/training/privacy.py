@@ -11,8 +11,10 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
+from pydantic import Field
 
 from espalier import lazy
+from espalier.config.fields import NonNegative, SettingsGroup
 from espalier.distribution import install_command
 from espalier.errors import ConfigError
 
@@ -22,13 +24,51 @@ if TYPE_CHECKING:
     from opacus.accountants import utils
     from opacus.accountants.analysis import rdp
 
-    from espalier.config.run_config import RunConfig
+    from espalier.config.run_settings import RunSettings
 else:
     opacus, accountants = lazy.load("opacus"), lazy.load("opacus.accountants")
     utils, rdp = lazy.load("opacus.accountants.utils"), lazy.load("opacus.accountants.analysis.rdp")
 
 #: Metrics of a ClientReport that hold the spent epsilon.
 EPSILON = {"dp-sgd": "epsilon-dp-sgd", "update": "epsilon-update"}
+
+
+class PrivacySettings(SettingsGroup):
+    """What is noised; each part is off at 0."""
+
+    histogram_epsilon: NonNegative = Field(
+        default=0.0, description="epsilon of the Laplace noise on label histograms; 0: exact counts"
+    )
+    dp_sgd_noise: NonNegative = Field(
+        default=0.0,
+        description="DP-SGD: noise multiplier; an image's gradient is clipped to clip-norm; 0: off",
+    )
+    dp_sgd_epsilon: NonNegative = Field(
+        default=0.0,
+        description="DP-SGD: instead of dp-sgd-noise, the epsilon of the whole run, to which clients fit their noise",
+    )
+    update_clip: NonNegative = Field(
+        default=0.0, description="largest L2 norm of a client's update; 0: no clipping"
+    )
+    update_noise: NonNegative = Field(
+        default=0.0, description="Gaussian noise on a client's update, as a multiple of update-clip; 0: off"
+    )
+
+    @property
+    def dp_sgd(self) -> bool:
+        """Whether clients train with DP-SGD."""
+        return self.dp_sgd_noise > 0 or self.dp_sgd_epsilon > 0
+
+    @property
+    def private(self) -> bool:
+        """Whether training is differentially private, by DP-SGD or noisy updates; label histograms do not count."""
+        return self.dp_sgd or self.update_noise > 0
+
+
+class DeltaSettings(SettingsGroup):
+    """The delta of reported guarantees."""
+
+    dp_delta: float = Field(default=1e-5, gt=0, lt=1, description="delta that epsilons are reported for")
 
 
 @dataclass(frozen=True)
@@ -50,29 +90,30 @@ class Mechanism:
     steps: int
 
 
-def mechanism_of(settings: RunConfig, images: int, noise: float) -> Mechanism:
+def mechanism_of(settings: RunSettings, images: int, noise: float) -> Mechanism:
     """Return the mechanism of one round of DP-SGD over a number of images."""
     steps = settings.local_steps or settings.local_epochs * math.ceil(images / settings.batch_size)
     return Mechanism(noise, min(1.0, settings.batch_size / images), steps)
 
 
-def noise_of(settings: RunConfig, images: int) -> float:
+def noise_of(settings: RunSettings, images: int) -> float:
     """Return a client's noise multiplier of DP-SGD: the run's, or the one that keeps all rounds within epsilon.
 
     A client that misses rounds spends less than epsilon.
     """
-    if settings.dp_sgd_noise:
-        return settings.dp_sgd_noise
+    private, delta = settings.of(PrivacySettings), settings.of(DeltaSettings).dp_delta
+    if private.dp_sgd_noise:
+        return private.dp_sgd_noise
     once = mechanism_of(settings, images, 1.0)
-    return noise_for(settings.dp_sgd_epsilon, settings.dp_delta, once.rate, once.steps * settings.rounds)
+    return noise_for(private.dp_sgd_epsilon, delta, once.rate, once.steps * settings.rounds)
 
 
-def update_mechanism(settings: RunConfig) -> Mechanism:
+def update_mechanism(settings: RunSettings) -> Mechanism:
     """Return the mechanism of noise on one clipped update, for a change of all of the client's images.
 
     Two updates clipped to C differ by at most 2 C, so noise of sigma C is sigma / 2 times the sensitivity.
     """
-    return Mechanism(settings.update_noise / 2, 1.0, 1)
+    return Mechanism(settings.of(PrivacySettings).update_noise / 2, 1.0, 1)
 
 
 def require_opacus() -> None:

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, ClassVar, Protocol
+from typing import TYPE_CHECKING, ClassVar, Literal, Protocol
 
 import numpy as np
+from pydantic import Field
 
+from espalier.config.fields import SettingsGroup
 from espalier.errors import EspalierError, WireError
 from espalier.wire.half import from_half, is_finite, to_half
 from espalier.wire.payload import STORED_AS, Layout, TensorSpec, Weights
 
 if TYPE_CHECKING:
-    from espalier.config.settings import Settings
+    from espalier.config.run_settings import RunSettings
 
 Arrays = Mapping[str, np.ndarray]
 
@@ -182,13 +184,28 @@ class BFloat16:
         return _retyped(like, "bfloat16")
 
 
-def create_codec(settings: Settings, name: str = "") -> Codec:
+class CodecSettings(SettingsGroup):
+    """How updates, models sent down and edge reports are encoded."""
+
+    codec: Literal["auto", "none", "fp16", "bf16", "qsgd", "top-k"] = Field(
+        default="auto", description="encoding of clients' updates; auto: the method's"
+    )
+    downlink: Literal["none", "fp16", "bf16"] = Field(
+        default="none",
+        description="encoding of the network's tensors on their way down, to edges and clients",
+    )
+    edge_codec: Literal["none", "fp16", "bf16", "qsgd", "top-k"] = Field(
+        default="none", description="encoding of the network's tensors in edges' reports to the cloud"
+    )
+
+
+def create_codec(settings: RunSettings, name: str = "") -> Codec:
     """Return the codec of a run.
 
     Parameters
     ----------
-    settings : Settings
-        The run's configuration; `codec_levels`, `codec_norm` and `codec_keep` are read where they apply.
+    settings : RunSettings
+        The run's; `QSGD.Settings` and `TopK.Settings` are read for their codecs.
     name : str, optional
         What the method makes of ``codec=auto``; by default the setting itself.
 
@@ -199,11 +216,12 @@ def create_codec(settings: Settings, name: str = "") -> Codec:
     """
     from espalier.wire.compression import QSGD, TopK  # they build on this module
 
-    name = name or settings.codec
+    name = name or settings.of(CodecSettings).codec
     if name == "qsgd":
-        return QSGD(settings.codec_levels, per_tensor=settings.codec_norm == "tensor")
+        s = settings.of(QSGD.Settings)
+        return QSGD(s.codec_levels, per_tensor=s.codec_norm == "tensor")
     if name == "top-k":
-        return TopK(settings.codec_keep)
+        return TopK(settings.of(TopK.Settings).codec_keep)
     plain: dict[str, type[Codec]] = {c.name: c for c in (Whole, Float16, BFloat16)}
     if name not in plain:
         raise ValueError(f"there is no codec {name!r}; the method settles codec=auto")

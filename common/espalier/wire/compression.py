@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import math
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 import numpy as np
+from pydantic import Field
 
+from espalier.config.fields import Int, SettingsGroup
 from espalier.errors import WireError
 from espalier.wire.bitpack import MAX_WIDTH, code_dtype, pack, packed_size, unpack
 from espalier.wire.codec import Arrays, CodecError, check_coded, filled, flatten, numbers, unflatten
@@ -34,6 +36,16 @@ class QSGD:
         Whether each tensor has a norm of its own, a scheme of less variance than the paper's, where
         the norm is that of the whole difference.
     """
+
+    class Settings(SettingsGroup):
+        """The number of levels and the norm."""
+
+        codec_levels: Int = Field(
+            default=7, ge=1, le=2**23 - 1, description="number of levels s; 7 levels take 4 bits per number"
+        )
+        codec_norm: Literal["whole", "tensor"] = Field(
+            default="whole", description="one norm for the whole difference, or one per tensor"
+        )
 
     name: ClassVar[str] = "qsgd"
     unbiased: ClassVar[bool] = True
@@ -142,6 +154,11 @@ class TopK:
     keep : float
         Share of the numbers that is sent, in (0, 1]; at least one is.
     """
+
+    class Settings(SettingsGroup):
+        """The share of numbers."""
+
+        codec_keep: float = Field(default=0.05, gt=0, le=1, description="share of the numbers that are sent")
 
     name: ClassVar[str] = "top-k"
     unbiased: ClassVar[bool] = False

@@ -7,10 +7,10 @@ from dataclasses import replace
 import numpy as np
 from flwr.app import Message
 
-from espalier.config.settings import Settings
+from espalier.config.run_settings import RunSettings
 from espalier.errors import WireError
 from espalier.wire import control
-from espalier.wire.codec import Codec, create_codec
+from espalier.wire.codec import Codec, CodecSettings, create_codec
 from espalier.wire.payload import Layout, Weights, fault_of
 from espalier_proto import espalier_pb2 as pb
 
@@ -28,17 +28,18 @@ class SentForm:
         The tensors before coding.
     architecture : pb.ArchitectureSpec
         The network that is sent.
-    settings : Settings
+    settings : RunSettings
         The run's; `downlink` names the codec.
     """
 
-    def __init__(self, layout: Layout, architecture: pb.ArchitectureSpec, settings: Settings) -> None:
+    def __init__(self, layout: Layout, architecture: pb.ArchitectureSpec, settings: RunSettings) -> None:
         self._codec: Codec | None = None
         self._layout, self._coded, self.wire = layout, Layout(()), layout
-        if settings.downlink == "none":
+        downlink = settings.of(CodecSettings).downlink
+        if downlink == "none":
             return
         trained = {t.name for t in architecture.tensors if not t.buffer}
-        self._codec = create_codec(settings, settings.downlink)
+        self._codec = create_codec(settings, downlink)
         self._coded = Layout(tuple(t for t in layout.tensors if t.name in trained and t.dtype == "float32"))
         narrow = {t.name: t for t in self._codec.layout(self._coded).tensors}
         self.wire = Layout(tuple(narrow.get(t.name, t) for t in layout.tensors))
@@ -85,7 +86,7 @@ class SentForm:
 def read_sent(
     message: Message,
     plan: pb.WindowPlan | pb.RoundPlan,
-    settings: Settings,
+    settings: RunSettings,
     sender: str,
     *,
     send_on: bool = False,
@@ -98,7 +99,7 @@ def read_sent(
         What came.
     plan : pb.WindowPlan or pb.RoundPlan
         The plan in it.
-    settings : Settings
+    settings : RunSettings
         The run's.
     sender : str
         Whom an error names.

@@ -8,7 +8,7 @@ import uuid
 from collections.abc import Mapping
 from pathlib import Path
 
-from espalier.config.run_config import FlatValue
+from espalier.config.fields import FlatValue
 from espalier.data.spec import parse_spec
 from espalier.errors import ConfigError, EspalierError
 from espalier.processes.supervise import (
@@ -68,7 +68,9 @@ def run_demo(edges: int, clients: int, data: str, out: Path, settings: Mapping[s
     out = out.expanduser().resolve()
     view = RunView()
     _set_aside(out, view)
-    config = prepare({**DEMO, **tree, **settings}, out)
+    from espalier.methods.run_config import with_defaults  # late: the methods load Flower
+
+    config = prepare(with_defaults(DEMO, {**tree, **settings}), out)
     with signals_interrupt(), Group() as group:
         # Start-up is overlapped, because it takes most of a short demonstration: edges start together with the cloud,
         # and clients while the ServerApp, the slowest process to start, does.

@@ -8,7 +8,7 @@ import uuid
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
-from espalier.config.run_config import FlatValue, RunConfig
+from espalier.config.fields import FlatValue
 from espalier.errors import EspalierError, StateError
 from espalier.processes.supervise import signals_interrupt
 from espalier_server.commands.run_view import RunView
@@ -36,6 +36,8 @@ def prepare(settings: Mapping[str, FlatValue], out: Path) -> dict[str, FlatValue
     StateError
         `out` cannot be used, or holds another run.
     """
+    from espalier.methods.run_config import RunConfig  # late: the methods load Flower
+
     out = out.expanduser().resolve()
     given = dict(settings)
     config = RunConfig.from_flat(given)

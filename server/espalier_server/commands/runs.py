@@ -20,7 +20,7 @@ def demo(
     settings: Settings = None,
 ) -> None:
     """Start a cloud, edges and clients on this machine, train one run, and stop them."""
-    from espalier.config.run_config import parse_assignments
+    from espalier.config.assignments import parse_assignments
     from espalier.environment import check_libraries
 
     check_libraries("cloud", "client")
@@ -41,7 +41,7 @@ def run(
     detach: Annotated[bool, typer.Option(help="Submit the run and return.")] = False,
 ) -> None:
     """Submit a run to the cloud on this machine and show its progress; with --resume, one that did not finish."""
-    from espalier.config.run_config import parse_assignments
+    from espalier.config.assignments import parse_assignments
     from espalier.environment import check_libraries
     from espalier_server.commands.run_view import RunView
 

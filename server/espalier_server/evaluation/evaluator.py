@@ -8,13 +8,14 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from espalier.config.run_config import RunConfig
+from espalier.config.run_settings import RunSettings
 from espalier.data.imageset import ImageSet
 from espalier.data.spec import open_data
 from espalier.errors import ConfigError
 from espalier.models.diffusion import sample
 from espalier.models.presets import task_of
 from espalier.seeds import seed_for
+from espalier.tasks.diffusion_settings import DiffusionSettings
 from espalier.training.scoring import class_accuracy
 from espalier_server.evaluation.image_grid import image_grid
 from espalier_server.evaluation.quality import Quality
@@ -26,7 +27,7 @@ if TYPE_CHECKING:
 
 
 def create_evaluator(
-    settings: RunConfig,
+    settings: RunSettings,
     image_shape: tuple[int, int, int],
     classes: Sequence[str],
     device: torch.device,
@@ -38,7 +39,7 @@ def create_evaluator(
     return Evaluator(settings, image_shape, device, cache)
 
 
-def _reference(settings: RunConfig, image_shape: tuple[int, int, int]) -> ImageSet:
+def _reference(settings: RunSettings, image_shape: tuple[int, int, int]) -> ImageSet:
     """Open the test split of `eval-data`, whose images must be as large as the clients'."""
     reference = open_data(settings.eval_data, split="test")
     if tuple(reference.shape) != tuple(image_shape):
@@ -54,7 +55,7 @@ class Evaluator:
 
     Parameters
     ----------
-    settings : RunConfig
+    settings : RunSettings
         `eval-data`, `features`, `eval-samples`, `sample-steps`, `sample-count` and `seed` are used.
     image_shape : tuple of int
         Channels, height and width of the clients' images.
@@ -71,7 +72,7 @@ class Evaluator:
 
     def __init__(
         self,
-        settings: RunConfig,
+        settings: RunSettings,
         image_shape: tuple[int, int, int],
         device: torch.device,
         cache: Path | None = None,
@@ -83,7 +84,7 @@ class Evaluator:
             self.quality = Quality(
                 reference,
                 train=open_data(settings.eval_data, split="train"),
-                features=settings.features,
+                features=settings.of(DiffusionSettings).features,
                 seed=seed_for(settings.seed, "cloud", 0, "features"),
                 device=device,
                 cache=cache,
@@ -91,19 +92,19 @@ class Evaluator:
 
     def grid(self, model: nn.Module, path: Path) -> None:
         """Draw `sample-count` images, always from the same noise, so that grids over time compare."""
-        s = self.settings
+        s = self.settings.of(DiffusionSettings)
         images = sample(
             model.to(self.device),
             count=s.sample_count,
             steps=s.sample_steps,
-            seed=seed_for(s.seed, "cloud", 0, "grid"),
+            seed=seed_for(self.settings.seed, "cloud", 0, "grid"),
             settings=s,
         )
         self.keep(images, path)
 
     def keep(self, images: torch.Tensor, path: Path) -> None:
         """Write `sample-count` of the images that somebody drew, spread over all of them, as a grid."""
-        count = min(self.settings.sample_count, len(images))
+        count = min(self.settings.of(DiffusionSettings).sample_count, len(images))
         chosen = [i * len(images) // count for i in range(count)]
         path.parent.mkdir(parents=True, exist_ok=True)
         image_grid(images[chosen]).save(path)
@@ -119,12 +120,12 @@ class Evaluator:
         model = next(iter(models.values()), None)
         if self.quality is None or model is None:
             return None
-        s = self.settings
+        s = self.settings.of(DiffusionSettings)
         images = sample(
             model.to(self.device),
             count=s.eval_samples,
             steps=s.sample_steps,
-            seed=seed_for(s.seed, "cloud", 0, "evaluation"),
+            seed=seed_for(self.settings.seed, "cloud", 0, "evaluation"),
             settings=s,
         )
         return self.measure_images(images, window, round_)
@@ -153,7 +154,7 @@ class ClassifierEvaluator:
 
     Parameters
     ----------
-    settings : RunConfig
+    settings : RunSettings
         `eval-data` is used.
     image_shape : tuple of int
         Channels, height and width of the clients' images.
@@ -170,7 +171,7 @@ class ClassifierEvaluator:
 
     def __init__(
         self,
-        settings: RunConfig,
+        settings: RunSettings,
         image_shape: tuple[int, int, int],
         classes: Sequence[str],
         device: torch.device,

@@ -11,7 +11,7 @@ from typing import Protocol
 import numpy as np
 from flwr.app import ConfigRecord, Message, RecordDict
 
-from espalier.config.run_config import RunConfig
+from espalier.config.run_settings import RunSettings
 from espalier.config.timeouts import EDGE_HELLO, EDGE_REFUSAL, RETURN_HELLO, WATCH_CALL
 from espalier.errors import EspalierError, WireError
 from espalier.methods.planning import Member
@@ -192,7 +192,7 @@ class Tree:
 
     # --- saying hello ------------------------------------------------------------------------------
 
-    def gather(self, settings: RunConfig, cancelled: Callable[[], bool]) -> None:
+    def gather(self, settings: RunSettings, cancelled: Callable[[], bool]) -> None:
         """Wait until `min-edges` edges and `min-clients` clients have joined.
 
         In a reproducible run, until everybody who takes part is here, each client at all of its edges.
@@ -225,7 +225,7 @@ class Tree:
                 )
             time.sleep(PATIENCE)
 
-    def _missing(self, settings: RunConfig) -> list[str]:
+    def _missing(self, settings: RunSettings) -> list[str]:
         """Return what a reproducible run still waits for; raises EspalierError where there is too much."""
         if self._settled:
             return self.absent()

@@ -12,9 +12,11 @@ from pathlib import Path
 from typing import Literal
 
 from espalier import distribution
-from espalier.config.run_config import RunConfig
+from espalier.config.run_settings import RunSettings
 from espalier.methods.base import CloudState, Deployed, build_model
 from espalier.models.pipeline import save_model
+from espalier.tasks.diffusion_settings import DiffusionSettings
+from espalier.training.privacy import PrivacySettings
 from espalier.wire.traffic import Ledger
 from espalier_proto import espalier_pb2 as pb
 from espalier_server.evaluation.cost import macs_and_params
@@ -50,7 +52,7 @@ class Chronicle:
 
     Parameters
     ----------
-    settings : RunConfig
+    settings : RunSettings
         The run's configuration.
     run : str
         Espalier's run id.
@@ -58,7 +60,7 @@ class Chronicle:
         The run's folder.
     """
 
-    def __init__(self, settings: RunConfig, run: str, out: Path) -> None:
+    def __init__(self, settings: RunSettings, run: str, out: Path) -> None:
         self.settings, self.run, self.out = settings, run, out
         self.events = EventLog(out / EVENTS_FILE)
         self.board = Board(out / "tensorboard")
@@ -138,7 +140,7 @@ class Chronicle:
             hello = tree.hello_of(member.name)
             known = self.record.clients.get(member.name, ClientEntry()).privacy
             if hello.histogram.noisy:
-                known.histogram = self.settings.histogram_epsilon
+                known.histogram = self.settings.of(PrivacySettings).histogram_epsilon
             self.record.clients[member.name] = ClientEntry(
                 samples=member.samples,
                 edges=list(member.edges),
@@ -296,7 +298,7 @@ class Chronicle:
         save_model(
             self.out / "model",
             build_model(network.architecture, network.weights),
-            schedule=self.settings,
+            schedule=self.settings.of(DiffusionSettings),
             metadata={
                 "run": self.run,
                 "method": self.settings.method,

@@ -9,8 +9,8 @@ from pathlib import Path
 
 from jinja2 import Environment, StrictUndefined
 
-from espalier.config.run_config import RunConfig
 from espalier.errors import StateError
+from espalier.methods.run_config import RunConfig
 from espalier.storage.atomic import write_text
 from espalier.wire.traffic import CLIENT_EDGE, EDGE_CLOUD, LINKS
 from espalier_server.records.charts import Line, column_chart, line_chart, number, row_chart

@@ -7,10 +7,14 @@ import logging
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
-from espalier.config.run_config import FlatValue, RunConfig
+from espalier.config.fields import FlatValue
+from espalier.config.run_settings import RunSettings
 from espalier.errors import ConfigError, StateError
+from espalier.methods.power_of_choice import PowD
+from espalier.methods.run_config import RunConfig
 from espalier.storage.lock import FolderInUseError, FolderLock, holder, is_locked
 from espalier.storage.run_folder import REPORT_FILE
+from espalier.training.privacy import PrivacySettings
 from espalier_server.records.events import EVENTS_FILE, read_events
 from espalier_server.records.rebuild import from_events
 from espalier_server.records.record import RunRecord
@@ -76,14 +80,14 @@ def recorded_settings(folder: Path) -> dict[str, FlatValue]:
     return {**record.config, "run-id": record.run}
 
 
-def check_changes(before: Mapping[str, FlatValue], now: RunConfig) -> None:
+def check_changes(before: Mapping[str, FlatValue], now: RunSettings) -> None:
     """Refuse a resume under settings by which it would be another run.
 
     Parameters
     ----------
     before : mapping
         Flat settings of the run so far.
-    now : RunConfig
+    now : RunSettings
         Those it is to go on with.
 
     Raises
@@ -91,9 +95,9 @@ def check_changes(before: Mapping[str, FlatValue], now: RunConfig) -> None:
     ConfigError
         With one line per setting that may not change.
     """
-    former = RunConfig.from_flat(before)
+    former = RunConfig.from_record(before)
     allowed = HARMLESS if now.reproducible else HARMLESS | HARMLESS_BY_CHANCE
-    if former.adaptive_candidates or former.dp_sgd_epsilon:
+    if former.of(PowD.Settings).adaptive_candidates or former.of(PrivacySettings).dp_sgd_epsilon:
         allowed -= {"rounds"}  # d falls, and the epsilon is spent, over the whole run
     old, new = former.to_flat() | _frozen(former), now.to_flat() | _frozen(now)
     changed = [key for key in new if new[key] != old[key] and key not in allowed]
@@ -109,7 +113,7 @@ def check_changes(before: Mapping[str, FlatValue], now: RunConfig) -> None:
         )
 
 
-def _frozen(config: RunConfig) -> dict[str, FlatValue]:
+def _frozen(config: RunSettings) -> dict[str, FlatValue]:
     """Return what the settings mean whose default hangs on `rounds`."""
     from espalier.methods.registry import METHODS
 
@@ -137,9 +141,9 @@ def resumed_settings(folder: Path, changes: Mapping[str, FlatValue]) -> dict[str
     before = recorded_settings(folder)
     run = str(before["run-id"])
     _refuse_running(folder, run)
-    former = RunConfig.from_flat(before)
+    former = RunConfig.from_record(before)
     # What was settled by the number of rounds stays as it was when that number changes.
-    wanted = {**before, **_frozen(former), **changes, "out": str(folder), "run-id": run}
+    wanted = {**former.to_flat(), **_frozen(former), **changes, "out": str(folder), "run-id": run}
     now = RunConfig.from_flat(wanted)
     check_changes(before, now)
     record = former_record(folder)

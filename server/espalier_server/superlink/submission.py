@@ -15,7 +15,7 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from espalier.config.run_config import FlatValue
+from espalier.config.fields import FlatValue
 from espalier.errors import ConfigError, EspalierError, StateError
 from espalier.processes.supervise import espalier_env
 from espalier.storage.json_file import write_json

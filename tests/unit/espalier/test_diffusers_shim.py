@@ -14,11 +14,12 @@ from espalier.diffusers_shim import leave_out_optional, OPTIONAL
 {first}
 from espalier.models.unet import unet
 from espalier.models.diffusion import noise_schedule
-from espalier.config.run_config import RunConfig
+from espalier.tasks.diffusion_settings import DiffusionSettings
 torch.set_num_threads(1)
 torch.manual_seed(3)
 model = unet("unet-tiny", 1, 8)
-noisy = noise_schedule(RunConfig()).add_noise(torch.randn(4, 1, 8, 8), torch.randn(4, 1, 8, 8), torch.arange(4) * 200)
+schedule = noise_schedule(DiffusionSettings())
+noisy = schedule.add_noise(torch.randn(4, 1, 8, 8), torch.randn(4, 1, 8, 8), torch.arange(4) * 200)
 model(noisy, torch.arange(4), return_dict=False)[0].square().mean().backward()
 digest = hashlib.sha256(b"".join(p.grad.numpy().tobytes() for p in model.parameters())).hexdigest()
 found = [name for name in OPTIONAL if name in sys.modules]

@@ -13,6 +13,7 @@ from bench.local_tree import LocalClient, LocalTree
 from espalier.methods.base import CloudState
 from espalier.methods.fedktl import FedKTL
 from espalier.methods.registry import METHODS
+from espalier.methods.run_config import with_defaults
 from espalier.methods.tally import Tally
 from espalier.storage.tensor_file import read_tensors
 from espalier.wire.class_table import COUNT, MEAN
@@ -86,7 +87,7 @@ def _generator(tmp_path_factory: pytest.TempPathFactory) -> None:
 
 
 def settings_of(method: str) -> Flat:
-    return {**COMMON, "method": method, **OWN.get(method, {})}
+    return with_defaults(COMMON, {"method": method, **OWN.get(method, {})})
 
 
 def clients(edges: tuple[int, ...]) -> list[LocalClient]:

@@ -15,11 +15,11 @@ from opacus.accountants.utils import get_noise_multiplier
 from torch import Generator, Tensor, nn
 from torch.nn import functional
 
-from espalier.config.run_config import RunConfig
 from espalier.data.imageset import ImageSet
 from espalier.methods.fedphd import GroupNormPenalty
 from espalier.methods.fedprox import ProximalTerm
 from espalier.methods.moon import ModelContrastiveTerm
+from espalier.methods.run_config import RunConfig
 from espalier.methods.scaffold import ControlVariates
 from espalier.models.attention import attend_as_diffusers
 from espalier.tasks.classification import CrossEntropy, MaskedCrossEntropy

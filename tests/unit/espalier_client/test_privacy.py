@@ -237,6 +237,9 @@ def test_the_report_says_what_every_client_spent(tmp_path: Path) -> None:
             "pruning_ratio": 0.0,
             "rounds": 1,
             "local_steps": 1,
+            "eval_samples": 2,
+            "sample_count": 1,
+            "sample_steps": 1,
         },
         {"method": "scaffold", "model": "mlp", "update_clip": 1.0, "update_noise": 4.0},
         {"method": "feddyn", "model": "mlp", "dp_sgd_epsilon": 8.0, "selection": "uniform"},
@@ -246,7 +249,7 @@ def test_the_report_says_what_every_client_spent(tmp_path: Path) -> None:
     ids=lambda s: str(s["method"]),
 )
 def test_methods_run_under_privacy(settings: dict[str, Any], tmp_path: Path) -> None:
-    record = run(tmp_path, **settings, eval_samples=2, sample_count=1, sample_steps=1)
+    record = run(tmp_path, **settings)
     assert record.status == "finished", record.reason
     assert not record.faults
     for client in record.clients.values():

@@ -6,8 +6,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from espalier.config.run_config import RunConfig
 from espalier.config.timeouts import LEAST_ROUND
+from espalier.methods.run_config import RunConfig
 from espalier_edge.pace import MARGIN, NEWEST, Pace, work_of
 
 

@@ -11,8 +11,8 @@ import pytest
 from flwr.app import Error, Message, RecordDict
 from flwr.supercore.task_identity import TaskIdentity
 
-from espalier.config.run_config import RunConfig
 from espalier.errors import EspalierError, WireError
+from espalier.methods.run_config import RunConfig
 from espalier.methods.tally import NOMINAL, Tally, stacked
 from espalier.wire import control
 from espalier.wire.payload import Layout, Weights

@@ -11,10 +11,10 @@ import pytest
 from flwr.app import ArrayRecord, ConfigRecord, Message
 from flwr.supercore.task_identity import TaskIdentity
 
-from espalier.config.run_config import RunConfig
 from espalier.methods.base import CloudState
 from espalier.methods.planning import Member
 from espalier.methods.registry import create_method
+from espalier.methods.run_config import RunConfig
 from espalier.methods.tally import NOMINAL, Tally
 from espalier.wire import control
 from espalier.wire.payload import Weights

@@ -4,16 +4,24 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
+from pydantic import Field
 
 from espalier import lazy
+from espalier.config.fields import NonNegative, Positive, PositiveInt, SettingsGroup
 from espalier.errors import ConfigError
-from espalier.generators.base import open_generator
+from espalier.generators.base import (
+    DenoisingSettings,
+    GeneratorSettings,
+    PromptSettings,
+    TrustSettings,
+    open_generator,
+)
 from espalier.methods.base import CloudState, Inquiry, ServerState, Update
 from espalier.methods.class_tables import table_in, table_layout, table_of
-from espalier.methods.own_models import OwnModels
+from espalier.methods.own_models import OwnModels, OwnModelSettings
 from espalier.methods.tally import Arrays, Tally
 from espalier.seeds import seed_for
 from espalier.training.objectives import Objective
@@ -53,7 +61,21 @@ class FedKTL(OwnModels):
     values. Between its reports an edge sends its clients its current pairs.
     """
 
+    class Settings(SettingsGroup):
+        """The transfer to clients and the alignment at the cloud."""
+
+        transfer_weight: NonNegative = Field(default=50.0, description="weight mu of the generated pairs")
+        alignment_weight: NonNegative = Field(default=1.0, description="weight lambda of the centroids")
+        alignment_epochs: PositiveInt = Field(
+            default=100, description="epochs of training the cloud's feature transformer"
+        )
+        alignment_rate: Positive = Field(default=0.01, description="step size of training it (Adam)")
+        pair_pixels: Literal["uint8", "float32"] = Field(
+            default="uint8", description="how generated images cross the links"
+        )
+
     name = "fedktl"
+    uses = (Settings, GeneratorSettings, OwnModelSettings)
 
     def before_run(self, state: CloudState, ask: Inquiry) -> None:
         """Open the generator; warn if `clip-norm` would cut off most of ArcFace's gradient."""
@@ -68,7 +90,7 @@ class FedKTL(OwnModels):
 
     def objective(self, round_: int) -> Objective:
         """Return ArcFace, the transfer task and the prototypes."""
-        transfer = client.KnowledgeTransfer(self.settings.transfer_weight)
+        transfer = client.KnowledgeTransfer(self.settings.of(FedKTL.Settings).transfer_weight)
         return client.ArcFace() + transfer + client.UnitPrototypes()
 
     def predictor(self, model: nn.Module, classes: int) -> nn.Module:
@@ -115,12 +137,12 @@ class FedKTL(OwnModels):
         rows = tally.stacked_rows()
         if not rows:
             return
-        s, generator = self.settings, self._open()
-        transformer = alignment.FeatureTransformer(self.classes, generator.latent_dim, s.seed)
+        s, seed, generator = self.settings.of(FedKTL.Settings), self.settings.seed, self._open()
+        transformer = alignment.FeatureTransformer(self.classes, generator.latent_dim, seed)
         stored = {n.removeprefix(TRANSFORMER): a for n, a in state.extra.items() if n.startswith(TRANSFORMER)}
         if stored:
             transformer.load(stored)
-        random = torch.Generator().manual_seed(seed_for(s.seed, "cloud", state.round, "alignment"))
+        random = torch.Generator().manual_seed(seed_for(seed, "cloud", state.round, "alignment"))
         found = alignment.align(
             transformer,
             rows["vectors"],
@@ -148,17 +170,18 @@ class FedKTL(OwnModels):
     def _open(self) -> Generator:
         """Open the generator once."""
         s = self.settings
-        if not s.generator:
+        named = s.of(GeneratorSettings).generator
+        if not named:
             raise ConfigError(
                 "generator: fedktl needs one; make it with `espalier pretrain-generator --data … --out DIR` and "
                 "set generator=gan:DIR"
             )
         if not hasattr(self, "_generator"):
             self._generator = open_generator(
-                s.generator,
-                trust_pickle=s.trust_pickle,
+                named,
+                trust_pickle=s.of(TrustSettings).trust_pickle,
                 device=s.cloud_device,
-                prompt=s.prompt,
-                steps=s.generator_steps,
+                prompt=s.of(PromptSettings).prompt,
+                steps=s.of(DenoisingSettings).generator_steps,
             )
         return self._generator

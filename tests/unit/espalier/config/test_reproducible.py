@@ -17,8 +17,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from espalier.config.reproducible import in_order
-from espalier.config.run_config import RunConfig
 from espalier.errors import ConfigError
+from espalier.methods.run_config import RunConfig, with_defaults
 from espalier.training.determinism import deterministic
 from espalier_client import device
 from espalier_edge.rounds import EdgeWindow
@@ -74,7 +74,7 @@ class Killed(BaseException):
 
 
 def settings_of(method: str) -> Flat:
-    return {**COMMON, "method": method, **METHODS.get(method, {})}
+    return with_defaults(COMMON, {"method": method, **METHODS.get(method, {})})
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -190,9 +190,10 @@ def test_arithmetic_is_given_back_as_it_was() -> None:
     ],
 )
 def test_settings_that_leave_it_to_chance_are_refused(key: str, value: float | str) -> None:
+    method = {"method": "fjord", "model": "cnn"} if key == "level-choice" else {}
     with pytest.raises(ConfigError, match=f"{key}: .*reproducible"):
-        RunConfig.from_flat({"reproducible": True, key: value})
-    RunConfig.from_flat({key: value})
+        RunConfig.from_flat({"reproducible": True, **method, key: value})
+    RunConfig.from_flat({**method, key: value})
 
 
 # --- kill and resume -------------------------------------------------------------------------------------

@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 
 from espalier.config import timeouts
-from espalier.config.run_config import RunConfig
 from espalier.config.timeouts import Limit, chains, order_faults, window_seconds
 from espalier.errors import ConfigError
+from espalier.methods.run_config import RunConfig
 from tests.support.paths import ROOT
 
 PAGE = (ROOT / "docs" / "faults.md").read_text(encoding="utf-8")

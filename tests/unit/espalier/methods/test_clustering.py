@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from espalier.config.settings import Settings
+from espalier.methods.cfl import CFL
 from espalier.methods.clustering import (
     Linkage,
     bipartition,
@@ -120,13 +120,13 @@ def test_norms_are_those_of_the_updates(count: int, seed: int) -> None:
     ],
 )
 def test_when_a_cluster_splits(mean: float, longest: float, size: int, round_: int, splits: bool) -> None:
-    assert should_split(mean, longest, size, round_, Settings()) is splits
+    assert should_split(mean, longest, size, round_, CFL.Settings()) is splits
 
 
 def test_the_settings_say_when_a_cluster_splits() -> None:
-    settings = Settings(cfl_mean_norm=2.0, cfl_max_norm=0.5, cfl_from_round=1)
+    settings = CFL.Settings(cfl_mean_norm=2.0, cfl_max_norm=0.5, cfl_from_round=1)
     assert should_split(1.9, 0.6, 3, 1, settings)
-    assert not should_split(1.9, 0.6, 3, 1, Settings())
+    assert not should_split(1.9, 0.6, 3, 1, CFL.Settings())
 
 
 # --- bipartition -----------------------------------------------------------------------------------

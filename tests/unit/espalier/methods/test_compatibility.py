@@ -6,10 +6,11 @@ from typing import Any
 
 import pytest
 
-from espalier.config.run_config import RunConfig
 from espalier.errors import ConfigError
 from espalier.methods.registry import METHODS
+from espalier.methods.run_config import RunConfig
 from espalier.models.presets import MODELS, family_of, task_of
+from espalier.training.privacy import PrivacySettings
 
 CLASSIFIER = {"model": "cnn"}
 AVERAGED = {"method": "fedavg", **CLASSIFIER}
@@ -94,7 +95,7 @@ def test_refused(settings: dict[str, Any], key: str, words: str) -> None:
     ],
 )
 def test_private_runs_that_are_taken(settings: dict[str, Any]) -> None:
-    assert RunConfig.from_flat(settings).private == any(
+    assert RunConfig.from_flat(settings).of(PrivacySettings).private == any(
         s in settings for s in ("dp-sgd-noise", "dp-sgd-epsilon", "update-noise")
     )
 

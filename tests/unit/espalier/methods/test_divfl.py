@@ -15,10 +15,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch.nn import functional
 
-from espalier.config.run_config import RunConfig
 from espalier.data.spec import open_data
 from espalier.methods.divfl import cost, distances, greedy, lazy_greedy, refresh, sketch, stochastic_greedy
 from espalier.methods.planning import Member, pick_clients
+from espalier.methods.run_config import RunConfig
 from espalier.methods.selection import (
     Answer,
     Selection,

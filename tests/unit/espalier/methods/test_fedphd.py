@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import Generator, nn
 
-from espalier.config.run_config import RunConfig
 from espalier.methods.fedphd import GroupNormPenalty
+from espalier.methods.run_config import RunConfig
 from espalier.models.pruning import prune
 from espalier.models.unet import unet
 from espalier.training.objectives import LocalResult, LocalRound
@@ -65,9 +65,9 @@ def test_a_weight_that_is_all_zero_gets_a_finite_gradient() -> None:
 
 
 @pytest.mark.usefixtures("whole")
-def test_the_penaltys_weight_is_the_runs_unless_given() -> None:
-    net, penalty = Net(), GroupNormPenalty()
-    penalty.begin(net, LocalRound(RunConfig(sparse_weight=0.5), 1))
+def test_the_penalty_is_scaled_by_its_weight() -> None:
+    net, penalty = Net(), GroupNormPenalty(0.5)
+    penalty.begin(net, LocalRound(RunConfig(), 1))
     assert penalty.loss(net, IMAGES, LABELS, seeded()).item() == pytest.approx(9.0)
 
 

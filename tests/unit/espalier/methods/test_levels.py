@@ -3,20 +3,21 @@
 from __future__ import annotations
 
 from collections import Counter
+from typing import Any
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from espalier.config.run_config import RunConfig
 from espalier.errors import ConfigError
 from espalier.methods.levels import assign_levels, parse_levels
 from espalier.methods.planning import Member
+from espalier.methods.run_config import RunConfig
 
 
-def config(**values: object) -> RunConfig:
-    return RunConfig.from_flat({k.replace("_", "-"): v for k, v in values.items()})
+def config(**values: Any) -> RunConfig:
+    return RunConfig(method="fjord", model="cnn", **values)
 
 
 def client(name: str, *, level: float = 0.0, memory: int = 0, speed: float = 0.0) -> Member:
@@ -51,7 +52,7 @@ def test_parse_refuses(text: str, fault: str) -> None:
 
 def test_setting_is_checked_with_the_others() -> None:
     with pytest.raises(ConfigError) as caught:
-        config(levels="0.5,1", rounds=0)
+        RunConfig.from_flat({"levels": "0.5,1", "rounds": 0})
     assert str(caught.value).splitlines()[0] == "run configuration, 2 fault(s):"
     assert '  levels: "0.5,1" does not descend; write "1,0.5"' in str(caught.value).splitlines()
 

@@ -10,10 +10,10 @@ import pytest
 import torch
 from bench.local_tree import LocalClient, LocalTree
 
-from espalier.config.run_config import RunConfig
 from espalier.data.spec import open_data
 from espalier.generators.conditional import ConditionalGenerator, train_conditional
 from espalier.methods.faug import SEED_IMAGES, SEED_LABELS, leakage, seed_labels, seeds_layout, targets
+from espalier.methods.run_config import RunConfig
 from espalier.wire.pairs import to_pixels
 from espalier.wire.payload import Weights
 from espalier_client.device import Device

@@ -11,11 +11,11 @@ import torch
 from bench.local_tree import LocalClient, LocalTree
 from torch.nn import functional
 
-from espalier.config.run_config import RunConfig
 from espalier.data.spec import open_data
 from espalier.errors import ConfigError
 from espalier.methods.fedktl import FedKTL
 from espalier.methods.fedktl.client import ArcFace
+from espalier.methods.run_config import RunConfig
 from espalier.models.initial import initial_model
 from espalier.training.objectives import LocalRound
 from espalier.wire.class_table import COUNT, MEAN, ROUND, VECTORS
@@ -321,7 +321,7 @@ def test_arcfaces_gradient_is_too_long_for_the_default_clipping() -> None:
 @pytest.mark.parametrize("name", ["fd", "codistillation", "fedktl"])
 def test_a_run_that_goes_on_from_its_checkpoint(name: str, tmp_path: Path, gan: str) -> None:
     """Servers' state (FedKTL's F as well) and clients' networks are those of a run in one go."""
-    settings = TINY | {"generator": gan, "alignment_epochs": 3}
+    settings = TINY | ({"generator": gan, "alignment_epochs": 3} if name == "fedktl" else {})
     whole = run_tree(knowledge_tree(tmp_path / "a", 2, 1), name, 2, **settings, rounds=3)
     tree = knowledge_tree(tmp_path / "b", 2, 1)
     run_tree(tree, name, 2, **settings, rounds=2)

@@ -12,7 +12,6 @@ import torch
 from torch import Generator, Tensor, nn
 from torch.nn import functional
 
-from espalier.config.run_config import RunConfig
 from espalier.methods.moon import (
     ModelContrastiveTerm,
     contrastive_loss,
@@ -20,6 +19,7 @@ from espalier.methods.moon import (
     mid_features,
     mid_width,
 )
+from espalier.methods.run_config import RunConfig
 from espalier.models.initial import initial_bases, initial_model
 from espalier.models.pruning import prune
 from espalier.tasks.classification import CrossEntropy

@@ -8,9 +8,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from espalier.config.run_config import RunConfig
 from espalier.data.spec import open_data
 from espalier.methods.registry import create_method
+from espalier.methods.run_config import RunConfig
 from espalier.methods.tally import Tally
 from espalier.models.arrays import model_arrays
 from espalier_proto import espalier_pb2 as pb

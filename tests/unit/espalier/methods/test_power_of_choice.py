@@ -13,10 +13,10 @@ import pytest
 import torch
 from torch.nn import functional
 
-from espalier.config.run_config import RunConfig
 from espalier.data.spec import open_data
 from espalier.methods.planning import Member
 from espalier.methods.power_of_choice import adaptive_count
+from espalier.methods.run_config import RunConfig
 from espalier.methods.selection import (
     Answer,
     Selection,

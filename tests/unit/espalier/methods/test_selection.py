@@ -12,8 +12,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from espalier.config.run_config import RunConfig
 from espalier.methods.planning import Member, pick_clients
+from espalier.methods.run_config import RunConfig
 from espalier.methods.selection import (
     Proportional,
     Selection,

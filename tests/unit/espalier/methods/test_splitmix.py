@@ -7,8 +7,8 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
-from espalier.config.run_config import RunConfig
 from espalier.methods.planning import Member
+from espalier.methods.run_config import RunConfig
 from espalier.methods.splitmix import BaseLosses
 from espalier.models.initial import initial_bases
 from espalier.tasks.classification import CrossEntropy

@@ -11,10 +11,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from espalier.config.run_config import RunConfig
 from espalier.methods.base import ServerState, Update
 from espalier.methods.homogeneity import sh_score
 from espalier.methods.registry import create_method
+from espalier.methods.run_config import RunConfig
 from espalier.methods.tally import COUNT, NOMINAL, STACK, SUM, WEIGHT, Tally, stacked
 from espalier.wire.payload import Layout, TensorSpec, Weights
 from espalier_proto import espalier_pb2 as pb

@@ -9,10 +9,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from espalier.config.run_config import RunConfig
 from espalier.errors import WireError
 from espalier.methods.base import ServerState
 from espalier.methods.registry import create_method
+from espalier.methods.run_config import RunConfig
 from espalier.methods.views import INQUIRIES, answer_layout, buffers_of, slice_view, whole_view
 from espalier.wire.payload import Layout, TensorSpec, Weights
 from espalier_proto import espalier_pb2 as pb

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from espalier.config.run_config import RunConfig
 from espalier.errors import ConfigError
+from espalier.methods.run_config import RunConfig
 from espalier.models.architecture import FAMILIES, build, build_with, describe, is_reduced
 from espalier.models.bases import members
 from espalier.models.classifiers import CNN, MLP
@@ -55,7 +55,7 @@ def over_the_wire(network: nn.Module) -> pb.ArchitectureSpec:
 
 
 def test_the_names_are_known_without_torch() -> None:
-    code = "import sys, espalier.models.presets, espalier.config.run_config; print('torch' in sys.modules)"
+    code = "import sys, espalier.models.presets, espalier.config.run_settings; print('torch' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)
     assert done.stdout.strip() == "False"
 

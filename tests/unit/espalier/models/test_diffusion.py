@@ -9,12 +9,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from espalier.config.run_config import RunConfig
 from espalier.models.diffusion import ddim_schedule, ema_update, noise_schedule, sample
 from espalier.models.unet import unet
+from espalier.tasks.diffusion_settings import DiffusionSettings
 from espalier_server.evaluation.image_grid import image_grid
 
-SETTINGS = RunConfig()
+SETTINGS = DiffusionSettings()
 ABAR = np.cumprod(1 - np.linspace(1e-4, 0.02, 1000))
 
 

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from espalier.config.run_config import RunConfig
 from espalier.errors import ConfigError
+from espalier.methods.run_config import RunConfig
 from espalier.models import bodies
 from espalier.models.architecture import FAMILIES, build, build_with, describe, is_reduced
 from espalier.models.backbone import Backbone

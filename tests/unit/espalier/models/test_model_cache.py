@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from espalier.config.run_config import RunConfig
+from espalier.methods.run_config import RunConfig
 from espalier.models import model_cache as kept
 from espalier.models.architecture import build_with, describe, is_reduced
 from espalier.models.initial import initial_model

@@ -7,14 +7,14 @@ import pytest
 import torch
 from torch import nn
 
-from espalier.config.run_config import RunConfig
 from espalier.errors import StateError
 from espalier.models.diffusion import sample
 from espalier.models.pipeline import load_model, load_pipeline, save_model
 from espalier.models.pruning import prune
 from espalier.models.unet import unet
+from espalier.tasks.diffusion_settings import DiffusionSettings
 
-SETTINGS = RunConfig(timesteps=200, sample_steps=10)
+SETTINGS = DiffusionSettings(timesteps=200, sample_steps=10)
 
 
 @pytest.fixture(scope="module")

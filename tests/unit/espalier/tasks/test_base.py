@@ -8,7 +8,7 @@ import torch
 from torch import Generator, Tensor, nn
 from torch.nn import functional
 
-from espalier.config.run_config import RunConfig
+from espalier.methods.run_config import RunConfig
 from espalier.tasks.base import base_objective, dataset_gradient, dataset_loss
 from espalier.tasks.classification import CrossEntropy
 from espalier.tasks.diffusion import DDPMLoss

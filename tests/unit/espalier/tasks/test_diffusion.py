@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Generator, Tensor, nn
 
-from espalier.config.run_config import RunConfig
+from espalier.methods.run_config import RunConfig
 from espalier.tasks.diffusion import DDPMLoss
 from espalier.training.objectives import LocalRound
 

@@ -7,9 +7,9 @@ import pytest
 import torch
 from torch.nn import functional
 
-from espalier.config.run_config import RunConfig
 from espalier.methods.divfl import ReceivedGradient
 from espalier.methods.qfedavg import ReceivedLoss
+from espalier.methods.run_config import RunConfig
 from espalier.models.initial import initial_model
 from espalier.tasks.classification import CrossEntropy
 from espalier.training.objectives import TrainingError

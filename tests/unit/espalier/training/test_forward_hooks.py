@@ -9,10 +9,10 @@ import torch
 from torch import Generator, nn
 from torch.nn import functional
 
-from espalier.config.run_config import RunConfig
 from espalier.methods.codistillation import PeerDistillation
 from espalier.methods.fd import SoftLabelDistillation
 from espalier.methods.fedproto import PrototypeTerm
+from espalier.methods.run_config import RunConfig
 from espalier.models.initial import initial_bases
 from espalier.tasks.classification import CrossEntropy
 from espalier.training.objectives import Objective, TrainingError

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Generator, Tensor, nn
 
-from espalier.config.run_config import RunConfig
+from espalier.methods.run_config import RunConfig
 from espalier.training.objectives import LocalRound, Objective, Sum
 from espalier.training.optimizers import learning_rate, optimizer_kind
 from espalier.training.trainer import train_local

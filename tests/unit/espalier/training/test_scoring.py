@@ -10,10 +10,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from espalier.config.run_config import RunConfig
 from espalier.data.imageset import TensorImages
 from espalier.data.spec import open_data
 from espalier.errors import ConfigError, DataError
+from espalier.methods.run_config import RunConfig
 from espalier.training.scoring import accuracy, class_accuracy
 from espalier_server.evaluation.evaluator import ClassifierEvaluator, Evaluator, create_evaluator
 from espalier_server.records.record import AccuracyEntry

@@ -10,9 +10,8 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from espalier.config.run_config import RunConfig
-from espalier.config.settings import Settings
 from espalier.errors import ConfigError, WireError
+from espalier.methods.run_config import RunConfig
 from espalier.wire.bitpack import MAX_WIDTH, pack, packed_size, unpack
 from espalier.wire.codec import BFloat16, Codec, CodecError, Float16, Whole, create_codec
 from espalier.wire.compression import MAX_LEVELS, QSGD, TopK
@@ -469,17 +468,17 @@ def test_positions_that_do_not_fit_are_refused() -> None:
 
 
 def test_settings_choose_the_codec() -> None:
-    assert isinstance(create_codec(Settings(codec="none")), Whole)
-    assert isinstance(create_codec(Settings(codec="fp16")), Float16)
-    assert isinstance(create_codec(Settings(codec="bf16")), BFloat16)
-    whole = create_codec(Settings(codec="qsgd", codec_levels=10))
+    assert isinstance(create_codec(RunConfig(codec="none")), Whole)
+    assert isinstance(create_codec(RunConfig(codec="fp16")), Float16)
+    assert isinstance(create_codec(RunConfig(codec="bf16")), BFloat16)
+    whole = create_codec(RunConfig(codec="qsgd", codec_levels=10))
     assert isinstance(whole, QSGD)
     assert (whole.levels, whole.per_tensor) == (10, False)
-    single = create_codec(Settings(codec="qsgd", codec_norm="tensor"))
+    single = create_codec(RunConfig(codec="qsgd", codec_norm="tensor"))
     assert isinstance(single, QSGD)
     assert (single.levels, single.per_tensor) == (7, True)
-    assert isinstance(create_codec(Settings(), "qsgd"), QSGD)
-    sparse = create_codec(Settings(codec="top-k", codec_keep=0.25))
+    assert isinstance(create_codec(RunConfig(), "qsgd"), QSGD)
+    sparse = create_codec(RunConfig(codec="top-k", codec_keep=0.25))
     assert isinstance(sparse, TopK)
     assert sparse.keep == 0.25
     assert {c.name: c.unbiased for c in CODECS} == {
@@ -492,13 +491,13 @@ def test_settings_choose_the_codec() -> None:
 
 
 def test_settings_that_choose_no_codec() -> None:
-    assert isinstance(create_codec(Settings(codec="qsgd", codec_levels=MAX_LEVELS)), QSGD)
+    assert isinstance(create_codec(RunConfig(codec="qsgd", codec_levels=MAX_LEVELS)), QSGD)
     with pytest.raises(
         ConfigError, match="codec-levels: 8388608 is out of range; it must be at most 8388607"
     ):
         RunConfig.from_flat({"codec": "qsgd", "codec-levels": MAX_LEVELS + 1})
     with pytest.raises(ValueError, match="no codec 'auto'"):
-        create_codec(Settings())
+        create_codec(RunConfig())
     for levels in (0, MAX_LEVELS + 1):
         with pytest.raises(ValueError, match="levels"):
             QSGD(levels)

@@ -14,9 +14,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
-from espalier.config.run_config import RunConfig
-from espalier.config.settings import Settings
 from espalier.errors import ConfigError, WireError
+from espalier.methods.run_config import RunConfig
 from espalier.wire import control
 from espalier.wire.payload import Layout, TensorSpec, Weights
 from espalier.wire.sent import SentForm, read_sent
@@ -42,7 +41,7 @@ NETWORK = pb.ArchitectureSpec(
 
 
 def form(downlink: str) -> SentForm:
-    return SentForm(LAYOUT, NETWORK, Settings.model_validate({"downlink": downlink}))
+    return SentForm(LAYOUT, NETWORK, RunConfig(downlink=downlink))
 
 
 def tensors(numbers: np.ndarray) -> Weights:
@@ -87,7 +86,7 @@ def test_an_edge_forwards_an_unchanged_payload() -> None:
     record = payload.to_record()
     plan = pb.WindowPlan(architecture=NETWORK, layout=LAYOUT.to_proto())
     message = cast(Message, SimpleNamespace(content=RecordDict({control.ARRAYS: record})))
-    settings = Settings.model_validate({"downlink": "fp16"})
+    settings = RunConfig(downlink="fp16")
     came = read_sent(message, plan, settings, "cloud", send_on=True)
     on, read = form("fp16").encode(came)
     assert on.to_record() is record  # neither rounded nor stored nor hashed again
@@ -104,7 +103,7 @@ def test_a_payload_of_another_width_is_refused() -> None:
     whole = RecordDict({control.ARRAYS: tensors(np.ones((4, 3), np.float32)).to_record()})
     message = cast(Message, SimpleNamespace(content=whole))
     with pytest.raises(WireError, match=r"cloud.*buffers"):
-        read_sent(message, plan, Settings.model_validate({"downlink": "fp16"}), "cloud")
+        read_sent(message, plan, RunConfig(downlink="fp16"), "cloud")
 
 
 # --- a tree ----------------------------------------------------------------------------------------
@@ -166,7 +165,7 @@ def test_only_the_edges_reports_are_quantised(tmp_path: Path) -> None:
 @pytest.mark.parametrize("method", ["heterofl", "scaffold", "ifca", "qfedavg", "fedphd", "divfl"])
 def test_other_methods_run_over_narrow_links(tmp_path: Path, method: str) -> None:
     own: dict[str, Any] = {
-        "fedphd": {"model": "unet-tiny", "prune_at": 3, "rounds": 6},
+        "fedphd": {"model": "unet-tiny", "prune_at": 3, "rounds": 6, "sample_steps": 1, "sample_count": 1},
         "heterofl": {"model": "cnn-bn"},
     }
     found = run(
@@ -175,8 +174,6 @@ def test_other_methods_run_over_narrow_links(tmp_path: Path, method: str) -> Non
         method=method,
         downlink="bf16",
         edge_codec="fp16",
-        sample_steps=1,
-        sample_count=1,
         **own.get(method, {}),
     )
     record = found.chronicle.record

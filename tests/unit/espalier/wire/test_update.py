@@ -9,8 +9,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from espalier.config.settings import Settings
 from espalier.errors import WireError
+from espalier.methods.run_config import RunConfig
 from espalier.wire.codec import Codec, create_codec
 from espalier.wire.payload import Layout, TensorSpec, Weights
 from espalier.wire.update import CODE, UpdateForm
@@ -37,7 +37,7 @@ SENT: dict[str, np.ndarray] = {
 
 
 def codec_of(name: str) -> Codec | None:
-    return None if name == "none" else create_codec(Settings.model_validate({"codec": name, **CODECS[name]}))
+    return None if name == "none" else create_codec(RunConfig(codec=name, **CODECS[name]))
 
 
 def moved(seed: int) -> dict[str, np.ndarray]:

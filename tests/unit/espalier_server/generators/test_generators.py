@@ -17,13 +17,13 @@ import torch
 from PIL import Image
 from torch import nn
 
-from espalier.config.run_config import RunConfig
 from espalier.errors import ConfigError, StateError
 from espalier.generators.base import open_generator, parse_generator
 from espalier.models.diffusion import sample
 from espalier.models.pipeline import save_model
 from espalier.models.pruning import prune
 from espalier.models.unet import unet
+from espalier.tasks.diffusion_settings import DiffusionSettings
 from espalier.torchvision_shim import import_torchvision
 from espalier_server.generators.images import fit
 from espalier_server.generators.stylegan import StyleGanGenerator
@@ -199,7 +199,7 @@ def test_the_code_that_a_pickle_lacks_is_named(
 
 
 def test_a_pruned_diffusion_model_draws_from_its_noise(tmp_path: Path) -> None:
-    settings = RunConfig(timesteps=100)
+    settings = DiffusionSettings(timesteps=100)
     torch.manual_seed(0)
     model = prune(unet("unet-tiny", 1, 8), 0.2)
     save_model(tmp_path / "model", model, schedule=settings)
@@ -214,7 +214,7 @@ def test_a_pruned_diffusion_model_draws_from_its_noise(tmp_path: Path) -> None:
 
 
 def test_too_many_steps_or_no_diffusion_model_are_refused(tmp_path: Path) -> None:
-    save_model(tmp_path / "model", unet("unet-tiny", 1, 8), schedule=RunConfig(timesteps=20))
+    save_model(tmp_path / "model", unet("unet-tiny", 1, 8), schedule=DiffusionSettings(timesteps=20))
     with pytest.raises(ConfigError, match="20 time steps"):
         open_generator(f"espalier:{tmp_path / 'model'}", device="cpu", steps=21)
     (tmp_path / "empty").mkdir()

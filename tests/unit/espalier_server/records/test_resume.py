@@ -21,8 +21,8 @@ from flwr.app import Context, Error, Message
 from typer.testing import CliRunner
 
 from espalier.cli import command_line
-from espalier.config.run_config import RunConfig
 from espalier.errors import ConfigError, EspalierError, StateError
+from espalier.methods.run_config import RunConfig
 from espalier.storage.tensor_file import write_tensors
 from espalier_client import device
 from espalier_server.records.checkpoint import Checkpoints
@@ -41,8 +41,6 @@ SETTINGS: Flat = {
     "rg": 1,
     "min-edges": 2,
     "min-clients": 2,
-    "sample-steps": 1,
-    "sample-count": 1,
     "edge-choice": "fixed",
 }
 CLIENTS = [LocalClient(f"c{i}", f"digits:{i}/64", (0, 1), {"homes": 2}) for i in range(2)]

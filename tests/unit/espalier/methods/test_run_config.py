@@ -14,8 +14,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
-from espalier.config.run_config import CLOUD_ONLY, RunConfig, parse_assignments
+from espalier.config.assignments import parse_assignments
 from espalier.errors import ConfigError
+from espalier.methods.fedphd import FedPhD, prune_round
+from espalier.methods.run_config import CLOUD_ONLY, RunConfig
 from espalier_server import FLOWER_APP
 from tests.support.paths import ROOT
 
@@ -215,13 +217,13 @@ def test_all_faults_are_told_at_once() -> None:
 
 
 def test_pruning_round_matters_only_where_something_is_pruned() -> None:
-    assert RunConfig.from_flat({"rounds": 5, "prune-at": 9, "pruning-ratio": 0}).prune_at == 9
-    assert RunConfig.from_flat({"rounds": 5, "prune-at": 9, "method": "fedavg"}).prune_at == 9
-    assert RunConfig.from_flat({"rounds": 20, "prune-at": 20}).prune_round == 20
+    late = RunConfig.from_flat({"rounds": 5, "prune-at": 9, "pruning-ratio": 0})
+    assert late.of(FedPhD.SparseTraining).prune_at == 9
+    assert prune_round(RunConfig.from_flat({"rounds": 20, "prune-at": 20})) == 20
 
 
 def test_prune_round_left_open_is_a_third_of_the_rounds() -> None:
-    assert [RunConfig.from_flat({"rounds": r}).prune_round for r in (1, 2, 30, 60)] == [1, 1, 10, 20]
+    assert [prune_round(RunConfig.from_flat({"rounds": r})) for r in (1, 2, 30, 60)] == [1, 1, 10, 20]
 
 
 def test_numbers_are_read_generously_where_nothing_is_lost() -> None:
