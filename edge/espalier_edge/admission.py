@@ -1,4 +1,4 @@
-"""Keeps the edge's Fleet server to the clients whose keys are registered, while the registry changes."""
+"""Restricts the edge's Fleet server to clients with registered keys, and follows changes of the registry."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ LOOK_SECONDS = 1.0
 
 
 class Admission:
-    """Registers and drops the keys of a Fleet server as its registry says.
+    """Synchronises the keys that a Fleet server admits with a registry.
 
     Parameters
     ----------
@@ -33,7 +33,7 @@ class Admission:
         self._thread = threading.Thread(target=self._watch, name="admission", daemon=True)
 
     def start(self) -> None:
-        """Admit who is registered now, and follow changes from here on.
+        """Admit the registered clients, and follow changes of the registry from now on.
 
         Raises
         ------
@@ -50,13 +50,13 @@ class Admission:
         self._thread.start()
 
     def stop(self) -> None:
-        """End following."""
+        """Stop following changes."""
         self._stopped.set()
         if self._thread.is_alive():
             self._thread.join(2 * LOOK_SECONDS)
 
     def follow(self) -> None:
-        """Make the server admit exactly the keys in force."""
+        """Make the server admit exactly the valid keys."""
         wanted = self._registry.owners()
         for key, name in list(self._admitted.items()):
             if wanted.get(key) != name:
@@ -77,7 +77,7 @@ class Admission:
                 told = ""
             except (
                 StateError
-            ) as error:  # a file damaged by hand: who was admitted stays so until it is mended
+            ) as error:  # a damaged file: the admitted clients stay admitted until it is repaired
                 if str(error) != told:
                     told = str(error)
                     log.error("%s", error)

@@ -1,4 +1,4 @@
-"""What an edge tells those who look on: itself, its own clients, and the run it serves."""
+"""Monitoring of an edge: snapshots of the edge, its clients and the run that it serves."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from espalier_proto import monitor_pb2 as mpb
 
 
 class EdgeTotals:
-    """What an edge did since it started; safe to add to from several threads."""
+    """Totals of an edge since it started; thread-safe."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
@@ -34,7 +34,7 @@ class EdgeTotals:
         self._last: dict[str, pb.ClientReport] = {}
 
     def add(self, report: pb.EdgeReport) -> None:
-        """Count a window that ended."""
+        """Count a completed window."""
         with self._lock:
             totals, below = self._totals, self._links[CLIENT_EDGE]
             below.up_bytes += report.client_edge.up_bytes
@@ -77,12 +77,12 @@ class EdgeTotals:
                 )
 
     def last_report(self, client: str) -> pb.ClientReport | None:
-        """Return a client's last report that counted."""
+        """Return a client's last accepted report."""
         with self._lock:
             return self._last.get(client)
 
     def fill(self, status: mpb.TreeStatus) -> None:
-        """Enter the totals into a snapshot."""
+        """Add the totals to a snapshot."""
         with self._lock:
             status.totals.CopyFrom(self._totals)
             for link, count in self._links.items():
@@ -95,7 +95,7 @@ class EdgeTotals:
 
 
 class EdgeSource:
-    """Makes an edge's snapshots.
+    """Builds the snapshots of an edge.
 
     Parameters
     ----------
@@ -123,7 +123,7 @@ class EdgeSource:
         self._progress = progress
 
     def __call__(self) -> mpb.TreeStatus:
-        """Return the edge and what is below it as they are now."""
+        """Return the current state of the edge and its clients."""
         now, progress, clients = time.time(), self._progress(), self.roster.clients()
         status = mpb.TreeStatus(schema=SCHEMA, time=now, tier="edge")
         self.totals.fill(status)
@@ -173,7 +173,7 @@ class EdgeSource:
 def looked_on(
     source: EdgeSource, monitor: str, metrics: Address | None, security: Security
 ) -> Iterator[None]:
-    """Serve an edge's live view and metrics, those that are asked for, while the context lasts.
+    """Serve an edge's monitoring API and metrics, if enabled, while the context lasts.
 
     Raises
     ------

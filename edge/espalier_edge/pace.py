@@ -1,4 +1,4 @@
-"""How long clients take, and the round deadline that follows from it."""
+"""Estimates of clients' training times, and the round deadline derived from them."""
 
 from __future__ import annotations
 
@@ -7,14 +7,14 @@ from collections.abc import Mapping
 from espalier.config.run_settings import RunSettings
 from espalier.config.timeouts import LEAST_ROUND
 
-#: A deadline is so many times what the slowest participant is expected to take.
+#: A deadline is this multiple of the expected time of the slowest participant.
 MARGIN = 3.0
-#: Share of a client's newest time in what it is expected to take, where it was faster than expected.
+#: Weight of a client's newest time in its estimate, if it was faster than expected.
 NEWEST = 0.3
 
 
 def work_of(settings: RunSettings, samples: int, numbers: int) -> float:
-    """Return what a client has to do in a round, in samples times numbers of the model it is sent.
+    """Return the work of a client in a round: samples times parameters of the model that it receives.
 
     Parameters
     ----------
@@ -30,7 +30,7 @@ def work_of(settings: RunSettings, samples: int, numbers: int) -> float:
 
 
 class Pace:
-    """Seconds that clients take per unit of work, from what they took before and from their measured speed.
+    """Seconds that clients take per unit of work, estimated from previous rounds and their measured speed.
 
     What is measured is what the edge waits for: from a round's beginning to the reply's arrival.
     """
@@ -39,17 +39,17 @@ class Pace:
         self._rates: dict[str, float] = {}
 
     def took(self, client: str, work: float, seconds: float) -> None:
-        """Note what a round took a client: slower counts at once, faster by and by."""
+        """Record a client's time for a round: slower times count immediately, faster ones gradually."""
         rate = seconds / work
         former = self._rates.get(client, rate)
         self._rates[client] = max(rate, former + NEWEST * (rate - former))
 
     def missed(self, client: str, work: float, deadline: float) -> None:
-        """Note that a client did not make it: its next deadline is longer, up to the limit."""
+        """Record that a client missed the deadline: its next one is longer, up to the limit."""
         self._rates[client] = max(2.0 * deadline / MARGIN / work, self._rates.get(client, 0.0))
 
     def deadline(self, works: Mapping[str, float], speeds: Mapping[str, float], limit: float) -> float:
-        """Return how long to wait for a round's replies.
+        """Return how many seconds to wait for the replies of a round.
 
         Parameters
         ----------
@@ -72,7 +72,7 @@ class Pace:
         return min(limit, max(LEAST_ROUND, MARGIN * longest))
 
     def _rate(self, client: str, speeds: Mapping[str, float]) -> float | None:
-        """Return a client's seconds per unit of work; a new one's from the others', by measured speed."""
+        """Return a client's seconds per unit of work; for a new client, scaled from others by measured speed."""
         if client in self._rates:
             return self._rates[client]
         speed = speeds.get(client, 0.0)

@@ -21,17 +21,17 @@ R = TypeVar("R", ArrayRecord, MetricRecord, ConfigRecord)
 
 
 def run_record(run: str, run_config: Mapping[str, Any]) -> ConfigRecord:
-    """Pack a run's id and configuration: our client strips the record into its Context."""
+    """Pack the id and configuration of a run into a record, which an Espalier client moves to its Context."""
     return ConfigRecord({"run": run, "config": json.dumps(dict(run_config)).encode()})
 
 
 def _of_type(content: RecordDict, kind: type[R]) -> dict[str, R]:
-    """Return the records of one type; Flower's own views of them keep the payload alive (a cycle)."""
+    """Return the records of one type; Flower's own properties create a reference cycle that retains the payload."""
     return {name: record for name, record in content.items() if isinstance(record, kind)}
 
 
 class ReplySum:
-    """Replies of plain Flower messages, added up by `num-examples` as they come.
+    """A running sum of replies to plain Flower messages, weighted by `num-examples`.
 
     Arrays and metrics become means weighted by `num-examples`, which itself is summed. Replies
     without `num-examples` pass only if they are all equal, because there is no weight to add them
@@ -67,7 +67,7 @@ class ReplySum:
             metrics = {name: dict(record) for name, record in _of_type(content, MetricRecord).items()}
             configs = _of_type(content, ConfigRecord)
             self._check(arrays, metrics, configs, sender)
-            # All of it first: what is refused half-way must not be in the sums.
+            # Compute everything before updating, so that a reply refused half-way leaves the sums unchanged.
             sums = {n: self._added(r, self._arrays.get(n, {}), examples) for n, r in arrays.items()}
             totals = {n: self._added(r, self._metrics.get(n, {}), examples) for n, r in metrics.items()}
         except UNSOUND as error:
@@ -79,13 +79,13 @@ class ReplySum:
 
     @staticmethod
     def _added(values: Mapping[str, Any], sums: Mapping[str, Any], examples: float) -> dict[str, np.ndarray]:
-        """Return sums with a reply's values in them; raises ValueError where they cannot be added up."""
+        """Return the sums including a reply's values; raises ValueError if they cannot be added."""
         found = {}
         for key, value in values.items():
             part = np.asarray(value)
             if part.dtype.kind not in "fiub" or (part.dtype.kind == "f" and (fault := fault_of(part))):
                 raise ValueError(f"{key!r} holds {fault if part.dtype.kind == 'f' else part.dtype}")
-            # Else numpy would repeat a number along a list, either way round.
+            # Otherwise NumPy would broadcast a number along a list.
             if key in sums and sums[key].shape != part.shape:
                 raise ValueError(f"{key!r} has another shape than the others'")
             scaled = part * (1 if key == NUM_EXAMPLES else examples)
@@ -93,7 +93,7 @@ class ReplySum:
         return found
 
     def content(self) -> RecordDict:
-        """Return the one reply that stands for all.
+        """Return the combined reply.
 
         Raises
         ------
@@ -127,7 +127,7 @@ class ReplySum:
 
     @staticmethod
     def _examples(content: RecordDict, sender: str) -> float | None:
-        """Return the reply's `num-examples`, None if it has none."""
+        """Return `num-examples` of a reply, None if it has none."""
         metrics = _of_type(content, MetricRecord)
         found = [r[NUM_EXAMPLES] for r in metrics.values() if NUM_EXAMPLES in r]
         if not found:
@@ -171,7 +171,7 @@ class ReplySum:
 def relay(
     message: Message, grid: InlineGrid, record: ConfigRecord, deadline: float
 ) -> tuple[RecordDict, list[str]]:
-    """Send a plain message to every client and add the replies up.
+    """Send a plain message to every client and combine the replies.
 
     Parameters
     ----------

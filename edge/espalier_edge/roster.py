@@ -1,4 +1,4 @@
-"""Who is below an edge: names proved by node keys, and what each client said of itself."""
+"""The clients of an edge: their names, bound to node keys, and their hellos."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ log = logging.getLogger("espalier.edge")
 
 @dataclass(frozen=True)
 class Known:
-    """A client that said hello: its node at this edge, its hello, and since when the node is connected."""
+    """A client that sent its hello: its node at this edge, the hello, and since when the node is connected."""
 
     node_id: int
     hello: pb.ClientHello
@@ -36,7 +36,7 @@ class Known:
 
 
 class Roster:
-    """The clients an edge can call.
+    """The clients that an edge can call.
 
     Parameters
     ----------
@@ -55,7 +55,7 @@ class Roster:
         self.faults: list[pb.Fault] = []
 
     def reset(self) -> None:
-        """Forget every hello: another run may ask for noisy histograms."""
+        """Forget all hellos, as another run may ask for noisy histograms."""
         self._known.clear()
         self._silent.clear()
         self._mismatches.clear()
@@ -66,12 +66,12 @@ class Roster:
         return {k.hello.name: k for node, k in sorted(self._known.items()) if node in online}
 
     def name_of(self, node_id: int) -> str:
-        """Return the name of a node that said hello, or a stand-in that says it did not."""
+        """Return the name of a node, or "node ID" if it has not sent a hello."""
         known = self._known.get(node_id)
         return known.hello.name if known else f"node {node_id}"
 
     def refresh(self, grid: InlineGrid, request: ConfigRecord, deadline: float) -> None:
-        """Say hello to every connected node that is not known yet, or that was started again since.
+        """Request a hello from every connected node that is new or has restarted.
 
         A node that answers badly is left out and reported as a fault; a busy one is asked again next time.
 
@@ -103,14 +103,14 @@ class Roster:
                 self.faults.append(_refusal(error, node_id, reply))
                 continue
             self._check_versions(hello)
-            # A client that reconnected with its key replaces its older self and so counts once.
+            # A client that reconnected with the same key replaces its previous entry.
             self._known = {i: k for i, k in self._known.items() if k.hello.name != hello.name}
             hello.link_seconds = time.monotonic() - start
             hello.public_key = nodes[node_id].public_key
             self._known[node_id] = Known(node_id, hello, since[node_id])
 
     def _check_versions(self, hello: pb.ClientHello) -> None:
-        """Report, once a run, a client whose versions are not ours; it takes part all the same."""
+        """Report once per run a client whose versions differ from the edge's; it participates anyway."""
         fault = version_mismatch(hello.facts.versions)
         if fault and (hello.name, fault) not in self._mismatches:
             self._mismatches.add((hello.name, fault))
@@ -124,7 +124,7 @@ class Roster:
 
 
 def _refusal(error: WireError | StateError, node_id: int, reply: Message) -> pb.Fault:
-    """Return the fault of a hello; where this edge cannot write down whose name it is, that is the edge's."""
+    """Return the fault of a hello; a failure to store its name is a fault of the edge."""
     if isinstance(error, WireError):
         return pb.Fault(tier="edge", node=error.sender, kind="refused", detail=error.fault)
     name = control.read_control(pb.ClientHello, reply, f"node {node_id}").name

@@ -1,4 +1,4 @@
-"""The edge process: Fleet server towards its clients, resident node towards the cloud."""
+"""The edge process: an inline Fleet server for its clients, and a resident node as its uplink to the cloud."""
 
 from __future__ import annotations
 
@@ -73,7 +73,7 @@ def run_edge(
     admission = Admission(fleet, registry) if registry else None
 
     class Cloud:
-        """The cloud as the uplink sees it."""
+        """Requests of the edge app to the cloud, over the uplink."""
 
         def fetch_fab(self, run_id: int) -> Fab | None:
             return node.fetch_fab(upstream, run_id)

@@ -1,4 +1,4 @@
-"""X.509 for a deployment's own links: a certificate authority, server certificates, and what is wrong with one."""
+"""X.509 certificates of a deployment: a certificate authority, server certificates, and their validation."""
 
 from __future__ import annotations
 
@@ -27,11 +27,11 @@ from espalier.security.transport import Security, is_host
 
 log = logging.getLogger("espalier")
 
-#: With fewer days left, a server says so at its start.
+#: A server warns at its start if its certificate expires within this many days.
 WARN_DAYS = 21.0
-#: A certificate is valid from a little before it was made: clocks differ.
+#: The validity of a certificate begins this long before it was issued, as clocks differ.
 CLOCK_SLACK = datetime.timedelta(minutes=10)
-#: What a machine calls itself: its own commands and health checks go there.
+#: Names of the local machine, which its own commands and health checks connect to.
 OWN_HOSTS = ("localhost", "127.0.0.1", "::1")
 
 
@@ -45,20 +45,20 @@ class Pair:
 
 @dataclass(frozen=True)
 class Facts:
-    """What a certificate says.
+    """The fields of a certificate.
 
     Attributes
     ----------
     subject, issuer : str
         Common names.
     hosts : tuple of str
-        Names and IP addresses that it stands for.
+        DNS names and IP addresses that it is valid for.
     authority : bool
-        Whether it may sign others.
+        Whether it may sign other certificates.
     begins, ends : datetime
-        From when to when it is valid, in UTC.
+        Validity period, in UTC.
     fingerprint : str
-        SHA-256 of the whole, hexadecimal.
+        SHA-256 of the certificate, hexadecimal.
     """
 
     subject: str
@@ -76,7 +76,7 @@ class Facts:
 
 
 def new_authority(name: str, days: float) -> Pair:
-    """Make an authority's self-signed certificate and key (P-384) for `days` days."""
+    """Create the self-signed certificate and key (P-384) of an authority, valid for `days` days."""
     key = ec.generate_private_key(ec.SECP384R1())
     subject = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, name)])
     builder = _builder(subject, subject, key.public_key(), _now() + datetime.timedelta(days=days))
@@ -86,21 +86,21 @@ def new_authority(name: str, days: float) -> Pair:
 
 
 def issue(authority: Pair, hosts: Sequence[str], days: float) -> Pair:
-    """Make a server's certificate and key (P-256).
+    """Issue a server certificate with a new key (P-256).
 
     Parameters
     ----------
     authority : Pair
-        Who signs; the first certificate of its PEM.
+        The signing authority; the first certificate of its PEM is used.
     hosts : sequence of str
         DNS names and IP addresses that clients connect to; the first one is the common name.
     days : float
-        How long it is valid, at most as long as the authority.
+        Validity in days, limited by that of the authority.
 
     Raises
     ------
     ConfigError
-        If a host is neither, or the authority has expired or its key does not fit.
+        If a host is invalid, or the authority has expired or does not match its key.
     """
     ca = _certificates(authority.certificate, "the authority's certificate")[0]
     ca_key = _private_key(authority.private_key, "the authority's key")
@@ -123,7 +123,7 @@ def issue(authority: Pair, hosts: Sequence[str], days: float) -> Pair:
 
 
 def facts(pem: bytes, what: str) -> list[Facts]:
-    """Return what each certificate of a PEM file says.
+    """Return the fields of each certificate in a PEM file.
 
     Raises
     ------
@@ -139,23 +139,23 @@ def in_force(pem: bytes, what: str) -> list[bytes]:
 
 
 def check_server(pair: Pair, what: str, roots: bytes | None = None, host: str | None = None) -> Facts:
-    """Check that a server can show a certificate, before those who connect find out.
+    """Validate a server certificate before it is used.
 
     Parameters
     ----------
     pair : Pair
         The server's certificate and key.
     what : str
-        Name of the certificate's file, for the error.
+        Name of the certificate's file, for the error message.
     roots : bytes, optional
-        Authorities of which one must have signed it.
+        Authorities, one of which must have signed it.
     host : str, optional
-        A name or address it must stand for.
+        A name or address that it must be valid for.
 
     Raises
     ------
     ConfigError
-        If it expired, is not valid yet, or does not fit its key, the authorities or the host.
+        If it has expired, is not valid yet, or does not match its key, the authorities or the host.
     """
     chain = _certificates(pair.certificate, what)
     certificate, said = chain[0], _facts(chain[0])
@@ -183,7 +183,7 @@ def check_server(pair: Pair, what: str, roots: bytes | None = None, host: str | 
 def check_served(
     security: Security, listen: str, *, own_roots: bool = False, host: str | None = None
 ) -> None:
-    """Check what a server is about to show to those who connect to `listen`; log when it expires soon.
+    """Validate the certificate of a server that will listen on `listen`; log a warning if it expires soon.
 
     Parameters
     ----------
@@ -192,9 +192,9 @@ def check_served(
     listen : str
         ``HOST:PORT`` to listen on.
     own_roots : bool
-        Whether its own root certificates are what it is checked against.
+        Whether to verify it with the process's own root certificates.
     host : str, optional
-        A name or address its certificate must stand for.
+        A name or address that the certificate must be valid for.
 
     Raises
     ------
@@ -212,7 +212,7 @@ def check_served(
 
 
 def stands_for(said: Facts, host: str) -> bool:
-    """Whether a certificate is one for a host name or address."""
+    """Return whether a certificate is valid for a host name or address."""
     if host in said.hosts:
         return True
     parent = host.partition(".")[2]
@@ -220,9 +220,9 @@ def stands_for(said: Facts, host: str) -> bool:
 
 
 def node_key_pair() -> tuple[bytes, bytes]:
-    """Make a node's key (P-256): the private key as OpenSSH writes it, and the public one as a line.
+    """Generate a node key (P-256): the private key in OpenSSH format, and the public key as an OpenSSH line.
 
-    Our nodes and a stock ``flower-supernode`` read the first, our registries and ``flwr supernode register`` the
+    Resident nodes and a stock ``flower-supernode`` read the first; registries and ``flwr supernode register`` the
     second. P-256 is ten times faster than P-384 in OpenSSL, and every call of a node is signed.
     """
     key = ec.generate_private_key(ec.SECP256R1())

@@ -1,4 +1,4 @@
-"""Registered node keys: which public key may use which name, as a person decided; read anew when the file changes."""
+"""The registry of node keys that a server admits: one name per key, in a file that is reread when it changes."""
 
 from __future__ import annotations
 
@@ -30,26 +30,26 @@ from espalier.storage.lock import locked_file
 CLIENT_KEYS = "clients.json"
 #: In a cloud's state folder: edges that the SuperLink admits.
 EDGE_KEYS = "edge-keys.json"
-#: Set in the environment of a cloud's ServerApp where the SuperLink admits registered edges only.
+#: Environment variable of a cloud's ServerApp; set if the SuperLink admits registered edges only.
 KEYS_ONLY = "ESPALIER_KEYS_ONLY"
-#: The curves that Flower's own registration takes.
+#: The curves that Flower's registration accepts.
 CURVES = (ec.SECP256R1, ec.SECP384R1, ec.SECP521R1)
 
 
 def canonical(public_key: bytes, owner: str) -> bytes:
-    """Return a node's public key in the form in which Flower holds it: PEM, SubjectPublicKeyInfo.
+    """Return a node's public key in Flower's format: PEM, SubjectPublicKeyInfo.
 
     Parameters
     ----------
     public_key : bytes
         PEM, or OpenSSH's ``ecdsa-sha2-…`` line.
     owner : str
-        Whose it is said to be, for the error.
+        Its owner, for the error message.
 
     Raises
     ------
     StateError
-        If it is no public key on a NIST curve.
+        If it is not a public key on a NIST curve.
     """
     load = load_pem_public_key if public_key.lstrip().startswith(b"-----") else load_ssh_public_key
     try:
@@ -67,12 +67,12 @@ def canonical(public_key: bytes, owner: str) -> bytes:
 
 
 def openssh(public_key: bytes) -> bytes:
-    """Return a canonical public key as a line of OpenSSH's form, as `flwr supernode register` takes it."""
+    """Return a canonical public key as an OpenSSH line, the format of `flwr supernode register`."""
     return load_pem_public_key(public_key).public_bytes(Encoding.OpenSSH, PublicFormat.OpenSSH) + b"\n"
 
 
 def fingerprint(public_key: bytes) -> str:
-    """Return a canonical public key's fingerprint as ``ssh-keygen -l`` prints it."""
+    """Return the fingerprint of a canonical public key in the format of ``ssh-keygen -l``."""
     blob = base64.b64decode(openssh(public_key).split()[1])
     return "SHA256:" + base64.b64encode(hashlib.sha256(blob).digest()).decode().rstrip("=")
 
@@ -90,7 +90,7 @@ class Entry:
     added : str
         When, ISO 8601 in UTC.
     revoked : bool
-        Whether it lost its rights. It stays known so that it cannot come back under another name.
+        Whether it was revoked. A revoked key stays in the file so that it cannot be registered under another name.
     """
 
     name: str
@@ -102,17 +102,17 @@ class Entry:
 class KeyRegistry:
     """Public node keys by name, in a file that several processes share.
 
-    A key has one name. A name has one key in force, and any number of revoked ones.
+    A key has one name. A name has at most one valid key, and any number of revoked ones.
 
     Parameters
     ----------
     path : Path
-        JSON file, made on the first `add`.
+        JSON file, created by the first `add`.
 
     Raises
     ------
     StateError
-        Here and on every call: if the file is damaged or cannot be read or written.
+        On construction and on every call, if the file is damaged or cannot be read or written.
     """
 
     def __init__(self, path: Path) -> None:
@@ -125,31 +125,31 @@ class KeyRegistry:
     # --- asking ------------------------------------------------------------------------------------
 
     def entries(self) -> list[Entry]:
-        """Return all keys, those in force before revoked ones, by name."""
+        """Return all keys: valid ones first, then by name."""
         with self._lock:
             self._read()
             return sorted(self._entries, key=lambda e: (e.revoked, e.name, e.added))
 
     def key(self, name: str) -> bytes | None:
-        """Return the key in force of a name; None if the name is unknown or its key revoked."""
+        """Return the valid key of a name; None if the name is unknown or its key was revoked."""
         return next((e.public_key for e in self.entries() if e.name == name and not e.revoked), None)
 
     def name_of(self, public_key: bytes) -> str | None:
-        """Return the name of a canonical key; None if the key is unknown or revoked."""
+        """Return the name of a canonical key; None if the key is unknown or was revoked."""
         entry = self._of(public_key)
         return None if entry is None or entry.revoked else entry.name
 
     def owners(self) -> dict[bytes, str]:
-        """Return the name of each key in force."""
+        """Return the name of each valid key."""
         return {e.public_key: e.name for e in self.entries() if not e.revoked}
 
     def claim(self, name: str, public_key: bytes) -> None:
-        """Check that a node that calls itself `name` holds the key registered under it.
+        """Check that a node's key is registered under the name that it uses.
 
         Raises
         ------
         WireError
-            If it does not; it says what the registry knows of the name and the key.
+            If it is not; the message says how the key is registered.
         """
         entry = self._of(public_key)
         if entry is None:
@@ -165,14 +165,14 @@ class KeyRegistry:
     # --- changing ----------------------------------------------------------------------------------
 
     def add(self, name: str, public_key: bytes) -> Entry:
-        """Register a key (PEM or OpenSSH); the same key under the same name again changes nothing.
+        """Register a key (PEM or OpenSSH); registering it again under the same name has no effect.
 
         Raises
         ------
         ConfigError
-            If the name is none, has another key, or the key has another name or was revoked.
+            If the name is invalid or has another key, or the key has another name or was revoked.
         StateError
-            If it is no public key that Flower takes.
+            If it is not a public key that Flower accepts.
         """
         if not is_name(name):
             raise ConfigError(f"{name!r} is no name; use {NAME_RULE}")
@@ -195,12 +195,12 @@ class KeyRegistry:
             return new
 
     def revoke(self, name: str) -> Entry:
-        """Take the rights of a name's key; return it.
+        """Revoke the valid key of a name; return its entry.
 
         Raises
         ------
         ConfigError
-            If the name has no key in force.
+            If the name has no valid key.
         """
         with self._changing() as entries:
             for number, entry in enumerate(entries):
@@ -210,7 +210,7 @@ class KeyRegistry:
             raise ConfigError(f"{name!r} has no key in force in {self.path}; see who has with `list`")
 
     def forget(self, name: str) -> list[Entry]:
-        """Remove all keys of a name, revoked ones too; return them, possibly none."""
+        """Remove all keys of a name, including revoked ones, and return them."""
         with self._changing() as entries:
             gone = [entry for entry in entries if entry.name == name]
             entries[:] = [entry for entry in entries if entry.name != name]
@@ -220,7 +220,7 @@ class KeyRegistry:
 
     @contextlib.contextmanager
     def _changing(self) -> Iterator[list[Entry]]:
-        """Yield the entries to change, with other processes kept from changing them meanwhile."""
+        """Yield the entries to modify, holding the lock of the file."""
         with locked_file(self.path), self._lock:
             self._read()
             entries = list(self._entries)
@@ -230,14 +230,14 @@ class KeyRegistry:
                 write_json(self.path, plain, mode=0o600)
 
     def _read(self) -> None:
-        """Read the file if it is not the one that was read last."""
+        """Read the file if it has changed."""
         try:
             stat = self.path.stat()
         except FileNotFoundError:
             self._seen, self._entries = None, ()
             return
         except OSError as error:
-            raise StateError(f"cannot read {self.path}: {error.strerror}; see to rights there") from error
+            raise StateError(f"cannot read {self.path}: {error.strerror}; check its permissions") from error
         seen = (stat.st_ino, stat.st_mtime_ns, stat.st_size)
         if seen == self._seen:
             return
@@ -255,6 +255,6 @@ def _entry(item: dict[str, object]) -> Entry:
     name, key, added, revoked = (item[field] for field in ("name", "public_key", "added", "revoked"))
     if not (isinstance(name, str) and isinstance(key, str) and isinstance(added, str)) or not is_name(name):
         raise ValueError("an entry without a name, a key or a time")
-    if not isinstance(revoked, bool):  # a typing error must not put a key back in force
+    if not isinstance(revoked, bool):  # a typing error must not restore a revoked key
         raise ValueError(f"{name}: revoked is neither true nor false")
     return Entry(name, canonical(key.encode(), name), added, revoked)

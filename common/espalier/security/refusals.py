@@ -1,4 +1,4 @@
-"""Log lines on nodes that a server did not admit: who, why, what to do; each key once in a while."""
+"""Log messages about nodes that a server refused: node, reason and remedy, at most once per key in 10 minutes."""
 
 from __future__ import annotations
 
@@ -15,16 +15,16 @@ KEYS_REMEMBERED = 1000
 
 
 class Refusals:
-    """Says why a node's key is not admitted.
+    """Logs why the key of a node is not admitted.
 
     Parameters
     ----------
     registry : KeyRegistry
-        Who is admitted.
+        The keys that are admitted.
     command : str
-        What admits somebody, e.g. ``"espalier clients add"``.
+        The command that registers a key, e.g. ``"espalier clients add"``.
     log : logging.Logger
-        Where to say it.
+        The logger.
     """
 
     def __init__(self, registry: KeyRegistry, command: str, log: logging.Logger) -> None:
@@ -32,17 +32,17 @@ class Refusals:
         self._command = command
         self._log = log
         self._lock = threading.Lock()
-        self._told: OrderedDict[tuple[bytes, bool], float] = OrderedDict()
+        self._logged: OrderedDict[tuple[bytes, bool], float] = OrderedDict()
 
     def __call__(self, public_key: bytes, peer: str = "") -> None:
-        """Say it, unless that was done lately.
+        """Log a refusal, unless the same key was logged recently.
 
         Parameters
         ----------
         public_key : bytes
             PEM or OpenSSH; comes from the network, so it may be anything.
         peer : str
-            The node's address, if it is known.
+            The node's address, if known.
         """
         node = f"a node at {peer}" if peer else "a node"
         try:
@@ -53,11 +53,11 @@ class Refusals:
             return
         revoked = entry is not None and entry.revoked
         with self._lock:
-            told = self._told.pop((key, revoked), -AGAIN_SECONDS)
-            recently = time.monotonic() - told < AGAIN_SECONDS
-            self._told[key, revoked] = told if recently else time.monotonic()
-            while len(self._told) > KEYS_REMEMBERED:
-                self._told.popitem(last=False)
+            logged = self._logged.pop((key, revoked), -AGAIN_SECONDS)
+            recently = time.monotonic() - logged < AGAIN_SECONDS
+            self._logged[key, revoked] = logged if recently else time.monotonic()
+            while len(self._logged) > KEYS_REMEMBERED:
+                self._logged.popitem(last=False)
         if recently:
             return
         who, state = f"{node} with key {fingerprint(key)}", self._registry.path.parent

@@ -1,1 +1,1 @@
-"""Which clients take part in a window, and at which edges."""
+"""Planning of windows: the members of a run, the participants of each round, and their edges."""

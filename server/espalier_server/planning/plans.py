@@ -1,4 +1,4 @@
-"""Drawing a window at the cloud: who trains in each round, at which edge, and with which part of the model."""
+"""Planning a window at the cloud: the participants of each round, their edges, and their levels."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ class WindowDraw:
 
     @property
     def edges(self) -> list[str]:
-        """Edges that have a part in it."""
+        """The edges that have participants in the window."""
         return sorted({edge for assignment in self.rounds for edge in assignment.values()})
 
 
@@ -56,7 +56,7 @@ def draw_window(
     members: Sequence[Member],
     ask: Inquiry,
 ) -> WindowDraw:
-    """Draw the next window.
+    """Draw the participants of the next window.
 
     The clients of its first round are chosen here, by what they answer about the global model where the
     selection wants to know; for its further rounds the edges ask.
@@ -80,7 +80,7 @@ def draw_window(
     answers: dict[str, Answer] = {}
     if selection.probe and candidates:
         names = [m.name for m in candidates]
-        # Each one is asked about what it would train.
+        # Each candidate evaluates the sub-model that it would train.
         keys = method.assign(state, names, {m.name: m for m in members}, first)
         answers = ask(selection.probe, state.architecture, state.weights, names, keys)
     picks, keeps = [selection.choose(first, candidates, answers)], [0]
@@ -97,7 +97,7 @@ def draw_window(
             method.edge_choice(),
             first_round=first,
             seed=s.seed,
-            # Which of two edges is sooner at a client is chance, and any method's clients may keep Adam's moments.
+            # Which of two edges reaches a client first is random, and clients of any method may keep Adam's moments.
             sticky_edge=method.sticky_edge or s.reproducible,
         ),
         keeps,
@@ -115,7 +115,7 @@ def window_plan(
     reached: Mapping[str, Version],
     checkpoint_window: int,
 ) -> pb.WindowPlan:
-    """Put a draw into the message that all edges get."""
+    """Return the window plan that is sent to all edges."""
     s, window, start = method.settings, state.window + 1, dict(reached)
     plan = pb.WindowPlan(
         schema=control.SCHEMA,
@@ -158,7 +158,7 @@ def inquiry_plan(
     reached: Mapping[str, Version],
     checkpoint_window: int,
 ) -> pb.WindowPlan:
-    """Put a question to clients (client -> edge) into the message that all edges get."""
+    """Return a plan with an inquiry to clients (client -> edge), which is sent to all edges."""
     s = method.settings
     plan = pb.WindowPlan(
         schema=control.SCHEMA,

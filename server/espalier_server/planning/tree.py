@@ -1,4 +1,4 @@
-"""The edges as the cloud sees them: their names, and the clients below each."""
+"""The members of a run as the cloud knows them: its edges, and the clients of each."""
 
 from __future__ import annotations
 
@@ -25,11 +25,11 @@ from espalier_server.superlink.grid import TreeGrid
 
 log = logging.getLogger("espalier.cloud")
 
-#: Seconds between two looks for edges and clients that are yet to join.
+#: Seconds between checks for edges and clients that have not joined yet.
 PATIENCE = 0.5
-#: Seconds between looks for an answer that no window waits for.
+#: Seconds between polls for replies outside a window.
 UNHURRIED = 0.3
-#: Seconds for which it is good who an edge says is below it: a client that joins just after waits for a window.
+#: Seconds for which an edge's client list is considered fresh; a client that joins later waits for the next window.
 HEARD = 5.0
 
 
@@ -43,7 +43,7 @@ class Node(Protocol):
 
 @dataclass(frozen=True)
 class SettledMember:
-    """What may not change of a client of a reproducible run: its edges and its data."""
+    """The properties of a client that must not change in a reproducible run: its edges and its data."""
 
     edges: tuple[str, ...]
     samples: int
@@ -51,11 +51,11 @@ class SettledMember:
 
     @classmethod
     def of(cls, member: Member) -> SettledMember:
-        """Take it from a client that takes part."""
+        """Return the properties of a member."""
         return cls(member.edges, member.samples, tuple(member.labels.tolist()))
 
     def difference(self, hello: pb.ClientHello) -> str:
-        """Return what a hello says that was not so before, "" if nothing."""
+        """Return how a hello differs from these properties, "" if it does not."""
         same = (self.samples, list(self.labels)) == (hello.samples, list(hello.histogram.counts))
         return "" if same else "its images or labels are not those it had when the run began"
 
@@ -100,7 +100,7 @@ class Tree:
     _untold: dict[int, dict[str, str]] = field(default_factory=dict)
     _settled: dict[str, SettledMember] = field(default_factory=dict)
 
-    # --- who is there ------------------------------------------------------------------------------
+    # --- members -----------------------------------------------------------------------------------
 
     def edges(self) -> dict[str, int]:
         """Return the node id of every edge that is connected, serves this run and answers, by name."""
@@ -108,15 +108,15 @@ class Tree:
         return {e.name: n for n, e in sorted(self._edges.items()) if n in there and not e.busy_with}
 
     def name_of(self, node_id: int) -> str:
-        """Return the name of a node that said hello, or a stand-in that says it did not."""
+        """Return the name of a node, or "node ID" if it has not sent a hello."""
         return self._edges[node_id].name if node_id in self._edges else f"node {node_id}"
 
     def since(self) -> dict[int, str]:
-        """Return since when each connected node is there: a node that was started again has another time."""
+        """Return since when each node is connected; the time changes when a node restarts."""
         return {n.node_id: n.last_activated_at for n in self.grid.get_nodes()}
 
     def members(self) -> list[Member]:
-        """Return the clients that can take part now, with the edges each one reaches.
+        """Return the clients that can participate now, each with the edges that it is connected to.
 
         In a reproducible run these are the settled ones, here or not: what is sent to one that is away
         fails, and is sent again.
@@ -149,24 +149,24 @@ class Tree:
 
     @property
     def population(self) -> int:
-        """Clients that ever joined this run (N), connected now or not."""
+        """Number of clients that have joined this run (N), whether or not they are connected now."""
         return len(self._settled or self._clients)
 
-    # --- who takes part in a reproducible run --------------------------------------------------------
+    # --- members of a reproducible run -------------------------------------------------------------
 
     def settle(self, members: Mapping[str, SettledMember] | None = None) -> None:
-        """Let nobody but these take part from now on; None: those who are here now, if the run is reproducible."""
+        """Fix the members from now on; None fixes the current ones if the run is reproducible."""
         if members is None:
             members = {m.name: SettledMember.of(m) for m in self.members()} if self.reproducible else {}
         self._settled = dict(members)
 
     @property
     def settled(self) -> dict[str, SettledMember]:
-        """Who takes part, where that is settled, by name."""
+        """The fixed members by name, if they are fixed."""
         return dict(self._settled)
 
     def absent(self) -> list[str]:
-        """Return which settled clients, or links of them, are not here now."""
+        """Return which fixed members, or connections of them to edges, are missing now."""
         reach = self._reach()
         return [
             f"{name} at {edge}"
@@ -176,7 +176,7 @@ class Tree:
         ]
 
     def hello_of(self, client: str) -> pb.ClientHello:
-        """Return what a client said of itself."""
+        """Return the hello of a client."""
         return self._clients[client]
 
     @property
@@ -190,7 +190,7 @@ class Tree:
         """Label names in label order that the clients agreed on."""
         return tuple(next(iter(self._clients.values())).classes)
 
-    # --- saying hello ------------------------------------------------------------------------------
+    # --- hellos ------------------------------------------------------------------------------------
 
     def gather(self, settings: RunSettings, cancelled: Callable[[], bool]) -> None:
         """Wait until `min-edges` edges and `min-clients` clients have joined.
@@ -226,7 +226,7 @@ class Tree:
             time.sleep(PATIENCE)
 
     def _missing(self, settings: RunSettings) -> list[str]:
-        """Return what a reproducible run still waits for; raises EspalierError where there is too much."""
+        """Return what a reproducible run still waits for; raises EspalierError if more joined than expected."""
         if self._settled:
             return self.absent()
         reach, edges = self._reach(), self.edges()
@@ -243,7 +243,7 @@ class Tree:
         return [f"{n} at {homes[n] - len(e)} of its edges" for n, e in reach.items() if len(e) < homes[n]]
 
     def greet(self, *, everyone: bool = False) -> None:
-        """Say hello to edges, and learn who is below them.
+        """Exchange hellos with the edges, which list their clients.
 
         An edge that was asked and does not answer gets no part in a window until it does.
 
@@ -285,13 +285,13 @@ class Tree:
         self._tell()
 
     def learn(self, node_id: int, hello: pb.EdgeHello) -> None:
-        """Take over an edge's list of clients.
+        """Store an edge's list of clients.
 
         A client whose hello is not sound, whose node key is another's or does not count, that can train none
         of the run's sub-models, or whose classes or image shape are not those of the clients before it, is
         left out and reported.
         """
-        # An edge that came back under a new node id replaces its older self.
+        # An edge that reconnected under a new node id replaces its previous entry.
         self._edges = {i: e for i, e in self._edges.items() if e.name != hello.name}
         self._heard[node_id] = time.monotonic()
         self._edges[node_id] = sound = pb.EdgeHello()
@@ -367,7 +367,7 @@ class Tree:
             self.faults.append(pb.Fault(tier="cloud", node=sender, kind=kind, detail=fault))
 
     def roster(self) -> dict[str, dict[str, dict[str, object]]]:
-        """Return who is connected now, and what each one said of itself: the ``roster`` event."""
+        """Return the connected edges and clients with the facts of their hellos: the ``roster`` event."""
         edges: dict[str, dict[str, object]] = {}
         for name, node in self.edges().items():
             hello = self._edges[node]
@@ -387,7 +387,7 @@ class Tree:
         return {"edges": edges, "clients": clients}
 
     def _tell(self) -> None:
-        """Tell clients that are left out why, through an edge each: else only the cloud's log would know."""
+        """Send excluded clients the reason, through one edge each, so that it appears in their logs."""
         untold, self._untold = self._untold, {}
         messages = []
         for node, faults in untold.items():
@@ -399,10 +399,10 @@ class Tree:
                     "node %s passed no refusal on: %s", reply.metadata.src_node_id, reply.error.reason
                 )
 
-    # --- beside a window ---------------------------------------------------------------------------
+    # --- during a window ---------------------------------------------------------------------------
 
     def progress(self, window: int) -> dict[int, pb.Progress]:
-        """Ask every edge how far it is, by node; one that is still at an earlier window gives that one up."""
+        """Return the progress of every edge by node; an edge still at an earlier window abandons that window."""
         about = ConfigRecord({"run": self.run, "window": window})
         messages = [
             Message(RecordDict({control.CONFIG: about}), n, control.PROGRESS) for n in self.edges().values()
@@ -414,12 +414,12 @@ class Tree:
                 continue
             try:
                 found[node_id] = control.read_control(pb.Progress, reply, self.name_of(node_id))
-            except WireError as error:  # the others' are as good as before
+            except WireError as error:  # the replies of other edges remain valid
                 log.warning("%s", error)
         return found
 
     def dismiss(self) -> None:
-        """Tell every edge that the run is over."""
+        """Notify every edge that the run has ended."""
         messages = [Message(RecordDict(), n, control.DONE) for n in self.edges().values()]
         for reply in self.grid.exchange(messages, deadline=10.0):
             if reply.has_error():
