@@ -5,12 +5,11 @@ from __future__ import annotations
 import json
 import textwrap
 from collections.abc import Iterator
-from contextlib import ExitStack
 from pathlib import Path
 
 import numpy as np
 import pytest
-from bench.stock import app_bundle, serverapp_grid, superlink
+from bench.stock import SuperLink, app_bundle, serverapp_grid, superlink
 from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
 from flwr.serverapp.strategy import FedAdam, FedAvg
 
@@ -34,8 +33,15 @@ SMALL: Flat = {"learning-rate": 0.0001, "seed": 7}
 
 
 @pytest.fixture(scope="module")
-def tree(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LiveTree]:
-    with live_tree(tmp_path_factory.mktemp("tree"), edges=2, clients=3) as live:
+def flat_link(tmp_path_factory: pytest.TempPathFactory) -> Iterator[SuperLink]:
+    """Run a second stock SuperLink that the clients reach directly."""
+    with superlink(tmp_path_factory.mktemp("flat") / "link") as link:
+        yield link
+
+
+@pytest.fixture(scope="module")
+def tree(tmp_path_factory: pytest.TempPathFactory, flat_link: SuperLink) -> Iterator[LiveTree]:
+    with live_tree(tmp_path_factory.mktemp("tree"), edges=2, clients=3, more=[flat_link.fleet]) as live:
         yield live
 
 
@@ -106,20 +112,14 @@ def checkpoint_of(tree: LiveTree, name: str, window: int) -> Model:
 
 
 @pytest.fixture(scope="module")
-def flat(tmp_path_factory: pytest.TempPathFactory) -> dict[int, Model]:
-    """Flat Flower FedAvg: a stock SuperLink and strategy, the same clients directly below it, by round."""
-    folder = tmp_path_factory.mktemp("flat")
+def flat(tree: LiveTree, flat_link: SuperLink) -> dict[int, Model]:
+    """Flat Flower FedAvg: a stock SuperLink and strategy, the tree's clients directly below it, by round."""
     models: dict[int, Model] = {}
 
     def keep(round_: int, arrays: ArrayRecord) -> None:
         models[round_] = {name: array.numpy() for name, array in arrays.items()}
 
-    with ExitStack() as stack:
-        link = stack.enter_context(superlink(folder / "link"))
-        flat_tree = LiveTree(link, folder, {"cloud": link.fleet})
-        for i in range(3):
-            stack.enter_context(start_client(flat_tree, f"c{i}", f"digits:{i}/16", ["cloud"]))
-        grid = stack.enter_context(serverapp_grid(link, app_bundle("", config=flower_config(SMALL))))
+    with serverapp_grid(flat_link, app_bundle("", config=flower_config(SMALL))) as grid:
         strategy = FedAvg(fraction_evaluate=0.0, min_train_nodes=3, min_available_nodes=3)
         strategy.start(TreeGrid(grid), initial_arrays(SMALL), num_rounds=3, timeout=120, evaluate_fn=keep)
     return models
@@ -224,9 +224,7 @@ def test_bad_update_in_a_running_tree(tree: LiveTree, tmp_path: Path) -> None:
     (tmp_path / "badclient.py").write_text(BAD_CLIENT)
     more = ["--app", "badclient:app"]
     with start_client(tree, "mallory", "digits:9/16", ["edge-1"], *more, PYTHONPATH=str(tmp_path)):
-        run = tree.run(
-            "bad", method="fedavg", rounds=1, rg=1, min_edges=2, min_clients=4, sample_steps=2, sample_count=1
-        )
+        run = tree.run("bad", method="fedavg", model="cnn", rounds=1, rg=1, min_edges=2, min_clients=4)
     [fault] = run.chronicle.record.faults
     assert (fault.node, fault.kind, fault.window, fault.round) == ("mallory", "refused", 1, 1)
     assert "not finite" in fault.detail

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import subprocess
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
@@ -50,11 +51,20 @@ class LiveTree:
         Logs and states.
     edges : dict[str, str]
         Address of each edge by name.
+    processes : list of Popen
+        Edges and clients that were started.
     """
 
     link: SuperLink
     folder: Path
     edges: dict[str, str] = field(default_factory=dict)
+    processes: list[subprocess.Popen[bytes]] = field(default_factory=list)
+
+    def terminate(self) -> None:
+        """Ask every process of the tree to end, so that they do so at the same time."""
+        for process in self.processes:
+            if process.poll() is None:
+                process.terminate()
 
     def log(self, name: str) -> str:
         """Return what a process printed."""
@@ -106,6 +116,7 @@ def start_edge(tree: LiveTree, name: str, *more: str) -> Iterator[str]:
     )
     command += more
     with running(command, tree.folder / f"{name}.log", process_environment(tree.folder)) as process:
+        tree.processes.append(process)
 
         def ready() -> bool:
             if process.poll() is not None:
@@ -129,6 +140,7 @@ def start_client(
     with running(
         command + list(more), tree.folder / f"{name}.log", process_environment(tree.folder, **env)
     ) as process:
+        tree.processes.append(process)
         yield process.pid
 
 
@@ -140,10 +152,12 @@ def live_tree(
     clients: int = 4,
     data: str = "digits:{i}/16",
     levels: Sequence[float] = (),
+    more: Sequence[str] = (),
 ) -> Iterator[LiveTree]:
     """Run a cloud, edges `edge-1`… and clients `c0`… that reach all edges, each with its part of the data.
 
-    Where `levels` are given, the first clients have them set by hand.
+    Where `levels` are given, the first clients are configured with them. `more` holds addresses of other servers that
+    the clients connect to as well.
     """
     with ExitStack() as stack:
         tree = LiveTree(stack.enter_context(superlink(folder / "link")), folder)
@@ -151,7 +165,12 @@ def live_tree(
             stack.enter_context(start_edge(tree, f"edge-{number}"))
         names = [f"c{i}" for i in range(clients)]
         for i, name in enumerate(names):
-            level = ["--level", str(levels[i])] if i < len(levels) else []
-            stack.enter_context(start_client(tree, name, data.format(i=i), list(tree.edges), *level))
-        wait_until(lambda: all(tree.log(n).count("connected to") >= edges for n in names), 90, "the clients")
+            options = ["--level", str(levels[i])] if i < len(levels) else []
+            options += [word for address in more for word in ("--edge", address)]
+            stack.enter_context(start_client(tree, name, data.format(i=i), list(tree.edges), *options))
+        servers = edges + len(more)
+        wait_until(
+            lambda: all(tree.log(n).count("connected to") >= servers for n in names), 90, "the clients"
+        )
+        stack.callback(tree.terminate)
         yield tree

@@ -8,7 +8,6 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable
 from pathlib import Path
 
 import psutil
@@ -17,6 +16,7 @@ import pytest
 from espalier.errors import EspalierError
 from espalier.processes.supervise import Group, espalier_env, free_ports, listens, spawn, stop
 from tests.support.paths import ROOT
+from tests.support.processes import wait_until
 
 SLEEP = "import time; time.sleep(600)"
 STUBBORN = """
@@ -35,13 +35,6 @@ child.wait()
 
 def python(program: str) -> list[str]:
     return [sys.executable, "-c", program]
-
-
-def wait_for(condition: Callable[[], bool], seconds: float = 15) -> None:
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline, "timed out"
-        time.sleep(0.02)
 
 
 def gone(pid: int) -> bool:
@@ -67,7 +60,7 @@ def test_output_goes_to_the_log(tmp_path: Path) -> None:
 def test_stop_ends_those_that_listen_and_those_that_do_not(tmp_path: Path) -> None:
     polite = spawn("polite", python(SLEEP), tmp_path / "polite.log")
     stubborn = spawn("stubborn", python(STUBBORN), tmp_path / "stubborn.log")
-    wait_for(lambda: stubborn.last_lines() == "ready")
+    wait_until(lambda: stubborn.last_lines() == "ready", 15)
     start = time.monotonic()
     stop([polite, stubborn], grace=0.5)
     assert time.monotonic() - start < 5
@@ -77,10 +70,10 @@ def test_stop_ends_those_that_listen_and_those_that_do_not(tmp_path: Path) -> No
 
 def test_stop_reaches_grandchildren(tmp_path: Path) -> None:
     process = spawn("parent", python(PARENT), tmp_path / "parent.log")
-    wait_for(lambda: "ready" in process.last_lines(2))
+    wait_until(lambda: "ready" in process.last_lines(2), 15)
     grandchild = int(process.log.read_text().split()[0])
     stop([process], grace=0.5)
-    wait_for(lambda: gone(grandchild))
+    wait_until(lambda: gone(grandchild), 15)
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="PR_SET_PDEATHSIG is Linux's")
@@ -97,7 +90,7 @@ def test_children_die_with_a_parent_that_is_killed(tmp_path: Path) -> None:
         assert not gone(child)
         parent.kill()
         parent.wait()
-    wait_for(lambda: gone(child))
+    wait_until(lambda: gone(child), 15)
 
 
 def test_a_group_ends_on_errors_and_interruptions(tmp_path: Path) -> None:
