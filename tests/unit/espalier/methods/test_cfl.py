@@ -80,7 +80,7 @@ def test_cfl_does_not_part_whom_it_should_not(settings: dict[str, Any]) -> None:
     same(state.tensors, {n: np.mean([u.arrays[n] for u in replies], axis=0) for n in state.tensors})
 
 
-def test_cfl_parts_two_groups_on_a_tree_and_each_goes_its_own_way(tmp_path: Path) -> None:
+def test_cfl_separates_two_groups_on_a_tree(tmp_path: Path) -> None:
     """Opposite updates from c0, c2, c4 and c1, c3, c5, which reach different edges; the split is in round 2."""
     tree = small_tree(tmp_path, 6, reach=lambda i: (i // 3,))
 

@@ -35,7 +35,7 @@ class Vector(nn.Module):
 @pytest.mark.parametrize(
     ("term", "prefix"), [(DynamicRegularizer(0.5), "dyn/"), (ControlVariates(), "scaffold/")]
 )
-def test_a_sub_network_uses_the_leading_block_and_leaves_the_rest(term: Objective, prefix: str) -> None:
+def test_a_sub_network_uses_the_leading_block(term: Objective, prefix: str) -> None:
     """The level changes from round to round: kept 3 long, trained 2 long, then 4 long."""
     state = {prefix + "theta": np.array([1.0, 2.0, 3.0], np.float32)}
     small = Vector(0.0, 0.0)

@@ -66,7 +66,7 @@ def test_depthfls_loss_against_its_formula(depth: int) -> None:
     assert value == pytest.approx(expected, rel=1e-5)
 
 
-def test_without_distillation_or_with_one_exit_cross_entropy_is_left() -> None:
+def test_cross_entropy_without_distillation() -> None:
     for depth, distillation in ((3, False), (1, True)):
         value, logits, labels = distilled(301, depth, distillation=distillation)
         expected = sum(functional.cross_entropy(z, labels).item() for z in logits)
@@ -106,7 +106,7 @@ def depth_replies(w: Arrays, round_: int) -> list[tuple[str, Arrays]]:
 
 
 @EDGES
-def test_depthfl_has_an_h_per_tensor_with_as_many_terms_as_holders(edges: int) -> None:
+def test_depthfl_has_an_h_per_tensor_of_its_holders(edges: int) -> None:
     """The reference's order: w̄ over H holders, h ← h − α (H/N)(w̄ − w), w ← w̄ − h/α; statistics without h.
 
     In float64, so that the two ways of adding up differ by rounding of that alone.

@@ -84,7 +84,7 @@ def test_who_sat_out_takes_nothing_out(kept_round: int | None) -> None:
     assert value(term, model) == pytest.approx(by_hand, rel=1e-5)
 
 
-def test_the_local_table_is_the_mean_output_by_label_over_the_phase() -> None:
+def test_the_local_table_is_the_mean_output_by_label() -> None:
     model = network("cnn")
     term, local = SoftLabelDistillation(1.0), local_round(model)
     objective = CrossEntropy() + term

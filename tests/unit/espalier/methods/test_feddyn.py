@@ -93,7 +93,7 @@ def test_feddyns_fixed_point_is_the_optimum_of_the_sum() -> None:
 
 
 @EDGES
-def test_feddyn_is_the_mean_of_those_who_trained_plus_the_mean_of_what_all_keep(edges: int) -> None:
+def test_feddyn_adds_the_mean_of_all_states(edges: int) -> None:
     """The authors keep Σ_t (θ_k − w) per client, and send mean_S θ_k + mean over all N of it."""
     rng = np.random.default_rng(3)
     alpha, population = 0.3, 7

@@ -42,7 +42,7 @@ def test_the_simplex_is_equiangular(classes: int, dimension: int) -> None:
     np.testing.assert_allclose(frame.sum(0), 0.0, atol=1e-5)
 
 
-def test_everybody_with_the_runs_seed_has_the_same_frame() -> None:
+def test_the_frame_depends_on_the_runs_seed_only() -> None:
     np.testing.assert_array_equal(simplex_etf(7, 7, 1), simplex_etf(7, 7, 1))
     assert np.abs(simplex_etf(7, 7, 1) - simplex_etf(7, 7, 2)).max() > 0.1
     with pytest.raises(ValueError, match="5 vectors in 4"):
@@ -273,7 +273,7 @@ def test_class_means_leave_absent_classes_at_zero() -> None:
     assert means.tolist() == [[9.0, 9.0], [0.0, 0.0], [2.0, 3.0], [0.0, 0.0]]
 
 
-def test_alignment_lowers_both_losses_and_centroids_are_mean_outputs() -> None:
+def test_alignment_lowers_both_losses() -> None:
     prototypes, labels = rows()
     transformer = FeatureTransformer(4, 6, 1)
 
@@ -309,7 +309,7 @@ def test_separability_draws_the_classes_together() -> None:
     assert spread[10.0] < 0.2 * spread[0.0]
 
 
-def test_absent_classes_have_no_centroid_and_a_lone_last_row_is_left_out() -> None:
+def test_absent_classes_have_no_centroid() -> None:
     prototypes, labels = rows(clients=3, classes=3)
     held = np.array([1, 5, 7])[labels]
     counts: list[int] = []

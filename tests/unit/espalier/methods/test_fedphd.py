@@ -71,7 +71,7 @@ def test_the_penalty_is_scaled_by_its_weight() -> None:
     assert penalty.loss(net, IMAGES, LABELS, seeded()).item() == pytest.approx(9.0)
 
 
-def test_there_is_no_penalty_without_a_weight_or_on_a_pruned_network() -> None:
+def test_no_penalty_without_weight_or_after_pruning() -> None:
     dense = unet("unet-tiny", 1, 8)
     for model, weight, expected in ((dense, 0.0, False), (prune(dense, 0.2), 1.0, False), (dense, 1.0, True)):
         penalty = GroupNormPenalty(weight)

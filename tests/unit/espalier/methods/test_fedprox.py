@@ -12,7 +12,7 @@ from tests.support.terms import gradients, local_round, moved, network
 NOTHING = torch.zeros(1, 1, 8, 8), torch.zeros(1, dtype=torch.int64), Generator()
 
 
-def test_the_gradient_of_the_proximal_term_is_mu_times_the_difference() -> None:
+def test_the_gradient_of_the_proximal_term() -> None:
     model = network("cnn-bn")
     local = local_round(model)
     term = ProximalTerm(0.3)
@@ -29,7 +29,7 @@ def test_the_gradient_of_the_proximal_term_is_mu_times_the_difference() -> None:
     assert (far / near).item() == pytest.approx(2.0, rel=1e-5)
 
 
-def test_the_proximal_term_is_of_parameters_not_of_running_statistics() -> None:
+def test_the_proximal_term_ignores_running_statistics() -> None:
     model = network("cnn-bn")
     local = local_round(model)
     term = ProximalTerm(2.0)

@@ -184,7 +184,7 @@ def test_a_batch_touches_the_drawn_block_alone(preset: str) -> None:
             assert outside.count_nonzero() == 0
 
 
-def test_training_moves_nothing_beyond_the_largest_width_that_was_drawn() -> None:
+def test_training_changes_only_the_drawn_widths() -> None:
     objective = OrderedDropout()
     model = network("cnn")
     local = local_round(model, levels="1,0.25", distillation=False, local_steps=1)

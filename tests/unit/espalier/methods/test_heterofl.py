@@ -111,7 +111,7 @@ def test_without_the_masked_loss_every_row_counts() -> None:
     same(state.tensors, own)
 
 
-def test_static_statistics_of_a_tree_are_those_of_one_pass_over_all_batches(tmp_path: Path) -> None:
+def test_static_statistics_equal_one_pass_over_all_batches(tmp_path: Path) -> None:
     """HeteroFL.deployed asks every client; torch's own cumulative average over their batches is the reference."""
     data = {f"c{i}": f"digits:{i}/40" for i in range(3)}
     tree = LocalTree(tmp_path, [LocalClient(n, d, (i % 2,)) for i, (n, d) in enumerate(data.items())])

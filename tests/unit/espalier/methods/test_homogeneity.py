@@ -16,7 +16,7 @@ def test_known_scores() -> None:
     assert sh_score(two_of_ten, "squared") == pytest.approx(1.6)
 
 
-def test_nobody_yet_counts_as_uniform() -> None:
+def test_no_participants_count_as_uniform() -> None:
     assert sh_score(np.zeros(10)) == 2.0
 
 

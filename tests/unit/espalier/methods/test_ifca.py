@@ -23,7 +23,7 @@ from tests.support.by_hand import (
 
 
 @EDGES
-def test_ifca_averages_each_model_over_its_members_and_shared_layers_over_all(edges: int) -> None:
+def test_ifca_averages_by_cluster_and_shared_layers_over_all(edges: int) -> None:
     """Nobody picked model 2: it stays bit for bit."""
     shapes = {"body.weight": (3, 2), "classifier.weight": (2, 3)}
     start = {"body.weight": wave(0, 3, 2)} | {
@@ -87,7 +87,7 @@ def test_ifca_recovers_rotated_groups_on_a_tree(shared: str, tmp_path: Path) -> 
     assert sorted(map(sorted, groups)) == [[0], [1]]
 
 
-def test_ifca_leaves_a_model_that_nobody_picks_as_it_was(tmp_path: Path) -> None:
+def test_ifca_keeps_a_model_without_members(tmp_path: Path) -> None:
     """On a tree: with three models and clients that are alike, one at least is picked by nobody."""
     tree = small_tree(tmp_path, 2)
     calls = tapped(tree)

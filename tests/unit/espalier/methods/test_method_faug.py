@@ -79,7 +79,7 @@ def test_the_generator_has_the_papers_size() -> None:
     assert len(model.layers) == 4
 
 
-def test_the_generator_travels_and_hangs_on_its_seed() -> None:
+def test_the_generator_depends_on_its_seed() -> None:
     rng = np.random.default_rng(0)
     pixels, labels = rng.integers(0, 256, (6, 1, 8, 8), dtype=np.uint8), np.array([0, 0, 1, 1, 1, 4])
     model, same, other = (train_conditional(pixels, labels, 5, steps=2, seed=s) for s in (1, 1, 2))

@@ -53,7 +53,7 @@ def given(call: Call) -> Arrays:
 
 
 @pytest.mark.parametrize(("name", "families"), [("fd", "mlp,logistic"), ("fedproto", "cnn4,resnet4")])
-def test_everybody_is_given_the_mean_of_the_clients_tables(name: str, families: str, tmp_path: Path) -> None:
+def test_clients_receive_the_mean_of_the_tables(name: str, families: str, tmp_path: Path) -> None:
     tree = knowledge_tree(tmp_path)
     calls = tapped(tree)
     run = run_tree(tree, name, 4, **TINY | {"families": families}, rounds=3)
@@ -109,7 +109,7 @@ def test_fd_against_the_others_of_the_last_round(tmp_path: Path, monkeypatch: py
     assert seen["sat out"] >= 3
 
 
-def test_an_edge_gives_its_own_table_between_reports_and_reports_its_newest(tmp_path: Path) -> None:
+def test_an_edge_uses_its_own_table_between_reports(tmp_path: Path) -> None:
     tree = knowledge_tree(tmp_path, reach=lambda i: (i % 2,))
     calls = tapped(tree)
     run = run_tree(tree, "fd", 4, **TINY, rounds=2, rg=2)
@@ -129,9 +129,7 @@ def test_an_edge_gives_its_own_table_between_reports_and_reports_its_newest(tmp_
     np.testing.assert_array_equal(run.state.tensors[COUNT], counts)
 
 
-def test_fedproto_against_everybody_who_holds_the_class(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_fedproto_averages_over_holders_of_the_class(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     starts, tree = listen_to_starts(monkeypatch), knowledge_tree(tmp_path, 2, 1)
     calls = tapped(tree)
     run_tree(tree, "fedproto", 2, **TINY | {"families": "cnn4,resnet4"}, rounds=2)

@@ -149,7 +149,7 @@ def test_a_bad_table_is_refused_by_name_and_the_round_goes_on(
         np.testing.assert_array_equal(sent[MEAN][sorted(own)], np.stack([own[c] for c in sorted(own)]))
 
 
-def test_a_window_whose_last_round_came_to_nothing_leaves_the_table_of_the_round_before(
+def test_a_window_without_a_last_round_keeps_the_previous_table(
     tmp_path: Path,
 ) -> None:
     def change(_: Arrays, arrays: Arrays, report: pb.ClientReport) -> Arrays:
@@ -205,7 +205,7 @@ def beyond(sent: Arrays) -> Arrays:
     ],
     ids=lambda value: getattr(value, "__name__", ""),
 )
-def test_bad_pairs_are_refused_by_the_client_and_the_round_goes_on(
+def test_bad_pairs_are_refused_by_the_client(
     spoil: Callable[[Arrays], Arrays], fault: str, tmp_path: Path, gan: str
 ) -> None:
     tree = small_tree(tmp_path, 2, 60, 1)

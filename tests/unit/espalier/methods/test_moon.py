@@ -74,7 +74,7 @@ def test_in_its_first_round_the_gradient_is_cross_entropys() -> None:
         assert torch.allclose(with_term[name], gradient, atol=1e-7), name
 
 
-def test_later_the_term_compares_with_the_received_and_the_former_network() -> None:
+def test_the_term_compares_received_and_previous_network() -> None:
     model = network("cnn-bn", projection=16)
     own: Any = moved(network("cnn-bn", projection=16), seed=8)
     given = copy.deepcopy(model)
@@ -96,7 +96,7 @@ def test_later_the_term_compares_with_the_received_and_the_former_network() -> N
     assert value == pytest.approx(expected, rel=1e-4)
 
 
-def test_the_frozen_networks_are_in_eval_mode_and_the_trained_one_runs_once() -> None:
+def test_frozen_networks_are_in_eval_mode() -> None:
     model = network("cnn-bn", projection=16)
     objective, _ = begun(
         model, CrossEntropy(), "cnn-bn", state=former(moved(network("cnn-bn", projection=16)))
@@ -110,7 +110,7 @@ def test_the_frozen_networks_are_in_eval_mode_and_the_trained_one_runs_once() ->
     assert value.requires_grad
 
 
-def test_the_former_network_is_the_clients_own_of_its_last_participation() -> None:
+def test_the_previous_network_is_the_clients_own() -> None:
     state = dict[str, np.ndarray]()
     model, trained = network("cnn", projection=16), np.zeros((10, 16))
     for number in (1, 2):
@@ -130,7 +130,7 @@ def test_the_former_network_is_the_clients_own_of_its_last_participation() -> No
     assert np.array_equal(state["moon/classifier.weight"], trained)
 
 
-def test_a_former_network_of_another_shape_is_as_none() -> None:
+def test_a_previous_network_of_another_shape_is_ignored() -> None:
     model = network("cnn", projection=16)
     objective, local = begun(model, CrossEntropy(), "cnn", state=former(network("cnn", projection=8)))
     with_term = gradients(objective, model)
@@ -190,7 +190,7 @@ def test_on_a_unet_the_first_round_is_the_ddpm_losss() -> None:
         assert torch.allclose(with_term[name], gradient, atol=1e-7), name
 
 
-def test_on_a_unet_the_term_is_of_the_noised_images_of_the_ddpm_loss() -> None:
+def test_on_a_unet_the_term_uses_the_noised_images() -> None:
     model, own = unet().eval(), moved(unet(), 0.02).eval()
     head = initial_head(mid_width(model), 2023)
     state = former(own) | {"moon/" + name: array + np.float32(0.05) for name, array in head.items()}
@@ -236,7 +236,7 @@ def test_the_projection_head_is_received_trained_and_sent() -> None:
         assert {n for n in state if n.startswith("moon/head/")} == {"moon/" + n for n in given}
 
 
-def test_heads_are_the_same_for_everybody_and_leave_the_generator_alone() -> None:
+def test_initial_heads_are_the_same_at_every_client() -> None:
     torch.manual_seed(3)
     one = initial_head(40, 5)
     after = torch.rand(1)

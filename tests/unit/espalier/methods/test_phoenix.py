@@ -42,7 +42,7 @@ def weighted(calls: Sequence[Call], name: str) -> np.ndarray:
     return mean
 
 
-def test_phoenix_hands_the_shared_images_to_everybody_once(tmp_path: Path) -> None:
+def test_phoenix_sends_the_shared_images_once(tmp_path: Path) -> None:
     """A client with few images has more to train on: 8 of its own and 12 shared are five batches of four."""
     tree = small_tree(tmp_path, 3, of=200)
     calls = tapped(tree)

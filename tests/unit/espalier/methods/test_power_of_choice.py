@@ -68,7 +68,7 @@ def test_power_of_choice_trains_the_clients_of_largest_loss(tmp_path: Path) -> N
     same(run.state.tensors, {n: np.mean([c.payload[n] for c in last], axis=0) for n in names})
 
 
-def test_in_a_windows_later_rounds_edges_choose_by_their_own_model(tmp_path: Path) -> None:
+def test_edges_choose_by_their_own_model_in_later_rounds(tmp_path: Path) -> None:
     """Rg = 2: three of c0 … c3 and one of c4, c5 would be kept by shares m·d_e/d of m = 3 over 4 and 2: 2 and 1."""
     tree = small_tree(tmp_path, 6, data=SPEC, reach=lambda i: (int(i > 3),))
     calls = tapped(tree)
@@ -112,7 +112,7 @@ def test_candidates_are_fewer_than_everyone(tmp_path: Path) -> None:
         assert sorted(c.plan.client for c in picked) == sorted(sorted(losses, key=lambda c: -losses[c])[:2])
 
 
-def test_remembered_losses_ask_nobody(tmp_path: Path) -> None:
+def test_remembered_losses_need_no_inquiry(tmp_path: Path) -> None:
     """rpow-d: who never trained comes first; later the largest mean training loss of the last participation."""
     tree = small_tree(tmp_path, 4, data=SPEC)
     calls = tapped(tree)

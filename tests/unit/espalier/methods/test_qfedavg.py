@@ -140,7 +140,7 @@ def test_qfedavg_leaves_statistics_and_counters_to_the_mean() -> None:
         aggregate(method("qfedavg"), state, [reply(state, "c", before, lr_sum=0.1, steps=1)])
 
 
-def test_qfedavg_on_a_tree_weighs_by_the_loss_at_the_received_model(tmp_path: Path) -> None:
+def test_qfedavg_on_a_tree(tmp_path: Path) -> None:
     tree = small_tree(tmp_path, 3, data="digits:{i}/{of}:dirichlet=0.3")
     calls = tapped(tree)
     run = run_tree(tree, "qfedavg", 3, rounds=1, fairness_q=2.0, learning_rate=0.1, clip_norm=0.0)

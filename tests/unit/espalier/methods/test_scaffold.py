@@ -89,7 +89,7 @@ def test_scaffold_computes_from_what_the_server_reads() -> None:
     assert state["scaffold/theta"].tolist() == pytest.approx((np.array([0.5, -1.0]) + change).tolist())
 
 
-def test_the_mean_of_the_variates_stays_the_servers_with_sampled_clients() -> None:
+def test_control_variates_average_to_the_servers() -> None:
     """C == mean c_k over rounds in which 2 of 3 clients take part."""
     optima = [[0.0, 3.0], [4.0, -1.0], [1.0, 1.0]]
     states: list[dict[str, np.ndarray]] = [{}, {}, {}]
@@ -128,7 +128,7 @@ def test_one_step_of_scaffold_with_everyone_is_a_step_of_sgd() -> None:
         weights, common = np.mean(trained, 0), (common + np.mean(changes, 0)).astype(np.float32)
 
 
-def test_training_a_network_leaves_the_correction_on_every_parameter() -> None:
+def test_training_corrects_every_parameter() -> None:
     """A whole round of SCAFFOLD on a CNN against textbook steps computed apart."""
     model, common = network("cnn"), {}
     for name, parameter in model.named_parameters():

@@ -28,7 +28,7 @@ def test_base_networks_are_trained_on_their_own() -> None:
 
 
 @EDGES
-def test_split_mix_averages_each_base_by_samples_as_the_authors_code_does(edges: int) -> None:
+def test_split_mix_averages_bases_as_the_authors_code(edges: int) -> None:
     """Numbers of `SlimmableModelAccumulator`, whose base i is the i-th block on the diagonal.
 
     illidanlab/SplitMix@fa163f781cd0835eb7b017d3f8c763904f0d7618, federated/aggregation.py; 30 samples for the

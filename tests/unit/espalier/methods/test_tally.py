@@ -143,7 +143,7 @@ def test_widths_by_hand() -> None:
     np.testing.assert_array_equal(tally.means({"w": former})["w"], [[3, 1, 9], [1, 1, 9], [9, 9, 9]])
 
 
-def test_nobody_and_weight_nothing_leave_no_mean() -> None:
+def test_no_updates_or_zero_weights_have_no_mean() -> None:
     tally = Tally(LAYOUT)
     tally.mean(SERVER, 0)
     assert tally.means(SERVER) == {}
@@ -184,7 +184,7 @@ def round_of(width: int, value: float, weight: float, counter: int, client: str)
     return tally
 
 
-def test_a_window_has_the_later_means_and_the_weights_of_all_rounds() -> None:
+def test_a_window_has_the_weights_of_all_rounds() -> None:
     tally = Tally(Layout.of({"w": np.zeros(3, np.float32), "n": np.array(0)}))
     tally.extend(round_of(3, 1.0, 10, 5, "a"))
     tally.extend(round_of(2, 4.0, 30, 3, "b"))
@@ -204,7 +204,7 @@ def test_a_window_has_the_later_means_and_the_weights_of_all_rounds() -> None:
     np.testing.assert_allclose(cloud.means({})["w"], [6 * 0.6, 6 * 0.6, 1 * 10 / 50], rtol=1e-6)
 
 
-def test_extending_leaves_the_later_round_and_the_clouds_report_alone() -> None:
+def test_extending_keeps_the_later_round() -> None:
     tally = Tally(LAYOUT)
     first, later = added([member(1.0)]), added([member(2.0)])
     before = later.means(SERVER)
@@ -263,7 +263,7 @@ def test_what_numpy_would_broadcast_is_refused(name: str, array: np.ndarray, fau
 
 
 @given(st.lists(st.tuples(st.integers(1, 4), st.integers(1, 4)), min_size=2, max_size=5))
-def test_mixed_widths_are_averaged_over_their_holders_never_broadcast(sizes: list[tuple[int, int]]) -> None:
+def test_mixed_widths_are_averaged_over_their_holders(sizes: list[tuple[int, int]]) -> None:
     """A narrow client's single column must not reach the columns it does not hold."""
     tally = Tally(Layout.of(WIDE))
     for i, (rows, columns) in enumerate(sizes):
@@ -454,7 +454,7 @@ def test_last_round_count() -> None:
     assert shares == pytest.approx({"e0": 0.25, "e1": 0.75})
 
 
-def test_nobody_reports() -> None:
+def test_no_edge_reports() -> None:
     tally, shares = CentralTally(Layout.of(SERVER)).result()
     assert shares == {}
     assert tally.means(SERVER) == {}
@@ -465,9 +465,7 @@ def test_nobody_reports() -> None:
 
 @pytest.mark.parametrize("method", ["qfedavg", "scaffold"])
 @pytest.mark.parametrize("known", [{}, {"lr-sum": 0.0}])
-def test_a_client_that_hides_its_step_size_is_refused_and_adds_nothing(
-    method: str, known: dict[str, float]
-) -> None:
+def test_a_client_without_a_step_size_is_refused(method: str, known: dict[str, float]) -> None:
     weights = Weights.pack({"w": np.zeros(2, np.float32)})
     server = ServerState(pb.ArchitectureSpec(tensors=weights.layout.to_proto().tensors), weights)
     server.add_section("control")
@@ -480,7 +478,7 @@ def test_a_client_that_hides_its_step_size_is_refused_and_adds_nothing(
     assert tally.means(server.tensors) == {}
 
 
-def test_only_the_edges_of_the_newest_round_count_where_a_method_says_so() -> None:
+def test_only_edges_of_the_last_round_count() -> None:
     layout = Layout.of({"w": np.zeros(2, np.float32)})
 
     def told(value: float) -> tuple[Weights, dict[str, float]]:

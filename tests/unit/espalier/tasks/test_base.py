@@ -21,7 +21,7 @@ def test_the_objective_follows_the_models_task() -> None:
     assert isinstance(base_objective(RunConfig(model="cnn")), CrossEntropy)
 
 
-def test_the_loss_over_a_data_set_is_in_eval_mode_and_counts_images_alike() -> None:
+def test_the_loss_over_a_data_set_is_per_image_in_eval_mode() -> None:
     model, data = network("cnn-bn"), Images(20)
     buffers = {name: tensor.clone() for name, tensor in model.named_buffers()}
     model.get_submodule("conv1").eval()
@@ -35,7 +35,7 @@ def test_the_loss_over_a_data_set_is_in_eval_mode_and_counts_images_alike() -> N
     assert found == pytest.approx(expected, rel=1e-5)
 
 
-def test_a_random_mini_batch_of_a_data_set_is_drawn_without_replacement() -> None:
+def test_a_mini_batch_is_drawn_without_replacement() -> None:
     seen: list[Tensor] = []
 
     class Look(Objective):

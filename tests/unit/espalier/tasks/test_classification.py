@@ -73,7 +73,7 @@ def test_a_client_without_labels_says_so() -> None:
         masked([1.0, 2.0], [0, 0])
 
 
-def test_cross_entropy_is_the_mean_over_the_batch_and_the_sum_over_exits() -> None:
+def test_cross_entropy_sums_over_exits() -> None:
     model, (images, labels) = network("cnn"), batch()
     with torch.no_grad():
         log_p = model(images) - model(images).exp().sum(1, keepdim=True).log()

@@ -37,7 +37,7 @@ def test_a_network_of_another_task_is_refused(term: Objective) -> None:
 
 
 @pytest.mark.parametrize("term", [SoftLabelDistillation(1.0), PrototypeTerm(1.0), PeerDistillation(1.0)])
-def test_terms_stand_behind_the_base_loss_and_listen_until_the_end(term: Objective) -> None:
+def test_terms_follow_the_base_loss(term: Objective) -> None:
     model = network("cnn")
     term.begin(model, local_round(model))
     with pytest.raises(RuntimeError, match="after the base loss"):

@@ -36,7 +36,7 @@ def settings(**changes: Any) -> RunConfig:
     return RunConfig(**values)
 
 
-def test_adam_is_for_diffusion_and_sgd_for_classifiers_unless_somebody_says_otherwise() -> None:
+def test_default_optimizer_of_each_task() -> None:
     kinds = [
         optimizer_kind(LocalRound(settings(model=model, optimizer=own), 1, optimizer=demanded))
         for model, own, demanded in (

@@ -214,7 +214,7 @@ def test_a_pruned_model_starts_moments_and_warm_up_anew() -> None:
     assert state["trainer/exp_avg"].size < size
 
 
-def test_a_loss_that_is_not_finite_is_an_error_and_leaves_the_state() -> None:
+def test_a_non_finite_loss_is_an_error() -> None:
     state = dict[str, np.ndarray]()
     train(linear(), Fit(), LocalRound(settings(), 1, state=state))
     before = {key: array.copy() for key, array in state.items()}
@@ -252,7 +252,7 @@ def test_bf16_is_used_where_it_is_asked_for() -> None:
     assert kinds == [torch.float32, torch.float32, torch.bfloat16]
 
 
-def test_gradients_pass_through_the_objective_before_they_are_applied() -> None:
+def test_objectives_see_gradients_before_the_step() -> None:
     class Frozen(Fit):
         def after_backward(self, model: nn.Module) -> None:
             for parameter in model.parameters():
