@@ -83,7 +83,7 @@ def test_replicas_take_part_as_many_clients(tmp_path: Path) -> None:
         (["--data", "./no-such-folder"], "no-such-folder"),
         (["--data", "digits", "--edge", "nonsense"], "nonsense"),
         (["--data", "digits", "--edge", "192.0.2.7:9093"], "--insecure"),
-        (["--data", "digits", "--replicas", "2", "--key", "k"], "--replicas goes without"),
+        (["--data", "digits", "--replicas", "2", "--key", "k"], "--replicas excludes"),
         (["--data", "digits:1/4", "--replicas", "4"], "need 5 shares, not 4"),
         (["--app", "no_such_module:app"], "no_such_module"),
         (["--app", "json:dumps"], "not a flwr ClientApp"),

@@ -1,4 +1,4 @@
-"""Preflight: each made-up fault is found, and what to mend is said; a sound set-up passes."""
+"""Preflight: every prepared fault is found with its remedy, and a correct installation passes."""
 
 from __future__ import annotations
 
