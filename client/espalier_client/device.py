@@ -123,7 +123,7 @@ class Device:
     @cached_property
     def torch_device(self) -> torch.device:
         """Where the device trains."""
-        from espalier.training.trainer import resolve_device
+        from espalier.training.device import resolve_device
 
         return resolve_device(self.device)
 

@@ -38,7 +38,7 @@ def check_client(options: dict[str, Any], security: Security) -> Findings:
 
 def check_device(found: Findings, device: str) -> None:
     """Check that the device to train on exists."""
-    from espalier.training.trainer import resolve_device
+    from espalier.training.device import resolve_device
 
     found.attempt("device", lambda: f"{device}: trains on {resolve_device(device)}, {os.cpu_count()} cores")
 

@@ -12,7 +12,14 @@ from __future__ import annotations
 import importlib
 import sys
 from types import ModuleType
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
+
+from espalier import lazy
+
+if TYPE_CHECKING:
+    import torch
+else:
+    torch = lazy.load("torch")
 
 _SCHEMAS = (
     "nms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor",
@@ -44,8 +51,6 @@ def import_torchvision() -> ModuleType:
     except RuntimeError as error:
         if _library is not None or "operator torchvision::" not in str(error):
             raise
-    import torch
-
     library: Any = cast(Any, torch.library).Library("torchvision", "FRAGMENT")
     for schema in _SCHEMAS:
         library.define(schema)

@@ -26,8 +26,8 @@ from espalier.monitor.logs import bind
 from espalier.security.keys import EDGE_KEYS, KEYS_ONLY, KeyRegistry
 from espalier.security.name_registry import EDGE_NAMES, Claims, NameRegistry
 from espalier.training.determinism import deterministic
+from espalier.training.device import resolve_device
 from espalier.training.privacy import PrivacySettings
-from espalier.training.trainer import resolve_device
 from espalier.wire.payload import Weights
 from espalier_server.client_keys import ClientKeys
 from espalier_server.evaluation.assessment import Assessment

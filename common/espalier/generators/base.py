@@ -11,6 +11,7 @@ from pydantic import Field
 from espalier.config.fields import PositiveInt, SettingsGroup
 from espalier.distribution import entry_points
 from espalier.errors import ConfigError
+from espalier.training.device import resolve_device
 
 if TYPE_CHECKING:
     from importlib.metadata import EntryPoint
@@ -202,8 +203,6 @@ def open_generator(
         )
     if not named.path.exists():
         raise ConfigError(f"generator: {named.path} does not exist on this machine")
-
-    from espalier.training.trainer import resolve_device
 
     options = Options(resolve_device(str(device)), prompt, steps, guidance, trust_pickle)
     opened: Generator = _openers()[named.kind].load()(named.path, options)

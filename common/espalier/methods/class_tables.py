@@ -73,7 +73,7 @@ class ClassTables(OwnModels):
         return later
 
     def step(self, server: ServerState, tally: Tally) -> None:
-        """Take the newest round's table in the place of the former one; without a reply there is none."""
+        """Replace the table by the newest round's; without a reply it does not change."""
         if not tally.weight:
             return
         count = np.broadcast_to(tally.weights(MEAN).reshape(-1), server.tensors[COUNT].shape)

@@ -47,8 +47,8 @@ class PersonalLayers(Method):
     def view(self, state: CloudState, key: str) -> pb.View:
         """Return the shared tensors."""
         layout = state.weights.layout
-        kept = layout.only(n for n in layout.names if "/" not in n and not self.is_personal(n))
-        return pb.View(architecture=state.architecture, layout=kept.to_proto())
+        shared = layout.only(n for n in layout.names if "/" not in n and not self.is_personal(n))
+        return pb.View(architecture=state.architecture, layout=shared.to_proto())
 
     def start(self, local: LocalRound) -> Mapping[str, Tensor]:
         """Return the received tensors and the client's own layers."""

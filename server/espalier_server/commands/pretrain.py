@@ -47,7 +47,7 @@ def pretrain_generator(
         The training failed.
     """
     from espalier.data.spec import open_data
-    from espalier.training.trainer import resolve_device
+    from espalier.training.device import resolve_device
     from espalier_server.generators.gan import GRID, check_out, save_gan
     from espalier_server.generators.pretrain import Progress, pretrain, sample_grid
 

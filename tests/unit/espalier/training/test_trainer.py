@@ -16,8 +16,9 @@ from espalier.methods.run_config import RunConfig
 from espalier.models.pruning import prune
 from espalier.models.unet import unet
 from espalier.tasks.diffusion import DDPMLoss
+from espalier.training.device import resolve_device
 from espalier.training.objectives import LocalResult, LocalRound, Objective
-from espalier.training.trainer import TrainingError, resolve_device, train_local
+from espalier.training.trainer import TrainingError, train_local
 
 
 class Images:
