@@ -181,6 +181,7 @@ def run_cell(cell: Cell, look: Callable[[TreeRun], None] | None = None) -> Measu
 
     from bench.local_tree import LocalClient, LocalTree
     from espalier.errors import EspalierError
+    from espalier.methods.run_config import with_defaults
 
     torch.set_num_threads(1)
     reach = tuple(range(cell.setup.edges))
@@ -207,7 +208,8 @@ def run_cell(cell: Cell, look: Callable[[TreeRun], None] | None = None) -> Measu
     with tempfile.TemporaryDirectory(dir=memory if os.access(memory, os.W_OK) else None) as folder:
         tree = LocalTree(Path(folder), clients, cell.setup.edges)
         try:
-            run = tree.run("bench", settings)
+            # A setting that cells share is left out where a cell's method does not use it.
+            run = tree.run("bench", with_defaults(settings, {}))
         except EspalierError as error:
             return Measured([], status=str(error))
         seconds = time.perf_counter() - start

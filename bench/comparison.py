@@ -16,6 +16,7 @@ from PIL import Image
 from bench.local_tree import LocalClient, LocalTree
 from espalier.config.fields import FlatValue
 from espalier.errors import EspalierError
+from espalier.methods.run_config import with_defaults
 from espalier.wire.traffic import LINKS
 from espalier_server.records.events import EVENTS_FILE
 from espalier_server.records.record import Evaluation, RunRecord
@@ -185,7 +186,8 @@ class Comparison:
             **entry.settings,
         }
         windows = -(-rounds // int(settings["rg"]))
-        settings = {"eval-every": -(-windows // POINTS), **settings, **more}
+        # A setting that the rows share, such as `pruning-ratio`, is left out where a row's method does not use it.
+        settings = with_defaults({"eval-every": -(-windows // POINTS), **settings}, more)
         # States and checkpoints of a large network fill a disk: a run's folder goes when it was read.
         with tempfile.TemporaryDirectory(dir=self.folder) as folder:
             tree = LocalTree(Path(folder), self._clients(seed), self.edges)

@@ -75,6 +75,7 @@ def run_paper(
 
     from bench.local_tree import LocalClient, LocalTree
     from espalier.data.spec import sharing_sources
+    from espalier.methods.run_config import with_defaults
     from espalier.models import presets
 
     torch.set_num_threads(1)
@@ -111,7 +112,7 @@ def run_paper(
         sharing_sources(),
         tempfile.TemporaryDirectory(dir=memory if os.access(memory, os.W_OK) else None) as folder,
     ):
-        record = LocalTree(Path(folder), clients, 2).run("faug", settings).chronicle.record
+        record = LocalTree(Path(folder), clients, 2).run("faug", with_defaults(settings, {})).chronicle.record
     # The last window was measured, which costs bytes that are not the method's.
     plain = record.windows[:-1] or record.windows
     each = mean(w.links["client-edge"].up_bytes + w.links["client-edge"].down_bytes for w in plain)

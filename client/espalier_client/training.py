@@ -16,7 +16,7 @@ from espalier.config.run_settings import RunSettings
 from espalier.errors import ConfigError, WireError
 from espalier.flower.arrays import array_from_numpy, numpy_view
 from espalier.methods.base import Method
-from espalier.methods.registry import create_method
+from espalier.methods.registry import METHODS, create_method
 from espalier.methods.run_config import RunConfig
 from espalier.methods.views import buffers_of
 from espalier.models.architecture import describe
@@ -310,7 +310,7 @@ def local_round(
         labels=device.labels,
         data=device.images,
         place=str(device.torch_device),
-        optimizer=create_method(settings).own_optimizer if settings.optimizer == "auto" else "",
+        optimizer=METHODS[settings.method].own_optimizer if settings.optimizer == "auto" else "",
         own_state=True,
     )
 

@@ -126,7 +126,8 @@ class EdgeApp:
 
     def _run_window(self, data: bytes, message: Message, context: Context) -> RecordDict:
         plan = control.decode(pb.WindowPlan, data, "cloud")
-        weights = read_sent(message, plan, settings_of(plan), "cloud", send_on=True)
+        settings = settings_of(plan)
+        weights = read_sent(message, plan, settings, "cloud", send_on=True)
         grid = self._serve(plan.run, message, context)
         metadata = message.metadata
         self.progress = EdgeProgress(
@@ -138,7 +139,7 @@ class EdgeApp:
         log.info("run %s window %d: %d rounds", plan.run, plan.window, len(plan.rounds))
         self.roster.refresh(grid, self._request, CLIENT_HELLO)
         trim_heap()  # what starting and hellos left: a big payload's round is where the room is needed
-        window = EdgeWindow(self.name, plan, weights, grid, self.roster, self.progress, self._pace)
+        window = EdgeWindow(self.name, plan, weights, grid, self.roster, self.progress, self._pace, settings)
         with bind(run=plan.run, window=plan.window):
             if plan.inquiry:
                 return self._window_content(*window.inquire())

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+from espalier.config.run_settings import RunSettings
 from espalier.errors import UNSOUND, ConfigError, EspalierError, WireError, unsound
 from espalier.methods.power_of_choice import PowD, rating
 from espalier.methods.registry import create_method
@@ -104,6 +105,8 @@ class EdgeWindow:
         Kept up to date for onlookers.
     pace : Pace, optional
         How long clients took in earlier windows.
+    settings : RunSettings, optional
+        The validated settings of the plan; by default they are validated here.
     """
 
     def __init__(
@@ -115,9 +118,10 @@ class EdgeWindow:
         roster: Roster,
         progress: EdgeProgress,
         pace: Pace | None = None,
+        settings: RunSettings | None = None,
     ) -> None:
         self.edge, self.plan, self.progress = edge, plan, progress
-        self.method = create_method(settings_of(plan))
+        self.method = create_method(settings_of(plan) if settings is None else settings)
         self.server = ServerState(plan.architecture, weights, max(plan.population, 1), peers=dict(plan.peers))
         self.tally = Tally(weights.layout)
         self.report = pb.EdgeReport(schema=control.SCHEMA, run=plan.run, window=plan.window, edge=edge)

@@ -32,7 +32,7 @@ def crowd(samples: Sequence[int]) -> list[Member]:
 
 
 def rule(name: str, **settings: object) -> Selection:
-    return create_selection(RunConfig.from_flat(settings_of(settings)), name)
+    return create_selection(RunConfig.from_flat({"selection": name, **settings_of(settings)}), name)
 
 
 def settings_of(settings: Mapping[str, object]) -> dict[str, object]:
