@@ -131,7 +131,14 @@ def distance(a: Model, b: Model | None) -> float:
     return float(np.sqrt(sum(squares)))
 
 
-@pytest.mark.parametrize("method", ["fedavg", "fedphd"])
+#: Settings under which a method is FedAvg: homogeneity does not count, and nothing is pruned.
+FLAT: dict[str, Flat] = {
+    "fedavg": {},
+    "fedphd": {"selection_a": 0, "aggregation_a": 0, "pruning_ratio": 0},
+}
+
+
+@pytest.mark.parametrize("method", FLAT)
 def test_tree_equals_flat_flower(tree: LiveTree, flat: dict[int, Model], method: str) -> None:
     """With rg=1 and a=b=0 the tree gives what flat Flower gives, with the same clients and seeds."""
     tree.run(
@@ -141,11 +148,9 @@ def test_tree_equals_flat_flower(tree: LiveTree, flat: dict[int, Model], method:
         rg=1,
         min_edges=2,
         min_clients=3,
-        selection_a=0,
-        aggregation_a=0,
-        pruning_ratio=0,
         sample_steps=2,
         sample_count=1,
+        **FLAT[method],
         **{key.replace("-", "_"): value for key, value in SMALL.items()},
     )
     first, last = (checkpoint_of(tree, f"flat-{method}", window) for window in (1, 3))
