@@ -1,4 +1,4 @@
-"""Runs that give the same bits again: what order sums are taken in, and which settings rule that out."""
+"""Reproducible runs: the order in which contributions are summed."""
 
 from __future__ import annotations
 
@@ -11,17 +11,17 @@ T = TypeVar("T")
 
 
 def in_order(arrivals: Iterable[tuple[str, T | None]], names: Iterable[str]) -> Iterator[T]:
-    """Yield what arrives in the order of the senders' names, each as soon as all before it are settled.
+    """Yield items in the order of their senders' names, each as soon as all earlier senders are done.
 
-    Sums of floats depend on their order, and arrival is chance. What comes out of turn is held, so in the
-    worst case, the first name answering last, all but one item are in memory at a time.
+    A sum of floats depends on its order, and the order of arrival is random. Items that arrive early are buffered, in
+    the worst case (the first name arrives last) all but one of them.
 
     Parameters
     ----------
     arrivals : iterable of (str, item or None)
-        Senders and what they sent, as it comes; None for a sender from whom nothing more is to be had.
+        Senders and their items as they arrive; None for a sender without an item.
     names : iterable of str
-        The senders that are waited for. One of another name comes last.
+        The expected senders. Items of other senders come last.
     """
     waiting = sorted(names, reverse=True)
     held: dict[str, T | None] = {}
@@ -39,6 +39,6 @@ def in_order(arrivals: Iterable[tuple[str, T | None]], names: Iterable[str]) -> 
 
 
 def is_reproducible(settings: Struct) -> bool:
-    """Whether a plan's settings ask for the same bits again; what they say is validated elsewhere."""
+    """Whether a plan asks for a reproducible run; the settings are validated elsewhere."""
     said: Mapping[str, object] = dict(settings.items())
     return said.get("reproducible", False) is True

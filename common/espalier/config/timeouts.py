@@ -1,4 +1,4 @@
-"""Every time limit of the tree in one table, and the order they must keep for a fault to be told apart."""
+"""All time limits of the tree in one table, and the order they must have so that faults can be distinguished."""
 
 from __future__ import annotations
 
@@ -6,25 +6,25 @@ import itertools
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-# --- a node and its home --------------------------------------------------------------------------
+# --- a node and its server --------------------------------------------------------------------------
 #: Seconds a heartbeat may take.
 HEARTBEAT_CALL = 5.0
 #: Seconds between two heartbeats.
 HEARTBEAT = 9.0
-#: Seconds after a heartbeat in which Flower holds a node for connected: twice its shortest interval.
+#: Seconds after a heartbeat during which Flower considers a node online: twice its shortest interval.
 LEASE = 20.0
 #: Seconds a call without a payload may take.
 CALL = 20.0
-#: Seconds past its lease in which a node may come back before what it was to do is given up.
+#: Seconds after its lease within which a node may return before its messages are abandoned.
 OFFLINE_GRACE = 3.0
-#: Seconds without an answered heartbeat after which a call under way waits for nobody.
+#: Seconds without an acknowledged heartbeat after which a pending call is cancelled.
 SILENCE = 25.0
-#: Seconds a server of ours holds a poll for which there is no message, and one whose caller names no deadline.
+#: Seconds an edge holds a poll while there is no message, with and without a deadline of the caller.
 POLL_HELD = 25.0
 POLL_HELD_STOCK = 1.0
 #: Seconds a poll may take.
 PULL = 30.0
-#: Seconds without progress after which an upload is given up: at an edge, at the cloud (Flower's own is 180).
+#: Seconds without progress after which an upload is aborted: at an edge, at the cloud (Flower's limit is 180).
 UPLOAD_STALL = 30.0
 CLOUD_UPLOAD_STALL = 190.0
 
@@ -35,9 +35,9 @@ RETURN_HELLO = 5.0
 CLIENT_HELLO = 20.0
 #: Seconds edges have to answer a first hello.
 EDGE_HELLO = 45.0
-#: Seconds a client has to take note of why it is left out.
+#: Seconds a client has to receive the reason of its refusal.
 CLIENT_REFUSAL = 5.0
-#: Seconds an edge has to pass that on.
+#: Seconds an edge has to forward such a reason.
 EDGE_REFUSAL = 10.0
 
 # --- a window -------------------------------------------------------------------------------------
@@ -46,23 +46,23 @@ EDGE_REFUSAL = 10.0
 WATCH = 2.0
 PROGRESS = 6.0
 WATCH_CALL = 5.0
-#: Least seconds of a round deadline that follows the clients' speed.
+#: Smallest adaptive round deadline in seconds.
 LEAST_ROUND = 10.0
 #: Seconds an inquiry may take beyond what the edges wait for their clients.
 INQUIRY_MARGIN = 30.0
 #: Seconds a window may take beyond its rounds: hellos, uploads, the edges' own work.
 WINDOW_MARGIN = 60.0
-#: Seconds a message outlives the deadline of its reply, so that the late ones can be told and freed.
+#: Seconds between the deadline of a reply and the end of its message's ttl, so that late replies are counted and freed.
 TTL_MARGIN = 60.0
-#: Seconds kept back from a plain message's ttl so that the reply still counts.
+#: Seconds subtracted from a plain message's ttl so that the reply arrives in time.
 REPLY_MARGIN = 10.0
 
 # --- processes ------------------------------------------------------------------------------------
-#: Seconds that a node's stop waits for a call under way.
+#: Seconds that a stopping node waits for a pending call.
 STOP_CALL = 3.0
-#: Seconds after which a node that was told to stop ends in any case.
+#: Seconds after which a stopping node exits unconditionally.
 STOP = 8.0
-#: Seconds after which a child that was told to stop is killed.
+#: Seconds after which a child process that was asked to stop is killed.
 KILL = 10.0
 
 
