@@ -215,7 +215,7 @@ def run_cell(cell: Cell, look: Callable[[TreeRun], None] | None = None) -> Measu
         seconds = time.perf_counter() - start
         if look is not None:
             look(run)
-    return read(run.chronicle.record, seconds)
+    return read(run.recorder.record, seconds)
 
 
 def _node_configs(cell: Cell) -> list[dict[str, Any]]:

@@ -196,7 +196,7 @@ class Comparison:
             features = self.folder / "features"  # trained once for all rows of a seed
             features.mkdir(exist_ok=True)
             (out / "features").symlink_to(features, target_is_directory=True)
-            record = tree.run("run", settings).chronicle.record
+            record = tree.run("run", settings).recorder.record
             if record.faults or not record.quality:
                 fault = record.faults[0].detail if record.faults else "nothing was measured"
                 raise RunFailedError(f"{entry.name}: {fault}")

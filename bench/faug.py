@@ -112,7 +112,7 @@ def run_paper(
         sharing_sources(),
         tempfile.TemporaryDirectory(dir=memory if os.access(memory, os.W_OK) else None) as folder,
     ):
-        record = LocalTree(Path(folder), clients, 2).run("faug", with_defaults(settings, {})).chronicle.record
+        record = LocalTree(Path(folder), clients, 2).run("faug", with_defaults(settings, {})).recorder.record
     # The last window was measured, which costs bytes that are not the method's.
     plain = record.windows[:-1] or record.windows
     each = mean(w.links["client-edge"].up_bytes + w.links["client-edge"].down_bytes for w in plain)

@@ -106,7 +106,7 @@ def train(folder: Path, link: SuperLink, count: int) -> None:
     with serverapp_grid(link, app_bundle("")) as grid:
         served = TreeRun(config, TreeGrid(grid), out, folder / "cloud")
         served.run()
-    took = [len(r.participants) for window in served.chronicle.record.windows for r in window.rounds]
+    took = [len(r.participants) for window in served.recorder.record.windows for r in window.rounds]
     if set(took) != {count}:
         raise RuntimeError(f"not all clients took part: {took} of {count}")
 

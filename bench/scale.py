@@ -168,22 +168,22 @@ def rounds(
     out.mkdir()
     with serverapp_grid(tree.link, app_bundle("")) as grid:
         served = TreeRun(config, TreeGrid(grid), out, tree.folder / "cloud")
-        write = served.chronicle.checkpoint
+        write = served.recorder.checkpoint
 
         def checkpoint(snapshot: Snapshot) -> None:
             write(snapshot)
             ends.append(time.perf_counter())
             spent.append(tree.cpu())
 
-        served.chronicle.checkpoint = checkpoint  # type: ignore[method-assign]
+        served.recorder.checkpoint = checkpoint  # type: ignore[method-assign]
         served.run()
-    took = [len(r.participants) for window in served.chronicle.record.windows for r in window.rounds]
+    took = [len(r.participants) for window in served.recorder.record.windows for r in window.rounds]
     if set(took) != {clients}:
         raise RuntimeError(f"not all clients took part: {took} of {clients}")
     seconds = [later - earlier for earlier, later in itertools.pairwise(ends)]
     work = {tier: (spent[-1][tier] - spent[0][tier]) / len(seconds) for tier in spent[0]}
     assert served.state is not None
-    trained = [window.timings["train"] for window in served.chronicle.record.windows[1:]]
+    trained = [window.timings["train"] for window in served.recorder.record.windows[1:]]
     return Rounds(seconds, work, trained, served.state.weights.nbytes)
 
 

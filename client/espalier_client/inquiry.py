@@ -122,7 +122,7 @@ def _statistics(device: Device, task: Task, report: pb.ClientReport) -> dict[str
 
 def _samples(device: Device, task: Task, report: pb.ClientReport) -> dict[str, np.ndarray]:
     from espalier.data.imageset import to_uint8
-    from espalier.models.diffusion import sample
+    from espalier.models.sampling import sample
 
     local = task.local
     layout = answer_layout("samples", task.plan.architecture, local.settings, task.plan.population)

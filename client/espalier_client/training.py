@@ -22,7 +22,7 @@ from espalier.methods.views import buffers_of
 from espalier.models.architecture import describe
 from espalier.models.arrays import model_arrays, to_tensor
 from espalier.models.initial import initial_model
-from espalier.models.model_cache import give_back
+from espalier.models.model_cache import release
 from espalier.names import NAME_RULE, is_name
 from espalier.seeds import rng_for, seed_for
 from espalier.tasks.base import base_objective, dataset_loss
@@ -190,7 +190,7 @@ def _train_round(device: Device, task: Task) -> RecordDict:
     privacy.describe(report)
     device.save_state(plan, local.state)
     if privacy.training is None:  # DP-SGD wraps the layers
-        give_back(task.model)
+        release(task.model)
     return pack_reply(device, plan, report, payload)
 
 

@@ -20,7 +20,6 @@ from espalier.methods.homogeneity import ScoreSettings
 from espalier.methods.levels import LevelSettings
 from espalier.methods.planning import AtRandom, mean_homogeneity, plan_window
 from espalier.methods.registry import create_method
-from espalier.models.diffusion import ema_update
 from espalier.models.initial import import_ahead
 from espalier.monitor.logs import bind
 from espalier.security.keys import EDGE_KEYS, KEYS_ONLY, KeyRegistry
@@ -30,13 +29,14 @@ from espalier.training.device import resolve_device
 from espalier.training.privacy import PrivacySettings
 from espalier.wire.payload import Weights
 from espalier_server.client_keys import ClientKeys
+from espalier_server.ema import ema_update
 from espalier_server.evaluation.assessment import Assessment
 from espalier_server.evaluation.evaluator import create_evaluator
 from espalier_server.exchange import TRIES
 from espalier_server.outcome import CentralTally
 from espalier_server.planning.tree import Tree
-from espalier_server.records.recorder import Chronicle
-from espalier_server.records.resume import check_changes, former_record
+from espalier_server.records.recorder import RunRecorder
+from espalier_server.records.resume import check_changes, existing_record
 from espalier_server.records.snapshot import Snapshot
 from espalier_server.strategy import WindowStrategy
 from espalier_server.superlink.grid import LINK_LOST, TreeGrid
@@ -77,7 +77,7 @@ class TreeRun:
         names, keys = edge_names(state), ClientKeys(state, keys_only=bool(os.environ.get(KEYS_ONLY)))
         epsilon = settings.of(PrivacySettings).histogram_epsilon
         self.tree = Tree(grid, names, self.run_id, epsilon, keys, smallest, settings.reproducible)
-        self.chronicle = Chronicle(settings, self.run_id, out)
+        self.recorder = RunRecorder(settings, self.run_id, out)
         self.state: CloudState | None = None
         self.assessment: Assessment | None = None
 
@@ -97,7 +97,7 @@ class TreeRun:
         except (*LINK_LOST, KeyboardInterrupt, SystemExit) as error:
             # The SuperLink is gone, or Flower ends this process because it is. That is not the last
             # word: the cloud's supervisor starts the SuperLink again and submits the run again.
-            self.chronicle.events.write("interrupted", reason=str(error) or type(error).__name__)
+            self.recorder.events.write("interrupted", reason=str(error) or type(error).__name__)
             raise
         except Exception as error:
             self._close("failed", str(error) or type(error).__name__)
@@ -107,7 +107,7 @@ class TreeRun:
 
     def _train(self) -> None:
         s = self.settings
-        resumed = self.chronicle.resume()
+        resumed = self.recorder.resume()
         if resumed is not None:
             self.tree.settle(resumed.members)
         import_ahead(s)  # while edges and clients are still on their way, and not once all of them wait
@@ -119,8 +119,8 @@ class TreeRun:
         state = self._initial_state() if resumed is None else resumed.state
         reached = {} if resumed is None else resumed.reached
         self.state = state
-        self.chronicle.restarted()
-        self.chronicle.joined(self.tree)
+        self.recorder.restarted()
+        self.recorder.joined(self.tree)
         evaluator = create_evaluator(
             s, self.tree.image_shape, self.tree.classes, resolve_device(s.cloud_device), self.out / "features"
         )
@@ -131,8 +131,8 @@ class TreeRun:
                 self._augment(strategy)
             self.method.before_run(state, strategy.ask)
             if state.pruned:
-                self.chronicle.pruned(state)
-        self.assessment = Assessment(self.method, strategy, evaluator, self.chronicle)
+                self.recorder.pruned(state)
+        self.assessment = Assessment(self.method, strategy, evaluator, self.recorder)
         while state.round < s.rounds:
             self._window(strategy, state)
             self._after(strategy, state)
@@ -145,12 +145,12 @@ class TreeRun:
 
         samples, place = self.out / "samples" / "augmentation.png", resolve_device(self.settings.cloud_device)
         entry = augment(self.settings, strategy, len(self.tree.classes), place, samples)
-        self.chronicle.augmented(entry, strategy.outcome)
+        self.recorder.augmented(entry, strategy.outcome)
 
     def _initial_state(self) -> CloudState:
         state = self.method.initial_state()
         if state.architecture.tensors:
-            self.chronicle.dense(state)
+            self.recorder.dense(state)
         state.population = self.tree.population
         return state
 
@@ -169,7 +169,7 @@ class TreeRun:
         self._meet()
         members = self.tree.members()
         plan, window = strategy.draw(members).rounds, state.window + 1
-        self.chronicle.planned(strategy, window)
+        self.recorder.planned(strategy, window)
         by_name = {m.name: m for m in members}
         random_plan = plan_window(
             [[by_name[c] for c in assignment if c in by_name] for assignment in plan],
@@ -183,14 +183,14 @@ class TreeRun:
         self.tree.faults.clear()
         if state.window < window:
             log.warning("window %d came to nothing; planning it again", window)
-            self.chronicle.ledger.merge(strategy.outcome.ledger)
-            self.chronicle.faults(faults)
+            self.recorder.ledger.merge(strategy.outcome.ledger)
+            self.recorder.faults(faults)
             return
         planned, random = (
             mean_homogeneity(p, members, s.of(ScoreSettings).homogeneity_form) for p in (plan, random_plan)
         )
-        self.chronicle.window(strategy, time.monotonic() - start, planned, random)
-        self.chronicle.faults(faults)
+        self.recorder.window(strategy, time.monotonic() - start, planned, random)
+        self.recorder.faults(faults)
 
     def _meet(self, *, everyone: bool = False) -> None:
         """Say hello; wait while nobody is there, or, in a reproducible run, not everybody."""
@@ -213,7 +213,7 @@ class TreeRun:
         s = self.settings
         rounds = len(strategy.plan)
         for _ in range(TRIES):
-            with Watch(self.tree, self.chronicle.events, window) as watch:
+            with Watch(self.tree, self.recorder.events, window) as watch:
                 replies = self.grid.exchange(
                     strategy.configure_train(window, ArrayRecord(), ConfigRecord(), self.grid),
                     deadline=window_seconds(rounds, s.round_deadline, s.window_deadline),
@@ -225,7 +225,7 @@ class TreeRun:
             lacking = strategy.lacking()
             if not (s.reproducible and lacking):
                 return found
-            self.chronicle.faults(strategy.outcome.faults)
+            self.recorder.faults(strategy.outcome.faults)
             strategy.again()
             self._meet(everyone=True)
         raise EspalierError(
@@ -248,12 +248,12 @@ class TreeRun:
         pruned = state.pruned
         self.method.after_window(state)
         if state.pruned and not pruned:
-            self.chronicle.pruned(state)
+            self.recorder.pruned(state)
         start = time.monotonic()
-        self.chronicle.checkpoint(Snapshot(state, strategy.reached, self.tree.settled))
+        self.recorder.checkpoint(Snapshot(state, strategy.reached, self.tree.settled))
         # Only from now on may clients forget what came before this window.
         strategy.checkpoint_window = state.window
-        self.chronicle.took("checkpoint", time.monotonic() - start)
+        self.recorder.record_duration("checkpoint", time.monotonic() - start)
 
     def _close(self, status: Literal["finished", "stopped", "failed"], reason: str) -> None:
         """Let the edges go and leave the report behind; a run that was stopped leaves its model too."""
@@ -263,10 +263,10 @@ class TreeRun:
         except LINK_LOST as error:
             log.warning("the edges were not told that the run is over: %s", error)
         try:
-            self.chronicle.faults(self.tree.faults)
+            self.recorder.faults(self.tree.faults)
             if status == "stopped":
                 self._keep_model()
-            self.chronicle.close(status, reason)
+            self.recorder.close(status, reason)
         except StateError as error:
             if status != "failed":
                 raise
@@ -277,7 +277,7 @@ class TreeRun:
         if self.assessment is None or self.state is None or not self.state.window:
             return
         if network := next((n for n in self.assessment.networks() if n.at_cloud), None):
-            self.chronicle.model(network, self.state)
+            self.recorder.model(network, self.state)
 
     def _stopping(self) -> bool:
         return stop_requested(self.out)
@@ -308,7 +308,7 @@ def check_folder(settings: RunSettings, out: Path) -> None:
         It holds another run, or this one under settings that may not change; one of the same `run-id` goes
         on there.
     """
-    record = former_record(out)
+    record = existing_record(out)
     if record is None:
         return
     if record.run != settings.run_id:

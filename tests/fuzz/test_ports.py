@@ -101,7 +101,7 @@ def test_an_edge_and_its_live_view_under_attack(tmp_path: Path) -> None:
         with Siege(attackers, COUNT // 2) as siege:
             besieged = tree.run_flat("besieged", settings)
         assert tensors(besieged) == quiet
-        assert besieged.chronicle.record.faults == []
+        assert besieged.recorder.record.faults == []
         assert all(psutil.pid_exists(pid) for pid in (edge, client))
         assert rss(edge) - before < GROWTH
         for name, at in (("Fleet", address), ("Monitor", monitor)):

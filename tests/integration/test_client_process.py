@@ -63,7 +63,7 @@ def test_replicas_take_part_as_many_clients(tmp_path: Path) -> None:
             run = tree.run(
                 "replicas", method="fedavg", model="cnn", rounds=2, rg=1, min_edges=1, min_clients=4
             )
-    record = run.chronicle.record
+    record = run.recorder.record
     assert record.faults == []
     names = [f"r-{i:03d}" for i in range(4)]
     for window in record.windows:

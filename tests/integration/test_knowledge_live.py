@@ -90,7 +90,7 @@ def twin(folder: Path) -> LocalTree:
 
 def check_alike(live: TreeRun, local: TreeRun) -> None:
     """Check that losses, accuracies and what crossed the links are the same over processes and without them."""
-    one, other = live.chronicle.record, local.chronicle.record
+    one, other = live.recorder.record, local.recorder.record
     for record in (one, other):
         assert (record.status, record.faults) == ("finished", [])
         assert [w.participants for w in record.windows] == [list(PLACES)] * len(other.windows)
@@ -124,9 +124,7 @@ def test_a_live_run_equals_one_without_links(
     name = method.replace("+", "-")
     run = live.tree.run_flat(name, settings)
     check_alike(run, twin(tmp_path).run(name, settings))
-    first, second = (
-        w.links["client-edge"].down_bytes / len(PLACES) for w in run.chronicle.record.windows[:2]
-    )
+    first, second = (w.links["client-edge"].down_bytes / len(PLACES) for w in run.recorder.record.windows[:2])
     if method == "codistillation":  # the others' copies come after the burn-in
         assert second > first + 3 * 4 * 10_000
     else:  # beside it lie the plan and the layout
@@ -138,7 +136,7 @@ def test_a_killed_client_keeps_its_own_model(live: Processes, tmp_path: Path) ->
     own = live.tree.folder / "c1"
 
     def between(run: TreeRun) -> None:
-        if run.chronicle.record.windows[-1].window == 1:
+        if run.recorder.record.windows[-1].window == 1:
             live.kill("c1")
             assert any("killed" in str(p) for p in own.rglob("*"))
             live.start("c1", DATA.format(i=1))
@@ -154,11 +152,11 @@ def test_a_client_with_other_classes_is_refused(live: Processes, tmp_path: Path)
             Image.new("L", (8, 8), 60 * i).save(tmp_path / label / f"{i}.png")
 
     def between(run: TreeRun) -> None:
-        if run.chronicle.record.windows[-1].window == 1:
+        if run.recorder.record.windows[-1].window == 1:
             live.start("stranger", str(tmp_path))
             run.tree.greet(everyone=True)
 
-    record = live.tree.run_flat("strange", {**SHORT, "method": "fd"}, between).chronicle.record
+    record = live.tree.run_flat("strange", {**SHORT, "method": "fd"}, between).recorder.record
     [fault] = record.faults
     assert (fault.node, fault.kind) == ("stranger", "refused")
     assert "its classes ['cat', 'dog']… are not those of c" in fault.detail

@@ -59,7 +59,7 @@ def local_tree(folder: Path, more: Mapping[str, str] | None = None) -> LocalTree
 def live_run(tree: LiveTree, name: str, settings: Flat) -> TreeRun:
     """Run to the end and make sure that nothing went wrong on the way."""
     run = tree.run_flat(name, settings)
-    check_clean(run.chronicle.record)
+    check_clean(run.recorder.record)
     return run
 
 
@@ -100,7 +100,7 @@ def test_a_live_run_equals_one_without_links(tree: LiveTree, tmp_path: Path, met
     settings: Flat = {**SHORT, **SAME[method], "method": method}
     live = live_run(tree, f"same-{method}", settings)
     local = local_tree(tmp_path).run("local", settings)
-    check_clean(local.chronicle.record)
+    check_clean(local.recorder.record)
     assert apart(live, local) <= 1e-5
     assert live.state is not None
     assert local.state is not None
@@ -137,9 +137,9 @@ def test_axes_compose(tree: LiveTree, pair: str) -> None:
     more, share = COMPOSED[pair]
     settings: Flat = {**SHORT, "rg": 2, **more, "method": pair.partition("+")[0]}
     run = live_run(tree, pair.replace("+", "-"), settings)
-    links = run.chronicle.record.links["client-edge"]
+    links = run.recorder.record.links["client-edge"]
     assert 0 < links.up_bytes <= share * links.down_bytes
-    trained = [len(r.participants) for w in run.chronicle.record.windows for r in w.rounds]
+    trained = [len(r.participants) for w in run.recorder.record.windows for r in w.rounds]
     assert trained == ([2, 2] if settings.get("fraction") == 0.5 else [4, 4])
 
 
@@ -178,7 +178,7 @@ class Wanderer:
 
     def move(self, run: TreeRun) -> None:
         """Come back with the other edge only."""
-        rounds = run.chronicle.record.windows[-1].rounds
+        rounds = run.recorder.record.windows[-1].rounds
         [edge] = [p.edge for r in rounds for p in r.participants if p.client == self.name]
         [other] = [e for e in self.tree.edges if e != edge]
         self.end(signal.SIGTERM)
@@ -218,11 +218,11 @@ class TestStateOfAClient:
 
         def between(run: TreeRun) -> None:
             for window, what in enumerate(happens, 1):
-                if what and run.chronicle.record.windows[-1].window == window:
+                if what and run.recorder.record.windows[-1].window == window:
                     getattr(wanderer, what)(run)
 
         broken = tree.run_flat(f"state-{method}", settings, between)
-        check_clean(broken.chronicle.record)
+        check_clean(broken.recorder.record)
         whole = local_tree(tmp_path / "whole", {wanderer.name: wanderer.data}).run("whole", settings)
         assert apart(broken, whole) <= 1e-5
         # And the state matters: a twin that loses it between windows ends elsewhere.
@@ -296,7 +296,7 @@ class TestBadInput:
     @pytest.mark.parametrize("name", BAD)
     def test_what_does_not_fit_is_refused_by_name(self, tree: LiveTree, name: str) -> None:
         more, words = BAD[name]
-        record = tree.run_flat(name, {**SHORT, "rounds": 1, **more}).chronicle.record
+        record = tree.run_flat(name, {**SHORT, "rounds": 1, **more}).recorder.record
         assert record.status == "finished"
         assert {(f.node, f.kind) for f in record.faults} == {("mallory", "refused")}
         assert [f.detail for f in record.faults if words not in f.detail] == []
@@ -307,11 +307,11 @@ def test_a_device_below_every_level_is_left_out(tree: LiveTree) -> None:
     """c0 was set to a quarter, and the run's smallest sub-model is a half."""
     settings: Flat = {**SHORT, "rounds": 1, "min-clients": 3, "method": "heterofl", "model": "cnn-bn"}
     run = tree.run_flat("too-small", {**settings, "levels": "1,0.5", "level-choice": "device"})
-    [fault] = run.chronicle.record.faults
+    [fault] = run.recorder.record.faults
     assert (fault.node, fault.kind) == ("c0", "refused")
     assert "level 0.25 is below the smallest of levels (0.5)" in fault.detail
-    assert run.chronicle.record.status == "finished"
-    assert run.chronicle.record.windows[0].participants == ["c1", "c2", "c3"]
+    assert run.recorder.record.status == "finished"
+    assert run.recorder.record.windows[0].participants == ["c1", "c2", "c3"]
 
 
 @pytest.mark.parametrize(

@@ -98,7 +98,7 @@ def test_fedphd_trains_prunes_and_leaves_everything(tree: LiveTree) -> None:
     assert (out / "samples.png").stat().st_size > 500
     assert (out / "report.html").read_text().startswith("<!")
     assert list((out / "tensorboard").iterdir())
-    assert run.chronicle.checkpoints.windows() == [1, 2]
+    assert run.recorder.checkpoints.windows() == [1, 2]
     pipeline = load_pipeline(out / "model")
     assert sum(p.numel() for p in pipeline.unet.parameters()) == model["params"]
 
@@ -179,7 +179,7 @@ def test_a_private_run(tree: LiveTree) -> None:
         update_noise=4.0,
         histogram_epsilon=1.0,
     )
-    record = run.chronicle.record
+    record = run.recorder.record
     assert record.faults == []
     assert all(p.signed for w in record.windows for r in w.rounds for p in r.participants)
     assert [len(w.participants) for w in record.windows] == [3, 3]
@@ -230,11 +230,11 @@ def test_bad_update_in_a_running_tree(tree: LiveTree, tmp_path: Path) -> None:
     more = ["--app", "badclient:app"]
     with start_client(tree, "mallory", "digits:9/16", ["edge-1"], *more, PYTHONPATH=str(tmp_path)):
         run = tree.run("bad", method="fedavg", model="cnn", rounds=1, rg=1, min_edges=2, min_clients=4)
-    [fault] = run.chronicle.record.faults
+    [fault] = run.recorder.record.faults
     assert (fault.node, fault.kind, fault.window, fault.round) == ("mallory", "refused", 1, 1)
     assert "not finite" in fault.detail
-    assert run.chronicle.record.windows[0].participants == ["c0", "c1", "c2"]
-    assert run.chronicle.record.status == "finished"
+    assert run.recorder.record.windows[0].participants == ["c0", "c1", "c2"]
+    assert run.recorder.record.status == "finished"
 
 
 def test_stop_file_ends_a_run_cleanly(tree: LiveTree) -> None:
@@ -246,7 +246,7 @@ def test_stop_file_ends_a_run_cleanly(tree: LiveTree) -> None:
     report = json.loads((out / "report.json").read_text())
     assert report["status"] == "stopped"
     run = tree.run("after", method="fedavg", rounds=1, rg=1, min_clients=3, sample_steps=2, sample_count=1)
-    assert run.chronicle.record.status == "finished"
+    assert run.recorder.record.status == "finished"
 
 
 def test_two_runs_do_not_mix(tree: LiveTree) -> None:

@@ -238,5 +238,5 @@ def run_tree(tree: LocalTree, name: str, clients: int, **settings: Any) -> TreeR
     whole |= {"min-edges": len(tree.edges), "min-clients": clients}
     run = tree.run("r", whole | own)
     assert run.state is not None
-    assert run.chronicle.record.status == "finished"
+    assert run.recorder.record.status == "finished"
     return run

@@ -94,13 +94,13 @@ class LiveTree:
 
 def call_between(run: TreeRun, action: Callable[[TreeRun], None]) -> None:
     """Have something done after each window of a run."""
-    write = run.chronicle.checkpoint
+    write = run.recorder.checkpoint
 
     def checkpoint(snapshot: Snapshot) -> None:
         write(snapshot)
         action(run)
 
-    run.chronicle.checkpoint = checkpoint  # type: ignore[method-assign]
+    run.recorder.checkpoint = checkpoint  # type: ignore[method-assign]
 
 
 @contextmanager

@@ -189,8 +189,8 @@ class Method:
             If it cannot be built.
         """
         local.received = self.start(local)
-        # `lend` copies, so training does not modify the received tensors.
-        return models.lend(architecture, dict(local.received))
+        # `acquire` copies, so training does not modify the received tensors.
+        return models.acquire(architecture, dict(local.received))
 
     def objective_for(self, local: LocalRound) -> Objective:
         """Return the objective of a round for this client, which may depend on what it received."""

@@ -7,7 +7,6 @@ from .arrays import load_arrays as load_arrays
 from .arrays import model_arrays as model_arrays
 from .arrays import to_array as to_array
 from .arrays import to_tensor as to_tensor
-from .diffusion import noise_schedule as noise_schedule
 from .exits import ExitNetwork as ExitNetwork
 from .initial import feature_width as feature_width
 from .initial import initial_bases as initial_bases
@@ -15,7 +14,8 @@ from .initial import initial_model as initial_model
 from .layers import Classifier as Classifier
 from .layers import Headed as Headed
 from .layers import SingleHead as SingleHead
-from .model_cache import lend as lend
+from .model_cache import acquire as acquire
+from .noise_schedule import noise_schedule as noise_schedule
 from .pruning import prune as prune
 from .statistics import Statistics as Statistics
 from .statistics import with_statistics as with_statistics

@@ -1,7 +1,7 @@
-"""Networks whose layers are kept from one training to the next: building a U-Net takes 20 times as long as filling it.
+"""A cache of networks between trainings: building a U-Net takes 20 times as long as loading its tensors.
 
-Only the layers are kept, on ``meta``: every tensor is new each time, so no number, gradient or view outlives the
-training that it belongs to.
+Only modules are cached, with parameters on ``meta``: every tensor is new each time, so no value, gradient or view
+outlives its training.
 """
 
 from __future__ import annotations
@@ -15,9 +15,9 @@ from torch import Tensor, nn
 from espalier.models.architecture import build, build_with, check_tensors, digest_of
 from espalier_proto import espalier_pb2 as pb
 
-#: Families whose layers keep nothing in `forward`, and take long to build.
+#: Families whose layers store nothing in `forward`, and are slow to build.
 FAMILIES = frozenset({"unet"})
-#: Networks kept, one a description: that of the run, and the widths or the pruned one beside it.
+#: Number of cached networks, one per description: that of the run, and its reduced or pruned ones.
 MOST = 4
 
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
@@ -25,7 +25,7 @@ _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_
 
 @dataclass(frozen=True)
 class _Place:
-    """Where a tensor belongs, and what stands there while nobody trains."""
+    """A tensor's module and attribute, and the ``meta`` tensor in its place while the network is not in use."""
 
     module: nn.Module
     leaf: str
@@ -34,7 +34,7 @@ class _Place:
 
 @dataclass(frozen=True)
 class _Shell:
-    """A network without numbers."""
+    """A network whose tensors are on ``meta``."""
 
     digest: bytes
     model: nn.Module
@@ -43,25 +43,25 @@ class _Shell:
     tensors: int
 
 
-#: Taken out while in use, so that two trainings never share one; single steps of a dict need no lock.
+#: Networks not in use, so that two trainings never share one; single dict operations need no lock.
 _idle: dict[bytes, _Shell] = {}
-_lent: WeakKeyDictionary[nn.Module, _Shell] = WeakKeyDictionary()
+_acquired: WeakKeyDictionary[nn.Module, _Shell] = WeakKeyDictionary()
 
 
-def lend(spec: pb.ArchitectureSpec, tensors: Mapping[str, Tensor]) -> nn.Module:
-    """Return the network of a description with copies of tensors, as `build_with` does.
+def acquire(spec: pb.ArchitectureSpec, tensors: Mapping[str, Tensor]) -> nn.Module:
+    """Return a network with copies of the given tensors, from the cache if possible; see `build_with`.
 
     Parameters
     ----------
     spec : ArchitectureSpec
-        As received.
+        Description of the network, as received.
     tensors : mapping of str to Tensor
-        Every tensor of the description, by name.
+        All tensors of the description, by name.
 
     Returns
     -------
     nn.Module
-        The caller's alone, in training mode. Whoever is done with it may :func:`give_back`.
+        In training mode, for the caller's exclusive use, who may :func:`release` it afterwards.
 
     Raises
     ------
@@ -78,16 +78,16 @@ def lend(spec: pb.ArchitectureSpec, tensors: Mapping[str, Tensor]) -> nn.Module:
         if isinstance(place.empty, nn.Parameter):
             given = nn.Parameter(given, requires_grad=place.empty.requires_grad)
         setattr(place.module, place.leaf, given)
-    _lent[shell.model] = shell
+    _acquired[shell.model] = shell
     return shell.model.train()
 
 
-def give_back(model: nn.Module) -> None:
-    """Keep the layers of a network that :func:`lend` gave and nobody uses any more; its tensors are let go.
+def release(model: nn.Module) -> None:
+    """Return a network of :func:`acquire` to the cache and drop its tensors.
 
-    A network that was changed (layers replaced, hooks left behind) is not kept, nor is one that was not lent.
+    A network whose modules or hooks were changed is not cached, nor is one that was not acquired.
     """
-    shell = _lent.pop(model, None)
+    shell = _acquired.pop(model, None)
     if shell is None or not _unchanged(shell):
         return
     for place in shell.places.values():

@@ -18,7 +18,7 @@ from torch import nn
 
 from espalier.errors import StateError
 from espalier.models.architecture import build_with, describe, to_json
-from espalier.models.diffusion import ScheduleSettings, ddim_schedule
+from espalier.models.noise_schedule import ScheduleSettings, ddim_schedule
 from espalier.storage.atomic import replacing_folder, write_error
 from espalier_proto import espalier_pb2 as pb
 

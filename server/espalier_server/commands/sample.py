@@ -24,8 +24,8 @@ def sample_model(model: Path, count: int, steps: int, seed: int, out: Path) -> N
     StateError
         The folder holds no model, or the file cannot be written.
     """
-    from espalier.models.diffusion import sample
     from espalier.models.pipeline import load_model
+    from espalier.models.sampling import sample
     from espalier_server.evaluation.image_grid import image_grid
 
     network, scheduler, _ = load_model(model)

@@ -16,7 +16,7 @@ from espalier_server.evaluation.evaluator import ClassifierEvaluator, Evaluator
 from espalier_server.evaluation.image_grid import image_grid
 from espalier_server.outcome import WindowOutcome
 from espalier_server.records.record import AccuracyEntry, Evaluation
-from espalier_server.records.recorder import Chronicle
+from espalier_server.records.recorder import RunRecorder
 from espalier_server.strategy import WindowStrategy
 
 if TYPE_CHECKING:
@@ -34,7 +34,7 @@ class Assessment:
         Asks the clients.
     evaluator : Evaluator or ClassifierEvaluator
         Measures at the cloud.
-    chronicle : Chronicle
+    recorder : RunRecorder
         Takes what is found.
     """
 
@@ -43,10 +43,10 @@ class Assessment:
         method: Method,
         strategy: WindowStrategy,
         evaluator: Evaluator | ClassifierEvaluator,
-        chronicle: Chronicle,
+        recorder: RunRecorder,
     ) -> None:
         self.method, self.strategy = method, strategy
-        self.evaluator, self.chronicle = evaluator, chronicle
+        self.evaluator, self.recorder = evaluator, recorder
         self._networks: list[Deployed] = []
         self._weights: Weights | None = None
 
@@ -69,22 +69,22 @@ class Assessment:
             found = None
             fault = pb.Fault(tier="cloud", node="cloud", kind="evaluation", detail=str(error))
             fault.window, fault.round = state.window, state.round
-            self.chronicle.faults([fault])
+            self.recorder.faults([fault])
         if found is not None:
-            self.chronicle.evaluation(found)
+            self.recorder.evaluation(found)
         if foremost := next((n for n in self.networks() if n.at_cloud), None):
             model = build_model(foremost.architecture, foremost.weights)
-            self.evaluator.grid(model, self.chronicle.grid_path(state.window))
+            self.evaluator.grid(model, self.recorder.grid_path(state.window))
         elif images is not None and isinstance(self.evaluator, Evaluator):
-            self.evaluator.keep(images, self.chronicle.grid_path(state.window))
+            self.evaluator.keep(images, self.recorder.grid_path(state.window))
         if (drawn := self.method.pictures(state)) is not None:
             import torch
 
-            path = self.chronicle.grid_path(state.window)
+            path = self.recorder.grid_path(state.window)
             path.parent.mkdir(parents=True, exist_ok=True)
             image_grid(torch.from_numpy(drawn)).save(path)
-        self.chronicle.beside(self.strategy.outcome)
-        self.chronicle.took("evaluate", time.monotonic() - start)
+        self.recorder.record_inquiries(self.strategy.outcome)
+        self.recorder.record_duration("evaluate", time.monotonic() - start)
 
     def _found(self, images: torch.Tensor | None) -> Evaluation | AccuracyEntry | None:
         state, settings = self.strategy.state, self.method.settings

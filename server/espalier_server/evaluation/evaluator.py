@@ -12,8 +12,8 @@ from espalier.config.run_settings import RunSettings
 from espalier.data.imageset import ImageSet
 from espalier.data.spec import open_data
 from espalier.errors import ConfigError
-from espalier.models.diffusion import sample
 from espalier.models.presets import task_of
+from espalier.models.sampling import sample
 from espalier.seeds import seed_for
 from espalier.tasks.diffusion_settings import DiffusionSettings
 from espalier.training.scoring import class_accuracy

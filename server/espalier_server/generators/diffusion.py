@@ -11,8 +11,8 @@ from torch import Tensor, nn
 
 from espalier.errors import ConfigError
 from espalier.generators.base import Options
-from espalier.models.diffusion import denoise, image_shape
 from espalier.models.pipeline import load_model
+from espalier.models.sampling import denoise, image_shape
 from espalier_server.generators.images import in_batches
 
 if TYPE_CHECKING:

@@ -1,4 +1,4 @@
-"""What a run leaves: record, events, TensorBoard, checkpoints and the model, written as the run goes."""
+"""Recording of a run: report.json, events, TensorBoard, checkpoints and the model, updated during the run."""
 
 from __future__ import annotations
 
@@ -39,16 +39,16 @@ from espalier_server.records.record import (
     WindowEntry,
 )
 from espalier_server.records.report import build_report
-from espalier_server.records.resume import former_record
+from espalier_server.records.resume import existing_record
 from espalier_server.records.snapshot import Snapshot
-from espalier_server.records.tensorboard import Board
+from espalier_server.records.tensorboard import TensorBoardWriter
 from espalier_server.strategy import WindowStrategy
 
 log = logging.getLogger("espalier.cloud")
 
 
-class Chronicle:
-    """The run's folder, kept up to date while the run goes.
+class RunRecorder:
+    """Keeps the run folder up to date during the run.
 
     Parameters
     ----------
@@ -63,28 +63,28 @@ class Chronicle:
     def __init__(self, settings: RunSettings, run: str, out: Path) -> None:
         self.settings, self.run, self.out = settings, run, out
         self.events = EventLog(out / EVENTS_FILE)
-        self.board = Board(out / "tensorboard")
+        self.tensorboard = TensorBoardWriter(out / "tensorboard")
         self.checkpoints = Checkpoints(out / "checkpoints", keep=settings.keep_checkpoints)
         self.ledger = Ledger()
         self.started = time.monotonic()
         self._roster: dict[str, dict[str, dict[str, object]]] = {}
-        # A former record is only given up once it is sure that the run begins anew.
-        former = former_record(out)
-        self.record = self._new_record() if former is None else former
+        # An existing record is replaced only when `resume` finds no checkpoint.
+        existing = existing_record(out)
+        self.record = self._new_record() if existing is None else existing
         self.started -= self.record.seconds
         self.events.write("run", run=run, config=settings.to_flat(), pid=os.getpid())
 
     def grid_path(self, window: int) -> Path:
-        """Return where the sample grid of a window goes."""
+        """Return the path of the sample grid of a window."""
         return self.out / "samples" / f"window-{window:04d}.png"
 
     def resume(self) -> Snapshot | None:
-        """Go on from the newest checkpoint of this run, if there is one; what came after it is forgotten.
+        """Resume from the newest checkpoint of this run, if there is one; later windows are removed from the record.
 
         Raises
         ------
         StateError
-            The checkpoint is damaged; report.json then stays as it is, but for its status.
+            The checkpoint is damaged; in report.json only the status changes then.
         """
         window = self.checkpoints.latest()
         if window is None:
@@ -108,7 +108,7 @@ class Chronicle:
         spent = [record.augmentation.links] if record.augmentation else []
         for links in [*spent, *(w.links for w in record.windows)]:
             self.ledger.merge({link: t.model_dump() for link, t in links.items()})
-        log.info("run %s goes on after window %d", self.run, window)
+        log.info("run %s resumes after window %d", self.run, window)
         self.events.write("resumed", window=window, round=found.state.round)
         return found
 
@@ -122,17 +122,17 @@ class Chronicle:
         )
 
     def restarted(self) -> None:
-        """Enter every start of this run's ServerApp after one that ended without a last word."""
+        """Record restarts of the ServerApp after exits without a final event."""
         counted = sum(f.kind == "restart" for f in self.record.faults)
         window = len(self.record.windows)
         for _ in range(interruptions(self.out / EVENTS_FILE) - counted):
-            detail = f"the ServerApp was started again and goes on after window {window}"
+            detail = f"the ServerApp was restarted and resumes after window {window}"
             self.faults([pb.Fault(tier="cloud", node="cloud", kind="restart", detail=detail, window=window)])
 
-    # --- what happens ------------------------------------------------------------------------------
+    # --- events of a run ------------------------------------------------------------------------------
 
     def joined(self, tree: Tree) -> None:
-        """Enter the edges and clients."""
+        """Record the edges and clients."""
         members = tree.members()
         self.record.classes = list(tree.classes)
         self.record.edges = sorted(tree.edges())
@@ -153,14 +153,14 @@ class Chronicle:
         self.connected(tree)
 
     def connected(self, tree: Tree) -> None:
-        """Tell those who look on who is connected, if that changed."""
+        """Write who is connected, if that changed."""
         roster = tree.roster()
         if roster != self._roster:
             self._roster = roster
             self.events.write("roster", **roster)
 
     def planned(self, strategy: WindowStrategy, window: int) -> None:
-        """Enter who will train in each round of a window, and where."""
+        """Record the participants of each round of a window, and their edges."""
         rounds = [
             {
                 "round": strategy.first_round + i,
@@ -172,7 +172,7 @@ class Chronicle:
         self.connected(strategy.tree)
 
     def window(self, strategy: WindowStrategy, seconds: float, mu_planned: float, mu_random: float) -> None:
-        """Enter a window that was aggregated."""
+        """Record an aggregated window."""
         outcome, window = strategy.outcome, strategy.state.window
         self.ledger.merge(outcome.ledger)
         entry = WindowEntry(
@@ -184,7 +184,7 @@ class Chronicle:
             mu_random=mu_random,
             samples={name: r.samples for name, r in outcome.reports.items()},
             labels={name: list(r.labels.counts) for name, r in outcome.reports.items()},
-            # What follows an "@" in a key tells the clients of a group apart, and is none of its name.
+            # What follows an "@" in a key distinguishes the clients of a group; it is not part of the name.
             assignments={
                 c: key.partition("@")[0] for keys in strategy.drawn.keys for c, key in keys.items() if key
             },
@@ -196,7 +196,7 @@ class Chronicle:
         self.record.windows.append(entry)
         for report in (c for edge in outcome.reports.values() for r in edge.rounds for c in r.clients):
             self.record.clients.setdefault(report.client, ClientEntry()).privacy.take(report.metrics)
-        self.board.window(entry)
+        self.tensorboard.window(entry)
         self.events.write(
             "window-end",
             window=window,
@@ -208,12 +208,12 @@ class Chronicle:
         )
         self.connected(strategy.tree)
 
-    def took(self, what: str, seconds: float) -> None:
-        """Enter what a part of the newest window took, in seconds."""
-        self.record.windows[-1].timings[what] = seconds
+    def record_duration(self, phase: str, seconds: float) -> None:
+        """Record the seconds that a phase of the newest window took."""
+        self.record.windows[-1].timings[phase] = seconds
 
     def faults(self, faults: Iterable[pb.Fault]) -> None:
-        """Enter what went wrong and the run went on without."""
+        """Record faults that the run tolerated."""
         for fault in faults:
             entry = FaultEntry(
                 tier=fault.tier,
@@ -227,31 +227,31 @@ class Chronicle:
             self.events.write("fault", **entry.model_dump())
 
     def evaluation(self, found: Evaluation | AccuracyEntry) -> None:
-        """Enter the measures of a window's samples, or its accuracies."""
+        """Record the quality of a window's samples, or its accuracies."""
         if isinstance(found, Evaluation):
             self.record.quality.append(found)
-            self.board.evaluation(found)
+            self.tensorboard.evaluation(found)
             self.events.write("evaluation", **found.model_dump())
         else:
             self.record.accuracy.append(found)
-            self.board.accuracy(found)
+            self.tensorboard.accuracy(found)
             self.events.write("accuracy", **found.model_dump())
 
     def dense(self, state: CloudState) -> None:
-        """Enter the size of the network before any pruning."""
+        """Record the size of the network before pruning."""
         size = self.record.model
         size.macs, size.params = macs_and_params(state.model())
         size.macs_dense, size.params_dense = size.macs, size.params
 
     def pruned(self, state: CloudState) -> None:
-        """Enter the size of the network after pruning."""
+        """Record the size of the network after pruning."""
         size = self.record.model
         size.macs, size.params = macs_and_params(state.model())
         size.pruned_at_window, size.pruned_at_round = state.window, state.round
         self.events.write("prune", window=state.window, round=state.round, **size.model_dump())
 
-    def beside(self, outcome: WindowOutcome) -> None:
-        """Enter what an evaluation at the clients cost, into the newest window."""
+    def record_inquiries(self, outcome: WindowOutcome) -> None:
+        """Add the traffic, signatures and faults of an evaluation at the clients to the newest window."""
         self.ledger.merge(outcome.ledger)
         for link, counts in outcome.ledger.as_dict().items():
             entry = self.record.windows[-1].links[link]
@@ -267,17 +267,17 @@ class Chronicle:
         self.faults(outcome.faults)
 
     def augmented(self, entry: AugmentationEntry, outcome: WindowOutcome) -> None:
-        """Enter what FAug did before the first round."""
+        """Record FAug's augmentation before the first round."""
         self.ledger.merge(outcome.ledger)
         entry.links = {k: Traffic(**v) for k, v in outcome.ledger.as_dict().items()}
         self.record.augmentation = entry
         self.faults(outcome.faults)
         self.events.write("augmented", **entry.model_dump())
 
-    # --- what is kept ------------------------------------------------------------------------------
+    # --- files ------------------------------------------------------------------------------
 
     def checkpoint(self, snapshot: Snapshot) -> None:
-        """Write report.json, then the checkpoint: a record may know more than a checkpoint, never less."""
+        """Write report.json, then the checkpoint: the record must include every window of the checkpoint."""
         self.write()
         tensors, meta = snapshot.pack()
         window = snapshot.state.window
@@ -286,7 +286,7 @@ class Chronicle:
         self.events.write("checkpoint", window=window)
 
     def _score(self) -> float | None:
-        """Return what makes a checkpoint the best one, lower being better."""
+        """Return the score of a checkpoint; lower is better."""
         if self.record.accuracy:
             newest = self.record.accuracy[-1]
             best = max((m.accuracy or 0.0 for m in newest.models.values()), default=newest.mean)
@@ -318,17 +318,17 @@ class Chronicle:
         self.record.write(self.out)
 
     def close(self, status: Literal["finished", "stopped", "failed"], reason: str) -> None:
-        """Write the last word, and the report's page."""
+        """Write the final status and event, and report.html."""
         self.record.status, self.record.reason = status, reason
         self.write()
         build_report(self.out)
-        self.board.close()
+        self.tensorboard.close()
         self.events.write(status, reason=reason)
         self.events.close()
 
 
 def _trainings(strategy: WindowStrategy) -> dict[str, dict[str, float]]:
-    """Return how each client trained in a window: its last round, and how many rounds and seconds in all."""
+    """Return each client's training in a window: loss, steps and seconds of its last round, and totals."""
     found: dict[str, dict[str, float]] = {}
     records = [record for report in strategy.outcome.reports.values() for record in report.rounds]
     for record in sorted(records, key=lambda record: record.round):

@@ -50,7 +50,7 @@ HARMLESS_BY_CHANCE = frozenset({"min-edges", "min-clients", "quorum", "device"})
 LOCK_PATIENCE = 30.0
 
 
-def former_record(folder: Path) -> RunRecord | None:
+def existing_record(folder: Path) -> RunRecord | None:
     """Return the record that a run left so far, None where it left nothing.
 
     One that is damaged is told again from the events, as far as these go.
@@ -72,7 +72,7 @@ def recorded_settings(folder: Path) -> dict[str, FlatValue]:
     StateError
         The folder holds no run.
     """
-    record = former_record(folder)
+    record = existing_record(folder)
     if record is None or not record.config:
         raise StateError(
             f"{folder} holds no run ({EVENTS_FILE} and {REPORT_FILE} are missing); give the --out folder of one"
@@ -146,7 +146,7 @@ def resumed_settings(folder: Path, changes: Mapping[str, FlatValue]) -> dict[str
     wanted = {**former.to_flat(), **_frozen(former), **changes, "out": str(folder), "run-id": run}
     now = RunConfig.from_flat(wanted)
     check_changes(before, now)
-    record = former_record(folder)
+    record = existing_record(folder)
     assert record is not None
     done = max((entry.round for window in record.windows for entry in window.rounds), default=0)
     if record.status == "finished" and now.rounds <= former.rounds:

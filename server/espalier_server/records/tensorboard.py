@@ -1,4 +1,4 @@
-"""TensorBoard events of a run, where tensorboard is installed (it is with the extra `cloud`)."""
+"""TensorBoard events of a run, if tensorboard is installed (extra `cloud`)."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter
 
 
-class Board:
-    """Writes a run's curves; does nothing where tensorboard is absent.
+class TensorBoardWriter:
+    """Writes a run's curves; does nothing if tensorboard is not installed.
 
     Parameters
     ----------
     folder : Path
-        Where ``tensorboard --logdir`` finds them.
+        Log folder, for ``tensorboard --logdir``.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -55,7 +55,7 @@ class Board:
             self._writer.flush()
 
     def accuracy(self, entry: AccuracyEntry) -> None:
-        """Add accuracies and losses over rounds: of every model, the clients' mean and their worst tenth."""
+        """Add accuracies and losses over rounds: of every model, mean and worst tenth of the clients."""
         for name, score in entry.models.items():
             label = name.replace(" ", "-")
             self._add(f"accuracy/{label}", score.accuracy, entry.round)
@@ -66,7 +66,7 @@ class Board:
             self._writer.flush()
 
     def close(self) -> None:
-        """Write everything out."""
+        """Flush and close the file."""
         if self._writer is not None:
             self._writer.close()
 

@@ -59,7 +59,7 @@ def test_the_upper_link_carries_one_table_an_edge(
             assert part.payload[MEAN].nbytes == sizes.table_bytes(10, dimension)
             assert part.payload["weight/" + MEAN].nbytes + part.payload[ROUND].nbytes == 10 * 8 + 8
         # The ledger has counted just these messages.
-        links = [window.links["edge-cloud"] for window in run.chronicle.record.windows]
+        links = [window.links["edge-cloud"] for window in run.recorder.record.windows]
         assert [link.up_bytes for link in links] == [part.report.up_bytes for part in told]
         for link, part in zip(links, told, strict=True):
             assert link.up_bytes == pytest.approx(part.payload_bytes, abs=8)

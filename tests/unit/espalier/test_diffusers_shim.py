@@ -13,7 +13,7 @@ import torch
 from espalier.diffusers_shim import leave_out_optional, OPTIONAL
 {first}
 from espalier.models.unet import unet
-from espalier.models.diffusion import noise_schedule
+from espalier.models.noise_schedule import noise_schedule
 from espalier.tasks.diffusion_settings import DiffusionSettings
 torch.set_num_threads(1)
 torch.manual_seed(3)

@@ -121,9 +121,9 @@ def test_tree_equals_flat(method: str, tmp_path: Path) -> None:
     """Rg = 1 over two edges is flat: model, server state, and what the selection remembers."""
     flat = run_flat(method, tmp_path)
     run = LocalTree(tmp_path, clients((0, 1)), 2).run("flat", settings_of(method) | {"rg": 1, "min-edges": 2})
-    assert run.chronicle.record.faults == []
+    assert run.recorder.record.faults == []
     assert run.state is not None
-    both = [w for w in run.chronicle.record.windows if len(w.samples) == 2]
+    both = [w for w in run.recorder.record.windows if len(w.samples) == 2]
     assert both, "no window in which both edges took part"
     assert_same(run.state, flat.state)
     remembered = {f"selection/{k}": v for k, v in flat.selection.state().items()}
@@ -140,9 +140,9 @@ def test_an_edge_is_a_flat_server_between_its_reports(method: str, tmp_path: Pat
     flat.run()
     rounds = settings_of(method)["rounds"]
     run = LocalTree(tmp_path, clients((0,)), 1).run("flat", settings_of(method) | changes | {"rg": rounds})
-    assert run.chronicle.record.faults == []
+    assert run.recorder.record.faults == []
     assert run.state is not None
-    assert len(run.chronicle.record.windows) == 1
+    assert len(run.recorder.record.windows) == 1
     assert_same(run.state, flat.state)
 
 

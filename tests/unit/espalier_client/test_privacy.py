@@ -196,7 +196,7 @@ CLIENTS = [LocalClient(f"c{i}", f"digits:{i}/48", (i % 2,)) for i in range(3)]
 def run(folder: Path, **settings: Any) -> RunRecord:
     tree = LocalTree(folder, CLIENTS, 2)
     base = {"rounds": 2, "rg": 1, "min-clients": 3, "min-edges": 2, "batch-size": 8, "keep-checkpoints": 1}
-    return tree.run("r", base | {k.replace("_", "-"): v for k, v in settings.items()}).chronicle.record
+    return tree.run("r", base | {k.replace("_", "-"): v for k, v in settings.items()}).recorder.record
 
 
 def of_sgd(record: RunRecord, noise: float) -> Callable[[str], float]:

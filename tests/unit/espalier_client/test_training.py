@@ -17,7 +17,7 @@ from espalier.flower.arrays import payload_bytes
 from espalier.methods.registry import create_method
 from espalier.methods.state import ServerState
 from espalier.methods.views import buffers_of
-from espalier.models import model_cache as kept
+from espalier.models import model_cache
 from espalier.models.arrays import model_arrays
 from espalier.training.objectives import TrainingError
 from espalier.wire import control
@@ -202,11 +202,11 @@ UNET: dict[str, Any] = {"model": "unet-tiny", "batch_size": 8, "local_steps": 2}
 
 
 @pytest.fixture
-def forget_kept(monkeypatch: pytest.MonkeyPatch) -> Callable[[], None]:
+def clear_caches(monkeypatch: pytest.MonkeyPatch) -> Callable[[], None]:
     """Return what makes a process as if it had trained nothing yet."""
 
     def forget() -> None:
-        monkeypatch.setattr(kept, "_idle", {})
+        monkeypatch.setattr(model_cache, "_idle", {})
         monkeypatch.setattr(state, "_newest", state._Newest(state.IN_MEMORY))
 
     forget()
@@ -214,7 +214,7 @@ def forget_kept(monkeypatch: pytest.MonkeyPatch) -> Callable[[], None]:
 
 
 def test_rounds_in_one_process_equal_rounds_in_new_ones(
-    tmp_path: Path, forget_kept: Callable[[], None]
+    tmp_path: Path, clear_caches: Callable[[], None]
 ) -> None:
     """What is kept between rounds, layers and state, changes nothing: not after other methods, nor after a fault."""
 
@@ -226,7 +226,7 @@ def test_rounds_in_one_process_equal_rounds_in_new_ones(
         broken = call(other, method="fedavg", learning_rate=1e30, clip_norm=0.0, **UNET)
         for round_ in (3, 4, 5):
             if fresh:
-                forget_kept()
+                clear_caches()
             elif round_ == 4:
                 trained(between, round=round_)
             elif round_ == 5:
@@ -241,5 +241,5 @@ def test_rounds_in_one_process_equal_rounds_in_new_ones(
         return found
 
     kept_on = rounds(tmp_path / "a", fresh=False)
-    assert kept._idle  # else nothing was compared
+    assert model_cache._idle  # else nothing was compared
     assert kept_on == rounds(tmp_path / "b", fresh=True)

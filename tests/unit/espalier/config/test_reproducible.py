@@ -25,7 +25,7 @@ from espalier_edge.rounds import EdgeWindow
 from espalier_server.planning.tree import Tree
 from espalier_server.records import checkpoint
 from espalier_server.records.checkpoint import Checkpoints
-from espalier_server.records.recorder import Chronicle
+from espalier_server.records.recorder import RunRecorder
 from espalier_server.records.snapshot import Snapshot
 from espalier_server.run import TreeRun
 from espalier_server.strategy import WindowStrategy
@@ -151,7 +151,7 @@ def test_who_answers_first_does_not_matter(
     method: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     still = run(tmp_path / "still", settings_of(method))
-    assert still.chronicle.record.faults == []
+    assert still.recorder.record.faults == []
     shuffle(monkeypatch)
     assert_same_bits(run(tmp_path / "shuffled", settings_of(method)), still)
 
@@ -222,11 +222,11 @@ INSTANTS: dict[str, Callable[[pytest.MonkeyPatch], None]] = {
     "in a window, between two clients": lambda p: kill_when(p, device.Device, "save_state", 6, before=False),
     "in a window, before a client saves": lambda p: kill_when(p, device.Device, "save_state", 7),
     "in a window, after an edge": lambda p: kill_when(p, EdgeWindow, "run", 3, before=False),
-    "between aggregation and checkpoint": lambda p: kill_when(p, Chronicle, "checkpoint", 2),
+    "between aggregation and checkpoint": lambda p: kill_when(p, RunRecorder, "checkpoint", 2),
     "while a checkpoint is written": lambda p: kill_when(p, checkpoint, "write_tensors", 2, before=False),
     "when a checkpoint has its place": lambda p: kill_when(p, Checkpoints, "_thin", 2),
-    "after a checkpoint": lambda p: kill_when(p, Chronicle, "checkpoint", 2, before=False),
-    "after the last checkpoint": lambda p: kill_when(p, Chronicle, "checkpoint", 3, before=False),
+    "after a checkpoint": lambda p: kill_when(p, RunRecorder, "checkpoint", 2, before=False),
+    "after the last checkpoint": lambda p: kill_when(p, RunRecorder, "checkpoint", 3, before=False),
     "at the last word": lambda p: kill_when(p, TreeRun, "_close", 1),
 }
 #: All instants for one method, the two that are hardest for each of the others.
@@ -260,7 +260,7 @@ def test_a_killed_run_ends_as_the_unbroken_one(
             run(tmp_path, settings_of(method))
     resumed, whole = run(tmp_path, settings_of(method)), unbroken(method)
     assert_same_bits(resumed, whole)
-    record, other = resumed.chronicle.record, whole.chronicle.record
+    record, other = resumed.recorder.record, whole.recorder.record
     assert record.status == "finished"
     assert [w.losses for w in record.windows] == [w.losses for w in other.windows]
     assert record.model == other.model

@@ -72,7 +72,7 @@ def test_a_mean_refuses_a_narrow_reply_by_name(shape: str, tmp_path: Path) -> No
 
     calls = tapped(tree, narrowed)
     run = run_tree(tree, "fedavg", 3, rounds=1)
-    [fault] = run.chronicle.record.faults
+    [fault] = run.recorder.record.faults
     assert (fault.node, fault.kind) == ("c1", "refused")
     assert "'hidden2.weight'" in fault.detail
     own = [call for call in calls if call.plan.client != "c1"]

@@ -100,7 +100,7 @@ def test_a_round_below_quorum_leaves_no_trace_at_its_clients(tmp_path: Path) -> 
         for c in ("c0", "c2")
     }
     assert starts == {"c0": [(0, 0), (1, 1), (1, 2), (2, 3)], "c2": [(0, 0)] * 4}
-    assert [(f.node, f.kind) for f in run.chronicle.record.faults] == [("edge-2", "quorum")] * 4
+    assert [(f.node, f.kind) for f in run.recorder.record.faults] == [("edge-2", "quorum")] * 4
     c = run.state.section("control")
     of_two = mean_kept(tmp_path, ["c0", "c1"], "scaffold/", c)
     same(c, {n: a * 2 / 3 for n, a in of_two.items()}, atol=2e-6)

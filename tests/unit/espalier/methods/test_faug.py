@@ -129,7 +129,7 @@ SETTINGS: dict[str, Any] = {"augment": "faug", "faug_steps": 3, "faug_redundant"
 def test_clients_are_filled_up_before_the_first_round(name: str, tmp_path: Path) -> None:
     tree = faug_tree(tmp_path)
     run = run_tree(tree, name, 4, **SETTINGS, rounds=2, model="logistic")
-    record = run.chronicle.record
+    record = run.recorder.record
     assert record.faults == []
     entry = record.augmentation
     assert entry is not None
@@ -174,8 +174,8 @@ def test_training_takes_what_was_filled_in(tmp_path: Path) -> None:
 
 def test_a_run_that_goes_on_does_not_fill_twice(tmp_path: Path) -> None:
     tree = faug_tree(tmp_path)
-    first = run_tree(tree, "fedavg", 4, **SETTINGS, rounds=1, model="logistic").chronicle.record
-    again = run_tree(tree, "fedavg", 4, **SETTINGS, rounds=2, model="logistic").chronicle.record
+    first = run_tree(tree, "fedavg", 4, **SETTINGS, rounds=1, model="logistic").recorder.record
+    again = run_tree(tree, "fedavg", 4, **SETTINGS, rounds=2, model="logistic").recorder.record
     assert again.augmentation == first.augmentation
     assert isinstance(again.augmentation, AugmentationEntry)
     assert [w.window for w in again.windows] == [1, 2]
@@ -198,10 +198,10 @@ def test_seeds_with_bad_labels_are_refused_by_name(
 
     monkeypatch.setattr(augmentation, "_seeds", seeds)
     run = run_tree(faug_tree(tmp_path), "fedavg", 4, **SETTINGS, rounds=1, model="logistic")
-    [found] = run.chronicle.record.faults
+    [found] = run.recorder.record.faults
     assert (found.node, found.kind) == ("c1", "refused")
     assert f"a seed image of label {label}, there are 10 classes" in found.detail
-    entry = run.chronicle.record.augmentation
+    entry = run.recorder.record.augmentation
     assert entry is not None
     assert set(entry.seeds) == {"c0", "c2", "c3"}
     assert set(entry.filled) == {"c0", "c1", "c2", "c3"}
@@ -211,7 +211,7 @@ def test_a_generator_of_other_images_is_refused(tmp_path: Path, monkeypatch: pyt
     other = ConditionalGenerator(10, (1, 4, 4)).arrays()
     monkeypatch.setattr(ConditionalGenerator, "arrays", lambda self: other)
     run = run_tree(faug_tree(tmp_path), "fedavg", 4, **SETTINGS, rounds=1, model="logistic")
-    faults = run.chronicle.record.faults
+    faults = run.recorder.record.faults
     assert {f.node for f in faults} == {"c0", "c1", "c2", "c3"}
     assert all("no generator of these images" in f.detail for f in faults)
-    assert run.chronicle.record.windows[0].participants == ["c0", "c1", "c2", "c3"]
+    assert run.recorder.record.windows[0].participants == ["c0", "c1", "c2", "c3"]

@@ -162,12 +162,12 @@ def test_a_client_keeps_the_model_its_owner_chose(tmp_path: Path) -> None:
         tmp_path, [LocalClient(f"c{i}", f"digits:{i}/60", (0,), own) for i, own in enumerate(more)], 1
     )
     run = run_tree(tree, "fedproto", 3, families="cnn4", rounds=2, batch_size=64)
-    faults = {(f.node, f.kind) for f in run.chronicle.record.faults}
+    faults = {(f.node, f.kind) for f in run.recorder.record.faults}
     assert {node for node, _ in faults} == {"c2"}
-    detail = run.chronicle.record.faults[0].detail
+    detail = run.recorder.record.faults[0].detail
     assert "a table of 10 vectors of length 30, at most 10 of length 512 are expected" in detail
-    assert run.chronicle.record.windows[-1].assignments == {"c0": "resnet4", "c1": "cnn4", "c2": "mlp"}
-    assert [w.participants for w in run.chronicle.record.windows] == [["c0", "c1"], ["c0", "c1"]]
+    assert run.recorder.record.windows[-1].assignments == {"c0": "resnet4", "c1": "cnn4", "c2": "mlp"}
+    assert [w.participants for w in run.recorder.record.windows] == [["c0", "c1"], ["c0", "c1"]]
 
 
 # --- co-distillation ---------------------------------------------------------------------------------
@@ -227,7 +227,7 @@ def test_an_edge_keeps_its_clients_copies_between_reports(tmp_path: Path) -> Non
     calls = tapped(tree)
     run = run_tree(tree, "codistillation", 4, **TINY, rounds=3, rg=2)
     # The record names the models alone, not whose copy each client needs not.
-    assert set(run.chronicle.record.windows[0].assignments.values()) == {"mlp", "logistic"}
+    assert set(run.recorder.record.windows[0].assignments.values()) == {"mlp", "logistic"}
     assert {n: set(peers_sent(c)) for n, c in training(calls, 2).items()} == {
         "c0": {"c2"},
         "c1": {"c3"},
@@ -276,7 +276,7 @@ def test_fedktls_edges_stack_rows_without_names(tmp_path: Path, gan: str) -> Non
             np.testing.assert_allclose(np.linalg.norm(vectors, axis=1), 1, atol=1e-5)
     assert "transfer-loss" not in training(calls, 1)["c0"].report.metrics
     assert all(c.report.metrics["transfer-loss"] > 0 for c in training(calls, 2).values())
-    notes = run.chronicle.record.windows[-1].metrics
+    notes = run.recorder.record.windows[-1].metrics
     assert {"alignment-mmd", "alignment-mse", "transfer-loss"} <= set(notes)
 
 

@@ -136,10 +136,10 @@ def test_a_bad_table_is_refused_by_name_and_the_round_goes_on(
     if method == "fedktl":
         settings |= {"generator": gan, "alignment_epochs": 1}
     run = run_tree(tree, method, 2, **settings, rounds=2)
-    [found] = run.chronicle.record.faults
+    [found] = run.recorder.record.faults
     assert (found.node, found.kind, found.round) == ("c1", "refused", 1)
     assert re.search(fault, found.detail), found.detail
-    assert participants(run.chronicle.record) == [["c0"], ["c0", "c1"]]
+    assert participants(run.recorder.record) == [["c0"], ["c0", "c1"]]
     # What c0 told was taken: it is in what both are sent next.
     own, sent = rows(training(calls, 1)["c0"]), training(calls, 2)["c1"].sent
     if method == "fedktl":
@@ -158,7 +158,7 @@ def test_a_window_without_a_last_round_keeps_the_previous_table(
     tree = small_tree(tmp_path, 2, 60, 1)
     calls = tapped(tree, change)
     run = run_tree(tree, "fd", 2, families="logistic", rounds=3, rg=2)
-    assert [f.kind for f in run.chronicle.record.faults] == ["refused", "refused", "quorum"]
+    assert [f.kind for f in run.recorder.record.faults] == ["refused", "refused", "quorum"]
     third = training(calls, 3)
     # What round 3 is given is round 1's table and says so, so that a client takes out its own part of that one.
     first = [rows(call) for call in training(calls, 1).values()]
@@ -225,10 +225,10 @@ def test_bad_pairs_are_refused_by_the_client(
 
     node.app = tampered
     run = run_tree(tree, "fedktl", 2, families="logistic", rounds=2, generator=gan, alignment_epochs=1)
-    [found] = run.chronicle.record.faults
+    [found] = run.recorder.record.faults
     assert (found.node, found.round) == ("c1", 2)
     assert re.search(fault, found.detail), found.detail
-    assert participants(run.chronicle.record) == [["c0", "c1"], ["c0"]]
+    assert participants(run.recorder.record) == [["c0", "c1"], ["c0"]]
 
 
 @pytest.mark.parametrize("method", ["fd", "fedproto", "codistillation", "fedktl"])
@@ -236,7 +236,7 @@ def test_two_hundred_rounds_stay_finite(method: str, tmp_path: Path, gan: str) -
     """With default settings; raw logits as soft labels are what runs away."""
     tree = small_tree(tmp_path, 2, 120, 1)
     run = run_tree(tree, method, 2, families="mlp", rounds=200, rg=50, generator=gan)
-    record = run.chronicle.record
+    record = run.recorder.record
     assert record.faults == []
     losses = [loss for window in record.windows for loss in window.losses]
     assert len(losses) == 200

@@ -82,7 +82,7 @@ def test_phoenix_names_the_client_that_the_filter_leaves_out(tmp_path: Path) -> 
 
     calls = tapped(tree, claimed)
     run = run_tree(tree, "phoenix", 3, rounds=3, quality_threshold=3.0, **QUICK)
-    [fault] = run.chronicle.record.faults
+    [fault] = run.recorder.record.faults
     assert (fault.node, fault.kind, fault.round) == ("c1", "refused", 2)
     first, second, third = ([c for c in calls if c.plan.round == r] for r in (1, 2, 3))
     limit = 3 * float(np.median([c.report.loss for c in first]))

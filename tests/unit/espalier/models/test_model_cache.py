@@ -9,19 +9,19 @@ import torch
 from torch import Tensor, nn
 
 from espalier.methods.run_config import RunConfig
-from espalier.models import model_cache as kept
+from espalier.models import model_cache
 from espalier.models.architecture import build_with, describe, is_reduced
 from espalier.models.initial import initial_model
-from espalier.models.model_cache import give_back, lend
+from espalier.models.model_cache import acquire, release
 from espalier.models.pruning import prune
 from espalier_proto import espalier_pb2 as pb
 
 
 @pytest.fixture(autouse=True)
 def none_kept() -> Iterator[None]:
-    kept._idle.clear()
+    model_cache._idle.clear()
     yield
-    kept._idle.clear()
+    model_cache._idle.clear()
 
 
 def network(seed: int = 1, size: int = 8) -> nn.Module:
@@ -53,14 +53,14 @@ def test_kept_layers_train_as_new_ones_do() -> None:
     pruned = prune(network(2), 0.2)
     other, other_start = describe(pruned), tensors_of(pruned)
     wanted = trained(build_with(spec, start))
-    first = lend(spec, start)
+    first = acquire(spec, start)
     assert equal(trained(first), wanted)
-    give_back(first)
-    between = lend(other, other_start)
+    release(first)
+    between = acquire(other, other_start)
     assert between is not first
     trained(between)
-    give_back(between)
-    again = lend(spec, start)
+    release(between)
+    again = acquire(spec, start)
     assert again is first
     assert equal(trained(again), wanted)
     assert is_reduced(between)
@@ -69,14 +69,14 @@ def test_kept_layers_train_as_new_ones_do() -> None:
 
 def test_nothing_of_a_training_is_left() -> None:
     spec, start = describe(network()), tensors_of(network())
-    model = lend(spec, start)
+    model = acquire(spec, start)
     held = dict(model.named_parameters())
     trained(model)
     model.eval().requires_grad_(False).double()
     after = {name: tensor.detach().clone() for name, tensor in held.items()}
-    give_back(model)
+    release(model)
     assert all(p.is_meta for p in model.parameters())
-    again = lend(spec, start)
+    again = acquire(spec, start)
     assert again is model
     assert all(module.training for module in again.modules())
     assert all(p.requires_grad and p.grad is None and p.dtype == torch.float32 for p in again.parameters())
@@ -89,22 +89,22 @@ def test_what_is_trained_is_a_copy() -> None:
     spec, start = describe(network()), tensors_of(network())
     before = {name: tensor.clone() for name, tensor in start.items()}
     for _ in range(2):
-        model = lend(spec, start)
+        model = acquire(spec, start)
         trained(model)
-        give_back(model)
+        release(model)
     assert equal(start, before)
 
 
 def test_two_at_a_time_share_nothing() -> None:
     spec, start = describe(network()), tensors_of(network())
-    give_back(lend(spec, start))
-    one, two = lend(spec, start), lend(spec, start)
+    release(acquire(spec, start))
+    one, two = acquire(spec, start), acquire(spec, start)
     assert one is not two
     assert not set(map(id, one.modules())) & set(map(id, two.modules()))
-    give_back(one)
-    give_back(one)
-    assert lend(spec, start) is one
-    assert lend(spec, start) not in (one, two)
+    release(one)
+    release(one)
+    assert acquire(spec, start) is one
+    assert acquire(spec, start) not in (one, two)
 
 
 def with_hook(model: nn.Module) -> None:
@@ -126,17 +126,17 @@ def with_a_buffer(model: nn.Module) -> None:
 @pytest.mark.parametrize("change", [with_hook, with_another_layer, with_one_more, with_a_buffer])
 def test_a_changed_network_is_not_kept(change: object) -> None:
     spec, start = describe(network()), tensors_of(network())
-    model = lend(spec, start)
+    model = acquire(spec, start)
     assert callable(change)
     change(model)
-    give_back(model)
-    assert lend(spec, start) is not model
+    release(model)
+    assert acquire(spec, start) is not model
 
 
 def test_a_network_that_was_not_lent_is_not_kept() -> None:
     model = network()
-    give_back(model)
-    assert lend(describe(model), tensors_of(model)) is not model
+    release(model)
+    assert acquire(describe(model), tensors_of(model)) is not model
 
 
 def test_only_the_newest_are_kept() -> None:
@@ -144,17 +144,17 @@ def test_only_the_newest_are_kept() -> None:
     for size in (8, 16, 24, 32, 40):
         model = network(size=size)
         spec = describe(model)
-        shells.append((spec, tensors_of(model), lent := lend(spec, tensors_of(model))))
-        give_back(lent)
-    assert len(kept._idle) == kept.MOST
-    assert lend(*shells[0][:2]) is not shells[0][2]
-    assert lend(*shells[4][:2]) is shells[4][2]
+        shells.append((spec, tensors_of(model), acquired := acquire(spec, tensors_of(model))))
+        release(acquired)
+    assert len(model_cache._idle) == model_cache.MOST
+    assert acquire(*shells[0][:2]) is not shells[0][2]
+    assert acquire(*shells[4][:2]) is shells[4][2]
 
 
 @pytest.mark.parametrize("kind", ["missing", "extra", "shape", "dtype"])
 def test_kept_layers_take_no_tensors_that_do_not_fit(kind: str) -> None:
     spec, start = describe(network()), tensors_of(network())
-    give_back(lend(spec, start))
+    release(acquire(spec, start))
     name = next(iter(start))
     wrong = dict(start)
     if kind == "missing":
@@ -164,16 +164,16 @@ def test_kept_layers_take_no_tensors_that_do_not_fit(kind: str) -> None:
     else:
         wrong[name] = start[name][:1] if kind == "shape" else start[name].double()
     with pytest.raises(ValueError, match="more" if kind == "extra" else name):
-        lend(spec, wrong)
-    assert equal(tensors_of(lend(spec, start)), start)
+        acquire(spec, wrong)
+    assert equal(tensors_of(acquire(spec, start)), start)
 
 
 def test_a_description_that_differs_gets_its_own() -> None:
     model = network()
     spec, start = describe(model), tensors_of(model)
-    lent = lend(spec, start)
-    give_back(lent)
+    acquired = acquire(spec, start)
+    release(acquired)
     other = pb.ArchitectureSpec()
     other.CopyFrom(spec)
     other.config["norm_eps"] = 0.5
-    assert lend(other, start) is not lent
+    assert acquire(other, start) is not acquired

@@ -8,9 +8,9 @@ import torch
 from torch import nn
 
 from espalier.errors import StateError
-from espalier.models.diffusion import sample
 from espalier.models.pipeline import load_model, load_pipeline, save_model
 from espalier.models.pruning import prune
+from espalier.models.sampling import sample
 from espalier.models.unet import unet
 from espalier.tasks.diffusion_settings import DiffusionSettings
 

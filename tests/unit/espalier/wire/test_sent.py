@@ -137,7 +137,7 @@ def model_of(found: TreeRun) -> np.ndarray:
 
 def sent(found: TreeRun, link: str, way: str) -> int:
     """Return the bytes that the windows' plans and replies took on a kind of link."""
-    return sum(int(getattr(w.links[link], way)) for w in found.chronicle.record.windows)
+    return sum(int(getattr(w.links[link], way)) for w in found.recorder.record.windows)
 
 
 def test_half_precision_halves_every_link_and_keeps_the_model(tmp_path: Path) -> None:
@@ -176,7 +176,7 @@ def test_other_methods_run_over_narrow_links(tmp_path: Path, method: str) -> Non
         edge_codec="fp16",
         **own.get(method, {}),
     )
-    record = found.chronicle.record
+    record = found.recorder.record
     assert not record.faults
     assert np.isfinite(model_of(found)).all()
     assert all((w.rounds[-1].loss or 0) > 0 for w in record.windows)

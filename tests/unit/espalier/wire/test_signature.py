@@ -219,7 +219,7 @@ def tree(tmp_path: Path) -> LocalTree:
 
 def faults_by_window(run: TreeRun) -> dict[int, list[tuple[str, str, str, str]]]:
     found: dict[int, list[tuple[str, str, str, str]]] = {}
-    for fault in run.chronicle.record.faults:
+    for fault in run.recorder.record.faults:
         found.setdefault(fault.window, []).append((fault.tier, fault.node, fault.kind, fault.detail))
     return found
 
@@ -233,7 +233,7 @@ def test_an_invalid_client_signature_is_refused(tree: LocalTree) -> None:
             [(tier, node, kind, detail)] = faults[window]
             assert (tier, node, kind) == ("edge", "c0", "refused")
             assert re.search(words, detail), detail
-        entry = run.chronicle.record.windows[window - 1]
+        entry = run.recorder.record.windows[window - 1]
         expected = ["c1", "c2", "c3"] if words else ["c0", "c1", "c2", "c3"]
         assert sorted(p.client for p in entry.rounds[0].participants if p.signed) == expected
         assert (entry.signatures.edges, entry.signatures.cloud) == (len(expected), len(expected))
@@ -243,7 +243,7 @@ def test_an_invalid_client_signature_is_refused(tree: LocalTree) -> None:
 def test_unsigned_updates_are_listed_where_allowed(tree: LocalTree) -> None:
     between(tree, "c0", [take_the_signature_off, change_a_weight])
     run = run_tree(tree, "fedavg", 4, rounds=2, require_signatures=False)
-    one, two = run.chronicle.record.windows
+    one, two = run.recorder.record.windows
     assert {p.client: p.signed for p in one.rounds[0].participants} == {
         "c0": False,
         "c1": True,
@@ -259,11 +259,11 @@ def test_unsigned_updates_are_listed_where_allowed(tree: LocalTree) -> None:
 def test_answers_to_inquiries_are_signed_too(tree: LocalTree) -> None:
     """Power-of-Choice asks for losses at the cloud in a window's first round, and at the edges in its second."""
     run = run_tree(tree, "fedavg", 4, rounds=2, rg=2, selection="pow-d", fraction=0.5, candidates=4)
-    [window] = run.chronicle.record.windows
+    [window] = run.recorder.record.windows
     trained = sum(len(r.participants) for r in window.rounds)
     assert window.signatures.cloud == 4 + trained
     assert window.signatures.edges == 4 + trained + 4
-    assert not run.chronicle.record.faults
+    assert not run.recorder.record.faults
 
 
 # --- an edge ------------------------------------------------------------------------------------------------
@@ -358,7 +358,7 @@ def test_a_forged_edge_report_is_refused(tree: LocalTree) -> None:
     run = run_tree(tree, "fedavg", 4, rounds=len(EDGE_ATTACKS))
     faults = faults_by_window(run)
     for window, (_, words) in enumerate(EDGE_ATTACKS, start=1):
-        entry = run.chronicle.record.windows[window - 1]
+        entry = run.recorder.record.windows[window - 1]
         if words:
             [(tier, node, kind, detail)] = faults[window]
             assert (tier, node, kind) == ("cloud", "edge-2", "refused")
@@ -416,13 +416,13 @@ def test_only_registered_clients_take_part(tree: LocalTree, tmp_path: Path) -> N
     for node in [n for below in tree.edges for n in below][:3]:
         registry.add(str(node.config["name"]), node.key)
     run = run_tree(tree, "fedavg", 3, rounds=1)
-    assert run.chronicle.record.windows[0].participants == ["c0", "c1", "c2"]
-    [fault] = run.chronicle.record.faults
+    assert run.recorder.record.windows[0].participants == ["c0", "c1", "c2"]
+    [fault] = run.recorder.record.faults
     assert (fault.node, fault.kind) == ("c3", "refused")
     assert "not registered" in fault.detail
     registry.revoke("c1")
     again = tree.run("again", {"method": "fedavg", "model": "mlp", "rounds": 1, "min-clients": 2})
-    assert again.chronicle.record.windows[0].participants == ["c0", "c2"]
+    assert again.recorder.record.windows[0].participants == ["c0", "c2"]
 
 
 def test_a_client_revoked_during_a_window_is_refused() -> None:

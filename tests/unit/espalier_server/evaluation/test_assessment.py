@@ -26,7 +26,7 @@ def test_clients_with_layers_of_their_own_draw_the_sample_grid(tmp_path: Path) -
     tree = LocalTree(
         tmp_path, [LocalClient(f"c{i}", f"digits:{i}/40:similarity=100", (0,)) for i in range(2)], edges=1
     )
-    record = tree.run("r", SETTINGS).chronicle.record
+    record = tree.run("r", SETTINGS).recorder.record
     assert (record.status, record.faults) == ("finished", [])
     grid = np.asarray(Image.open(tmp_path / "runs/r/samples/window-0001.png"))
     # 2 x 2 images of 8 pixels, each four times as large, and 3 gaps of 2 pixels.

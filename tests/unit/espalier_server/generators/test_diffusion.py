@@ -9,9 +9,9 @@ import torch
 
 from espalier.errors import ConfigError, StateError
 from espalier.generators.base import open_generator
-from espalier.models.diffusion import sample
 from espalier.models.pipeline import save_model
 from espalier.models.pruning import prune
+from espalier.models.sampling import sample
 from espalier.models.unet import unet
 from espalier.tasks.diffusion_settings import DiffusionSettings
 from tests.support.generator_laws import check, seeded

@@ -51,7 +51,7 @@ def test_a_client_that_does_not_fit_is_left_out_and_told(
     clients = [LocalClient(f"c{i}", f"digits:{i}/16", (0, 1)) for i in range(2)]
     tree = LocalTree(tmp_path / "tree", [*clients, LocalClient("stranger", data, (0, 1))], 2)
     with caplog.at_level(logging.ERROR, "espalier.client"):
-        record = tree.run("agreed", SHORT).chronicle.record
+        record = tree.run("agreed", SHORT).recorder.record
     assert record.status == "finished"
     [fault] = record.faults
     assert (fault.node, fault.kind) == ("stranger", "refused")

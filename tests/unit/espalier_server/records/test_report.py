@@ -19,7 +19,7 @@ from espalier_server.records.rebuild import from_events
 from espalier_server.records.record import AccuracyEntry, ClientEntry, ModelScore, RunRecord
 from espalier_server.records.report import build_report
 from espalier_server.records.report_exchange import exchange_cards, own_models
-from espalier_server.records.tensorboard import Board
+from espalier_server.records.tensorboard import TensorBoardWriter
 from tests.support.synthetic_run import draw_samples, made_up_classifier, made_up_exchange, made_up_record
 
 VOID = {"meta", "img", "br", "line", "path", "rect", "circle"}
@@ -332,7 +332,7 @@ def test_numbers(value: float | None, text: str) -> None:
 def test_tensorboard_gets_the_curves(tmp_path: Path) -> None:
     accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
     record = made_up_record(windows=2)
-    board = Board(tmp_path)
+    board = TensorBoardWriter(tmp_path)
     for window, quality in zip(record.windows, record.quality, strict=True):
         board.window(window)
         board.evaluation(quality)
@@ -349,7 +349,7 @@ def test_tensorboard_gets_the_curves(tmp_path: Path) -> None:
 def test_tensorboard_gets_accuracies(tmp_path: Path) -> None:
     accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
     record = made_up_classifier(windows=2)
-    board = Board(tmp_path)
+    board = TensorBoardWriter(tmp_path)
     for window, found in zip(record.windows, record.accuracy, strict=True):
         board.window(window)
         board.accuracy(found)

@@ -105,8 +105,8 @@ def test_a_finished_run_says_so_and_goes_on_with_more_rounds(tmp_path: Path) -> 
     assert (settings["out"], settings["run-id"], settings["method"]) == (str(moved), "r", "fedavg")
     moved.rename(folder)
     resumed = tree_of(tmp_path).run("r", {k: v for k, v in settings.items() if k != "run-id"})
-    assert [w.window for w in resumed.chronicle.record.windows] == [1, 2, 3, 4]
-    assert resumed.chronicle.record.config["rounds"] == 4
+    assert [w.window for w in resumed.recorder.record.windows] == [1, 2, 3, 4]
+    assert resumed.recorder.record.config["rounds"] == 4
     assert weights(resumed) == weights(whole)
 
 
@@ -182,8 +182,8 @@ def test_a_damaged_report_is_rebuilt_from_the_events(tmp_path: Path) -> None:
     first = run(tmp_path)
     (first.out / "report.json").write_text("{")
     again = run(tmp_path, rounds=4)
-    assert [w.window for w in again.chronicle.record.windows] == [1, 2, 3, 4]
-    assert again.chronicle.record.status == "finished"
+    assert [w.window for w in again.recorder.record.windows] == [1, 2, 3, 4]
+    assert again.recorder.record.status == "finished"
 
 
 def test_a_checkpoint_is_removed_whole_or_not_at_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -277,21 +277,21 @@ def test_a_client_that_cannot_save_its_state_is_named(tmp_path: Path) -> None:
     (tmp_path / "clients" / "c1").mkdir(parents=True, exist_ok=True)
     (tmp_path / "clients" / "c1" / "rounds").write_text("a file where a folder is needed")
     done = tree.run("r", SETTINGS)
-    assert done.chronicle.record.status == "finished"
-    faults = done.chronicle.record.faults
+    assert done.recorder.record.status == "finished"
+    faults = done.recorder.record.faults
     assert {(f.tier, f.node, f.kind) for f in faults} == {("edge", "c1", "error")}
     assert all("cannot" in f.detail and "c1/rounds" in f.detail for f in faults)
-    assert all(w.participants == ["c0"] for w in done.chronicle.record.windows)
+    assert all(w.participants == ["c0"] for w in done.recorder.record.windows)
 
 
 def test_an_edge_that_cannot_keep_a_name_says_whose(tmp_path: Path) -> None:
     tree = tree_of(tmp_path)
     run = tree.run("r", SETTINGS)
-    assert run.chronicle.record.status == "finished"
+    assert run.recorder.record.status == "finished"
     shutil.rmtree(tmp_path / "edge-1")
     (tmp_path / "edge-1").write_text("a file where a folder is needed")
     after = tree.run("s", SETTINGS | {"min-clients": 1})
-    assert after.chronicle.record.status == "finished"
+    assert after.recorder.record.status == "finished"
 
 
 # --- whom a reproducible run waits for -------------------------------------------------------------------
@@ -320,7 +320,7 @@ def test_a_client_killed_before_its_reply_changes_nothing(method: str, tmp_path:
     for below in tree.edges:
         break_once(below[1], 5)
     broken = tree.run("r", settings)
-    assert [(f.node, f.kind, f.window) for f in broken.chronicle.record.faults] == [("c1", "error", 2)]
+    assert [(f.node, f.kind, f.window) for f in broken.recorder.record.faults] == [("c1", "error", 2)]
     assert weights(broken) == weights(whole)
 
 
@@ -348,8 +348,8 @@ def test_a_reproducible_run_admits_no_new_client_or_data(tmp_path: Path) -> None
     device._device.cache_clear()
     more = [*CLIENTS, LocalClient("c9", "digits:9/64", (0, 1), {"homes": 2})]
     done = LocalTree(tmp_path, more, 2).run("r", SETTINGS | {"reproducible": True, "rounds": 4})
-    assert sorted({p for w in done.chronicle.record.windows for p in w.participants}) == ["c0", "c1"]
-    assert any(f.node == "c9" and "next one" in f.detail for f in done.chronicle.record.faults)
+    assert sorted({p for w in done.recorder.record.windows for p in w.participants}) == ["c0", "c1"]
+    assert any(f.node == "c9" and "next one" in f.detail for f in done.recorder.record.faults)
     other = [CLIENTS[0], LocalClient("c1", "digits:5/64", (0, 1), {"homes": 2})]
     device._device.cache_clear()
     changes: dict[str, Any] = {"reproducible": True, "rounds": 5, "hello-timeout": 0.01}

@@ -1,3 +1,5 @@
+"""The noise schedule and sampling with DDIM."""
+
 from __future__ import annotations
 
 from types import SimpleNamespace
@@ -5,14 +7,12 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from espalier.models.diffusion import ddim_schedule, ema_update, noise_schedule, sample
+from espalier.models.noise_schedule import ddim_schedule, noise_schedule
+from espalier.models.sampling import sample
 from espalier.models.unet import unet
 from espalier.tasks.diffusion_settings import DiffusionSettings
-from espalier_server.evaluation.image_grid import image_grid
 
 SETTINGS = DiffusionSettings()
 ABAR = np.cumprod(1 - np.linspace(1e-4, 0.02, 1000))
@@ -85,32 +85,3 @@ def test_diffusers_pipeline_draws_the_same() -> None:
 def test_sample_needs_a_schedule() -> None:
     with pytest.raises(TypeError, match="settings or a scheduler"):
         sample(OneImage(torch.zeros(1, 4, 4)), count=1, steps=2, seed=0)
-
-
-@settings(deadline=None)
-@given(decay=st.floats(0, 0.999), old=st.floats(-5, 5), new=st.floats(-5, 5))
-def test_the_average_lies_between_old_and_new(decay: float, old: float, new: float) -> None:
-    a, b = np.full((2, 3), old, np.float32), np.full((2, 3), new, np.float32)
-    moved = ema_update({"w": a}, {"w": b}, decay)["w"]
-    assert moved.dtype == np.float32
-    assert np.allclose(moved, decay * old + (1 - decay) * new, atol=1e-5)
-    assert (a == np.float32(old)).all()
-
-
-def test_the_average_starts_anew_when_the_model_changes_shape() -> None:
-    new = {"w": np.ones(3, np.float32), "n": np.array(7)}
-    for former in ({}, {"w": np.zeros(4, np.float32), "n": np.array(0)}):
-        moved = ema_update(former, new, 0.9)
-        assert moved["w"].tolist() == [1, 1, 1]
-        assert moved["w"] is not new["w"]
-    assert ema_update({"w": np.zeros(3, np.float32), "n": np.array(0)}, new, 0.9)["n"] == 7
-
-
-def test_a_grid_shows_every_image_in_its_place() -> None:
-    images = torch.stack([torch.full((1, 2, 2), v) for v in (-1.0, 0.0, 1.0)])
-    picture = image_grid(images, columns=2, smallest=4, gap=1)
-    assert (picture.mode, picture.size) == ("L", (11, 11))
-    assert [picture.getpixel(at) for at in ((1, 1), (6, 1), (1, 6), (6, 6), (0, 0))] == [0, 128, 255, 96, 96]
-    assert image_grid(torch.zeros(1, 3, 40, 40)).mode == "RGB"
-    with pytest.raises(ValueError, match="a grid needs images"):
-        image_grid(torch.zeros(0, 1, 2, 2))
