@@ -23,7 +23,7 @@ def test_the_table_has_every_layer_in_order() -> None:
         for row in re.findall(r"^\| (`espalier\.[^|]*) \|", PAGE, re.MULTILINE)
     ]
     rows = rows[
-        : next(i for i, row in enumerate(rows) if "seeds" in row) + 1
+        : next(i for i, row in enumerate(rows) if "lazy" in row) + 1
     ]  # the table of the adapters follows
     numbers = [layer_of[name] for row in rows for name in row]
     assert numbers == sorted(numbers)
