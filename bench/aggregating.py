@@ -20,6 +20,7 @@ from flwr.supercore.task_identity import TaskIdentity
 from bench.waiting import wait_until
 from espalier.wire import control
 from espalier.wire.payload import Layout, TensorSpec, Weights
+from espalier.wire.sections import Payload
 from espalier_proto import espalier_pb2 as pb
 
 #: Seconds an edge waits for its clients and its round.
@@ -85,7 +86,7 @@ def edge(state: Path, clients: int, size: int, tensors: int) -> dict[str, Any]:
     for client in known.clients:
         schedule.participants.add(client=client.name, edge="edge")
     # As it comes from a link: one Array, of which the edge holds nothing but views.
-    message = _message(control.TRAIN, control.plan_content(plan, start_of(layout).to_record()))
+    message = _message(control.TRAIN, control.plan_content(plan, Payload.of(start_of(layout))))
     idle = forget_peak()
     began, worked = time.perf_counter(), time.process_time()
     reply = app(message, context)

@@ -22,6 +22,7 @@ from espalier.flower.payloads import chunk_head
 from espalier.flower.resident import ResidentNode, Upstream
 from espalier.wire import control
 from espalier.wire.hello import device_facts
+from espalier.wire.sections import MODEL, Payload
 from espalier_proto import espalier_pb2 as pb
 
 #: Numbers between the beginnings of two clients' views, in the buffer of their process.
@@ -54,7 +55,7 @@ class Crowd:
             )
             return Message(control.control_content(hello), reply_to=message)
         plan = control.decode(pb.RoundPlan, control.plan_bytes(message), "edge")
-        weights = control.read_weights(message, control.plan_layout(plan, "edge"), "edge")
+        weights = control.read_payload(message, control.plan_sections(plan, "edge"), "edge")[MODEL]
         record = self._record(number, weights.buffers[DTYPE].size)
         message.content = RecordDict()  # what was received is not needed while the others get ready
         del weights
@@ -68,7 +69,10 @@ class Crowd:
             steps=1,
         )
         self._ready.wait()
-        return Message(control.report_content(report, record, SAMPLES, 0.0), reply_to=message)
+        return Message(
+            control.report_content(report, Payload({}, {control.ARRAYS: record}), SAMPLES, 0.0),
+            reply_to=message,
+        )
 
     def _record(self, number: int, length: int) -> ArrayRecord:
         """Return a payload whose bytes are a view, but for the first chunk's."""

@@ -28,10 +28,11 @@ from espalier.processes.signals import stop_on_signals
 from espalier.seeds import rng_for
 from espalier.wire import control
 from espalier.wire.codec import Codec, create_codec
+from espalier.wire.downlink import read_downlink
 from espalier.wire.hello import device_facts
 from espalier.wire.payload import Weights
-from espalier.wire.sent import read_sent
-from espalier.wire.update import UpdateForm
+from espalier.wire.sections import Payload
+from espalier.wire.uplink import UplinkEncoding
 from espalier_client.device import Device
 from espalier_client.replicas import AT_ONCE, LINES, Replicas
 from espalier_client.reply import pack_reply
@@ -70,14 +71,20 @@ class NumericClient:
             return Message(control.control_content(self._hello()), reply_to=message)
         plan = control.decode(pb.RoundPlan, control.plan_bytes(message), "edge")
         settings, codec = settings_of(plan.settings.SerializeToString(deterministic=True))
-        received = read_sent(message, plan, settings, "edge")
-        update = Weights(
-            received.layout, {kind: flat * self._factor for kind, flat in received.buffers.items()}
+        received = read_downlink(message, plan, settings, "edge")
+        update = Payload(
+            {
+                section: Weights(
+                    weights.layout, {kind: flat * self._factor for kind, flat in weights.buffers.items()}
+                )
+                for section, weights in received.items()
+            }
         )
         if codec is not None:
-            form = UpdateForm(update.layout, received.layout, buffers_of(plan.architecture), codec)
+            buffers = buffers_of(plan.architecture)
+            encoding = UplinkEncoding(update.layouts, received.layouts, buffers, codec)
             rng = rng_for(settings.seed, self._device.name, plan.round, "codec")
-            update = form.payload(update.views(), received.views(), rng)
+            update = encoding.payload(update.views(), received.views(), rng)
         report = pb.ClientReport(
             schema=control.SCHEMA,
             run=plan.run,

@@ -21,6 +21,7 @@ from bench.rounds import DEADLINE, client, one_tensor, plan_of, random_weights, 
 from bench.stock import app_bundle, serverapp_grid, superlink, supernode, wait_until
 from espalier.wire import control
 from espalier.wire.payload import Layout, Weights
+from espalier.wire.sections import Payload
 from espalier_server.superlink.grid import TreeGrid
 
 if TYPE_CHECKING:
@@ -82,7 +83,7 @@ def with_residents(folder: Path, case: Case) -> list[float]:
         grid = TreeGrid(http)
 
         def content(weights: Weights) -> RecordDict:
-            return control.plan_content(plan_of(0, "client", case.layout), weights.to_record())
+            return control.plan_content(plan_of(0, "client", case.layout), Payload.of(weights))
 
         def exchange(messages: list[Message]) -> list[Message]:
             return list(grid.exchange(messages, deadline=DEADLINE))

@@ -18,14 +18,14 @@ from cryptography import x509
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.hashes import SHA256
 from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat
-from flwr.app import ArrayRecord, Message
+from flwr.app import Message
 from google.protobuf.struct_pb2 import Struct
 
 from bench.stock import environment, running, wait_until
-from espalier.flower.payloads import content_id
 from espalier.wire import control
 from espalier.wire.payload import Layout, TensorSpec, Weights
-from espalier.wire.signature import check
+from espalier.wire.sections import Payload
+from espalier.wire.signature import check, payload_digest
 from espalier_edge.fleet.server import InlineFleet, InlineGrid
 from espalier_proto import espalier_pb2 as pb
 
@@ -77,20 +77,19 @@ class Setup:
         nodes = {node.node_id: node.public_key for node in self.server.nodes()}
         server, clients = worked([psutil.Process()]), worked(self.processes)
         began = time.perf_counter()
-        record = weights.to_record()
+        payload = Payload.of(weights).frozen()
         plans = {node: self._plan(number, node, weights.layout) for node in nodes}
         messages = [
-            Message(control.plan_content(plan, record), node, control.TRAIN) for node, plan in plans.items()
+            Message(control.plan_content(plan, payload), node, control.TRAIN) for node, plan in plans.items()
         ]
         answered = 0
         for reply in self.grid.exchange(messages, deadline=DEADLINE):
             node = reply.metadata.src_node_id
             report = control.read_control(pb.ClientReport, reply, plans[node].client)
-            received = reply.content[control.ARRAYS]
-            assert isinstance(received, ArrayRecord)
             if self.signs:
-                check(plans[node], report, content_id(received), nodes[node])
-            control.read_weights(reply, weights.layout, plans[node].client).views()
+                digest = payload_digest(control.array_records(reply.content))
+                check(plans[node], report, digest, nodes[node])
+            control.read_payload(reply, payload.layouts, plans[node].client).views()
             if self.trained is not None and not report.steps:
                 raise RuntimeError(f"{plans[node].client} did not train")
             answered += 1

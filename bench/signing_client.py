@@ -9,11 +9,10 @@ from pathlib import Path
 from flwr.app import Context, Message
 
 from espalier.flower.node_state import load_key
-from espalier.flower.payloads import content_id
 from espalier.flower.resident import ResidentNode, Upstream
 from espalier.wire import control
-from espalier.wire.payload import Weights
-from espalier.wire.signature import sign, statement_of
+from espalier.wire.sections import Payload
+from espalier.wire.signature import payload_digest, sign, statement_of
 from espalier_proto import espalier_pb2 as pb
 
 
@@ -28,14 +27,17 @@ def answer(message: Message, context: Context) -> Message:
         client=plan.client,
         samples=1,
     )
-    received = control.read_weights(message, control.plan_layout(plan, "edge"), "edge")
+    received = control.read_payload(message, control.plan_sections(plan, "edge"), "edge")
     # Other numbers than were sent, and than other clients send: objects that the server has are not sent again.
     own = 1 + context.node_id % 4096 / 4096
-    sent = {n: a + a.dtype.type(own) for n, a in received.views().items()}
-    record = Weights.fill(received.layout, sent).to_record()
+    sent = {
+        s: {n: a + a.dtype.type(own) for n, a in arrays.items()} for s, arrays in received.views().items()
+    }
+    payload = Payload.fill(received.layouts, sent).frozen()
     if key := context.node_config.get("key"):
-        report.signed.CopyFrom(sign(statement_of(plan, report, content_id(record)), load_key(Path(str(key)))))
-    return Message(control.report_content(report, record, 1, 0.0), reply_to=message)
+        statement = statement_of(plan, report, payload_digest(payload.to_records()))
+        report.signed.CopyFrom(sign(statement, load_key(Path(str(key)))))
+    return Message(control.report_content(report, payload, 1, 0.0), reply_to=message)
 
 
 def train(message: Message, context: Context) -> Message:

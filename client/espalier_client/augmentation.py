@@ -8,19 +8,27 @@ from flwr.app import Message
 from espalier.config.run_settings import RunSettings
 from espalier.data.imageset import to_uint8
 from espalier.errors import WireError
-from espalier.methods.faug import SEED_IMAGES, SEED_LABELS, FAugSettings, seed_labels, targets
+from espalier.methods.faug import (
+    GENERATOR,
+    SEED_IMAGES,
+    SEED_LABELS,
+    SEEDS,
+    FAugSettings,
+    seed_labels,
+    targets,
+)
 from espalier.seeds import rng_for, seed_for
-from espalier.wire import control
-from espalier.wire.payload import Weights
-from espalier.wire.sent import read_sent
+from espalier.wire.downlink import read_downlink
+from espalier.wire.sections import Payload
 from espalier_client.device import Device
+from espalier_client.reply import new_report
 from espalier_client.training import check_address, settings_of
 from espalier_proto import espalier_pb2 as pb
 
 
 def answer_augmentation(
     device: Device, plan: pb.RoundPlan, message: Message
-) -> tuple[pb.ClientReport, Weights]:
+) -> tuple[pb.ClientReport, Payload]:
     """Answer FAug's two inquiries: "seeds", and "fill" with the generator's tensors in the payload.
 
     Raises
@@ -30,20 +38,13 @@ def answer_augmentation(
     """
     check_address(device, plan)
     settings = settings_of(plan)
-    report = pb.ClientReport(
-        schema=control.SCHEMA,
-        run=plan.run,
-        window=plan.window,
-        round=plan.round,
-        client=device.name,
-        samples=len(device.images),
-    )
+    report = new_report(device, plan)
     if plan.inquiry == "seeds":
         return report, _seeds(device, settings, report)
     return report, _fill(device, settings, plan, message, report)
 
 
-def _seeds(device: Device, settings: RunSettings, report: pb.ClientReport) -> Weights:
+def _seeds(device: Device, settings: RunSettings, report: pb.ClientReport) -> Payload:
     """Return a few images of the labels this client lacks, and of some it does not, to hide which."""
     rng = rng_for(settings.seed, device.name, 0, "seed images")
     wanted, redundant = seed_labels(device.labels, settings, rng)
@@ -54,7 +55,8 @@ def _seeds(device: Device, settings: RunSettings, report: pb.ClientReport) -> We
     indices = np.concatenate(chosen) if chosen else np.zeros(0, np.int64)
     images = to_uint8(device.images.fetch(indices)).numpy() if len(indices) else _nothing(device)
     report.metrics.update({"seeds": len(indices), "targets": len(wanted), "redundant": len(redundant)})
-    return Weights.pack({SEED_IMAGES: images, SEED_LABELS: device.images.labels[indices].astype(np.int64)})
+    labels = device.images.labels[indices].astype(np.int64)
+    return Payload.pack({SEEDS: {SEED_IMAGES: images, SEED_LABELS: labels}})
 
 
 def _nothing(device: Device) -> np.ndarray:
@@ -63,11 +65,11 @@ def _nothing(device: Device) -> np.ndarray:
 
 def _fill(
     device: Device, settings: RunSettings, plan: pb.RoundPlan, message: Message, report: pb.ClientReport
-) -> Weights:
+) -> Payload:
     """Draw images of the labels this client lacks until it has as many as of the others."""
     from espalier.generators.conditional import ConditionalGenerator
 
-    arrays = read_sent(message, plan, settings, plan.edge).views()
+    arrays = read_downlink(message, plan, settings, plan.edge).views().get(GENERATOR, {})
     try:
         generator = ConditionalGenerator.of(arrays, len(device.images.classes), device.images.shape)
     except ValueError as error:
@@ -78,4 +80,4 @@ def _fill(
         seed = seed_for(settings.seed, device.name, 0, "fill")
         device.keep_filled(plan.run, to_uint8(generator.draw(labels, seed)).numpy(), labels)
     report.metrics["filled"] = len(labels)
-    return Weights.pack({})
+    return Payload({})

@@ -1,4 +1,4 @@
-"""What a client answers when it is asked instead of trained: losses, gradients, accuracy, statistics."""
+"""A client's answers to inquiries: losses, gradients, accuracy, statistics, samples."""
 
 from __future__ import annotations
 
@@ -7,19 +7,21 @@ import torch
 from flwr.app import Message, RecordDict
 
 from espalier.errors import WireError
-from espalier.methods.views import INQUIRIES, answer_layout
+from espalier.methods.views import IMAGES, INQUIRIES, SAMPLES, STATISTICS, answer_layouts
 from espalier.seeds import rng_for, seed_for
 from espalier.tasks.base import base_objective, dataset_gradient, dataset_loss
 from espalier.tasks.diffusion_settings import DiffusionSettings
 from espalier.training.scoring import accuracy
-from espalier.wire import control
-from espalier.wire.payload import Weights
+from espalier.wire.sections import GRADIENT, Payload, SectionId
 from espalier_client.augmentation import answer_augmentation
 from espalier_client.device import Device
 from espalier_client.privacy import check_plan
-from espalier_client.reply import pack_reply
+from espalier_client.reply import new_report, pack_reply
 from espalier_client.training import Task, arithmetic, read_task, settings_of
 from espalier_proto import espalier_pb2 as pb
+
+#: An answer's tensors by section.
+Answer = dict[SectionId, dict[str, np.ndarray]]
 
 
 def answer(device: Device, plan: pb.RoundPlan, message: Message) -> RecordDict:
@@ -45,26 +47,19 @@ def answer(device: Device, plan: pb.RoundPlan, message: Message) -> RecordDict:
 
 def _answer(device: Device, plan: pb.RoundPlan, message: Message) -> RecordDict:
     task = read_task(device, plan, message)
-    report = pb.ClientReport(
-        schema=control.SCHEMA,
-        run=plan.run,
-        window=plan.window,
-        round=plan.round,
-        client=device.name,
-        samples=len(device.images),
-        metrics=task.local.metrics,
-    )
+    report = new_report(device, plan)
+    report.metrics.update(task.local.metrics)
     arrays = _ANSWERS[plan.inquiry](device, task, report)
-    layout = answer_layout(plan.inquiry, plan.architecture, task.local.settings, plan.population)
-    return pack_reply(device, plan, report, Weights.fill(layout, arrays))
+    layouts = answer_layouts(plan.inquiry, plan.architecture, task.local.settings, plan.population)
+    return pack_reply(device, plan, report, Payload.fill(layouts, arrays))
 
 
-def _loss(device: Device, task: Task, report: pb.ClientReport) -> dict[str, np.ndarray]:
+def _loss(device: Device, task: Task, report: pb.ClientReport) -> Answer:
     report.loss = _mean_loss(device, task)
     return {}
 
 
-def _batch_loss(device: Device, task: Task, report: pb.ClientReport) -> dict[str, np.ndarray]:
+def _batch_loss(device: Device, task: Task, report: pb.ClientReport) -> Answer:
     local = task.local
     size = min(local.settings.batch_size, len(device.images))
     rng = rng_for(local.settings.seed, device.name, local.round, "batch-loss")
@@ -81,17 +76,17 @@ def _mean_loss(device: Device, task: Task, indices: np.ndarray | None = None) ->
     return dataset_loss(task.model, objective, images, place, settings.batch_size, _generator(device, task))
 
 
-def _gradient(device: Device, task: Task, report: pb.ClientReport) -> dict[str, np.ndarray]:
+def _gradient(device: Device, task: Task, report: pb.ClientReport) -> Answer:
     settings, place = task.local.settings, device.torch_device
     objective = base_objective(settings)
     objective.begin(task.model.to(place), task.local)
     found = dataset_gradient(
         task.model, objective, device.images, place, settings.batch_size, _generator(device, task)
     )
-    return {f"gradient/{name}": gradient for name, gradient in found.items()}
+    return {GRADIENT: found}
 
 
-def _accuracy(device: Device, task: Task, report: pb.ClientReport) -> dict[str, np.ndarray]:
+def _accuracy(device: Device, task: Task, report: pb.ClientReport) -> Answer:
     images = device.test_images
     if images is None or not len(images):
         report.metrics.update({"correct": 0, "total": 0})
@@ -103,7 +98,7 @@ def _accuracy(device: Device, task: Task, report: pb.ClientReport) -> dict[str, 
     return {}
 
 
-def _statistics(device: Device, task: Task, report: pb.ClientReport) -> dict[str, np.ndarray]:
+def _statistics(device: Device, task: Task, report: pb.ClientReport) -> Answer:
     from espalier.models.statistics import batch_statistics
 
     size = task.local.settings.batch_size
@@ -116,25 +111,25 @@ def _statistics(device: Device, task: Task, report: pb.ClientReport) -> dict[str
     arrays: dict[str, np.ndarray] = {}
     for path, (mean, variance, count) in found.items():
         parts = {"mean": mean, "var": variance, "count": count}
-        arrays |= {f"statistics/{path}.{k}": np.asarray(v, np.float32) for k, v in parts.items()}
-    return arrays
+        arrays |= {f"{path}.{k}": np.asarray(v, np.float32) for k, v in parts.items()}
+    return {STATISTICS: arrays}
 
 
-def _samples(device: Device, task: Task, report: pb.ClientReport) -> dict[str, np.ndarray]:
+def _samples(device: Device, task: Task, report: pb.ClientReport) -> Answer:
     from espalier.data.imageset import to_uint8
     from espalier.models.sampling import sample
 
     local = task.local
-    layout = answer_layout("samples", task.plan.architecture, local.settings, task.plan.population)
+    layouts = answer_layouts("samples", task.plan.architecture, local.settings, task.plan.population)
     settings = local.settings.of(DiffusionSettings)
     images = sample(
         task.model.to(device.torch_device),
-        count=layout.tensors[0].shape[0],
+        count=layouts[SAMPLES].tensors[0].shape[0],
         steps=settings.sample_steps,
         seed=seed_for(local.settings.seed, device.name, 0, "evaluation"),
         settings=settings,
     )
-    return {"samples/images": to_uint8(images).numpy()}
+    return {SAMPLES: {IMAGES: to_uint8(images).numpy()}}
 
 
 _ANSWERS = {

@@ -1,10 +1,10 @@
-"""A round under differential privacy: what is allowed, what is noised, and what is told of it."""
+"""A round under differential privacy: what is allowed, what is noised, and what is reported."""
 
 from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 
 import numpy as np
 
@@ -21,6 +21,8 @@ from espalier.training.privacy import (
     noise_of,
     update_mechanism,
 )
+from espalier.wire.sections import SectionId, Sections
+from espalier.wire.uplink import Key
 from espalier_client.device import Device
 from espalier_proto import espalier_pb2 as pb
 
@@ -92,7 +94,7 @@ class RoundPrivacy:
                 )
 
     def spend(self) -> None:
-        """Enter the round into the ledger, before the work: what is lost after that counts as told."""
+        """Enter the round into the ledger before the work, so that a reply that is lost counts as sent."""
         run = self._plan.run
         if self.training:
             self._device.budget.charge(run, "dp-sgd", self.training)
@@ -101,17 +103,18 @@ class RoundPrivacy:
 
     def noised(
         self,
-        arrays: dict[str, np.ndarray],
-        received: Mapping[str, np.ndarray],
-        names: Iterable[str],
+        arrays: dict[SectionId, dict[str, np.ndarray]],
+        received: Sections,
+        keys: Iterable[Key],
         buffers: frozenset[str],
-    ) -> dict[str, np.ndarray]:
+    ) -> dict[SectionId, dict[str, np.ndarray]]:
         """Return a reply's tensors, their difference to what was received clipped and noised as the run asks."""
         s = self._private
         if not s.update_clip:
             return arrays
         rng = self._device.private_rng(self._plan.round, "update")
-        return arrays | noisy_update(arrays, received, names, buffers, s.update_clip, s.update_noise, rng)
+        noisy = noisy_update(arrays, received, keys, buffers, s.update_clip, s.update_noise, rng)
+        return {section: {**tensors, **noisy.get(section, {})} for section, tensors in arrays.items()}
 
     def describe(self, report: pb.ClientReport) -> None:
         """Leave out of a report what images enter exactly, and say what was spent."""
@@ -137,14 +140,14 @@ class RoundPrivacy:
 
 
 def noisy_update(
-    arrays: Mapping[str, np.ndarray],
-    received: Mapping[str, np.ndarray],
-    names: Iterable[str],
+    arrays: Sections,
+    received: Sections,
+    keys: Iterable[Key],
     buffers: frozenset[str],
     clip: float,
     noise: float,
     rng: np.random.Generator,
-) -> dict[str, np.ndarray]:
+) -> dict[SectionId, dict[str, np.ndarray]]:
     """Return a reply whose difference to what was received is at most `clip` long, plus Gaussian noise.
 
     All tensors of the reply count as one vector. Statistics of normalisation and counters are none of it: with
@@ -152,9 +155,9 @@ def noisy_update(
 
     Parameters
     ----------
-    arrays, received : mapping of str to numpy.ndarray
+    arrays, received : mapping of SectionId to mapping of str to numpy.ndarray
         What was trained, and what it started from.
-    names : iterable of str
+    keys : iterable of (SectionId, str)
         The reply's tensors.
     buffers : frozenset of str
         Tensors of the network that are not trained.
@@ -170,23 +173,27 @@ def noisy_update(
     TrainingError
         A tensor of the reply is no difference to something received, or the update is not finite.
     """
-    names = list(names)
-    untrained = [n for n in names if n.rpartition("/")[2] in buffers]
-    moved = [n for n in names if n not in set(untrained)]
-    for name in names:
-        before = received.get(name)
-        unlike = before is None or before.shape != arrays[name].shape
-        if unlike or (name in moved and arrays[name].dtype.kind != "f"):
+    keys = list(keys)
+    moved = [key for key in keys if key[1] not in buffers]
+    for section, name in keys:
+        array, before = arrays[section][name], received.get(section, {}).get(name)
+        unlike = before is None or before.shape != array.shape
+        if unlike or (name not in buffers and array.dtype.kind != "f"):
             raise TrainingError(f"update-clip: {name!r} is no change of something that was received")
-    differences = {n: arrays[n].astype(np.float64) - received[n] for n in moved}
+    differences = {(s, n): arrays[s][n].astype(np.float64) - received[s][n] for s, n in moved}
     norm = math.sqrt(sum(float(np.square(d).sum()) for d in differences.values()))
     if not math.isfinite(norm):
         raise TrainingError("the update is not finite; lower learning-rate")
     scale = min(1.0, clip / norm) if norm else 1.0
-    result = {n: received[n] for n in untrained} if noise else {}
-    for name, difference in differences.items():
+    result: dict[SectionId, dict[str, np.ndarray]] = {}
+    if noise:
+        for section, name in keys:
+            if name in buffers:
+                result.setdefault(section, {})[name] = received[section][name]
+    for (section, name), difference in differences.items():
         change = scale * difference
         if noise:
             change += noise * clip * rng.standard_normal(difference.shape)
-        result[name] = (received[name] + change).astype(arrays[name].dtype)
+        noisy = (received[section][name] + change).astype(arrays[section][name].dtype)
+        result.setdefault(section, {})[name] = noisy
     return result

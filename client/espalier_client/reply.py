@@ -1,35 +1,44 @@
-"""Packing a reply at a device: its report, its payload, its size and the signature over both."""
+"""Builds a device's replies: the report, the payload, and the signature over both."""
 
 from __future__ import annotations
 
 from flwr.app import RecordDict
 
-from espalier.flower.arrays import payload_bytes
-from espalier.flower.payloads import content_id
 from espalier.wire import control
-from espalier.wire.payload import Weights
-from espalier.wire.signature import sign, statement_of
+from espalier.wire.sections import Payload
+from espalier.wire.signature import payload_digest, sign, statement_of
 from espalier_client.device import Device
 from espalier_proto import espalier_pb2 as pb
 
 
-def pack_reply(device: Device, plan: pb.RoundPlan, report: pb.ClientReport, weights: Weights) -> RecordDict:
-    """Return the content of a device's reply to a plan, signed with its node key where it has one.
+def new_report(device: Device, plan: pb.RoundPlan) -> pb.ClientReport:
+    """Return the report of a reply to a plan, with what every report says."""
+    return pb.ClientReport(
+        schema=control.SCHEMA,
+        run=plan.run,
+        window=plan.window,
+        round=plan.round,
+        client=device.name,
+        samples=len(device.images),
+    )
+
+
+def pack_reply(device: Device, plan: pb.RoundPlan, report: pb.ClientReport, payload: Payload) -> RecordDict:
+    """Return the content of a device's reply to a plan, signed with its node key if it has one.
 
     Parameters
     ----------
     device : Device
         This device.
     plan : pb.RoundPlan
-        What is answered.
+        The plan that is answered.
     report : pb.ClientReport
-        The report; its `signed` and `up_bytes` are filled in.
-    weights : Weights
-        The payload.
+        The report; its `signed` is filled in.
+    payload : Payload
+        The tensors.
     """
-    record = weights.to_record()
+    payload = payload.frozen()
     if device.node_key is not None:
-        report.signed.CopyFrom(sign(statement_of(plan, report, content_id(record)), device.node_key))
-    content = control.report_content(report, record, report.samples, report.loss)
-    report.up_bytes = payload_bytes(content)
-    return control.report_content(report, record, report.samples, report.loss)
+        statement = statement_of(plan, report, payload_digest(payload.to_records()))
+        report.signed.CopyFrom(sign(statement, device.node_key))
+    return control.report_content(report, payload, report.samples, report.loss)

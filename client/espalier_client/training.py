@@ -32,12 +32,12 @@ from espalier.training.privacy import Mechanism, PrivacySettings
 from espalier.training.trainer import train_local
 from espalier.wire import control
 from espalier.wire.codec import Codec, create_codec
-from espalier.wire.payload import Layout, Weights
-from espalier.wire.sent import read_sent
-from espalier.wire.update import UpdateForm
+from espalier.wire.downlink import read_downlink
+from espalier.wire.sections import MODEL, Layouts, Payload, Sections
+from espalier.wire.uplink import UplinkEncoding
 from espalier_client.device import Device
 from espalier_client.privacy import RoundPrivacy, check_plan
-from espalier_client.reply import pack_reply
+from espalier_client.reply import new_report, pack_reply
 from espalier_proto import espalier_pb2 as pb
 
 if TYPE_CHECKING:
@@ -49,7 +49,7 @@ STATE = "espalier.state"
 
 @dataclass
 class Task:
-    """A plan that was found sound: what an edge wants, and with which network.
+    """A validated plan with the network that it is about.
 
     Attributes
     ----------
@@ -57,7 +57,7 @@ class Task:
         The plan.
     method : Method
         The run's method.
-    received : Weights
+    received : Payload
         The payload.
     local : LocalRound
         What training or an answer starts from; `local.state` is the device's own.
@@ -67,7 +67,7 @@ class Task:
 
     plan: pb.RoundPlan
     method: Method
-    received: Weights
+    received: Payload
     local: LocalRound
     model: nn.Module
 
@@ -83,8 +83,9 @@ def read_task(device: Device, plan: pb.RoundPlan, message: Message) -> Task:
     check_address(device, plan)
     settings = settings_of(plan)
     check_plan(device, plan, settings)
-    received = read_sent(message, plan, settings, plan.edge)
-    known = {*received.layout.names, *(t.name for t in plan.architecture.tensors)}
+    received = read_downlink(message, plan, settings, plan.edge)
+    sent = received.layouts.get(MODEL)
+    known = {*(sent.names if sent else ()), *(t.name for t in plan.architecture.tensors)}
     if strange := set(plan.returns) - known:  # before anything is trained, or spent
         raise WireError(plan.edge, f"the tensor {min(strange)!r} is to come back, and was not sent")
     state = device.load_state(plan.run, plan.start, exact=settings.reproducible)
@@ -166,25 +167,16 @@ def _train_round(device: Device, task: Task) -> RecordDict:
     privacy = RoundPrivacy(device, plan, local.settings, len(method.data(local)))
     privacy.spend()
     objective, result = train(device, method, task.model, local, privacy.training)
-    arrays = method.publish(model_arrays(task.model), local) | objective.extra()
-    report = pb.ClientReport(
-        schema=control.SCHEMA,
-        run=plan.run,
-        window=plan.window,
-        round=plan.round,
-        client=device.name,
-        samples=len(device.images),
-        steps=result.steps,
-        loss=result.loss,
-        seconds=result.seconds,
-        cpu_seconds=result.cpu_seconds,
-        metrics=result.metrics | local.metrics | {"lr-sum": result.lr_sum},
-    )
+    arrays = {**method.publish(model_arrays(task.model), local), **objective.extra()}
+    report = new_report(device, plan)
+    report.steps, report.loss = result.steps, result.loss
+    report.seconds, report.cpu_seconds = result.seconds, result.cpu_seconds
+    report.metrics.update(result.metrics | local.metrics | {"lr-sum": result.lr_sum})
     method.describe_reply(objective, task.model, report)
-    form = update_form(method, plan, task.received.layout, report)
-    arrays = privacy.noised(arrays, received, form.names, buffers_of(plan.architecture))
+    encoding = uplink_encoding(method, plan, task.received.layouts, report)
+    arrays = privacy.noised(arrays, received, encoding.keys, buffers_of(plan.architecture))
     rng = rng_for(local.settings.seed, device.name, plan.round, "codec")
-    payload, decoded = form.encode(arrays, received, rng)
+    payload, decoded = encoding.encode(arrays, received, rng)
     further = objective.end(task.model, result, as_read(task.model, decoded, received))
     report.metrics.update(further)
     privacy.describe(report)
@@ -194,33 +186,28 @@ def _train_round(device: Device, task: Task) -> RecordDict:
     return pack_reply(device, plan, report, payload)
 
 
-def update_form(method: Method, plan: pb.RoundPlan, received: Layout, report: pb.ClientReport) -> UpdateForm:
-    """Return how the reply to a plan lies on the link."""
+def uplink_encoding(
+    method: Method, plan: pb.RoundPlan, received: Layouts, report: pb.ClientReport
+) -> UplinkEncoding:
+    """Return how the reply to a plan is encoded on the link."""
     names = tuple(plan.returns) or tuple(t.name for t in plan.architecture.tensors)
     codec_name = method.chosen(method.settings, "codec")
     codec: Codec | None = None if codec_name == "none" else create_codec(method.settings, codec_name)
-    returned = method.reply_layout(plan.architecture, received, names, report)
-    return UpdateForm(returned, received, buffers_of(plan.architecture), codec)
+    returned = method.reply_layouts(plan.architecture, received, names, report)
+    return UplinkEncoding(returned, received, buffers_of(plan.architecture), codec)
 
 
-def as_read(
-    model: nn.Module,
-    decoded: Mapping[str, np.ndarray],
-    received: Mapping[str, np.ndarray],
-) -> dict[str, torch.Tensor]:
+def as_read(model: nn.Module, decoded: Sections, received: Sections) -> dict[str, torch.Tensor]:
     """Return the network's tensors as the servers read them.
 
-    What a codec rounded is what was decoded; a tensor that left under another name (a cluster's) or
-    not at all is the trained one.
+    A tensor that a codec rounded is the decoded one; one that left in a section of its own (a cluster's) is found
+    there; one that did not leave is the trained one.
     """
-    aliases: dict[str, str] = {}
-    for sent in decoded:
-        aliases.setdefault(sent.rpartition("/")[2], sent)
+    coded = [decoded[section] for section in sorted(decoded, key=lambda s: s != MODEL) if section in received]
     tensors = {}
     for name, tensor in model.state_dict().items():
-        key = name if name in decoded else aliases.get(name)
-        coded = key is not None and key in received
-        tensors[name] = to_tensor(decoded[key]) if coded and key else tensor.detach().cpu()
+        array = next((arrays[name] for arrays in coded if name in arrays), None)
+        tensors[name] = tensor.detach().cpu() if array is None else to_tensor(array)
     return tensors
 
 
@@ -242,7 +229,7 @@ def train_plain(
     arrays = before if isinstance(before, ArrayRecord) else ArrayRecord()
     state = {name: np.array(numpy_view(array)) for name, array in arrays.items()}
     method = create_method(settings)
-    local = local_round(device, settings, round_, model_arrays(model), state)
+    local = local_round(device, settings, round_, {MODEL: model_arrays(model)}, state)
     local.architecture = describe(model)
     objective, result = train(device, method, model, local)
     objective.end(model, result, {n: t.detach().cpu() for n, t in model.state_dict().items()})
@@ -268,10 +255,10 @@ def evaluate_plain(
 def train(
     device: Device, method: Method, model: nn.Module, local: LocalRound, private: Mechanism | None = None
 ) -> tuple[Objective, LocalResult]:
-    """Train a model in place; every random number hangs on (run seed, client name, round, purpose).
+    """Train a model in place; all randomness derives from (run seed, client name, round, purpose).
 
-    With a mechanism of DP-SGD they hang on a secret of the device instead: the run's seed would tell every server
-    the noise.
+    With a mechanism of DP-SGD it derives from a secret of the device instead: servers know the run's seed and could
+    compute the noise.
     """
     objective = method.objective_for(local)
     if private is not None:
@@ -296,16 +283,16 @@ def local_round(
     device: Device,
     settings: RunSettings,
     round_: int,
-    received: Mapping[str, np.ndarray],
+    received: Sections,
     state: dict[str, np.ndarray],
 ) -> LocalRound:
-    """Return what this device knows when it trains or answers; the arrays of `state` are given away to it."""
+    """Return the inputs of a training or an answer; the round owns the arrays of `state`."""
     return LocalRound(
         settings=settings,
         round=round_,
         name=device.name,
-        received={n: to_tensor(a) for n, a in received.items() if "/" not in n},
-        aux={n: a for n, a in received.items() if "/" in n},
+        received={n: to_tensor(a) for n, a in received.get(MODEL, {}).items()},
+        sections={section: arrays for section, arrays in received.items() if section != MODEL},
         state=state,
         labels=device.labels,
         data=device.images,

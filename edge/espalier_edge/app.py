@@ -19,9 +19,9 @@ from espalier.flower.resident import Fab
 from espalier.monitor.logs import bind
 from espalier.security.name_registry import CLIENT_NAMES, Claims, NameRegistry
 from espalier.wire import control
+from espalier.wire.downlink import read_downlink
 from espalier.wire.hello import device_facts
-from espalier.wire.payload import Weights
-from espalier.wire.sent import read_sent
+from espalier.wire.sections import Payload
 from espalier_edge.fleet.server import InlineFleet, InlineGrid
 from espalier_edge.monitor import EdgeTotals
 from espalier_edge.pace import Pace
@@ -32,12 +32,12 @@ from espalier_proto import espalier_pb2 as pb
 
 log = logging.getLogger("espalier.edge")
 
-#: Handled beside a running window.
+#: Handled while a window runs.
 SIDE_TYPES = frozenset({control.HELLO, control.REFUSAL, control.PROGRESS, control.DONE})
 
 
 class Cloud(Protocol):
-    """What the edge asks its cloud beside the messages; run ids are Flower's."""
+    """Requests of the edge to its cloud; run ids are Flower's."""
 
     def fetch_fab(self, run_id: int) -> Fab | None:
         """Return the app's bundle of a run, None without one."""
@@ -127,7 +127,7 @@ class EdgeApp:
     def _run_window(self, data: bytes, message: Message, context: Context) -> RecordDict:
         plan = control.decode(pb.WindowPlan, data, "cloud")
         settings = settings_of(plan)
-        weights = read_sent(message, plan, settings, "cloud", send_on=True)
+        payload = read_downlink(message, plan, settings, "cloud", send_on=True)
         grid = self._serve(plan.run, message, context)
         metadata = message.metadata
         self.progress = EdgeProgress(
@@ -139,19 +139,19 @@ class EdgeApp:
         log.info("run %s window %d: %d rounds", plan.run, plan.window, len(plan.rounds))
         self.roster.refresh(grid, self._request, CLIENT_HELLO)
         trim_heap()  # what starting and hellos left: a big payload's round is where the room is needed
-        window = EdgeWindow(self.name, plan, weights, grid, self.roster, self.progress, self._pace, settings)
+        window = EdgeWindow(self.name, plan, payload, grid, self.roster, self.progress, self._pace, settings)
         with bind(run=plan.run, window=plan.window):
             if plan.inquiry:
                 return self._window_content(*window.inquire())
-            report, tally = window.run()
-        del window  # its sums are in what it reports
+            report, sums = window.run()
+        del window  # its sums are in its report
         trim_heap()
         self.roster.refresh(grid, self._request, CLIENT_HELLO)
         report.roster.CopyFrom(self._edge_hello())
-        return self._window_content(report, tally)
+        return self._window_content(report, sums)
 
     def _learn(self, message: Message) -> None:
-        """Take note of what the cloud is at, as far as its message says."""
+        """Read which run and window the cloud works on, as far as its message says."""
         about, metadata = control.config_of(message, control.CONFIG) or ConfigRecord(), message.metadata
         window = about.get("window", 0)
         self.progress.learn(
@@ -161,13 +161,10 @@ class EdgeApp:
             metadata.created_at,
         )
 
-    def _window_content(self, report: pb.EdgeReport, weights: Weights) -> RecordDict:
+    def _window_content(self, report: pb.EdgeReport, payload: Payload) -> RecordDict:
         loss = report.rounds[-1].loss if report.rounds else 0.0
-        arrays = weights.to_record()
-        content = control.report_content(report, arrays, report.samples, loss)
-        report.up_bytes = payload_bytes(content)
-        self.totals.add(report)
-        content[control.REPORT] = ConfigRecord({control.PLAN: report.SerializeToString()})
+        content = control.report_content(report, payload, report.samples, loss)
+        self.totals.add(report, payload_bytes(content))
         return content
 
     # --- hello -------------------------------------------------------------------------------------

@@ -8,23 +8,23 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
-from flwr.app import ArrayRecord, ConfigRecord, Message, RecordDict
+from flwr.app import Message
 
 from espalier.config.reproducible import in_order
 from espalier.errors import UNSOUND, WireError, unsound
 from espalier.flower.arrays import payload_bytes
-from espalier.flower.payloads import content_id
 from espalier.flower.reply_outcome import fault_kind
 from espalier.methods.base import Method, Update
-from espalier.methods.state import ServerState
-from espalier.methods.views import Sent, answer_layout, buffers_of, whole_view
+from espalier.methods.state import ServerState, architecture_layout
+from espalier.methods.views import ClientView, answer_layouts, buffers_of, whole_view
 from espalier.training.privacy import PrivacySettings
 from espalier.wire import control
 from espalier.wire.codec import Codec, CodecSettings, create_codec
+from espalier.wire.downlink import DownlinkEncoding
 from espalier.wire.payload import Layout
-from espalier.wire.sent import SentForm
-from espalier.wire.signature import UNSIGNED, check
-from espalier.wire.update import UpdateForm
+from espalier.wire.sections import MODEL, PEER, difference, layouts_from_proto, layouts_to_proto
+from espalier.wire.signature import UNSIGNED, check, payload_digest
+from espalier.wire.uplink import UplinkEncoding
 from espalier_edge.fleet.server import InlineGrid
 from espalier_edge.pace import Pace, work_of
 from espalier_edge.roster import Known, Roster
@@ -35,7 +35,7 @@ log = logging.getLogger("espalier.edge")
 
 @dataclass(frozen=True)
 class Answered:
-    """A client's reply that was found sound."""
+    """A client's reply that passed validation."""
 
     report: pb.ClientReport
     update: Update
@@ -59,7 +59,7 @@ class Caller:
     report : pb.EdgeReport
         Takes the faults and the bytes.
     cancelled : callable
-        Whether nobody waits for the window any more.
+        Whether the cloud has given up the window.
     pace : Pace, optional
         How long clients took so far.
     """
@@ -132,7 +132,7 @@ class Caller:
     def _answers(
         self,
         plans: Mapping[str, pb.RoundPlan],
-        sent: Mapping[str, Sent],
+        sent: Mapping[str, ClientView],
         called: Mapping[str, Known],
         round_: int,
         inquiry: str,
@@ -166,11 +166,11 @@ class Caller:
                 self._pace.missed(name, works[name], deadline)
             self.fault(name, "straggler", f"no reply within {deadline:.3g} s", round_)
 
-    def _works(self, called: Mapping[str, Known], sent: Mapping[str, Sent]) -> dict[str, float]:
+    def _works(self, called: Mapping[str, Known], sent: Mapping[str, ClientView]) -> dict[str, float]:
         """Return what each client has to do."""
         settings = self.method.settings
         return {
-            name: work_of(settings, known.hello.samples, sent[name].weights.layout.nbytes)
+            name: work_of(settings, known.hello.samples, sent[name].payload.nbytes)
             for name, known in called.items()
         }
 
@@ -196,7 +196,7 @@ class Caller:
 
     # --- down --------------------------------------------------------------------------------------
 
-    def _views(self, server: ServerState, participants: Sequence[pb.Participant]) -> dict[str, Sent]:
+    def _views(self, server: ServerState, participants: Sequence[pb.Participant]) -> dict[str, ClientView]:
         """Cut every view that is needed once."""
         found = {}
         for key in {p.view for p in participants}:
@@ -206,18 +206,19 @@ class Caller:
                 found[key] = self.method.cut(key, self.plan.views[key], server)
             else:
                 found[key] = whole_view(server, self.method.server_sections)
-        return {key: self._coded(sent) for key, sent in found.items()}
+        return {key: self._encoded(view) for key, view in found.items()}
 
-    def _coded(self, sent: Sent) -> Sent:
-        """Return a view with its tensors as clients will read them, and as they lie on the link."""
+    def _encoded(self, view: ClientView) -> ClientView:
+        """Return a view with its tensors as clients will read them, and in the form that is sent."""
         settings = self.method.settings
         if settings.of(CodecSettings).downlink == "none":
-            return sent
-        coded, read = SentForm(sent.weights.layout, sent.architecture, settings).encode(sent.weights)
-        return replace(sent, weights=read, coded=coded)
+            return replace(view, payload=view.payload.frozen())
+        encoding = DownlinkEncoding(view.payload.layouts, view.architecture, settings)
+        coded, read = encoding.encode(view.payload)
+        return replace(view, payload=read, coded=coded.frozen())
 
     def _round_plan(
-        self, round_: int, client: str, start: pb.Version, sent: Sent, inquiry: str
+        self, round_: int, client: str, start: pb.Version, sent: ClientView, inquiry: str
     ) -> pb.RoundPlan:
         """Tell one client what to do, and from which state of its own."""
         return pb.RoundPlan(
@@ -231,7 +232,7 @@ class Caller:
             checkpoint_window=self.plan.checkpoint_window,
             settings=self.plan.settings,
             architecture=sent.architecture,
-            layout=sent.weights.layout.to_proto(),
+            sections=self._sections(sent),
             population=self.plan.population,
             returns=sent.returns,
             inquiry=inquiry,
@@ -239,26 +240,26 @@ class Caller:
             nonce=self.plan.nonce,
         )
 
-    def _peers(self, sent: Sent) -> dict[str, pb.ArchitectureSpec]:
+    @staticmethod
+    def _sections(sent: ClientView) -> list[pb.Section]:
+        """Return what the plan says of the payload: nothing where it is the architecture's tensors in order."""
+        layouts = sent.payload.layouts
+        if layouts == {MODEL: architecture_layout(sent.architecture)}:
+            return []
+        return layouts_to_proto(layouts or {MODEL: Layout(())})
+
+    def _peers(self, sent: ClientView) -> dict[str, pb.ArchitectureSpec]:
         """Return the clients' own networks of which a copy is sent."""
-        owners = {n.split("/")[1] for n in sent.weights.layout.names if n.startswith("peer/")}
+        owners = {section.member for section in sent.payload if section.name == PEER}
         return {client: spec for client, spec in self._server_peers.items() if client in owners}
 
     def _messages(
-        self, plans: Mapping[str, pb.RoundPlan], sent: Mapping[str, Sent], called: Mapping[str, Known]
+        self, plans: Mapping[str, pb.RoundPlan], sent: Mapping[str, ClientView], called: Mapping[str, Known]
     ) -> Iterator[Message]:
         """Yield one message a client; those of one view share a payload, which is stored and hashed once."""
-        records: dict[int, ArrayRecord] = {}
         for name, plan in plans.items():
             part = sent[name]
-            if id(part) not in records:
-                records[id(part)] = (part.coded or part.weights).to_record()
-            content = RecordDict(
-                {
-                    control.ARRAYS: records[id(part)],
-                    control.CONFIG: ConfigRecord({control.PLAN: plan.SerializeToString()}),
-                }
-            )
+            content = control.plan_content(plan, part.coded or part.payload)
             self.report.client_edge.down_bytes += payload_bytes(content)
             self.report.client_edge.messages += 1
             kind = control.INQUIRY if plan.inquiry else control.TRAIN
@@ -288,8 +289,7 @@ class Caller:
         told = [] if untold else [report.loss]
         if not np.isfinite([*told, *report.metrics.values()]).all():
             raise WireError(name, "a loss or another metric that is not a number")
-        # No signature covers it, and it is added up: nobody sends more than what came.
-        report.up_bytes = min(report.up_bytes, payload_bytes(reply.content))
+        report.up_bytes = payload_bytes(reply.content)
         return report
 
     def _check_signature(
@@ -300,20 +300,18 @@ class Caller:
             if self.method.settings.require_signatures:
                 raise WireError(report.client, UNSIGNED)
             return
-        record = reply.content.get(control.ARRAYS)
-        if not isinstance(record, ArrayRecord):
-            raise WireError(report.client, "no payload in the message")
-        check(plan, report, content_id(record), known.hello.public_key)
+        digest = payload_digest(control.array_records(reply.content))
+        check(plan, report, digest, known.hello.public_key)
 
     def _read_update(
-        self, reply: Message, report: pb.ClientReport, plan: pb.RoundPlan, sent: Sent, known: Known
+        self, reply: Message, report: pb.ClientReport, plan: pb.RoundPlan, sent: ClientView, known: Known
     ) -> Update:
-        """Validate and decode the tensors of a reply, and give them their names at the server."""
-        name, received = report.client, sent.weights.views()
+        """Validate and decode the tensors of a reply, and sort them into the server's sections."""
+        name, received = report.client, sent.payload.views()
         metrics = {**report.metrics, "loss": report.loss, "steps": report.steps}
         try:
             returned = (
-                answer_layout(
+                answer_layouts(
                     plan.inquiry,
                     sent.architecture,
                     self.method.settings,
@@ -322,25 +320,28 @@ class Caller:
                     tuple(known.hello.image_shape),
                 )
                 if plan.inquiry
-                else self.method.reply_layout(sent.architecture, sent.weights.layout, sent.returns, report)
+                else self.method.reply_layouts(sent.architecture, sent.payload.layouts, sent.returns, report)
             )
         except UNSOUND as error:
             raise WireError(name, unsound(error)) from error
-        form = UpdateForm(
-            returned, sent.weights.layout, buffers_of(sent.architecture), None if plan.inquiry else self.codec
+        encoding = UplinkEncoding(
+            returned,
+            sent.payload.layouts,
+            buffers_of(sent.architecture),
+            None if plan.inquiry else self.codec,
         )
-        claimed: Layout = control.reply_layout(report, form.wire, name)
-        if fault := form.wire.difference(claimed):
+        claimed = layouts_from_proto(report.sections, name) if report.sections else encoding.wire
+        if fault := difference(encoding.wire, claimed):
             raise WireError(name, fault)
-        arrays = form.decode(control.read_weights(reply, form.wire, name), received, name)
-        own = [n for n in arrays if n in received]
+        arrays = encoding.decode(control.read_payload(reply, encoding.wire, name), received, name)
+        own = {section: tensors for section, tensors in arrays.items() if section in received}
         return Update(
             name=name,
-            arrays={sent.at_server(n): arrays[n] for n in own},
-            received={sent.at_server(n): received[n] for n in own},
+            sections=sent.at_server(own),
+            received=sent.at_server({s: {n: received[s][n] for n in own[s]} for s in own}),
             samples=report.samples,
             labels=known.labels,
             metrics=metrics,
-            extra={n: a for n, a in arrays.items() if n not in received},
+            extra={section: tensors for section, tensors in arrays.items() if section not in received},
             report=report,
         )

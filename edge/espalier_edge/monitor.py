@@ -33,14 +33,14 @@ class EdgeTotals:
         self._newest: deque[mpb.FaultNote] = deque(maxlen=FAULTS_SHOWN)
         self._last: dict[str, pb.ClientReport] = {}
 
-    def add(self, report: pb.EdgeReport) -> None:
-        """Count a completed window."""
+    def add(self, report: pb.EdgeReport, up_bytes: int) -> None:
+        """Count a window that ended, and the payload bytes of its report."""
         with self._lock:
             totals, below = self._totals, self._links[CLIENT_EDGE]
             below.up_bytes += report.client_edge.up_bytes
             below.down_bytes += report.client_edge.down_bytes
             below.messages += report.client_edge.messages
-            self._links[EDGE_CLOUD].up_bytes += report.up_bytes
+            self._links[EDGE_CLOUD].up_bytes += up_bytes
             self._links[EDGE_CLOUD].messages += 1
             totals.windows += 1
             totals.rounds += len(report.rounds)

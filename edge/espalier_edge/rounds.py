@@ -1,4 +1,4 @@
-"""A window at an edge: its rounds with its clients, added up as the replies arrive."""
+"""A window at an edge: its rounds with its clients, aggregated as the replies arrive."""
 
 from __future__ import annotations
 
@@ -13,18 +13,18 @@ import numpy as np
 
 from espalier.config.run_settings import RunSettings
 from espalier.errors import UNSOUND, ConfigError, EspalierError, WireError, unsound
+from espalier.methods.aggregate import Aggregate
 from espalier.methods.power_of_choice import PowD, rating
 from espalier.methods.registry import create_method
 from espalier.methods.run_config import RunConfig
 from espalier.methods.selection import shares, top
 from espalier.methods.state import ServerState
-from espalier.methods.tally import Tally
 from espalier.methods.views import buffers_of
 from espalier.seeds import rng_for
 from espalier.wire import control
 from espalier.wire.codec import CodecSettings, create_codec
-from espalier.wire.payload import Weights
-from espalier.wire.update import UpdateForm
+from espalier.wire.sections import Payload, layouts_to_proto
+from espalier.wire.uplink import UplinkEncoding
 from espalier_edge.calls import Answered, Caller
 from espalier_edge.fleet.server import InlineGrid
 from espalier_edge.pace import Pace
@@ -86,7 +86,7 @@ class EdgeWindow:
     """One window of one edge.
 
     Between its rounds the edge is a server of its own: it moves its tensors on by the method's step.
-    What it reports is not the moved model but the window's tally, so that the cloud takes the step
+    What it reports is not the moved model but the window's aggregate, so that the cloud takes the step
     over all clients; with one round a window this is flat federated learning.
 
     Parameters
@@ -95,14 +95,14 @@ class EdgeWindow:
         This edge's name.
     plan : pb.WindowPlan
         The cloud's plan; the parts of other edges are passed over.
-    weights : Weights
+    payload : Payload
         The cloud's tensors to start from.
     grid : InlineGrid
         The run's grid.
     roster : Roster
         The clients below this edge.
     progress : EdgeProgress
-        Kept up to date for onlookers.
+        Updated while the window runs; monitoring reads it.
     pace : Pace, optional
         How long clients took in earlier windows.
     settings : RunSettings, optional
@@ -113,7 +113,7 @@ class EdgeWindow:
         self,
         edge: str,
         plan: pb.WindowPlan,
-        weights: Weights,
+        payload: Payload,
         grid: InlineGrid,
         roster: Roster,
         progress: EdgeProgress,
@@ -122,29 +122,29 @@ class EdgeWindow:
     ) -> None:
         self.edge, self.plan, self.progress = edge, plan, progress
         self.method = create_method(settings_of(plan) if settings is None else settings)
-        self.server = ServerState(plan.architecture, weights, max(plan.population, 1), peers=dict(plan.peers))
-        self.tally = Tally(weights.layout)
+        self.server = ServerState(plan.architecture, payload, max(plan.population, 1), peers=dict(plan.peers))
+        self.aggregate = Aggregate(payload.layouts)
         self.report = pb.EdgeReport(schema=control.SCHEMA, run=plan.run, window=plan.window, edge=edge)
         self.caller = Caller(
             edge, plan, self.method, grid, roster, self.report, progress.overtaken.is_set, pace
         )
-        self._received = weights
+        self._received = payload
         self._grid, self._roster = grid, roster
         self._labels: np.ndarray | None = None
         self._reached: dict[str, pb.Version] = {}
-        # What a client had started a round from that came to nothing, by client, window and round.
-        self._vain: dict[tuple[str, int, int], pb.Version] = {}
+        # The state from which a client started a discarded round, by client, window and round.
+        self._discarded: dict[tuple[str, int, int], pb.Version] = {}
         self._late = grid.late
 
-    def run(self) -> tuple[pb.EdgeReport, Weights]:
+    def run(self) -> tuple[pb.EdgeReport, Payload]:
         """Run the window's rounds.
 
         Returns
         -------
         pb.EdgeReport
             Samples, labels, who took part, losses, bytes and faults.
-        Weights
-            The tally of the window; a round in which too few replied adds nothing to it.
+        Payload
+            The aggregate of the window; a round in which too few clients replied adds nothing to it.
         """
         start = time.monotonic()
         for schedule in self.plan.rounds:
@@ -166,7 +166,7 @@ class EdgeWindow:
         if self.progress.overtaken.is_set():
             raise EspalierError(f"the cloud went on without window {self.plan.window}")
 
-    def inquire(self) -> tuple[pb.EdgeReport, Weights]:
+    def inquire(self) -> tuple[pb.EdgeReport, Payload]:
         """Ask the plan's participants what it wants to know, and pass on what they answer."""
         start = time.monotonic()
         schedule = self.plan.rounds[0]
@@ -175,7 +175,7 @@ class EdgeWindow:
         for answer in self._ask(self.plan.inquiry, schedule.round, mine):
             record.clients.append(_brief(answer.report))
             if answer.update.extra:
-                self.tally.forward(answer.update.name, answer.update.extra)
+                self.aggregate.forward(answer.update.name, answer.update.extra)
         return self._close(start)
 
     def _round(self, round_: int, participants: list[pb.Participant]) -> None:
@@ -184,12 +184,12 @@ class EdgeWindow:
         record = self.report.rounds.add(round=round_)
         self.progress.round, self.progress.done = round_, []
         self.progress.training = sorted(p.client for p in participants)
-        tally, labels = Tally(self.server.weights.layout), []
+        aggregate, labels = Aggregate(self.server.payload.layouts), []
         starts = {p.client: self._start(p) for p in participants}
         for answer in self.caller.call(participants, starts, round_, self.server):
             report, update = answer.report, answer.update
             try:
-                self.method.add(tally, update, self.server)
+                self.method.add(aggregate, update, self.server)
             except UNSOUND as error:
                 self.caller.fault(update.name, "refused", unsound(error), round_)
                 continue
@@ -201,12 +201,12 @@ class EdgeWindow:
         if len(record.clients) < max(self.plan.quorum, 1):
             detail = f"{len(record.clients)} usable replies, quorum {self.plan.quorum}"
             self.caller.fault(self.edge, "quorum", detail, round_)
-            # Who trained in vain goes on from what it kept before; so the cloud must not read it took part.
+            # Clients of a discarded round resume from their previous state, so they must not be reported.
             record.ClearField("clients")
-            self._note_vain(starts, round_)
+            self._note_discarded(starts, round_)
             return
         counted = {c.client for c in record.clients}
-        self._note_vain({c: start for c, start in starts.items() if c not in counted}, round_)
+        self._note_discarded({c: start for c, start in starts.items() if c not in counted}, round_)
         samples = sum(c.samples for c in record.clients)
         self.report.samples += samples
         self.report.last_round_samples = samples
@@ -220,21 +220,21 @@ class EdgeWindow:
         self.progress.loss = 0.0 if math.isnan(record.loss) else record.loss  # untold under privacy
         self.server.round = round_
         if round_ != self.plan.rounds[-1].round:
-            self.method.step(self.server, tally)
-            self.server.weights = self.server.weights.frozen()
-        self.tally = self.method.gather(self.tally, tally)
+            self.method.step(self.server, aggregate)
+            self.server.payload = self.server.payload.frozen()
+        self.aggregate = self.method.gather(self.aggregate, aggregate)
 
     def _start(self, participant: pb.Participant) -> pb.Version:
         """Return the state a client goes on from: the plan supposes that every round before counted."""
         known = (participant.start, self._reached.get(participant.client, participant.start))
         start = max(known, key=lambda v: (v.window, v.round))
-        while (key := (participant.client, start.window, start.round)) in self._vain:
-            start = self._vain[key]
+        while (key := (participant.client, start.window, start.round)) in self._discarded:
+            start = self._discarded[key]
         return start
 
-    def _note_vain(self, starts: Mapping[str, pb.Version], round_: int) -> None:
+    def _note_discarded(self, starts: Mapping[str, pb.Version], round_: int) -> None:
         for client, start in starts.items():
-            self._vain[client, self.plan.window, round_] = start
+            self._discarded[client, self.plan.window, round_] = start
 
     def _best(self, schedule: pb.RoundSchedule, candidates: list[pb.Participant]) -> list[pb.Participant]:
         """Keep this edge's share of a round's clients: those of largest loss under its own tensors."""
@@ -252,26 +252,27 @@ class EdgeWindow:
         starts = {p.client: self._start(p) for p in participants}
         return list(self.caller.call(participants, starts, round_, self.server, inquiry=kind))
 
-    def _close(self, start: float) -> tuple[pb.EdgeReport, Weights]:
+    def _close(self, start: float) -> tuple[pb.EdgeReport, Payload]:
         if late := self._grid.late - self._late:
             detail = f"{late} replies came after their deadline and were dropped"
             self.caller.fault("clients", "late", detail, 0)
         settings, received = self.method.settings, self._received
         name = settings.of(CodecSettings).edge_codec
         codec = None if name == "none" else create_codec(settings, name)
-        # A coordinate that nobody held is no difference.
-        weights, scalars = self.tally.report(received.views() if codec else None)
+        # A coordinate that no client held is no difference.
+        payload, scalars = self.aggregate.report(received.views() if codec else None)
         self.report.metrics.update(scalars)
-        self.report.layout.CopyFrom(weights.layout.to_proto())
+        self.report.sections.extend(layouts_to_proto(payload.layouts))
         if codec:
-            form = UpdateForm(weights.layout, received.layout, buffers_of(self.plan.architecture), codec)
+            buffers = buffers_of(self.plan.architecture)
+            encoding = UplinkEncoding(payload.layouts, received.layouts, buffers, codec)
             rng = rng_for(settings.seed, self.edge, self.plan.window, "edge codec")
-            weights = form.payload(weights.views(), received.views(), rng)
+            payload = encoding.payload(payload.views(), received.views(), rng)
         self.report.seconds = time.monotonic() - start
-        return self.report, weights
+        return self.report, payload
 
     def _count(self, report: pb.ClientReport) -> None:
-        """Tell onlookers of an accepted reply."""
+        """Update the progress by an accepted reply."""
         self.progress.done.append(report.client)
         if report.client in self.progress.training:
             self.progress.training.remove(report.client)
@@ -290,6 +291,6 @@ def _brief(report: pb.ClientReport) -> pb.ClientReport:
     """Return a client's report without what only its edge needs."""
     brief = pb.ClientReport()
     brief.CopyFrom(report)
-    for read_here in ("layout", "table", "architecture"):
+    for read_here in ("sections", "table", "architecture"):
         brief.ClearField(read_here)
     return brief

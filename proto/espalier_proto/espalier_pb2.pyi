@@ -33,6 +33,26 @@ class Layout(_message.Message):
     tensors: _containers.RepeatedCompositeFieldContainer[TensorSpec]
     def __init__(self, tensors: _Optional[_Iterable[_Union[TensorSpec, _Mapping]]] = ...) -> None: ...
 
+class SectionName(_message.Message):
+    __slots__ = ("name", "member")
+    NAME_FIELD_NUMBER: _ClassVar[int]
+    MEMBER_FIELD_NUMBER: _ClassVar[int]
+    name: str
+    member: str
+    def __init__(self, name: _Optional[str] = ..., member: _Optional[str] = ...) -> None: ...
+
+class Section(_message.Message):
+    __slots__ = ("name", "member", "record", "layout")
+    NAME_FIELD_NUMBER: _ClassVar[int]
+    MEMBER_FIELD_NUMBER: _ClassVar[int]
+    RECORD_FIELD_NUMBER: _ClassVar[int]
+    LAYOUT_FIELD_NUMBER: _ClassVar[int]
+    name: str
+    member: str
+    record: str
+    layout: Layout
+    def __init__(self, name: _Optional[str] = ..., member: _Optional[str] = ..., record: _Optional[str] = ..., layout: _Optional[_Union[Layout, _Mapping]] = ...) -> None: ...
+
 class ArchitectureSpec(_message.Message):
     __slots__ = ("family", "config", "tensors", "groups", "heads")
     class GroupsEntry(_message.Message):
@@ -62,23 +82,23 @@ class ArchitectureSpec(_message.Message):
     def __init__(self, family: _Optional[str] = ..., config: _Optional[_Union[_struct_pb2.Struct, _Mapping]] = ..., tensors: _Optional[_Iterable[_Union[TensorSpec, _Mapping]]] = ..., groups: _Optional[_Mapping[str, int]] = ..., heads: _Optional[_Mapping[str, int]] = ...) -> None: ...
 
 class View(_message.Message):
-    __slots__ = ("architecture", "layout", "sources", "returns")
+    __slots__ = ("architecture", "returns", "sections", "sources")
     class SourcesEntry(_message.Message):
         __slots__ = ("key", "value")
         KEY_FIELD_NUMBER: _ClassVar[int]
         VALUE_FIELD_NUMBER: _ClassVar[int]
         key: str
-        value: str
-        def __init__(self, key: _Optional[str] = ..., value: _Optional[str] = ...) -> None: ...
+        value: SectionName
+        def __init__(self, key: _Optional[str] = ..., value: _Optional[_Union[SectionName, _Mapping]] = ...) -> None: ...
     ARCHITECTURE_FIELD_NUMBER: _ClassVar[int]
-    LAYOUT_FIELD_NUMBER: _ClassVar[int]
-    SOURCES_FIELD_NUMBER: _ClassVar[int]
     RETURNS_FIELD_NUMBER: _ClassVar[int]
+    SECTIONS_FIELD_NUMBER: _ClassVar[int]
+    SOURCES_FIELD_NUMBER: _ClassVar[int]
     architecture: ArchitectureSpec
-    layout: Layout
-    sources: _containers.ScalarMap[str, str]
     returns: _containers.RepeatedScalarFieldContainer[str]
-    def __init__(self, architecture: _Optional[_Union[ArchitectureSpec, _Mapping]] = ..., layout: _Optional[_Union[Layout, _Mapping]] = ..., sources: _Optional[_Mapping[str, str]] = ..., returns: _Optional[_Iterable[str]] = ...) -> None: ...
+    sections: _containers.RepeatedCompositeFieldContainer[Section]
+    sources: _containers.MessageMap[str, SectionName]
+    def __init__(self, architecture: _Optional[_Union[ArchitectureSpec, _Mapping]] = ..., returns: _Optional[_Iterable[str]] = ..., sections: _Optional[_Iterable[_Union[Section, _Mapping]]] = ..., sources: _Optional[_Mapping[str, SectionName]] = ...) -> None: ...
 
 class LabelHistogram(_message.Message):
     __slots__ = ("counts", "noisy")
@@ -194,7 +214,7 @@ class RoundSchedule(_message.Message):
     def __init__(self, round: _Optional[int] = ..., participants: _Optional[_Iterable[_Union[Participant, _Mapping]]] = ..., keep: _Optional[int] = ...) -> None: ...
 
 class WindowPlan(_message.Message):
-    __slots__ = ("schema", "run", "window", "rounds", "settings", "architecture", "layout", "checkpoint_window", "round_deadline", "quorum", "views", "population", "inquiry", "peers", "nonce")
+    __slots__ = ("schema", "run", "window", "rounds", "settings", "architecture", "sections", "checkpoint_window", "round_deadline", "quorum", "views", "population", "inquiry", "peers", "nonce")
     class ViewsEntry(_message.Message):
         __slots__ = ("key", "value")
         KEY_FIELD_NUMBER: _ClassVar[int]
@@ -215,7 +235,7 @@ class WindowPlan(_message.Message):
     ROUNDS_FIELD_NUMBER: _ClassVar[int]
     SETTINGS_FIELD_NUMBER: _ClassVar[int]
     ARCHITECTURE_FIELD_NUMBER: _ClassVar[int]
-    LAYOUT_FIELD_NUMBER: _ClassVar[int]
+    SECTIONS_FIELD_NUMBER: _ClassVar[int]
     CHECKPOINT_WINDOW_FIELD_NUMBER: _ClassVar[int]
     ROUND_DEADLINE_FIELD_NUMBER: _ClassVar[int]
     QUORUM_FIELD_NUMBER: _ClassVar[int]
@@ -230,7 +250,7 @@ class WindowPlan(_message.Message):
     rounds: _containers.RepeatedCompositeFieldContainer[RoundSchedule]
     settings: _struct_pb2.Struct
     architecture: ArchitectureSpec
-    layout: Layout
+    sections: _containers.RepeatedCompositeFieldContainer[Section]
     checkpoint_window: int
     round_deadline: float
     quorum: int
@@ -239,10 +259,10 @@ class WindowPlan(_message.Message):
     inquiry: str
     peers: _containers.MessageMap[str, ArchitectureSpec]
     nonce: bytes
-    def __init__(self, schema: _Optional[int] = ..., run: _Optional[str] = ..., window: _Optional[int] = ..., rounds: _Optional[_Iterable[_Union[RoundSchedule, _Mapping]]] = ..., settings: _Optional[_Union[_struct_pb2.Struct, _Mapping]] = ..., architecture: _Optional[_Union[ArchitectureSpec, _Mapping]] = ..., layout: _Optional[_Union[Layout, _Mapping]] = ..., checkpoint_window: _Optional[int] = ..., round_deadline: _Optional[float] = ..., quorum: _Optional[int] = ..., views: _Optional[_Mapping[str, View]] = ..., population: _Optional[int] = ..., inquiry: _Optional[str] = ..., peers: _Optional[_Mapping[str, ArchitectureSpec]] = ..., nonce: _Optional[bytes] = ...) -> None: ...
+    def __init__(self, schema: _Optional[int] = ..., run: _Optional[str] = ..., window: _Optional[int] = ..., rounds: _Optional[_Iterable[_Union[RoundSchedule, _Mapping]]] = ..., settings: _Optional[_Union[_struct_pb2.Struct, _Mapping]] = ..., architecture: _Optional[_Union[ArchitectureSpec, _Mapping]] = ..., sections: _Optional[_Iterable[_Union[Section, _Mapping]]] = ..., checkpoint_window: _Optional[int] = ..., round_deadline: _Optional[float] = ..., quorum: _Optional[int] = ..., views: _Optional[_Mapping[str, View]] = ..., population: _Optional[int] = ..., inquiry: _Optional[str] = ..., peers: _Optional[_Mapping[str, ArchitectureSpec]] = ..., nonce: _Optional[bytes] = ...) -> None: ...
 
 class RoundPlan(_message.Message):
-    __slots__ = ("schema", "run", "window", "round", "client", "edge", "start", "checkpoint_window", "settings", "architecture", "layout", "population", "returns", "inquiry", "peers", "nonce")
+    __slots__ = ("schema", "run", "window", "round", "client", "edge", "start", "checkpoint_window", "settings", "architecture", "sections", "population", "returns", "inquiry", "peers", "nonce")
     class PeersEntry(_message.Message):
         __slots__ = ("key", "value")
         KEY_FIELD_NUMBER: _ClassVar[int]
@@ -260,7 +280,7 @@ class RoundPlan(_message.Message):
     CHECKPOINT_WINDOW_FIELD_NUMBER: _ClassVar[int]
     SETTINGS_FIELD_NUMBER: _ClassVar[int]
     ARCHITECTURE_FIELD_NUMBER: _ClassVar[int]
-    LAYOUT_FIELD_NUMBER: _ClassVar[int]
+    SECTIONS_FIELD_NUMBER: _ClassVar[int]
     POPULATION_FIELD_NUMBER: _ClassVar[int]
     RETURNS_FIELD_NUMBER: _ClassVar[int]
     INQUIRY_FIELD_NUMBER: _ClassVar[int]
@@ -276,13 +296,13 @@ class RoundPlan(_message.Message):
     checkpoint_window: int
     settings: _struct_pb2.Struct
     architecture: ArchitectureSpec
-    layout: Layout
+    sections: _containers.RepeatedCompositeFieldContainer[Section]
     population: int
     returns: _containers.RepeatedScalarFieldContainer[str]
     inquiry: str
     peers: _containers.MessageMap[str, ArchitectureSpec]
     nonce: bytes
-    def __init__(self, schema: _Optional[int] = ..., run: _Optional[str] = ..., window: _Optional[int] = ..., round: _Optional[int] = ..., client: _Optional[str] = ..., edge: _Optional[str] = ..., start: _Optional[_Union[Version, _Mapping]] = ..., checkpoint_window: _Optional[int] = ..., settings: _Optional[_Union[_struct_pb2.Struct, _Mapping]] = ..., architecture: _Optional[_Union[ArchitectureSpec, _Mapping]] = ..., layout: _Optional[_Union[Layout, _Mapping]] = ..., population: _Optional[int] = ..., returns: _Optional[_Iterable[str]] = ..., inquiry: _Optional[str] = ..., peers: _Optional[_Mapping[str, ArchitectureSpec]] = ..., nonce: _Optional[bytes] = ...) -> None: ...
+    def __init__(self, schema: _Optional[int] = ..., run: _Optional[str] = ..., window: _Optional[int] = ..., round: _Optional[int] = ..., client: _Optional[str] = ..., edge: _Optional[str] = ..., start: _Optional[_Union[Version, _Mapping]] = ..., checkpoint_window: _Optional[int] = ..., settings: _Optional[_Union[_struct_pb2.Struct, _Mapping]] = ..., architecture: _Optional[_Union[ArchitectureSpec, _Mapping]] = ..., sections: _Optional[_Iterable[_Union[Section, _Mapping]]] = ..., population: _Optional[int] = ..., returns: _Optional[_Iterable[str]] = ..., inquiry: _Optional[str] = ..., peers: _Optional[_Mapping[str, ArchitectureSpec]] = ..., nonce: _Optional[bytes] = ...) -> None: ...
 
 class UpdateStatement(_message.Message):
     __slots__ = ("schema", "run", "window", "round", "client", "edge", "inquiry", "nonce", "samples", "architecture", "payload", "form", "report")
@@ -323,7 +343,7 @@ class SignedStatement(_message.Message):
     def __init__(self, statement: _Optional[bytes] = ..., signature: _Optional[bytes] = ...) -> None: ...
 
 class ClientReport(_message.Message):
-    __slots__ = ("schema", "run", "window", "round", "client", "samples", "steps", "loss", "seconds", "up_bytes", "layout", "metrics", "table", "architecture", "signed", "cpu_seconds")
+    __slots__ = ("schema", "run", "window", "round", "client", "samples", "steps", "loss", "seconds", "up_bytes", "sections", "metrics", "table", "architecture", "signed", "cpu_seconds")
     class MetricsEntry(_message.Message):
         __slots__ = ("key", "value")
         KEY_FIELD_NUMBER: _ClassVar[int]
@@ -341,7 +361,7 @@ class ClientReport(_message.Message):
     LOSS_FIELD_NUMBER: _ClassVar[int]
     SECONDS_FIELD_NUMBER: _ClassVar[int]
     UP_BYTES_FIELD_NUMBER: _ClassVar[int]
-    LAYOUT_FIELD_NUMBER: _ClassVar[int]
+    SECTIONS_FIELD_NUMBER: _ClassVar[int]
     METRICS_FIELD_NUMBER: _ClassVar[int]
     TABLE_FIELD_NUMBER: _ClassVar[int]
     ARCHITECTURE_FIELD_NUMBER: _ClassVar[int]
@@ -357,13 +377,13 @@ class ClientReport(_message.Message):
     loss: float
     seconds: float
     up_bytes: int
-    layout: Layout
+    sections: _containers.RepeatedCompositeFieldContainer[Section]
     metrics: _containers.ScalarMap[str, float]
     table: ClassTable
     architecture: ArchitectureSpec
     signed: SignedStatement
     cpu_seconds: float
-    def __init__(self, schema: _Optional[int] = ..., run: _Optional[str] = ..., window: _Optional[int] = ..., round: _Optional[int] = ..., client: _Optional[str] = ..., samples: _Optional[int] = ..., steps: _Optional[int] = ..., loss: _Optional[float] = ..., seconds: _Optional[float] = ..., up_bytes: _Optional[int] = ..., layout: _Optional[_Union[Layout, _Mapping]] = ..., metrics: _Optional[_Mapping[str, float]] = ..., table: _Optional[_Union[ClassTable, _Mapping]] = ..., architecture: _Optional[_Union[ArchitectureSpec, _Mapping]] = ..., signed: _Optional[_Union[SignedStatement, _Mapping]] = ..., cpu_seconds: _Optional[float] = ...) -> None: ...
+    def __init__(self, schema: _Optional[int] = ..., run: _Optional[str] = ..., window: _Optional[int] = ..., round: _Optional[int] = ..., client: _Optional[str] = ..., samples: _Optional[int] = ..., steps: _Optional[int] = ..., loss: _Optional[float] = ..., seconds: _Optional[float] = ..., up_bytes: _Optional[int] = ..., sections: _Optional[_Iterable[_Union[Section, _Mapping]]] = ..., metrics: _Optional[_Mapping[str, float]] = ..., table: _Optional[_Union[ClassTable, _Mapping]] = ..., architecture: _Optional[_Union[ArchitectureSpec, _Mapping]] = ..., signed: _Optional[_Union[SignedStatement, _Mapping]] = ..., cpu_seconds: _Optional[float] = ...) -> None: ...
 
 class Fault(_message.Message):
     __slots__ = ("tier", "node", "kind", "detail", "window", "round")
@@ -404,7 +424,7 @@ class RoundRecord(_message.Message):
     def __init__(self, round: _Optional[int] = ..., clients: _Optional[_Iterable[_Union[ClientReport, _Mapping]]] = ..., seconds: _Optional[float] = ..., loss: _Optional[float] = ...) -> None: ...
 
 class EdgeReport(_message.Message):
-    __slots__ = ("schema", "run", "window", "edge", "samples", "last_round_samples", "labels", "rounds", "client_edge", "up_bytes", "faults", "layout", "metrics", "seconds", "roster", "peers", "signatures")
+    __slots__ = ("schema", "run", "window", "edge", "samples", "last_round_samples", "labels", "rounds", "client_edge", "up_bytes", "faults", "sections", "metrics", "seconds", "roster", "peers", "signatures")
     class MetricsEntry(_message.Message):
         __slots__ = ("key", "value")
         KEY_FIELD_NUMBER: _ClassVar[int]
@@ -430,7 +450,7 @@ class EdgeReport(_message.Message):
     CLIENT_EDGE_FIELD_NUMBER: _ClassVar[int]
     UP_BYTES_FIELD_NUMBER: _ClassVar[int]
     FAULTS_FIELD_NUMBER: _ClassVar[int]
-    LAYOUT_FIELD_NUMBER: _ClassVar[int]
+    SECTIONS_FIELD_NUMBER: _ClassVar[int]
     METRICS_FIELD_NUMBER: _ClassVar[int]
     SECONDS_FIELD_NUMBER: _ClassVar[int]
     ROSTER_FIELD_NUMBER: _ClassVar[int]
@@ -447,13 +467,13 @@ class EdgeReport(_message.Message):
     client_edge: LinkBytes
     up_bytes: int
     faults: _containers.RepeatedCompositeFieldContainer[Fault]
-    layout: Layout
+    sections: _containers.RepeatedCompositeFieldContainer[Section]
     metrics: _containers.ScalarMap[str, float]
     seconds: float
     roster: EdgeHello
     peers: _containers.MessageMap[str, ArchitectureSpec]
     signatures: int
-    def __init__(self, schema: _Optional[int] = ..., run: _Optional[str] = ..., window: _Optional[int] = ..., edge: _Optional[str] = ..., samples: _Optional[int] = ..., last_round_samples: _Optional[int] = ..., labels: _Optional[_Union[LabelHistogram, _Mapping]] = ..., rounds: _Optional[_Iterable[_Union[RoundRecord, _Mapping]]] = ..., client_edge: _Optional[_Union[LinkBytes, _Mapping]] = ..., up_bytes: _Optional[int] = ..., faults: _Optional[_Iterable[_Union[Fault, _Mapping]]] = ..., layout: _Optional[_Union[Layout, _Mapping]] = ..., metrics: _Optional[_Mapping[str, float]] = ..., seconds: _Optional[float] = ..., roster: _Optional[_Union[EdgeHello, _Mapping]] = ..., peers: _Optional[_Mapping[str, ArchitectureSpec]] = ..., signatures: _Optional[int] = ...) -> None: ...
+    def __init__(self, schema: _Optional[int] = ..., run: _Optional[str] = ..., window: _Optional[int] = ..., edge: _Optional[str] = ..., samples: _Optional[int] = ..., last_round_samples: _Optional[int] = ..., labels: _Optional[_Union[LabelHistogram, _Mapping]] = ..., rounds: _Optional[_Iterable[_Union[RoundRecord, _Mapping]]] = ..., client_edge: _Optional[_Union[LinkBytes, _Mapping]] = ..., up_bytes: _Optional[int] = ..., faults: _Optional[_Iterable[_Union[Fault, _Mapping]]] = ..., sections: _Optional[_Iterable[_Union[Section, _Mapping]]] = ..., metrics: _Optional[_Mapping[str, float]] = ..., seconds: _Optional[float] = ..., roster: _Optional[_Union[EdgeHello, _Mapping]] = ..., peers: _Optional[_Mapping[str, ArchitectureSpec]] = ..., signatures: _Optional[int] = ...) -> None: ...
 
 class Progress(_message.Message):
     __slots__ = ("schema", "run", "edge", "window", "round", "training", "done", "loss", "client_edge")

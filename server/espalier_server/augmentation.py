@@ -9,25 +9,23 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from espalier.config.run_settings import RunSettings
-from espalier.methods.faug import SEED_IMAGES, SEED_LABELS, FAugSettings, leakage
+from espalier.methods.faug import GENERATOR, SEED_IMAGES, SEED_LABELS, FAugSettings, leakage
 from espalier.methods.selection import Answer
 from espalier.seeds import seed_for
-from espalier.wire.payload import Weights
+from espalier.wire.sections import Payload
 from espalier_proto import espalier_pb2 as pb
 from espalier_server.evaluation.image_grid import image_grid
 from espalier_server.records.record import AugmentationEntry
-from espalier_server.strategy import WindowStrategy
+from espalier_server.window_aggregator import WindowAggregator
 
 if TYPE_CHECKING:
     import torch
 
 log = logging.getLogger("espalier.cloud")
 
-_IMAGES, _LABELS = SEED_IMAGES.partition("/")[2], SEED_LABELS.partition("/")[2]
-
 
 def augment(
-    settings: RunSettings, strategy: WindowStrategy, classes: int, device: torch.device, samples: Path
+    settings: RunSettings, strategy: WindowAggregator, classes: int, device: torch.device, samples: Path
 ) -> AugmentationEntry:
     """Let clients fill up the labels they lack.
 
@@ -35,7 +33,7 @@ def augment(
     ----------
     settings : RunSettings
         The `faug-…` settings.
-    strategy : WindowStrategy
+    strategy : WindowAggregator
         Asks the clients.
     classes : int
         Number of classes.
@@ -52,10 +50,10 @@ def augment(
     from espalier.generators.conditional import train_conditional
 
     nothing = pb.ArchitectureSpec()
-    seeds = _sound(strategy.ask("seeds", nothing, Weights.pack({})), classes, strategy)
+    seeds = _sound(strategy.ask("seeds", nothing, Payload({})), classes, strategy)
     entry = AugmentationEntry()
-    pixels = [a.arrays[_IMAGES] for a in seeds.values()]
-    labels = [a.arrays[_LABELS] for a in seeds.values()]
+    pixels = [a.arrays[SEED_IMAGES] for a in seeds.values()]
+    labels = [a.arrays[SEED_LABELS] for a in seeds.values()]
     marks = np.concatenate(labels) if labels else np.zeros(0, np.int64)
     if not len(marks):
         log.warning("no client lacks a label of which it has a seed; nothing is filled up")
@@ -78,16 +76,16 @@ def augment(
     samples.parent.mkdir(parents=True, exist_ok=True)
     image_grid(generator.draw(np.repeat(np.arange(classes), 8), seed)).save(samples)
     entry.parameters = sum(p.numel() for p in generator.parameters())
-    filled = strategy.ask("fill", nothing, Weights.pack(generator.arrays()))
+    filled = strategy.ask("fill", nothing, Payload.pack({GENERATOR: generator.arrays()}))
     entry.filled = {n: int(a.metrics.get("filled", 0)) for n, a in sorted(filled.items())}
     return entry
 
 
-def _sound(seeds: dict[str, Answer], classes: int, strategy: WindowStrategy) -> dict[str, Answer]:
+def _sound(seeds: dict[str, Answer], classes: int, strategy: WindowAggregator) -> dict[str, Answer]:
     """Return the clients' seeds without those of classes that do not exist, whose senders are named."""
     sound = {}
     for name, answer in sorted(seeds.items()):
-        marks = answer.arrays[_LABELS]
+        marks = answer.arrays[SEED_LABELS]
         if (wrong := marks[(marks < 0) | (marks >= classes)]).size:
             detail = f"a seed image of label {wrong[0]}, there are {classes} classes"
             strategy.outcome.faults.append(pb.Fault(tier="cloud", node=name, kind="refused", detail=detail))

@@ -6,30 +6,29 @@ import logging
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 
-import numpy as np
 from flwr.app import Message
 
 from espalier.config.run_settings import RunSettings
 from espalier.errors import WireError, unsound
 from espalier.flower.arrays import payload_bytes
 from espalier.flower.reply_outcome import fault_kind
+from espalier.methods.aggregate import forwarded_in, rows_in
 from espalier.methods.base import CloudState, Method
-from espalier.methods.tally import ROWS, stacked
 from espalier.methods.views import buffers_of
 from espalier.wire import control
 from espalier.wire.codec import CodecSettings, create_codec
-from espalier.wire.payload import Layout, Weights
-from espalier.wire.sent import SentForm
+from espalier.wire.downlink import DownlinkEncoding
+from espalier.wire.sections import Layouts, Payload, layouts_from_proto
 from espalier.wire.traffic import CLIENT_EDGE, EDGE_CLOUD
-from espalier.wire.update import UpdateForm
+from espalier.wire.uplink import UplinkEncoding
 from espalier_proto import espalier_pb2 as pb
 from espalier_server.contributions import check_contributions
-from espalier_server.outcome import WindowOutcome
 from espalier_server.planning.tree import Tree
+from espalier_server.window_outcome import WindowOutcome
 
 log = logging.getLogger("espalier.cloud")
 
-#: How often a window is sent, or a question put, before a reproducible run that lacks somebody's part is ended.
+#: How often a window or an inquiry is sent before a reproducible run that lacks a participant's part is ended.
 TRIES = 3
 
 
@@ -49,9 +48,9 @@ class Exchange:
         Where bytes, faults and signatures are entered.
     plan : pb.WindowPlan
         What is asked of the edges.
-    weights : Weights
+    payload : Payload
         The tensors that go with it.
-    received : Weights
+    received : Payload
         The tensors as the edges read them, which their reports may be differences to; known once they are sent.
     """
 
@@ -60,8 +59,8 @@ class Exchange:
     tree: Tree
     outcome: WindowOutcome
     plan: pb.WindowPlan
-    weights: Weights
-    received: Weights = field(default_factory=lambda: Weights.pack({}))
+    payload: Payload
+    received: Payload = field(default_factory=lambda: Payload({}))
 
     @property
     def settings(self) -> RunSettings:
@@ -77,9 +76,9 @@ class Exchange:
 
     def send(self) -> Iterator[Message]:
         """Yield the message to each edge; all get one and the same content, so it is stored and hashed once."""
-        form = SentForm(self.weights.layout, self.plan.architecture, self.settings)
-        coded, self.received = form.encode(self.weights)
-        content = control.plan_content(self.plan, coded.to_record())
+        encoding = DownlinkEncoding(self.payload.layouts, self.plan.architecture, self.settings)
+        coded, self.received = encoding.encode(self.payload)
+        content = control.plan_content(self.plan, coded)
         kind = control.INQUIRY if self.plan.inquiry else control.TRAIN
         size, nodes = payload_bytes(content), self.tree.edges()
         for edge in self.edges:
@@ -97,14 +96,13 @@ class Exchange:
             node = reply.metadata.src_node_id
             yield node, self.tree.name_of(node), reply
 
-    def read(self, reply: Message, name: str) -> tuple[pb.EdgeReport, Weights]:
+    def read(self, reply: Message, name: str) -> tuple[pb.EdgeReport, Payload]:
         """Read an edge's report and its tensors.
 
         Raises
         ------
         WireError
-            If it is no answer to this plan, or not sound. Where a method stumbles over its numbers, what `UNSOUND`
-            names.
+            If it is no answer to this plan, or not valid; or one of `UNSOUND` if the method rejects the values.
         """
         report = control.read_control(pb.EdgeReport, reply, name)
         if report.edge != name:
@@ -115,33 +113,27 @@ class Exchange:
         checked = check_contributions(
             self.plan, report, self.tree.keys.in_force().get, required=self.settings.require_signatures
         )
-        payload = self._tensors(reply, Layout.from_proto(report.layout.tensors, name), name)
+        report.up_bytes = payload_bytes(reply.content)
+        payload = self._tensors(reply, layouts_from_proto(report.sections, name), name)
         # Not only of those it lists: a method may want to know of an update that it left out (Phoenix).
         given = {p.client for r in self.plan.rounds for p in r.participants if p.edge == name}
-        if foreign := {c for c, _, _ in stacked(payload)} - given:
+        forwarded = forwarded_in(payload)
+        if foreign := forwarded.keys() - given:
             raise WireError(name, f"tensors of {sorted(foreign)[:3]}, which it was not given")
         if not self.plan.inquiry:
-            self._check_passed(payload)
+            self.method.check_forwarded(forwarded, rows_in(payload), self.state)
         self.outcome.signatures.add(checked)
         return report, payload
 
-    def _tensors(self, reply: Message, layout: Layout, name: str) -> Weights:
+    def _tensors(self, reply: Message, layouts: Layouts, name: str) -> Payload:
         """Read a report's tensors; of the network's it may hold coded differences."""
-        s, received = self.settings, self.received
-        if (name := s.of(CodecSettings).edge_codec) == "none":
-            return control.read_weights(reply, layout, name)
-        codec, buffers = create_codec(s, name), buffers_of(self.plan.architecture)
-        form = UpdateForm(layout, received.layout, buffers, codec)
-        payload = control.read_weights(reply, form.wire, name)
-        return form.whole(payload, received.views(), name)
-
-    def _check_passed(self, payload: Weights) -> None:
-        """Have the method look at what the edge passes on beside its sums; raises ValueError."""
-        stacks: dict[str, dict[str, np.ndarray]] = {}
-        for client, tensor, array in stacked(payload):
-            stacks.setdefault(client, {})[tensor] = array
-        rows = {n.removeprefix(ROWS): a for n, a in payload.views().items() if n.startswith(ROWS)}
-        self.method.check_passed(stacks, rows, self.state)
+        received, edge_codec = self.received, self.settings.of(CodecSettings).edge_codec
+        if edge_codec == "none":
+            return control.read_payload(reply, layouts, name)
+        codec, buffers = create_codec(self.settings, edge_codec), buffers_of(self.plan.architecture)
+        encoding = UplinkEncoding(layouts, received.layouts, buffers, codec)
+        payload = control.read_payload(reply, encoding.wire, name)
+        return encoding.whole(payload, received.views(), name)
 
     # --- what is entered ---------------------------------------------------------------------------
 

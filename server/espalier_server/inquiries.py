@@ -1,22 +1,21 @@
-"""Questions of the cloud to clients, put to them through their edges, and their answers."""
+"""Inquiries of the cloud to clients, sent through their edges, and their answers."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Sequence
 
-import numpy as np
-
 from espalier.config.timeouts import INQUIRY_MARGIN
 from espalier.errors import UNSOUND, EspalierError, WireError
+from espalier.methods.aggregate import forwarded_in
 from espalier.methods.planning import Member
 from espalier.methods.selection import Answer
-from espalier.methods.tally import stacked
-from espalier.methods.views import answer_layout
-from espalier.wire.payload import Layout, Weights
+from espalier.methods.views import answer_layouts
+from espalier.wire.payload import Layout
+from espalier.wire.sections import Payload, difference
 from espalier_proto import espalier_pb2 as pb
 from espalier_server.exchange import TRIES, Exchange
 
-#: Questions whose answers are only reported.
+#: Inquiries whose answers are only reported.
 MEASURES = frozenset({"accuracy", "samples"})
 
 
@@ -30,17 +29,17 @@ def spread(members: Sequence[Member], clients: Collection[str] | None) -> dict[s
 
 
 def ask(pose: Callable[[], Exchange]) -> dict[str, Answer]:
-    """Put a question; in a reproducible run, again until everybody has answered what training hangs on.
+    """Send an inquiry; in a reproducible run, again until all clients have answered what training depends on.
 
     Parameters
     ----------
     pose : callable
-        Returns the question as it is put now: clients may have come and gone since it was put before.
+        Returns the inquiry for the clients that are connected now.
 
     Raises
     ------
     EspalierError
-        If somebody did not answer it in a reproducible run, however often it was put.
+        If a client did not answer it in a reproducible run in any of the tries.
     """
     for _ in range(TRIES):
         exchange = pose()
@@ -57,7 +56,7 @@ def ask(pose: Callable[[], Exchange]) -> dict[str, Answer]:
 
 
 def put(exchange: Exchange) -> tuple[dict[str, Answer], set[str]]:
-    """Put a question once; return the answers in the order of the clients' names, and who was asked."""
+    """Send an inquiry once; return the answers in the order of the clients' names, and the clients asked."""
     found: dict[str, Answer] = {}
     deadline = exchange.settings.round_deadline + INQUIRY_MARGIN
     for _, name, reply in exchange.named(exchange.tree.grid.exchange(exchange.send(), deadline=deadline)):
@@ -73,17 +72,15 @@ def put(exchange: Exchange) -> tuple[dict[str, Answer], set[str]]:
     return dict(sorted(found.items())), asked
 
 
-def answers_in(exchange: Exchange, report: pb.EdgeReport, payload: Weights) -> dict[str, Answer]:
-    """Read what an edge's clients answered; raises WireError naming the edge."""
+def answers_in(exchange: Exchange, report: pb.EdgeReport, payload: Payload) -> dict[str, Answer]:
+    """Read the answers of an edge's clients; raises WireError naming the edge."""
     plan, tree = exchange.plan, exchange.tree
-    arrays: dict[str, dict[str, np.ndarray]] = {}
-    for sender, tensor, array in stacked(payload):
-        arrays.setdefault(sender, {})[tensor] = array
+    forwarded = forwarded_in(payload)
     found = {}
     for client in (c for record in report.rounds for c in record.clients):
-        own, metrics = arrays.get(client.client, {}), dict(client.metrics)
+        own, metrics = forwarded.get(client.client, {}), dict(client.metrics)
         try:
-            expected = answer_layout(
+            expected = answer_layouts(
                 plan.inquiry,
                 plan.architecture,
                 exchange.settings,
@@ -93,8 +90,10 @@ def answers_in(exchange: Exchange, report: pb.EdgeReport, payload: Weights) -> d
             )
         except ValueError as error:
             raise WireError(report.edge, f"an answer of {client.client}: {error}") from error
-        if fault := expected.difference(expected.in_order(Layout.of(own))):
+        claimed = {s: expected.get(s, Layout(())).in_order(Layout.of(arrays)) for s, arrays in own.items()}
+        if fault := difference(expected, claimed):
             raise WireError(report.edge, f"an answer of {client.client}: {fault}")
-        tensors = {n.partition("/")[2]: a for n, a in own.items()}
+        # No inquiry has more than one section.
+        tensors = {n: a for arrays in own.values() for n, a in arrays.items()}
         found[client.client] = Answer({"loss": client.loss, **metrics}, tensors)
     return found

@@ -9,8 +9,6 @@ import uuid
 from pathlib import Path
 from typing import Literal
 
-from flwr.app import ArrayRecord, ConfigRecord
-
 from espalier.config.run_settings import RunSettings
 from espalier.config.timeouts import window_seconds
 from espalier.errors import EspalierError, StateError
@@ -33,14 +31,14 @@ from espalier_server.ema import ema_update
 from espalier_server.evaluation.assessment import Assessment
 from espalier_server.evaluation.evaluator import create_evaluator
 from espalier_server.exchange import TRIES
-from espalier_server.outcome import CentralTally
 from espalier_server.planning.tree import Tree
 from espalier_server.records.recorder import RunRecorder
 from espalier_server.records.resume import check_changes, existing_record
 from espalier_server.records.snapshot import Snapshot
-from espalier_server.strategy import WindowStrategy
 from espalier_server.superlink.grid import LINK_LOST, TreeGrid
 from espalier_server.watch import Watch, stop_requested
+from espalier_server.window_aggregator import WindowAggregator
+from espalier_server.window_outcome import CentralAggregate
 
 log = logging.getLogger("espalier.cloud")
 
@@ -124,8 +122,8 @@ class TreeRun:
         evaluator = create_evaluator(
             s, self.tree.image_shape, self.tree.classes, resolve_device(s.cloud_device), self.out / "features"
         )
-        strategy = WindowStrategy(self.method, state, self.tree, self.run_id, reached)
-        strategy.summary()
+        strategy = WindowAggregator(self.method, state, self.tree, self.run_id, reached)
+        log.info("%s: %d rounds in %d windows of %d", self.method.name, s.rounds, s.windows, s.rg)
         if state.window == 0:
             if s.of(AugmentSettings).augment == "faug":
                 self._augment(strategy)
@@ -139,7 +137,7 @@ class TreeRun:
             self._check_stop()
         self._keep_model()
 
-    def _augment(self, strategy: WindowStrategy) -> None:
+    def _augment(self, strategy: WindowAggregator) -> None:
         """Let clients fill up the labels they lack, and enter what that cost and told."""
         from espalier_server.augmentation import augment
 
@@ -154,7 +152,7 @@ class TreeRun:
         state.population = self.tree.population
         return state
 
-    def _window(self, strategy: WindowStrategy, state: CloudState) -> None:
+    def _window(self, strategy: WindowAggregator, state: CloudState) -> None:
         """Plan, train at the edges, aggregate; a window in which nobody trained is planned again."""
         for attempt in range(ATTEMPTS):
             strategy.may_repeat = attempt + 1 < ATTEMPTS
@@ -163,7 +161,7 @@ class TreeRun:
             if state.window > window:
                 return
 
-    def _try_window(self, strategy: WindowStrategy, state: CloudState) -> None:
+    def _try_window(self, strategy: WindowAggregator, state: CloudState) -> None:
         s = self.settings
         start = time.monotonic()
         self._meet()
@@ -178,11 +176,11 @@ class TreeRun:
             first_round=strategy.first_round,
             seed=s.seed,
         )
-        strategy.move_on(*self._collect(strategy, window))
+        strategy.advance(*self._collect(strategy, window))
         faults = [*strategy.outcome.faults, *self.tree.faults]
         self.tree.faults.clear()
         if state.window < window:
-            log.warning("window %d came to nothing; planning it again", window)
+            log.warning("window %d had no participants; planning it again", window)
             self.recorder.ledger.merge(strategy.outcome.ledger)
             self.recorder.faults(faults)
             return
@@ -199,7 +197,7 @@ class TreeRun:
             self.tree.gather(self.settings, self._stopping)
             self._check_stop()
 
-    def _collect(self, strategy: WindowStrategy, window: int) -> tuple[CentralTally, int]:
+    def _collect(self, strategy: WindowAggregator, window: int) -> tuple[CentralAggregate, int]:
         """Send a window and add up its reports.
 
         What came of a reproducible run's window without somebody is dropped, and the window sent again:
@@ -215,25 +213,25 @@ class TreeRun:
         for _ in range(TRIES):
             with Watch(self.tree, self.recorder.events, window) as watch:
                 replies = self.grid.exchange(
-                    strategy.configure_train(window, ArrayRecord(), ConfigRecord(), self.grid),
+                    strategy.send(),
                     deadline=window_seconds(rounds, s.round_deadline, s.window_deadline),
                     cancelled=self._stopping,
                     lost=watch.lost,
                 )
                 found = strategy.collect(replies)
             self._check_stop()
-            lacking = strategy.lacking()
-            if not (s.reproducible and lacking):
+            missing = strategy.missing_clients()
+            if not (s.reproducible and missing):
                 return found
             self.recorder.faults(strategy.outcome.faults)
-            strategy.again()
+            strategy.reset_outcome()
             self._meet(everyone=True)
         raise EspalierError(
-            f"window {window} lacked {'; '.join(lacking[:5])} in {TRIES} tries, so the run is not "
+            f"window {window} lacked {'; '.join(missing[:5])} in {TRIES} tries, so the run is not "
             "reproducible; see to them and resume it"
         )
 
-    def _after(self, strategy: WindowStrategy, state: CloudState) -> None:
+    def _after(self, strategy: WindowAggregator, state: CloudState) -> None:
         """After an aggregation: moving average, measures, samples, the method's own step, checkpoint."""
         s = self.settings
         if s.ema_decay > 0:

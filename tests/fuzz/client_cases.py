@@ -26,7 +26,7 @@ from tests.support.calls import call, device
 def plan_case(name: str, **settings: Any) -> Case:
     made = call(device(), **settings)
     plan = made.plan()
-    content = control.plan_content(plan, made.sent.to_record())
+    content = control.plan_content(plan, made.sent)
     protos = [(control.CONFIG, control.PLAN, pb.RoundPlan)]
 
     def feed(changed: RecordDict) -> Any:
@@ -51,7 +51,7 @@ def plan_case(name: str, **settings: Any) -> Case:
 def inquiry_case() -> Case:
     made = call(device(), method="fedavg", model="mlp", seed=3)
     plan = made.plan(inquiry="loss")
-    content = control.plan_content(plan, made.sent.to_record())
+    content = control.plan_content(plan, made.sent)
 
     def mutant(rng: Random) -> RecordDict:
         return mutate_content(content, rng, [(control.CONFIG, control.PLAN, pb.RoundPlan)])

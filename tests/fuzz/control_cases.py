@@ -74,8 +74,12 @@ def hello_case() -> Case:
 
 
 def signature_case() -> Case:
-    plan = pb.RoundPlan(schema=1, run="r", window=1, round=1, client="c0", edge="edge-1", nonce=b"n" * 16)
-    report = pb.ClientReport(schema=1, run="r", window=1, round=1, client="c0", samples=30, loss=0.5)
+    plan = pb.RoundPlan(
+        schema=control.SCHEMA, run="r", window=1, round=1, client="c0", edge="edge-1", nonce=b"n" * 16
+    )
+    report = pb.ClientReport(
+        schema=control.SCHEMA, run="r", window=1, round=1, client="c0", samples=30, loss=0.5
+    )
     record = Weights.pack(MODEL).to_record()
     payload = content_id(record)
     report.signed.CopyFrom(sign(statement_of(plan, report, payload), KEY))
@@ -108,7 +112,7 @@ def signature_case() -> Case:
 
 
 def verify_case() -> Case:
-    signed = sign(pb.UpdateStatement(schema=1, run="r", client="c0"), KEY)
+    signed = sign(pb.UpdateStatement(schema=control.SCHEMA, run="r", client="c0"), KEY)
 
     def mutant(rng: Random) -> tuple[pb.SignedStatement, bytes]:
         if rng.random() < 0.5:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from espalier.wire import control
 from espalier_proto import espalier_pb2 as pb
 from tests.fuzz.campaign import Case
 from tests.fuzz.client_cases import architecture_case, inquiry_case, plan_case, side_case
@@ -24,6 +25,7 @@ from tests.fuzz.payload_cases import (
     given_case,
     layout_case,
     pairs_case,
+    payload_case,
     sent_case,
     table_case,
     view_case,
@@ -38,17 +40,24 @@ def wire_cases() -> list[Case]:
     return [
         proto_case(
             "all: WindowPlan bytes",
-            pb.WindowPlan(schema=1, run="r", window=1, rounds=[pb.RoundSchedule(round=1)]),
+            pb.WindowPlan(schema=control.SCHEMA, run="r", window=1, rounds=[pb.RoundSchedule(round=1)]),
         ),
-        proto_case("all: RoundPlan bytes", pb.RoundPlan(schema=1, run="r", client="c0", returns=["w"])),
         proto_case(
-            "all: ClientReport bytes", pb.ClientReport(schema=1, run="r", client="c0", metrics={"a": 1.0})
+            "all: RoundPlan bytes", pb.RoundPlan(schema=control.SCHEMA, run="r", client="c0", returns=["w"])
         ),
-        proto_case("all: EdgeReport bytes", pb.EdgeReport(schema=1, run="r", edge="edge-1", samples=3)),
+        proto_case(
+            "all: ClientReport bytes",
+            pb.ClientReport(schema=control.SCHEMA, run="r", client="c0", metrics={"a": 1.0}),
+        ),
+        proto_case(
+            "all: EdgeReport bytes", pb.EdgeReport(schema=control.SCHEMA, run="r", edge="edge-1", samples=3)
+        ),
         proto_case("all: EdgeHello bytes", EDGE_HELLO),
         proto_case("all: Progress bytes", PROGRESS),
         hello_case(),
         layout_case(),
+        layout_case(whole=True),
+        payload_case(),
         weights_case(),
         view_case(),
         codec_case(codec="none"),

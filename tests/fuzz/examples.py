@@ -5,11 +5,12 @@ from __future__ import annotations
 import numpy as np
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
-from flwr.app import ArrayRecord, Message, RecordDict
+from flwr.app import Message, RecordDict
 from google.protobuf.message import Message as Proto
 
 from espalier.wire import control
 from espalier.wire.payload import STORED_AS, Layout
+from espalier.wire.sections import Layouts, Payload, SectionId, Sections
 from espalier_proto import espalier_pb2 as pb
 from espalier_proto import monitor_pb2 as mpb
 
@@ -23,9 +24,16 @@ MODEL: dict[str, np.ndarray] = {
     "h": RNG.normal(size=4).astype(np.float16),
 }
 LAYOUT = Layout.of(MODEL)
+#: A payload with a section besides the network, whose two members share a record.
+SECTIONS: dict[SectionId, dict[str, np.ndarray]] = {
+    SectionId("model"): MODEL,
+    SectionId("cluster", "0"): {"w": RNG.normal(size=3).astype(np.float32)},
+    SectionId("cluster", "1"): {"w": RNG.normal(size=4).astype(np.float32), "n": np.array(3)},
+}
+LAYOUTS = {section: Layout.of(arrays) for section, arrays in SECTIONS.items()}
 
 HELLO = pb.ClientHello(
-    schema=1,
+    schema=control.SCHEMA,
     name="c0",
     samples=30,
     histogram=pb.LabelHistogram(counts=[10, 20]),
@@ -41,14 +49,14 @@ HELLO = pb.ClientHello(
     homes=1,
 )
 EDGE_HELLO = pb.EdgeHello(
-    schema=1,
+    schema=control.SCHEMA,
     name="edge-1",
     clients=[HELLO],
     facts=HELLO.facts,
     faults=[pb.Fault(tier="edge", node="c1", kind="refused", detail="x")],
 )
 PROGRESS = pb.Progress(
-    schema=1, run="r", edge="edge-1", window=1, round=2, training=["c0"], done=["c1"], loss=0.5
+    schema=control.SCHEMA, run="r", edge="edge-1", window=1, round=2, training=["c0"], done=["c1"], loss=0.5
 )
 STATUS = mpb.TreeStatus(
     schema=1,
@@ -65,8 +73,14 @@ def wire(value: Proto) -> bytes:
     return value.SerializeToString()
 
 
-def content_of(record: ArrayRecord) -> Message:
-    return Message(RecordDict({control.ARRAYS: record}), 1, "train")
+def content_of(payload: Payload) -> Message:
+    return Message(RecordDict(dict(payload.to_records())), 1, "train")
+
+
+def all_fit(layouts: Layouts, sections: Sections, largest: float = 2.0**60) -> str:
+    """Say where the views of a payload depart from its layouts; see `fits`."""
+    faults = [fits(layout, dict(sections.get(s, {})), largest) for s, layout in layouts.items()]
+    return "another section than was asked for" if set(sections) - set(layouts) else "".join(faults)
 
 
 def fits(layout: Layout, views: dict[str, np.ndarray], largest: float = 2.0**60) -> str:

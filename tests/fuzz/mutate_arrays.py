@@ -185,6 +185,9 @@ def mutate_content(
             return changed
     if action < 0.55 and names:
         del changed[name]
+    elif action < 0.58 and names:
+        # A record under another's name: one that belongs to the message, or that no message has.
+        changed[rng.choice(("head", "code", "sums", "arrays", *names))] = changed[name]
     elif action < 0.6:
         changed[rng.choice(("x", *names))] = rng.choice((ConfigRecord({}), MetricRecord({}), ArrayRecord()))
     else:

@@ -6,7 +6,7 @@ from random import Random
 from typing import Any, cast
 
 import numpy as np
-from flwr.app import Message, RecordDict
+from flwr.app import ArrayRecord, Message, RecordDict
 
 from espalier.flower.arrays import array_from_numpy, numpy_view
 from espalier.methods.run_config import RunConfig
@@ -15,46 +15,71 @@ from espalier.wire.bitpack import pack as pack_bits
 from espalier.wire.bitpack import unpack as unpack_bits
 from espalier.wire.class_table import ClassTable, given_arrays, given_table, merge
 from espalier.wire.codec import create_codec
+from espalier.wire.downlink import DownlinkEncoding, read_downlink
 from espalier.wire.pairs import Pairs
-from espalier.wire.payload import STORED_AS, Layout, Weights
-from espalier.wire.sent import SentForm, read_sent
-from espalier.wire.update import UpdateForm
+from espalier.wire.payload import Layout, Weights
+from espalier.wire.sections import Layouts, Payload, layouts_to_proto
+from espalier.wire.uplink import UplinkEncoding
 from espalier_proto import espalier_pb2 as pb
 from tests.fuzz.campaign import Case
-from tests.fuzz.examples import LAYOUT, MODEL, RNG, content_of, fits
+from tests.fuzz.examples import LAYOUT, LAYOUTS, MODEL, RNG, SECTIONS, all_fit, content_of, fits
 from tests.fuzz.mutate import mutate_bytes, mutate_proto
 from tests.fuzz.mutate_arrays import mutate_array, mutate_arrays, mutate_content
 
 
-def layout_case() -> Case:
-    plan = pb.RoundPlan(schema=1, run="r", window=1, round=1, client="c", edge="e", layout=LAYOUT.to_proto())
+def layout_case(*, whole: bool = False) -> Case:
+    """Return the case of a plan's sections; `whole`: of a plan that lists none, and so sends the network alone."""
+    plan = pb.RoundPlan(schema=control.SCHEMA, run="r", window=1, round=1, client="c", edge="e")
     plan.architecture.tensors.extend(LAYOUT.to_proto().tensors)
+    if not whole:
+        plan.sections.extend(layouts_to_proto(LAYOUTS))
 
-    def feed(changed: pb.RoundPlan) -> Layout:
-        layout = control.plan_layout(changed, "edge-1")
-        if layout.nbytes <= 2**20:  # what comes of one whose bytes would really be sent
-            Weights(layout, {d: np.zeros(n, STORED_AS[d]) for d, n in layout.lengths.items()}).views()
-        return layout
+    def feed(changed: pb.RoundPlan) -> Layouts:
+        layouts = control.plan_sections(changed, "edge-1")
+        if sum(layout.nbytes for layout in layouts.values()) <= 2**20:  # one whose bytes would really be sent
+            Payload.blank(layouts).views()
+        return layouts
 
-    def unsound(changed: Any, layout: Layout) -> str:
-        if any(len(t.shape) > 32 or t.dtype not in STORED_AS or not t.name for t in layout.tensors):
-            return "a tensor that numpy cannot have"
-        return "" if layout.nbytes < 2**36 else f"a layout of {layout.nbytes} bytes"
+    def unsound(changed: Any, layouts: Layouts) -> str:
+        for section, layout in layouts.items():
+            if any(len(t.shape) > 32 or not t.name for t in layout.tensors):
+                return "a tensor that numpy cannot have"
+            if section.key in (control.CONFIG, control.METRICS, control.REPORT) or len(str(section)) > 200:
+                return f"the section {section}"
+        size = sum(layout.nbytes for layout in layouts.values())
+        return "" if size < 2**36 else f"a layout of {size} bytes"
 
-    return Case("all: Layout", lambda rng: mutate_proto(plan, rng), feed, unsound, lambda: feed(plan))
+    name = "all: Layout of the network" if whole else "all: Layout"
+    return Case(name, lambda rng: mutate_proto(plan, rng), feed, unsound, lambda: feed(plan))
 
 
 def weights_case() -> Case:
-    content = content_of(Weights.pack(MODEL).to_record()).content
+    record = Weights.pack(MODEL).to_record()
 
     def feed(changed: RecordDict) -> Weights:
-        return control.read_weights(Message(changed, 1, "train"), LAYOUT, "c0")
+        arrays = changed.get(control.ARRAYS)
+        return Weights.from_record(arrays if isinstance(arrays, ArrayRecord) else ArrayRecord(), LAYOUT, "c0")
 
     def unsound(changed: RecordDict, made: Weights) -> str:
         return fits(LAYOUT, made.views())
 
+    content = RecordDict({control.ARRAYS: record})
     return Case(
         "all: Weights", lambda rng: mutate_content(content, rng), feed, unsound, lambda: feed(content)
+    )
+
+
+def payload_case() -> Case:
+    content = content_of(Payload.pack(SECTIONS)).content
+
+    def feed(changed: RecordDict) -> Payload:
+        return control.read_payload(Message(changed, 1, "train"), LAYOUTS, "c0")
+
+    def unsound(changed: RecordDict, made: Payload) -> str:
+        return all_fit(LAYOUTS, made.views())
+
+    return Case(
+        "all: Payload", lambda rng: mutate_content(content, rng), feed, unsound, lambda: feed(content)
     )
 
 
@@ -78,23 +103,24 @@ def codec_case(**settings: Any) -> Case:
     codec = create_codec(RunConfig.from_flat(settings))
     update = {n: a for n, a in MODEL.items() if a.dtype == np.float32}
     like, rng_ = Layout.of(update), np.random.default_rng(1)
-    form = UpdateForm(LAYOUT, LAYOUT, frozenset(), codec)
-    payload, _ = form.encode(MODEL, {n: np.zeros_like(a) for n, a in MODEL.items()}, rng_)
+    encoding = UplinkEncoding(LAYOUTS, LAYOUTS, frozenset(), codec)
+    zeros = {s: {n: np.zeros_like(a) for n, a in arrays.items()} for s, arrays in SECTIONS.items()}
+    payload, _ = encoding.encode(SECTIONS, zeros, rng_)
     coded = codec.encode(update, rng_)
-    record = RecordDict({control.ARRAYS: payload.to_record()})
+    record = RecordDict(dict(payload.to_records()))
 
     def mutant(rng: Random) -> Any:
         return mutate_content(record, rng) if rng.random() < 0.4 else mutate_arrays(dict(coded), rng)
 
-    def feed(changed: Any) -> dict[str, np.ndarray]:
+    def feed(changed: Any) -> Any:
         if not isinstance(changed, RecordDict):
             return codec.decode(changed, like, "c0")
-        got = control.read_weights(Message(changed, 1, "train"), form.wire, "c0")
-        return form.decode(got, MODEL, "c0")
+        got = control.read_payload(Message(changed, 1, "train"), encoding.wire, "c0")
+        return encoding.decode(got, SECTIONS, "c0")
 
-    def unsound(changed: Any, made: dict[str, np.ndarray]) -> str:
-        # What a codec alone makes of a code is looked at where it is added.
-        return fits(LAYOUT, made) if isinstance(changed, RecordDict) else fits(like, made, np.inf)
+    def unsound(changed: Any, made: Any) -> str:
+        # What a codec alone makes of a code is checked where it is added.
+        return all_fit(LAYOUTS, made) if isinstance(changed, RecordDict) else fits(like, made, np.inf)
 
     return Case(
         f"edge: codec {codec.name} {settings.get('codec-keep', '')}".rstrip(),
@@ -196,16 +222,17 @@ def pairs_case() -> Case:
 def sent_case(downlink: str) -> Case:
     """Return the case of what a server sends in half precision."""
     settings = RunConfig(downlink=downlink)
-    plan = pb.RoundPlan(schema=1, layout=LAYOUT.to_proto())
-    plan.architecture.tensors.extend(plan.layout.tensors)
-    payload, _ = SentForm(LAYOUT, plan.architecture, settings).encode(Weights.pack(MODEL))
-    content = content_of(payload.to_record()).content
+    plan = pb.RoundPlan(schema=control.SCHEMA, sections=layouts_to_proto(LAYOUTS))
+    plan.architecture.tensors.extend(LAYOUT.to_proto().tensors)
+    encoding = DownlinkEncoding(LAYOUTS, plan.architecture, settings)
+    payload, _ = encoding.encode(Payload.pack(SECTIONS))
+    content = content_of(payload).content
 
-    def feed(changed: RecordDict) -> Weights:
-        return read_sent(Message(changed, 1, "train"), plan, settings, "edge-1")
+    def feed(changed: RecordDict) -> Payload:
+        return read_downlink(Message(changed, 1, "train"), plan, settings, "edge-1")
 
-    def unsound(changed: RecordDict, made: Weights) -> str:
-        return fits(LAYOUT, made.views())
+    def unsound(changed: RecordDict, made: Payload) -> str:
+        return all_fit(LAYOUTS, made.views())
 
     return Case(
         f"edge, client: tensors sent as {downlink}",

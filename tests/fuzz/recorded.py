@@ -16,14 +16,14 @@ from google.protobuf.struct_pb2 import Value
 
 from espalier.methods.base import CloudState
 from espalier.wire import control
-from espalier.wire.payload import Weights
+from espalier.wire.sections import Payload, Sections
 from espalier_edge.roster import Known, Roster
 from espalier_edge.rounds import EdgeProgress, EdgeWindow
 from espalier_proto import espalier_pb2 as pb
 from espalier_server.exchange import Exchange
 from espalier_server.inquiries import put
-from espalier_server.outcome import WindowOutcome
-from espalier_server.strategy import WindowStrategy
+from espalier_server.window_aggregator import WindowAggregator
+from espalier_server.window_outcome import WindowOutcome
 
 CLIENTS = 3
 
@@ -34,7 +34,7 @@ class EdgeScene:
 
     edge: str
     plan: pb.WindowPlan
-    weights: Weights
+    payload: Payload
     known: dict[str, Known]
     replies: dict[tuple[int, str, str], RecordDict]
 
@@ -50,10 +50,10 @@ class EdgeScene:
         plan.CopyFrom(self.plan)
         plan.settings.fields["require-signatures"].CopyFrom(Value(bool_value=False))
         return EdgeScene(
-            self.edge, plan, self.weights, self.known, {k: bare(c) for k, c in self.replies.items()}
+            self.edge, plan, self.payload, self.known, {k: bare(c) for k, c in self.replies.items()}
         )
 
-    def play(self, client: str = "", content: RecordDict | None = None) -> tuple[pb.EdgeReport, Weights]:
+    def play(self, client: str = "", content: RecordDict | None = None) -> tuple[pb.EdgeReport, Payload]:
         """Run the window; a client named here answers with `content`, or not at all."""
         replies = dict(self.replies)
         for key in [k for k in replies if k[1] == client and not k[2]]:
@@ -61,7 +61,7 @@ class EdgeScene:
             if content is not None:
                 replies[key] = content
         grid, roster = Replay(replies), cast(Roster, Fixed(self.known))
-        return EdgeWindow(self.edge, self.plan, self.weights, cast(Any, grid), roster, EdgeProgress()).run()
+        return EdgeWindow(self.edge, self.plan, self.payload, cast(Any, grid), roster, EdgeProgress()).run()
 
 
 def bare(content: RecordDict) -> RecordDict:
@@ -107,7 +107,7 @@ class Replay:
 class CloudScene:
     """One window at the cloud: its strategy as it stood, and the edges' reports."""
 
-    strategy: WindowStrategy
+    strategy: WindowAggregator
     exchange: Exchange
     drawn: Any
     state: CloudState
@@ -137,7 +137,7 @@ class CloudScene:
             Message(c, reply_to=Message(RecordDict(), n, control.TRAIN)) for n, c in sorted(replies.items())
         ]
         merged, samples = strategy.collect(messages)
-        strategy.move_on(merged, samples)
+        strategy.advance(merged, samples)
         return strategy.outcome, strategy.state, samples
 
     def unsigned(self) -> CloudScene:
@@ -226,17 +226,17 @@ def record(folder: Path, **settings: Any) -> Recording:
     for below in tree.edges:
         for node in below:
             node.app = _kept(node.app, answers)
-    run_window, collect = EdgeWindow.run, WindowStrategy.collect
+    run_window, collect = EdgeWindow.run, WindowAggregator.collect
 
-    def run(self: EdgeWindow) -> tuple[pb.EdgeReport, Weights]:
-        weights, known = self.server.weights, self._roster.clients()
+    def run(self: EdgeWindow) -> tuple[pb.EdgeReport, Payload]:
+        payload, known = self.server.payload, self._roster.clients()
         result = run_window(self)
         rounds = {r.round for r in self.plan.rounds}
         replies = {k: c for k, c in answers[self.edge].items() if k[0] in rounds}
-        found.edges.append(EdgeScene(self.edge, self.plan, weights, known, replies))
+        found.edges.append(EdgeScene(self.edge, self.plan, payload, known, replies))
         return result
 
-    def collected(self: WindowStrategy, replies: Iterable[Message]) -> Any:
+    def collected(self: WindowAggregator, replies: Iterable[Message]) -> Any:
         kept = list(replies)
         scene = CloudScene(
             self,
@@ -274,7 +274,7 @@ def record(folder: Path, **settings: Any) -> Recording:
     whole |= {"edge-choice": "random", "seed": 5, **settings}
     with (
         mock.patch.object(EdgeWindow, "run", run),
-        mock.patch.object(WindowStrategy, "collect", collected),
+        mock.patch.object(WindowAggregator, "collect", collected),
         mock.patch("espalier_server.inquiries.put", asked),
     ):
         tree.run("fuzz", whole)
@@ -294,6 +294,11 @@ def _kept(app: Any, answers: dict[str, dict[tuple[int, str, str], RecordDict]]) 
     return answer
 
 
-def finite(tensors: dict[str, np.ndarray]) -> bool:
+def finite(tensors: Mapping[str, np.ndarray]) -> bool:
     """Whether every number is finite."""
     return all(bool(np.isfinite(a).all()) for a in tensors.values() if a.dtype.kind == "f")
+
+
+def all_finite(sections: Sections) -> bool:
+    """Whether every number of a payload is finite."""
+    return all(finite(tensors) for tensors in sections.values())

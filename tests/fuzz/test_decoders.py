@@ -72,7 +72,7 @@ READERS = (
     *(Path(espalier_edge.__path__[0]) / f"{name}.py" for name in ("calls", "relay")),
     *(
         Path(espalier_server.__path__[0]) / f"{name}.py"
-        for name in ("contributions", "exchange", "inquiries", "strategy")
+        for name in ("contributions", "exchange", "inquiries", "window_aggregator")
     ),
 )
 
@@ -133,7 +133,7 @@ def test_the_table_has_every_decoder(cases: list[Case]) -> None:
             ran.add((frame.f_code.co_filename, frame.f_lineno))
         return trace
 
-    control._layout.cache_clear()  # or what another test had read would not be read here
+    control._sections.cache_clear()  # or what another test had read would not be read here
     former = sys.gettrace()
     sys.settrace(trace)
     try:

@@ -18,8 +18,8 @@ from flwr.app import ConfigRecord, Message, RecordDict
 from grpc_health.v1.health_pb2 import HealthCheckRequest
 from grpc_health.v1.health_pb2_grpc import HealthStub
 
-from espalier.flower.payloads import content_id
 from espalier.wire import control
+from espalier.wire.signature import payload_digest
 from espalier_proto import espalier_pb2 as pb
 from espalier_server.run import TreeRun
 from tests.fuzz.attacks import Attacker, monitor_requests, requests
@@ -137,7 +137,7 @@ def test_a_client_and_a_hostile_server(tmp_path: Path) -> None:
                 return reply
 
             def plan(**changes: Any) -> RecordDict:
-                return control.plan_content(made.plan(**changes), made.sent.to_record())
+                return control.plan_content(made.plan(**changes), made.sent)
 
             good = {control.INQUIRY: plan(inquiry="loss"), control.TRAIN: plan()}
             hello = RecordDict({control.CONFIG: ConfigRecord({"run": "r", "histogram-epsilon": 0.0})})
@@ -147,7 +147,7 @@ def test_a_client_and_a_hostile_server(tmp_path: Path) -> None:
                 assert asked.has_content(), asked.error
                 assert trained.has_content(), trained.error
                 loss = control.read_control(pb.ClientReport, asked, "c").loss
-                return loss, content_id(trained.content.array_records[control.ARRAYS])
+                return loss, payload_digest(control.array_records(trained.content))
 
             assert ask(hello, control.HELLO).has_content()
             first, before = work(), rss(process.pid)

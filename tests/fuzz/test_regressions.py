@@ -14,15 +14,19 @@ from espalier.errors import WireError
 from espalier.flower.arrays import array_from_numpy, numpy_view
 from espalier.flower.payloads import PayloadError, pack, unpack
 from espalier.flower.run_info import parse_run_record
+from espalier.methods.aggregate import ROWS_SECTION, Aggregate
+from espalier.methods.cfl import ABOUT, DELTA
+from espalier.methods.codistillation import COPY
 from espalier.methods.faug import seeds_layout
+from espalier.methods.ifca import cluster
 from espalier.methods.registry import create_method
 from espalier.methods.run_config import RunConfig
 from espalier.methods.state import CloudState
-from espalier.methods.tally import Tally
 from espalier.security.name_registry import NameRegistry
 from espalier.wire import control
 from espalier.wire.hello import MAX_SAMPLES, check_client_hello
 from espalier.wire.payload import Layout, Weights
+from espalier.wire.sections import GRADIENT, MODEL, Payload, SectionId, Sections
 from espalier_client.inquiry import answer
 from espalier_client.training import evaluate_plain, train_round
 from espalier_edge.relay import ReplySum
@@ -65,10 +69,10 @@ def test_an_npy_header_that_the_parser_stumbles_over() -> None:
 def test_a_finite_number_that_spoils_a_sum() -> None:
     """Twice 3e38 is infinite: one client made the edge's whole report one that the cloud refuses."""
 
-    def answer(plan: pb.RoundPlan, weights: Weights, message: Message) -> Message:
+    def answer(plan: pb.RoundPlan, payload: Payload, message: Message) -> Message:
         if plan.client == "c1":
-            return add_one(plan, weights, message)
-        return reply_to(plan, message, {n: np.full_like(v, 3e38) for n, v in weights.views().items()})
+            return add_one(plan, payload, message)
+        return reply_to(plan, message, {n: np.full_like(v, 3e38) for n, v in payload[MODEL].views().items()})
 
     edge, _ = window(answer)
     report, payload = edge.run()
@@ -81,8 +85,8 @@ def test_a_finite_number_that_spoils_a_sum() -> None:
 def test_bytes_that_no_signature_covers_are_not_believed() -> None:
     """Two claims of 2^64 - 1 were more than a field holds, and the window was lost."""
 
-    def answer(plan: pb.RoundPlan, weights: Weights, message: Message) -> Message:
-        return reply_to(plan, message, dict(weights.views()), up_bytes=2**64 - 1)
+    def answer(plan: pb.RoundPlan, payload: Payload, message: Message) -> Message:
+        return reply_to(plan, message, payload[MODEL].views(), up_bytes=2**64 - 1)
 
     edge, _ = window(answer)
     report, _ = edge.run()
@@ -93,9 +97,9 @@ def test_bytes_that_no_signature_covers_are_not_believed() -> None:
 def test_a_method_that_stumbles_over_a_reply_goes_on(monkeypatch: pytest.MonkeyPatch) -> None:
     """A metric of 1e300, raised to a power, is an OverflowError."""
 
-    def answer(plan: pb.RoundPlan, weights: Weights, message: Message) -> Message:
+    def answer(plan: pb.RoundPlan, payload: Payload, message: Message) -> Message:
         metrics = {"received-loss": 1e300 if plan.client == "c2" else 0.5, "lr-sum": 0.1}
-        return reply_to(plan, message, dict(weights.views()), metrics=metrics)
+        return reply_to(plan, message, payload[MODEL].views(), metrics=metrics)
 
     edge, _ = window(answer, **dict[str, Any]({"method": "qfedavg", "fairness-q": 5.0}))
     report, _ = edge.run()
@@ -116,7 +120,7 @@ def test_hellos_that_cannot_be_added_up() -> None:
 
 
 def test_a_configuration_nested_without_end() -> None:
-    with pytest.raises(ValueError, match="nested without end"):
+    with pytest.raises(ValueError, match="nested too deeply"):
         parse_run_record(ConfigRecord({"run": "r", "config": b"[" * 100_000}))
 
 
@@ -136,9 +140,8 @@ def test_an_array_that_repeats_one_chunk_beyond_memory() -> None:
 
 @pytest.mark.parametrize("seeds", [float("inf"), float("nan"), 1e300, -1.0, 0.5])
 def test_an_absurd_number_of_seeds(seeds: float) -> None:
-    settings = RunConfig.from_flat({"method": "fedavg", "model": "cnn"})
     with pytest.raises(ValueError, match="seed images"):
-        seeds_layout({"seeds": seeds}, (1, 8, 8), settings)
+        seeds_layout({"seeds": seeds}, (1, 8, 8))
 
 
 def reply(**metrics: Any) -> RecordDict:
@@ -183,66 +186,72 @@ def test_a_live_view_of_times_that_are_none() -> None:
     assert len(spark([1.0, float("inf"), 2.0])) == 2
 
 
-def cloud_state(tensors: dict[str, np.ndarray]) -> CloudState:
-    weights = Weights.pack(tensors)
-    return CloudState(pb.ArchitectureSpec(tensors=[SPEC]), weights)
+def cloud_state(section: SectionId) -> CloudState:
+    payload = Payload.pack({section: {"w": np.zeros(2, np.float32)}})
+    return CloudState(pb.ArchitectureSpec(tensors=[SPEC]), payload)
+
+
+#: A tensor that fits `SPEC`, and one that describes it.
+W: dict[str, np.ndarray] = {"w": np.zeros(2, np.float32)}
+DESCRIBED = np.frombuffer(pb.ArchitectureSpec(tensors=[SPEC]).SerializeToString(), np.uint8)
 
 
 @pytest.mark.parametrize(
-    ("method", "stack", "words"),
+    ("method", "sections", "words"),
     [
-        ("codistillation", {"w": np.zeros(2, np.float32)}, "without a description"),
+        ("codistillation", {COPY: W}, "without a description"),
+        ("codistillation", {ABOUT: {"architecture": DESCRIBED}}, "tensor 'w' is missing"),
         (
             "codistillation",
-            {
-                "about/architecture": np.frombuffer(
-                    pb.ArchitectureSpec(tensors=[SPEC]).SerializeToString(), np.uint8
-                )
-            },
+            {ABOUT: {"architecture": DESCRIBED}, SectionId("guess"): W},
             "tensor 'w' is missing",
         ),
-        ("cfl", {"w": np.zeros(2, np.float32)}, "without its cluster and weight"),
+        ("cfl", {DELTA: W}, "without its cluster and weight"),
         (
             "cfl",
-            {"about/weight": np.array(1.0), "about/cluster": np.array(7), "w": np.zeros(2, np.float32)},
-            "none of a model of cluster 7",
+            {ABOUT: {"weight": np.array(1.0), "cluster": np.array(7)}, DELTA: W},
+            "does not fit the model of cluster 7",
         ),
-        ("fedavg", {"gradient/x": np.zeros(2, np.float32)}, "no gradient of the network"),
+        (
+            "cfl",
+            {ABOUT: {"weight": np.array(1.0), "cluster": np.array(0)}},
+            "does not fit the model of cluster 0",
+        ),
+        ("fedavg", {GRADIENT: {"x": np.zeros(2, np.float32)}}, "not a gradient of the network"),
     ],
 )
-def test_what_an_edge_passes_on_is_looked_at(method: str, stack: dict[str, np.ndarray], words: str) -> None:
+def test_what_an_edge_passes_on_is_looked_at(method: str, sections: Sections, words: str) -> None:
     """A KeyError in the method's step ended the cloud's run."""
     made = create_method(RunConfig.from_flat({"method": method, "model": "cnn"}))
-    state = cloud_state({"cluster0/w" if method == "cfl" else "w": np.zeros(2, np.float32)})
+    state = cloud_state(cluster(0) if method == "cfl" else MODEL)
     with pytest.raises(ValueError, match=re.escape(words)):
-        made.check_passed({"c0": stack}, {}, state)
-    with pytest.raises(ValueError, match="nobody asked for"):
-        made.check_passed({}, {"labels": np.zeros(1)}, state)
+        made.check_forwarded({"c0": sections}, {}, state)
+    with pytest.raises(ValueError, match="were not requested"):
+        made.check_forwarded({}, {"labels": np.zeros(1)}, state)
 
 
 def test_rows_are_refused_before_anything_is_added() -> None:
     layout = Layout((Layout.of({"w": np.zeros(2, np.float32)}).tensors[0],))
-    tally = Tally(layout)
-    tally.mean({"w": np.ones(2, np.float32)}, 1.0)
+    tally = Aggregate({MODEL: layout})
+    tally.mean({MODEL: {"w": np.ones(2, np.float32)}}, 1.0)
     tally.rows({"labels": np.zeros(1, np.int64), "vectors": np.zeros((1, 3), np.float32)})
-    other: dict[str, np.ndarray] = {
-        "w": np.full(2, 9, np.float32),
-        "rows/labels": np.zeros(1, np.int64),
-        "rows/vectors": np.zeros((1, 4)),
+    other: dict[SectionId, dict[str, np.ndarray]] = {
+        MODEL: {"w": np.full(2, 9, np.float32)},
+        ROWS_SECTION: {"labels": np.zeros(1, np.int64), "vectors": np.zeros((1, 4))},
     }
     with pytest.raises(ValueError, match="unlike the others"):
-        tally.absorb(Weights.pack(other), {"weight": 1.0})
+        tally.absorb(Payload.pack(other), {"weight": 1.0})
     assert tally.weight == 1
-    np.testing.assert_array_equal(tally.means({})["w"], [1, 1])
+    np.testing.assert_array_equal(tally.means({})[MODEL]["w"], [1, 1])
 
 
 @pytest.mark.parametrize("weight", [1e300, float("nan"), -1.0])
 def test_absurd_weights(weight: float) -> None:
-    tally = Tally(Layout.of({"w": np.zeros(2, np.float32)}))
+    tally = Aggregate({MODEL: Layout.of({"w": np.zeros(2, np.float32)})})
     with pytest.raises(ValueError, match="weight"):
-        tally.mean({"w": np.ones(2, np.float32)}, weight)
+        tally.mean({MODEL: {"w": np.ones(2, np.float32)}}, weight)
     with pytest.raises(ValueError, match="weight"):
-        tally.absorb(Weights.pack({"w": np.ones(2, np.float32)}), {"weight": weight})
+        tally.absorb(Payload.pack({MODEL: {"w": np.ones(2, np.float32)}}), {"weight": weight})
 
 
 def test_one_invalid_progress_hides_no_other(tmp_path: Path) -> None:
@@ -266,7 +275,7 @@ def test_a_tensor_that_is_to_come_back_and_was_not_sent(monkeypatch: pytest.Monk
     """It was a bare ValueError, and only after the client had trained."""
     made = call(device(), method="fedavg", model="mlp")
     plan = made.plan()
-    plan.returns.extend([*made.sent.layout.names, "\u202e"])
+    plan.returns.extend([*made.sent[MODEL].layout.names, "\u202e"])
     monkeypatch.setattr("espalier_client.training.train", lambda *_, **__: pytest.fail("it trains"))
     with pytest.raises(WireError, match=r"'edge-1' refused: the tensor .+ and was not sent"):
         train_round(made.device, plan, made.message(plan, control.TRAIN))

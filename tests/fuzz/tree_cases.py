@@ -11,30 +11,30 @@ from flwr.app import ConfigRecord, Message, RecordDict
 
 from espalier.errors import WireError
 from espalier.wire import control
-from espalier.wire.payload import Weights
+from espalier.wire.sections import Payload, Sections
 from espalier_edge.rounds import EdgeProgress, EdgeWindow
 from espalier_proto import espalier_pb2 as pb
 from tests.fuzz.campaign import Case
 from tests.fuzz.examples import wire
 from tests.fuzz.mutate import mutate_bytes, mutate_proto
 from tests.fuzz.mutate_arrays import mutate_content
-from tests.fuzz.recorded import Answers, Fixed, Recording, Replay, finite
+from tests.fuzz.recorded import Answers, Fixed, Recording, Replay, all_finite, finite
 
 
 def window_case(recording: Recording) -> Case:
     scene = recording.edges[0]
-    content = control.plan_content(scene.plan, scene.weights.to_record())
+    content = control.plan_content(scene.plan, scene.payload)
 
-    def feed(changed: RecordDict) -> tuple[pb.WindowPlan, pb.EdgeReport, Weights]:
+    def feed(changed: RecordDict) -> tuple[pb.WindowPlan, pb.EdgeReport, Payload]:
         message = Message(changed, 1, control.TRAIN)
         plan = control.decode(pb.WindowPlan, control.plan_bytes(message), "cloud")
-        weights = control.read_weights(message, control.plan_layout(plan, "cloud"), "cloud")
+        payload = control.read_payload(message, control.plan_sections(plan, "cloud"), "cloud")
         grid, roster = cast(Any, Replay({})), cast(Any, Fixed(scene.known))
-        window = EdgeWindow(scene.edge, plan, weights, grid, roster, EdgeProgress())
+        window = EdgeWindow(scene.edge, plan, payload, grid, roster, EdgeProgress())
         return plan, *(window.inquire() if plan.inquiry else window.run())
 
-    def unsound(changed: RecordDict, made: tuple[pb.WindowPlan, pb.EdgeReport, Weights]) -> str:
-        return "" if not made[1].samples and finite(made[2].views()) else "samples of nobody"
+    def unsound(changed: RecordDict, made: tuple[pb.WindowPlan, pb.EdgeReport, Payload]) -> str:
+        return "" if not made[1].samples and all_finite(made[2].views()) else "samples of nobody"
 
     def mutant(rng: Random) -> RecordDict:
         return mutate_content(content, rng, [(control.CONFIG, control.PLAN, pb.WindowPlan)])
@@ -57,7 +57,7 @@ def reply_case(name: str, recording: Recording, *, signed: bool) -> Case:
     def mutant(rng: Random) -> RecordDict:
         return mutate_content(original, rng, REPLY)
 
-    def feed(changed: RecordDict) -> tuple[pb.EdgeReport, Weights]:
+    def feed(changed: RecordDict) -> tuple[pb.EdgeReport, Payload]:
         report, payload = scene.play(victim, changed)
         if victim in {c.client for r in report.rounds for c in r.clients}:
             return report, payload
@@ -66,7 +66,7 @@ def reply_case(name: str, recording: Recording, *, signed: bool) -> Case:
             raise AssertionError("refused, and yet in the sums")
         raise WireError(victim, fault.detail)
 
-    def unsound(changed: RecordDict, made: tuple[pb.EdgeReport, Weights]) -> str:
+    def unsound(changed: RecordDict, made: tuple[pb.EdgeReport, Payload]) -> str:
         report, payload = made
         if signed:
             return "" if meaning(report, payload) == whole else "a change of what was signed was let in"
@@ -74,8 +74,8 @@ def reply_case(name: str, recording: Recording, *, signed: bool) -> Case:
         numbers = [c.samples for r in report.rounds for c in r.clients] + list(report.metrics.values())
         if not set(scene.clients) <= others or not np.isfinite(numbers).all():
             return "the others' updates are lost, or a number is not finite"
-        if fault := payload.not_finite():
-            return f"the edge's sums: {fault}"
+        if not all_finite(payload.views()):
+            return "the edge's sums are not finite"
         wire(report)
         return ""
 
@@ -85,11 +85,18 @@ def reply_case(name: str, recording: Recording, *, signed: bool) -> Case:
     )
 
 
-def meaning(report: pb.EdgeReport, payload: Weights) -> tuple[Any, ...]:
+def meaning(report: pb.EdgeReport, payload: Payload) -> tuple[Any, ...]:
     """Return what an edge's report comes to, bit for bit."""
-    arrays = {n: (a.dtype.str, a.shape, a.tobytes()) for n, a in payload.views().items()}
+    arrays = exact(payload.views())
     who = [(r.round, sorted((c.client, c.samples, c.loss) for c in r.clients)) for r in report.rounds]
     return arrays, who, report.samples, dict(report.metrics)
+
+
+def exact(sections: Sections) -> dict[Any, Any]:
+    """Return the sections of a payload, bit for bit."""
+    return {
+        (s, n): (a.dtype.str, a.shape, a.tobytes()) for s, own in sections.items() for n, a in own.items()
+    }
 
 
 def report_case(name: str, recording: Recording, *, signed: bool = True) -> Case:
@@ -98,7 +105,7 @@ def report_case(name: str, recording: Recording, *, signed: bool = True) -> Case
     node = min(scene.replies)
     original = scene.replies[node]
     _, without, _ = scene.play(node)
-    reference = {n: a.tobytes() for n, a in without.tensors.items()}
+    reference = exact(without.payload.views())
 
     def feed(changed: RecordDict) -> Any:
         outcome, state, samples = scene.play(node, changed)
@@ -106,14 +113,14 @@ def report_case(name: str, recording: Recording, *, signed: bool = True) -> Case
             json.dumps([fault.node, fault.detail])
         if f"edge-{node}" in outcome.reports:
             return outcome, state, samples
-        if {n: a.tobytes() for n, a in state.tensors.items()} != reference:
+        if exact(state.payload.views()) != reference:
             raise AssertionError("refused, and yet in the model")
         [fault] = [f for f in outcome.faults if f.node == f"edge-{node}"]
         raise WireError(fault.node, fault.detail)
 
     def unsound(changed: RecordDict, made: Any) -> str:
         _, state, _ = made
-        return "" if finite(state.tensors) else "a model that is not finite"
+        return "" if all_finite(state.payload.views()) else "a model that is not finite"
 
     def mutant(rng: Random) -> RecordDict:
         return mutate_content(original, rng, [(control.REPORT, control.PLAN, pb.EdgeReport)])

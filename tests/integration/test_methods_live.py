@@ -17,6 +17,7 @@ import torch
 from bench.local_tree import LocalClient, LocalTree
 from bench.stock import wait_until
 
+from espalier.methods.cfl import MEMBERSHIP
 from espalier_server.records.record import RunRecord
 from espalier_server.run import TreeRun
 from tests.support.tree import LiveTree, espalier, live_tree, process_environment, start_client
@@ -78,7 +79,10 @@ def apart(a: TreeRun, b: TreeRun) -> float:
     """Return the distance of all that two clouds hold, as a share of its norm."""
     assert a.state is not None
     assert b.state is not None
-    one, other = a.state.tensors, b.state.tensors
+    one, other = (
+        {f"{s} {n}": v for s, arrays in state.payload.views().items() for n, v in arrays.items()}
+        for state in (a.state, b.state)
+    )
     assert one.keys() == other.keys()
     return norm({n: one[n].astype(np.float64) - other[n] for n in one}) / norm(other)
 
@@ -104,11 +108,15 @@ def test_a_live_run_equals_one_without_links(tree: LiveTree, tmp_path: Path, met
     assert apart(live, local) <= 1e-5
     assert live.state is not None
     assert local.state is not None
-    assert live.state.extra.keys() == local.state.extra.keys()
-    for key, value in local.state.extra.items():
-        np.testing.assert_array_equal(live.state.extra[key], value, err_msg=key)
+    assert live.state.memory.keys() == local.state.memory.keys()
+    for section, arrays in local.state.memory.items():
+        assert live.state.memory[section].keys() == arrays.keys()
+        for name, value in arrays.items():
+            np.testing.assert_array_equal(
+                live.state.memory[section][name], value, err_msg=f"{section} {name}"
+            )
     if method == "cfl":  # it has split, and alike
-        assert len({int(v[0]) for k, v in live.state.extra.items() if k.startswith("cluster/")}) > 1
+        assert len({int(v[0]) for v in live.state.memory[MEMBERSHIP].values()}) > 1
 
 
 # --- axes compose ----------------------------------------------------------------------------------

@@ -17,22 +17,24 @@ from torch.nn import functional
 
 from espalier.data.spec import open_data
 from espalier.flower.node_state import load_key
-from espalier.flower.payloads import content_id
+from espalier.methods.aggregate import Aggregate
 from espalier.methods.base import CloudState, Method, Update
 from espalier.methods.registry import create_method
 from espalier.methods.run_config import RunConfig
 from espalier.methods.state import build_model
-from espalier.methods.tally import Tally
-from espalier.methods.views import answer_layout
+from espalier.methods.views import answer_layouts
 from espalier.wire import control
 from espalier.wire.payload import Weights
-from espalier.wire.signature import sign, statement_of
+from espalier.wire.sections import MODEL, Payload, SectionId, Sections, layouts_to_proto
+from espalier.wire.signature import payload_digest, sign, statement_of
 from espalier_client.state import StateStore
-from espalier_client.training import update_form
+from espalier_client.training import uplink_encoding
 from espalier_proto import espalier_pb2 as pb
 from espalier_server.run import TreeRun
 
 Arrays = dict[str, np.ndarray]
+#: Arrays by section.
+Nested = dict[SectionId, Arrays]
 
 #: The same clients below one, two and three edges.
 EDGES = pytest.mark.parametrize("edges", [1, 2, 3])
@@ -54,7 +56,7 @@ def server(arrays: Mapping[str, np.ndarray], buffers: Sequence[str] = (), popula
     spec = pb.ArchitectureSpec(family="none")
     for name, array in arrays.items():
         spec.tensors.add(name=name, dtype=str(array.dtype), shape=array.shape, buffer=name in buffers)
-    return CloudState(spec, Weights.pack(dict(arrays)), population)
+    return CloudState(spec, Payload.pack({MODEL: arrays}), population)
 
 
 def reply(
@@ -66,16 +68,32 @@ def reply(
     **metrics: float,
 ) -> Update:
     """Return a client's reply; it had been sent the same leading slices of the server's tensors."""
-    sent = {n: state.tensors[n][tuple(slice(0, d) for d in a.shape)] for n, a in arrays.items()}
+    return reply_of(state, name, {MODEL: arrays}, samples, labels, **metrics)
+
+
+def reply_of(
+    state: CloudState,
+    name: str,
+    sections: Sections,
+    samples: int = 1,
+    labels: Sequence[int] = (1,),
+    **metrics: float,
+) -> Update:
+    """Return a client's reply of several sections; see `reply`."""
+    sent = {
+        s: {n: state.section(s)[n][tuple(slice(0, d) for d in a.shape)] for n, a in arrays.items()}
+        for s, arrays in sections.items()
+    }
     named = {key.replace("_", "-"): value for key, value in metrics.items()}
-    return Update(name, dict(arrays), sent, samples, np.array(labels), named)
+    trained = {s: dict(arrays) for s, arrays in sections.items()}
+    return Update(name, trained, sent, samples, np.array(labels), named)
 
 
 def aggregate(rule: Method, state: CloudState, replies: Sequence[Update], edges: int = 1) -> None:
     """Take a method's step as edges and cloud do: each edge adds up its replies, the cloud merges."""
-    merged = Tally(state.weights.layout)
+    merged = Aggregate(state.payload.layouts)
     for edge in range(edges):
-        part = Tally(state.weights.layout)
+        part = Aggregate(state.payload.layouts)
         for update in replies[edge::edges]:
             rule.add(part, update, state)
         merged.absorb(*part.report())
@@ -148,10 +166,20 @@ class Call:
     """A message to a client of a local tree, and what it answered."""
 
     plan: pb.RoundPlan
-    sent: Arrays
+    sent_sections: Nested
     report: pb.ClientReport
-    payload: Arrays
+    sections: Nested
     raw: bytes
+
+    @property
+    def sent(self) -> Arrays:
+        """The network's tensors that it was sent."""
+        return self.sent_sections.get(MODEL, {})
+
+    @property
+    def payload(self) -> Arrays:
+        """The network's tensors that it answered with."""
+        return self.sections.get(MODEL, {})
 
     @property
     def trains(self) -> bool:
@@ -159,7 +187,16 @@ class Call:
 
 
 #: Changes a client's reply before it leaves: what it was sent, its tensors, its report (in place).
-Change = Callable[[Arrays, Arrays, pb.ClientReport], Arrays]
+Change = Callable[[Nested, Nested, pb.ClientReport], Nested]
+
+
+def on_model(change: Callable[[Arrays, Arrays, pb.ClientReport], Arrays]) -> Change:
+    """Return a change of the network's tensors alone."""
+
+    def changed(sent: Nested, sections: Nested, report: pb.ClientReport) -> Nested:
+        return {**sections, MODEL: change(sent[MODEL], sections[MODEL], report)}
+
+    return changed
 
 
 def tapped(tree: LocalTree, change: Change | None = None) -> list[Call]:
@@ -177,12 +214,12 @@ def _tap(app: Callable[[Message, Any], Message], calls: list[Call], change: Chan
         if message.metadata.message_type not in (control.TRAIN, control.INQUIRY) or data is None:
             return reply
         plan = control.decode(pb.RoundPlan, data, "edge")
-        sent = control.read_weights(message, control.plan_layout(plan, "edge"), "edge").views()
+        received = control.plan_sections(plan, "edge")
+        sent = control.read_payload(message, received, "edge").views()
         report = control.read_control(pb.ClientReport, reply, plan.client)
         method_ = create_method(RunConfig.from_struct(plan.settings))
-        received = control.plan_layout(plan, "edge")
         if plan.inquiry:
-            layout = answer_layout(
+            layouts = answer_layouts(
                 plan.inquiry,
                 plan.architecture,
                 method_.settings,
@@ -191,28 +228,33 @@ def _tap(app: Callable[[Message, Any], Message], calls: list[Call], change: Chan
                 (1, 8, 8),
             )
         else:
-            layout = update_form(method_, plan, received, report).wire
-        payload = control.read_weights(reply, layout, plan.client).views()
+            layouts = uplink_encoding(method_, plan, received, report).wire
+        payload = control.read_payload(reply, layouts, plan.client).views()
         if change is not None and not plan.inquiry:
             payload = change(sent, payload, report)
-            weights = Weights.pack(payload)
-            report.layout.CopyFrom(weights.layout.to_proto())
-            record, key = weights.to_record(), load_key(Path(context.node_config["key"]))
-            report.signed.CopyFrom(sign(statement_of(plan, report, content_id(record)), key))
-            content = control.report_content(report, record, report.samples, report.loss)
+            changed = Payload.pack(payload).frozen()
+            report.sections.extend(layouts_to_proto(changed.layouts))
+            digest, key = payload_digest(changed.to_records()), load_key(Path(context.node_config["key"]))
+            report.signed.CopyFrom(sign(statement_of(plan, report, digest), key))
+            content = control.report_content(report, changed, report.samples, report.loss)
             reply = Message(content, reply_to=message)
         calls.append(
             Call(
                 plan,
-                {n: a.copy() for n, a in sent.items()},
+                copied(sent),
                 report,
-                {n: a.copy() for n, a in payload.items()},
+                copied(payload),
                 raw_bytes(reply),
             )
         )
         return reply
 
     return answer
+
+
+def copied(sections: Sections) -> Nested:
+    """Return copies of the arrays."""
+    return {section: {n: a.copy() for n, a in arrays.items()} for section, arrays in sections.items()}
 
 
 def raw_bytes(message: Message) -> bytes:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from flwr.app import ArrayRecord, Message, RecordDict
+from flwr.app import Message, RecordDict
 from flwr.supercore.task_identity import TaskIdentity
 from torch import nn
 
@@ -17,6 +17,7 @@ from espalier.models.architecture import describe
 from espalier.models.arrays import model_arrays
 from espalier.wire import control
 from espalier.wire.payload import Layout, Weights
+from espalier.wire.sections import MODEL, Layouts, Payload, SectionId, layouts_to_proto
 from espalier_client.device import Device
 from espalier_proto import espalier_pb2 as pb
 
@@ -35,18 +36,18 @@ class Call:
         The network that is sent.
     settings : RunConfig
         The run's.
-    sections : dict of str to numpy.ndarray
-        What is sent beside the network.
+    sections : dict of SectionId to dict of str to numpy.ndarray
+        What is sent besides the network.
     """
 
     device: Device
     model: nn.Module
     settings: RunConfig
-    sections: dict[str, np.ndarray] = field(default_factory=dict)
+    sections: dict[SectionId, dict[str, np.ndarray]] = field(default_factory=dict)
 
     @property
-    def sent(self) -> Weights:
-        return Weights.pack(model_arrays(self.model) | self.sections)
+    def sent(self) -> Payload:
+        return Payload.pack({MODEL: model_arrays(self.model), **self.sections})
 
     def plan(self, **changes: Any) -> pb.RoundPlan:
         plan = pb.RoundPlan(
@@ -58,7 +59,7 @@ class Call:
             edge="edge-1",
             settings=self.settings.to_struct(),
             architecture=describe(self.model),
-            layout=self.sent.layout.to_proto(),
+            sections=layouts_to_proto(self.sent.layouts),
             population=4,
         )
         for key, value in changes.items():
@@ -66,7 +67,7 @@ class Call:
         return plan
 
     def message(self, plan: pb.RoundPlan, kind: str) -> Message:
-        return Message(control.plan_content(plan, self.sent.to_record()), 1, kind)
+        return Message(control.plan_content(plan, self.sent), 1, kind)
 
 
 def call(device: Device, **flat: Any) -> Call:
@@ -86,6 +87,8 @@ def report_of(content: RecordDict) -> pb.ClientReport:
 
 
 def weights_of(content: RecordDict, layout: Layout) -> Weights:
-    record = content[control.ARRAYS]
-    assert isinstance(record, ArrayRecord)
-    return Weights.from_record(record, layout, "c")
+    return payload_of(content, {MODEL: layout})[MODEL]
+
+
+def payload_of(content: RecordDict, layouts: Layouts) -> Payload:
+    return Payload.read(control.array_records(content), layouts, "c")

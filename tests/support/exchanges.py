@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 from bench.local_tree import LocalTree
-from flwr.app import ArrayRecord, Message
+from flwr.app import Message
 from torch import Tensor
 
 from espalier.data.spec import open_data
@@ -20,11 +20,11 @@ from espalier.models.arrays import load_arrays
 from espalier.models.initial import initial_model
 from espalier.models.layers import Classifier
 from espalier.wire import control
-from espalier.wire.class_table import VECTORS
-from espalier.wire.payload import Layout
+from espalier.wire.class_table import REPLY, VECTORS
+from espalier.wire.sections import layouts_from_proto
 from espalier_client.device import Device
 from espalier_proto import espalier_pb2 as pb
-from tests.support.by_hand import Arrays, Call
+from tests.support.by_hand import Arrays, Call, Nested, copied
 
 #: A client's whole state by its name and the round it is the state after.
 Starts = dict[tuple[str, int], Arrays]
@@ -73,7 +73,7 @@ def training(calls: Iterable[Call], round_: int) -> dict[str, Call]:
 
 def rows(call: Call) -> dict[int, np.ndarray]:
     """Return the vectors a client sent, by class."""
-    return dict(zip(call.report.table.labels, call.payload[VECTORS], strict=True))
+    return dict(zip(call.report.table.labels, call.sections[REPLY][VECTORS], strict=True))
 
 
 @dataclass
@@ -81,7 +81,7 @@ class Told:
     """What an edge told the cloud after a window."""
 
     report: pb.EdgeReport
-    payload: Arrays
+    payload: Nested
     payload_bytes: int
     raw: bytes
 
@@ -99,14 +99,15 @@ def _listening(app: Any, told: list[Told]) -> Any:
         reply: Message = app(message, context)
         if message.metadata.message_type == control.TRAIN:
             report = control.read_control(pb.EdgeReport, reply, "edge")
-            layout = Layout.from_proto(report.layout.tensors, "edge")
-            payload = control.read_weights(reply, layout, "edge").views()
-            record = reply.content[control.ARRAYS]
-            assert isinstance(record, ArrayRecord)
-            raw = b"".join(array.data for array in record.values()) + report.layout.SerializeToString()
-            told.append(
-                Told(report, {n: a.copy() for n, a in payload.items()}, payload_bytes(reply.content), raw)
+            layouts = layouts_from_proto(report.sections, "edge")
+            payload = control.read_payload(reply, layouts, "edge").views()
+            raw = b"".join(
+                array.data
+                for record in control.array_records(reply.content).values()
+                for array in record.values()
             )
+            raw += b"".join(section.SerializeToString() for section in report.sections)
+            told.append(Told(report, copied(payload), payload_bytes(reply.content), raw))
         return reply
 
     return answer
@@ -114,6 +115,5 @@ def _listening(app: Any, told: list[Told]) -> Any:
 
 def value_bytes(message: Message) -> int:
     """Return the bytes of the values in a message's arrays, their headers not counted."""
-    record = message.content[control.ARRAYS]
-    assert isinstance(record, ArrayRecord)
-    return sum(numpy_view(array).nbytes for array in record.values())
+    records = control.array_records(message.content).values()
+    return sum(numpy_view(array).nbytes for record in records for array in record.values())

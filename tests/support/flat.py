@@ -15,14 +15,14 @@ from bench.local_grid import LocalFleet, LocalGrid, client_node
 from bench.local_tree import LocalClient
 from flwr.app import ConfigRecord
 
+from espalier.methods.aggregate import Aggregate
 from espalier.methods.base import CloudState
 from espalier.methods.planning import Member
 from espalier.methods.registry import create_method
 from espalier.methods.run_config import RunConfig
 from espalier.methods.selection import Answer
-from espalier.methods.tally import Tally
 from espalier.security.name_registry import NameRegistry
-from espalier.wire.payload import Weights
+from espalier.wire.sections import GRADIENT, Payload
 from espalier_client.app import app as client_app
 from espalier_edge.calls import Caller
 from espalier_edge.roster import Roster
@@ -75,7 +75,7 @@ class FlatRun:
         draw = draw_window(self.method, self.selection, self.state, self.members, self.ask)
         plan = window_plan(self.method, self.state, "flat", draw, self.reached, self.state.window)
         [schedule] = plan.rounds
-        tally, metrics = Tally(self.state.weights.layout), {}
+        aggregate, metrics = Aggregate(self.state.payload.layouts), {}
         for answer in self._caller(plan).call(
             schedule.participants,
             {p.client: p.start for p in schedule.participants},
@@ -83,7 +83,7 @@ class FlatRun:
             self.state,
         ):
             try:
-                self.method.add(tally, answer.update, self.state)
+                self.method.add(aggregate, answer.update, self.state)
             except ValueError as error:
                 self.faults.append(pb.Fault(node=answer.update.name, detail=str(error)))
                 continue
@@ -91,18 +91,15 @@ class FlatRun:
             self.reached[answer.update.name] = (plan.window, schedule.round)
         self.state.window += 1
         self.state.round += 1
-        self.method.central_step(self.state, tally)
-        gradients = {
-            c: {n.partition("/")[2]: a for n, a in stack.items() if n.startswith("gradient/")}
-            for c, stack in tally.stacks.items()
-        }
-        self.selection.observe(schedule.round, metrics, {c: g for c, g in gradients.items() if g})
+        self.method.central_step(self.state, aggregate)
+        gradients = {c: s[GRADIENT] for c, s in aggregate.forwarded.items() if GRADIENT in s}
+        self.selection.observe(schedule.round, metrics, gradients)
 
     def ask(
         self,
         kind: str,
         architecture: pb.ArchitectureSpec,
-        weights: Weights,
+        payload: Payload,
         clients: Sequence[str] | None = None,
         keys: Mapping[str, str] | None = None,
     ) -> dict[str, Answer]:
@@ -114,14 +111,14 @@ class FlatRun:
             "flat",
             kind,
             architecture,
-            weights.layout,
+            payload.layouts,
             where,
             keys or {},
             self.reached,
             0,
         )
         [schedule] = plan.rounds
-        server = CloudState(architecture, weights, self.state.population)
+        server = CloudState(architecture, payload, self.state.population)
         found = {}
         for answer in self._caller(plan).call(
             schedule.participants,
@@ -130,7 +127,7 @@ class FlatRun:
             server,
             inquiry=kind,
         ):
-            tensors = {n.partition("/")[2]: a for n, a in answer.update.extra.items()}
+            tensors = {n: a for arrays in answer.update.extra.values() for n, a in arrays.items()}
             found[answer.update.name] = Answer({"loss": answer.report.loss, **answer.report.metrics}, tensors)
         return found
 

@@ -28,8 +28,6 @@ NEAREST, CANDIDATES = 200.0, 4
 ADVERSARIAL, RATE = 0.3, 1e-3
 #: How far the copies of a seed are turned (degrees), and scaled, sheared and shifted (shares of the size).
 TURN, SCALE, SHEAR, SHIFT = 8.0, 0.08, 0.08, 0.04
-#: Prefix of its tensors on a link.
-SECTION = "generator/"
 
 
 class ConditionalGenerator(nn.Module):
@@ -69,8 +67,8 @@ class ConditionalGenerator(nn.Module):
         return drawn.cpu()
 
     def arrays(self) -> dict[str, np.ndarray]:
-        """Return its tensors by their names on a link."""
-        return {SECTION + n: to_array(t).copy() for n, t in self.state_dict().items()}
+        """Return its tensors by name."""
+        return {n: to_array(t).copy() for n, t in self.state_dict().items()}
 
     @classmethod
     def of(
@@ -78,7 +76,7 @@ class ConditionalGenerator(nn.Module):
     ) -> ConditionalGenerator:
         """Build a generator from received tensors; raises ValueError where they do not fit."""
         model = cls(classes, shape)
-        tensors = {n.removeprefix(SECTION): to_tensor(a) for n, a in arrays.items() if n.startswith(SECTION)}
+        tensors = {n: to_tensor(a) for n, a in arrays.items()}
         try:
             model.load_state_dict(tensors)
         except RuntimeError as error:

@@ -13,5 +13,5 @@ NumPy and import these modules without torch, so heavy libraries are loaded late
 
 What several methods share: `base` (the hooks), `selection` and `planning` (participants and their edges), `levels` and
 `submodels` (sub-models), `personal` (personal layers), `own_models` and `class_tables` (model-heterogeneous methods),
-`proximal` (the proximal term), `tally` (aggregation), `views` (what is sent to a client).
+`proximal` (the proximal term), `aggregate` (aggregation), `views` (what is sent to a client).
 """

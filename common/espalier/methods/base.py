@@ -10,17 +10,18 @@ import numpy as np
 from espalier import models
 from espalier.config.fields import FlatValue
 from espalier.config.run_settings import Groups, RunSettings
+from espalier.methods.aggregate import Aggregate, Arrays, Forwarded
 from espalier.methods.homogeneity import ScoreSettings
 from espalier.methods.planning import AtRandom, ByHomogeneity, EdgeChoice, Fixed, HomogeneitySettings, Member
 from espalier.methods.selection import Selection, create_selection
 from espalier.methods.shape import ByShape, ShapeSettings
 from espalier.methods.state import CloudState, ServerState, build_model, trained_layout
-from espalier.methods.tally import Arrays, Tally
 from espalier.methods.updates import Deployed, Inquiry, Update
-from espalier.methods.views import Sent, slice_view
+from espalier.methods.views import ClientView, slice_view
 from espalier.tasks.base import base_objective
 from espalier.training.objectives import LocalRound, Objective
-from espalier.wire.payload import Layout, Weights
+from espalier.wire.payload import Layout
+from espalier.wire.sections import GRADIENT, MODEL, Layouts, Payload, SectionId
 from espalier_proto import espalier_pb2 as pb
 
 if TYPE_CHECKING:
@@ -63,7 +64,7 @@ class Method:
     own_codec: ClassVar[str] = "none"
     own_weighting: ClassVar[str] = ""
     own_optimizer: ClassVar[str] = ""
-    #: Sections that are not sent to clients, and those that are scaled by 1/N when clients join.
+    #: Names of sections that are not sent to clients, and those that are scaled by 1/N when clients join.
     server_sections: ClassVar[frozenset[str]] = frozenset()
     mean_sections: ClassVar[frozenset[str]] = frozenset()
     #: Whether the cloud merges only edges whose last round is the window's newest aggregated one.
@@ -132,7 +133,7 @@ class Method:
 
     def initial_state(self) -> CloudState:
         """Return the cloud's initial state, before `before_run`."""
-        state = CloudState(pb.ArchitectureSpec(), Weights.pack({}))
+        state = CloudState(pb.ArchitectureSpec(), Payload({}))
         state.adopt(self.initial(self.image_shape, self.classes))
         return state
 
@@ -208,19 +209,21 @@ class Method:
         """Return the tensors from which a client starts training, by name."""
         return local.received
 
-    def publish(self, trained: dict[str, np.ndarray], local: LocalRound) -> dict[str, np.ndarray]:
-        """Return the tensors of a trained network to send; store the others in `local.state`."""
-        return trained
+    def publish(
+        self, trained: dict[str, np.ndarray], local: LocalRound
+    ) -> dict[SectionId, dict[str, np.ndarray]]:
+        """Return the tensors of a trained network to send, by section; store the others in `local.state`."""
+        return {MODEL: trained}
 
-    def returned(self, sent: Layout, names: Sequence[str], metrics: Mapping[str, float]) -> Layout:
-        """Return the layout of a client's reply before the codec; called by client and edge.
+    def returned(self, sent: Layouts, names: Sequence[str], metrics: Mapping[str, float]) -> Layouts:
+        """Return the sections of a client's reply before the codec; called by client and edge.
 
         Parameters
         ----------
-        sent : Layout
-            Layout of what the client received.
+        sent : mapping of SectionId to Layout
+            Layouts of what the client received.
         names : sequence of str
-            The tensors that the plan requests.
+            The tensors of the network that the plan requests.
         metrics : Mapping[str, float]
             Scalars of the client's report.
 
@@ -229,22 +232,22 @@ class Method:
         ValueError
             If the metrics are invalid, e.g. a cluster that does not exist.
         """
-        return sent.only(names)
+        return {MODEL: sent.get(MODEL, Layout(())).only(names)}
 
-    def reply_layout(
-        self, architecture: pb.ArchitectureSpec, sent: Layout, names: Sequence[str], report: pb.ClientReport
-    ) -> Layout:
-        """Return the layout of a client's whole reply: the method's tensors and the selection's.
+    def reply_layouts(
+        self, architecture: pb.ArchitectureSpec, sent: Layouts, names: Sequence[str], report: pb.ClientReport
+    ) -> Layouts:
+        """Return the sections of a client's whole reply: the method's and the selection's.
 
         Raises
         ------
         ValueError
             If the report is invalid.
         """
-        layout = self.returned(sent, names, dict(report.metrics))
+        layouts = self.returned(sent, names, dict(report.metrics))
         if self.selection().reports == "gradient":
-            layout = Layout((*layout.tensors, *trained_layout(architecture, "gradient").tensors))
-        return layout
+            layouts = {**layouts, GRADIENT: trained_layout(architecture)}
+        return layouts
 
     def describe_reply(self, objective: Objective, model: nn.Module, report: pb.ClientReport) -> None:
         """Add to a client's report what the names of the reply's tensors do not say, e.g. their classes."""
@@ -256,33 +259,33 @@ class Method:
         rule = self.chosen(self.settings, "weighting") or self.selection().weighting
         return float(update.samples) if rule == "samples" else 1.0
 
-    def cut(self, key: str, view: pb.View, server: ServerState) -> Sent:
+    def cut(self, key: str, view: pb.View, server: ServerState) -> ClientView:
         """Return a view's part of a server's tensors; raises WireError if the view does not fit."""
         return slice_view(view, server, "cloud")
 
-    def add(self, tally: Tally, update: Update, server: ServerState) -> None:
-        """Add a client's reply to a server's sums, and forward tensors that are not the server's.
+    def add(self, aggregate: Aggregate, update: Update, server: ServerState) -> None:
+        """Add a client's reply to a server's sums, and forward sections that the server does not have.
 
         Raises
         ------
         ValueError
             If something in it does not fit.
         """
-        self.contribute(tally, update, server)
+        self.contribute(aggregate, update, server)
         if update.extra:
-            tally.forward(update.name, update.extra)
+            aggregate.forward(update.name, update.extra)
 
-    def contribute(self, tally: Tally, update: Update, server: ServerState) -> None:
+    def contribute(self, aggregate: Aggregate, update: Update, server: ServerState) -> None:
         """Add a client's tensors to a server's sums."""
-        tally.mean(update.arrays, self.weight_of(update))
+        aggregate.mean(update.sections, self.weight_of(update))
 
-    def check_passed(self, stacks: Mapping[str, Arrays], rows: Arrays, server: ServerState) -> None:
+    def check_forwarded(self, forwarded: Mapping[str, Forwarded], rows: Arrays, server: ServerState) -> None:
         """Check what an edge forwards in addition to its sums, before the cloud uses it.
 
         Parameters
         ----------
-        stacks : mapping of str to mapping of str to array
-            Forwarded tensors by client.
+        forwarded : mapping of str to mapping of SectionId to mapping of str to array
+            Forwarded tensors by client and section.
         rows : mapping of str to array
             Stacked rows.
         server : ServerState
@@ -295,12 +298,9 @@ class Method:
         """
         if rows:
             raise ValueError(f"rows {sorted(rows)[:3]}, which were not requested")
-        prefix = "gradient/"
-        known = {prefix + t.name: t for t in server.architecture.tensors}
-        for client, stack in stacks.items():
-            for name, array in stack.items():
-                if not name.startswith(prefix):
-                    continue
+        known = {t.name: t for t in server.architecture.tensors}
+        for client, sections in forwarded.items():
+            for name, array in sections.get(GRADIENT, {}).items():
                 spec = known.get(name)
                 fits = spec is not None and array.ndim == len(spec.shape) and array.dtype.kind == "f"
                 if not fits or any(
@@ -308,11 +308,11 @@ class Method:
                 ):
                     raise ValueError(f"{name!r} of {client}, which is not a gradient of the network")
 
-    def step(self, server: ServerState, tally: Tally) -> None:
+    def step(self, server: ServerState, aggregate: Aggregate) -> None:
         """Update a server's tensors: an edge's between its rounds, the cloud's after a window."""
-        server.assign(tally.means(server.tensors))
+        server.assign(aggregate.means(server.payload.views()))
 
-    def gather(self, window: Tally, later: Tally) -> Tally:
+    def gather(self, window: Aggregate, later: Aggregate) -> Aggregate:
         """Merge a round's sums into an edge's sums of the window, which it reports."""
         window.extend(later)
         return window
@@ -326,9 +326,9 @@ class Method:
         """
         return None
 
-    def central_step(self, state: CloudState, tally: Tally) -> None:
+    def central_step(self, state: CloudState, aggregate: Aggregate) -> None:
         """Update the global state."""
-        self.step(state, tally)
+        self.step(state, aggregate)
 
     def after_window(self, state: CloudState) -> None:
         """Change the state after a central aggregation."""

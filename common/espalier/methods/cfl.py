@@ -9,20 +9,23 @@ import numpy as np
 from pydantic import Field
 
 from espalier.config.fields import Positive, PositiveInt, SettingsGroup
+from espalier.methods.aggregate import MAX_WEIGHT, Aggregate, Arrays, Forwarded
 from espalier.methods.base import CloudState, Deployed, Inquiry, Method, ServerState, Update
 from espalier.methods.clustering import bipartition, cosine_matrix, gram_matrix, should_split, update_norms
+from espalier.methods.ifca import CLUSTER as CLUSTERS
+from espalier.methods.ifca import cluster
 from espalier.methods.planning import Member
-from espalier.methods.tally import MAX_WEIGHT, Arrays, Tally
-from espalier.wire.payload import Weights
+from espalier.wire.sections import Payload, SectionId
 from espalier_proto import espalier_pb2 as pb
 
 if TYPE_CHECKING:
     from espalier.config.run_settings import RunSettings
 
-#: Prefix of `CloudState.extra`: the cluster of each client.
-MEMBER = "cluster/"
-#: Arrays that are forwarded with Δ.
-WEIGHT, CLUSTER = "about/weight", "about/cluster"
+#: Section of `CloudState.memory`: the cluster of each client.
+MEMBERSHIP = SectionId("membership")
+#: Forwarded sections: a client's Δ, and its weight and cluster.
+DELTA, ABOUT = SectionId("delta"), SectionId("about")
+WEIGHT, CLUSTER = "weight", "cluster"
 
 
 class CFL(Method):
@@ -71,75 +74,70 @@ class CFL(Method):
 
     def before_run(self, state: CloudState, ask: Inquiry) -> None:
         """Start with one cluster."""
-        state.weights = Weights.pack({_key(0, n): a for n, a in state.tensors.items()})
+        state.payload = Payload({cluster(0): state.weights})
 
     def assign(
         self, state: CloudState, picked: Sequence[str], members: Mapping[str, Member], round_: int
     ) -> dict[str, str]:
         """Return each client's cluster; a client that joins later starts in the first."""
-        return {name: str(int(state.extra.get(MEMBER + name, np.zeros(1))[0])) for name in picked}
+        member = state.memory.get(MEMBERSHIP, {})
+        return {name: str(int(member.get(name, np.zeros(1))[0])) for name in picked}
 
     def view(self, state: CloudState, key: str) -> pb.View:
         """Return the model of a cluster."""
-        names = [t.name for t in state.architecture.tensors]
-        return pb.View(architecture=state.architecture, sources={n: _key(int(key), n) for n in names})
+        source = pb.SectionName(name=CLUSTERS, member=key)
+        sources = {t.name: source for t in state.architecture.tensors}
+        return pb.View(architecture=state.architecture, sources=sources)
 
     # --- edge and cloud ------------------------------------------------------------------------------
 
-    def contribute(self, tally: Tally, update: Update, server: ServerState) -> None:
+    def contribute(self, aggregate: Aggregate, update: Update, server: ServerState) -> None:
         """Forward Δ; add the received model to its cluster's mean."""
         weight = self.weight_of(update)
-        tally.mean(update.received, weight)
-        cluster = int(next(iter(update.arrays)).partition("/")[0].removeprefix("cluster"))
-        about = {WEIGHT: np.array(weight), CLUSTER: np.array(cluster)}
-        change = {n.partition("/")[2]: a - update.received[n] for n, a in update.arrays.items()}
-        tally.forward(update.name, about | change)
+        aggregate.mean(update.received, weight)
+        [(section, trained)] = update.sections.items()
+        change = {n: a - update.received[section][n] for n, a in trained.items()}
+        about = {WEIGHT: np.array(weight), CLUSTER: np.array(int(section.member))}
+        aggregate.forward(update.name, {DELTA: change, ABOUT: about})
 
-    def check_passed(self, stacks: Mapping[str, Arrays], rows: Arrays, server: ServerState) -> None:
+    def check_forwarded(self, forwarded: Mapping[str, Forwarded], rows: Arrays, server: ServerState) -> None:
         """Refuse a Δ that does not fit its cluster's model, or lacks its cluster and weight."""
-        super().check_passed(stacks, rows, server)
-        for client, stack in stacks.items():
-            weight, cluster = stack.get(WEIGHT), stack.get(CLUSTER)
-            if (
-                weight is None
-                or cluster is None
-                or weight.shape
-                or cluster.shape
-                or cluster.dtype.kind != "i"
-            ):
+        super().check_forwarded(forwarded, rows, server)
+        for client, sections in forwarded.items():
+            about = sections.get(ABOUT, {})
+            weight, number = about.get(WEIGHT), about.get(CLUSTER)
+            if weight is None or number is None or weight.shape or number.shape or number.dtype.kind != "i":
                 raise ValueError(f"an update of {client} without its cluster and weight")
             if not 0 < float(weight) <= MAX_WEIGHT:
                 raise ValueError(f"an update of {client} of the weight {float(weight)}")
-            whole = server.section(f"cluster{int(cluster)}")
-            plain = {n: a for n, a in stack.items() if "/" not in n}
-            if not whole or {n: (a.dtype, a.shape) for n, a in plain.items()} != {
-                n: (a.dtype, a.shape) for n, a in whole.items()
-            }:
+            whole, change = server.section(cluster(int(number))), sections.get(DELTA, {})
+            if not whole or _shapes(change) != _shapes(whole):
                 raise ValueError(
-                    f"an update of {client} that does not fit the model of cluster {int(cluster)}"
+                    f"an update of {client} that does not fit the model of cluster {int(number)}"
                 )
 
-    def step(self, server: ServerState, tally: Tally) -> None:
+    def step(self, server: ServerState, aggregate: Aggregate) -> None:
         """Update every cluster's model by the mean update of its clients."""
-        self._move(server, tally, {c: int(stack[CLUSTER]) for c, stack in tally.stacks.items()})
+        self._move(server, aggregate, _membership(aggregate))
 
-    def central_step(self, state: CloudState, tally: Tally) -> None:
+    def central_step(self, state: CloudState, aggregate: Aggregate) -> None:
         """Split the clusters that meet the criterion, then update every cluster."""
-        member = {c: int(stack[CLUSTER]) for c, stack in tally.stacks.items()}
+        member = _membership(aggregate)
         for clients in _groups(member).values():
-            if leaving := self._leaving(state, tally, clients):
-                new = 1 + max(int(n.partition("/")[0].removeprefix("cluster")) for n in state.tensors)
+            if leaving := self._leaving(state, aggregate, clients):
+                new = 1 + max(int(n) for n in state.members(CLUSTERS))
+                origin = cluster(member[leaving[0]])
                 member |= dict.fromkeys(leaving, new)
-                template = state.section(f"cluster{int(tally.stacks[leaving[0]][CLUSTER])}")
-                state.weights = Weights.pack(state.tensors | {_key(new, n): a for n, a in template.items()})
-        state.extra |= {MEMBER + client: np.array([cluster]) for client, cluster in member.items()}
-        self._move(state, tally, member)
+                state.payload = state.payload.replaced({cluster(new): state.payload[origin]})
+        noted = {client: np.array([number]) for client, number in member.items()}
+        state.memory[MEMBERSHIP] = {**state.memory.get(MEMBERSHIP, {}), **noted}
+        self._move(state, aggregate, member)
 
-    def _leaving(self, state: CloudState, tally: Tally, clients: list[str]) -> list[str]:
+    def _leaving(self, state: CloudState, aggregate: Aggregate, clients: list[str]) -> list[str]:
         """Return the clients that leave a cluster; empty if it is not split."""
         trained = [t.name for t in state.architecture.tensors if not t.buffer]
-        updates = [{n: tally.stacks[c][n] for n in trained} for c in clients]
-        weights = np.array([float(tally.stacks[c][WEIGHT]) for c in clients])
+        updates = [{n: aggregate.forwarded[c][DELTA][n] for n in trained} for c in clients]
+        weights = np.array([float(aggregate.forwarded[c][ABOUT][WEIGHT]) for c in clients])
         mean, longest = update_norms(gram_matrix(updates), weights)
         if not should_split(mean, longest, len(clients), state.round, self.settings.of(CFL.Settings)):
             return []
@@ -147,43 +145,48 @@ class CFL(Method):
         return [clients[i] for i in leaving]
 
     @staticmethod
-    def _move(server: ServerState, tally: Tally, member: Mapping[str, int]) -> None:
+    def _move(server: ServerState, aggregate: Aggregate, member: Mapping[str, int]) -> None:
         """Set every cluster's model to the mean received model of its clients plus their mean update."""
-        started, moved = server.tensors | tally.means(server.tensors), {}
-        for cluster, clients in _groups(member).items():
-            stacks = [tally.stacks[c] for c in clients]
-            total = sum(float(s[WEIGHT]) for s in stacks)
-            origin = int(stacks[0][CLUSTER])
-            for name in (n for n in stacks[0] if "/" not in n):
-                base = started[_key(origin, name)]
+        started = server.payload.views()
+        for section, means in aggregate.means(started).items():
+            started[section] = {**started[section], **means}
+        moved: dict[SectionId, dict[str, np.ndarray]] = {}
+        origins = _membership(aggregate)
+        for number, clients in _groups(member).items():
+            changes = [aggregate.forwarded[c][DELTA] for c in clients]
+            weights = [float(aggregate.forwarded[c][ABOUT][WEIGHT]) for c in clients]
+            target = moved.setdefault(cluster(number), {})
+            for name, base in started[cluster(origins[clients[0]])].items():
                 if base.dtype.kind == "f":
-                    mean = sum(base.dtype.type(float(s[WEIGHT]) / total) * s[name] for s in stacks)
-                    moved[_key(cluster, name)] = base + mean
+                    shares = (base.dtype.type(w / sum(weights)) for w in weights)
+                    target[name] = base + sum(p * c[name] for p, c in zip(shares, changes, strict=True))
                 else:
-                    moved[_key(cluster, name)] = base + np.max([s[name] for s in stacks], axis=0)
+                    target[name] = base + np.max([c[name] for c in changes], axis=0)
         server.assign(moved)
 
     def deployed(self, state: CloudState, ask: Inquiry) -> list[Deployed]:
         """Return every cluster's model with its clients."""
-        member = {n.removeprefix(MEMBER): int(v[0]) for n, v in state.extra.items() if n.startswith(MEMBER)}
+        member = {n: int(v[0]) for n, v in state.memory.get(MEMBERSHIP, {}).items()}
         return [
             Deployed(
-                f"cluster {cluster + 1}",
-                state.architecture,
-                Weights.pack(state.section(f"cluster{cluster}")),
-                tuple(clients),
+                f"cluster {number + 1}", state.architecture, state.payload[cluster(number)], tuple(clients)
             )
-            for cluster, clients in sorted(_groups(member or {"": 0}).items())
+            for number, clients in sorted(_groups(member or {"": 0}).items())
         ]
+
+
+def _membership(aggregate: Aggregate) -> dict[str, int]:
+    """Return the cluster of each client whose Δ was forwarded."""
+    return {c: int(sections[ABOUT][CLUSTER]) for c, sections in aggregate.forwarded.items()}
+
+
+def _shapes(arrays: Arrays) -> dict[str, tuple[np.dtype[np.generic], tuple[int, ...]]]:
+    return {n: (a.dtype, a.shape) for n, a in arrays.items()}
 
 
 def _groups(member: Mapping[str, int]) -> dict[int, list[str]]:
     """Return the clients of every cluster, in the order of their names."""
     groups: dict[int, list[str]] = {}
-    for client, cluster in sorted(member.items()):
-        groups.setdefault(cluster, []).append(client)
+    for client, number in sorted(member.items()):
+        groups.setdefault(number, []).append(client)
     return groups
-
-
-def _key(cluster: int, name: str) -> str:
-    return f"cluster{cluster}/{name}"

@@ -9,13 +9,14 @@ import numpy as np
 
 from espalier import lazy, models
 from espalier.errors import WireError
+from espalier.methods.aggregate import Aggregate
 from espalier.methods.base import CloudState, Inquiry, ServerState, Update
 from espalier.methods.own_models import OwnModels
-from espalier.methods.tally import Tally
 from espalier.tasks.base import measuring
 from espalier.training.objectives import LocalRound, Objective, Sum
-from espalier.wire.class_table import COUNT, MEAN, ROUND, VECTORS, ClassTable
-from espalier.wire.payload import Layout, TensorSpec, Weights
+from espalier.wire.class_table import COUNT, MEAN, REPLY, ROUND, TABLE, VECTORS, ClassTable
+from espalier.wire.payload import Layout, TensorSpec
+from espalier.wire.sections import Layouts, Payload, SectionId
 from espalier_proto import espalier_pb2 as pb
 
 if TYPE_CHECKING:
@@ -45,39 +46,48 @@ class ClassTables(OwnModels):
     def before_run(self, state: CloudState, ask: Inquiry) -> None:
         """Start with an empty table."""
         empty = np.zeros((self.classes, self.dimension()), np.float32)
-        state.weights = Weights.pack(
-            {MEAN: empty, COUNT: np.zeros(self.classes), ROUND: np.zeros((), np.int64)}
-        )
+        table: dict[str, np.ndarray] = {
+            MEAN: empty,
+            COUNT: np.zeros(self.classes),
+            ROUND: np.zeros((), np.int64),
+        }
+        state.payload = Payload.pack({TABLE: table})
 
     def describe_reply(self, objective: Objective, model: nn.Module, report: pb.ClientReport) -> None:
         """Report the classes of the vectors."""
         report.table.CopyFrom(table_of(objective).to_proto())
 
-    def reply_layout(
-        self, architecture: pb.ArchitectureSpec, sent: Layout, names: Sequence[str], report: pb.ClientReport
-    ) -> Layout:
+    def reply_layouts(
+        self, architecture: pb.ArchitectureSpec, sent: Layouts, names: Sequence[str], report: pb.ClientReport
+    ) -> Layouts:
         """Return the layout of a vector for each class of the report."""
-        return table_layout(report, sent.only([MEAN]).tensors[0].shape)
+        mean = sent[TABLE].get(MEAN) if TABLE in sent else None
+        if mean is None:
+            raise ValueError("a plan without a class table")
+        return {REPLY: table_layout(report, mean.shape)}
 
-    def contribute(self, tally: Tally, update: Update, server: ServerState) -> None:
+    def contribute(self, aggregate: Aggregate, update: Update, server: ServerState) -> None:
         """Add the vectors of the client's classes, and the round of the table."""
-        classes, dimension = server.tensors[MEAN].shape
+        classes, dimension = server.section(TABLE)[MEAN].shape
         table = table_in(update, self.kind, classes, dimension)
         mean, count = table.dense()
-        tally.mean({MEAN: mean}, 1.0, rows={MEAN: count})
+        aggregate.mean({TABLE: {MEAN: mean}}, 1.0, rows={TABLE: {MEAN: count}})
         # Not the server's round: if a window's last round had no participants, the table is from an earlier round.
-        tally.mean({ROUND: np.array(update.report.round, np.int64)}, 1.0, beside=True)
+        made = np.array(update.report.round, np.int64)
+        aggregate.mean({TABLE: {ROUND: made}}, 1.0, counted=True)
 
-    def gather(self, window: Tally, later: Tally) -> Tally:
+    def gather(self, window: Aggregate, later: Aggregate) -> Aggregate:
         """Report the newest round's table: the counts of several rounds would include a client several times."""
         return later
 
-    def step(self, server: ServerState, tally: Tally) -> None:
+    def step(self, server: ServerState, aggregate: Aggregate) -> None:
         """Replace the table by the newest round's; without a reply it does not change."""
-        if not tally.weight:
+        if not aggregate.weight:
             return
-        count = np.broadcast_to(tally.weights(MEAN).reshape(-1), server.tensors[COUNT].shape)
-        server.assign(tally.means(server.tensors) | {COUNT: count})
+        table = server.section(TABLE)
+        count = np.broadcast_to(aggregate.weights(MEAN, TABLE).reshape(-1), table[COUNT].shape)
+        means = aggregate.means({TABLE: table})
+        server.assign({TABLE: {**means.get(TABLE, {}), COUNT: count}})
 
 
 def table_of(objective: Objective) -> ClassTable:
@@ -101,7 +111,7 @@ def table_layout(report: pb.ClientReport, shape: tuple[int, ...]) -> Layout:
 def table_in(update: Update, kind: str, classes: int, dimension: int) -> ClassTable:
     """Return the table of an update; raises ValueError if it is invalid."""
     try:
-        table = ClassTable.from_proto(update.report.table, update.extra[VECTORS], update.name)
+        table = ClassTable.from_proto(update.report.table, update.extra[REPLY][VECTORS], update.name)
         return table.validate(update.name, kind=kind, classes=classes, dimension=dimension)
     except WireError as error:
         raise ValueError(error.fault) from error
@@ -120,9 +130,9 @@ class TableTerm(Objective):
         """Return the client's table, all counts 1; called after training, before `end`."""
         raise NotImplementedError
 
-    def extra(self) -> dict[str, np.ndarray]:
+    def extra(self) -> dict[SectionId, dict[str, np.ndarray]]:
         """Return the table's vectors, float32 [classes present, D]."""
-        return {VECTORS: self.table().vectors}
+        return {REPLY: {VECTORS: self.table().vectors}}
 
 
 def class_table(

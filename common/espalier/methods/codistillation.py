@@ -12,14 +12,15 @@ from pydantic import Field
 from espalier import lazy, models
 from espalier.config.fields import Count, NonNegative, PositiveInt, SettingsGroup
 from espalier.errors import WireError
+from espalier.methods.aggregate import Aggregate, Arrays, Forwarded
 from espalier.methods.base import CloudState, ServerState, Update
 from espalier.methods.own_models import OwnModels, OwnModelSettings
 from espalier.methods.planning import Member
 from espalier.methods.state import architecture_layout
-from espalier.methods.tally import Arrays, Tally
 from espalier.training.forward_hooks import ForwardCapture, RunningMean, require_classifier, single_output
 from espalier.training.objectives import LocalResult, LocalRound, Objective, TrainingError
-from espalier.wire.payload import Layout, TensorSpec, Weights
+from espalier.wire.payload import Layout, Weights
+from espalier.wire.sections import PEER, Layouts, SectionId
 from espalier_proto import espalier_pb2 as pb
 
 if TYPE_CHECKING:
@@ -29,9 +30,9 @@ if TYPE_CHECKING:
 else:
     torch, functional = lazy.load("torch"), lazy.load("torch.nn.functional")
 
-#: Sections of a reply that holds a copy of a client's network, of the description that is forwarded with it, and of the
-#: servers' copies.
-COPY, SPEC, PEER = "copy/", "about/architecture", "peer/"
+#: Section of a copy that a client sends, and the forwarded section of its description.
+COPY, ABOUT = SectionId("copy"), SectionId("about")
+SPEC = "architecture"
 
 
 class CoDistillation(OwnModels):
@@ -63,9 +64,9 @@ class CoDistillation(OwnModels):
         models = super().assign(state, picked, members, round_)
         return {name: f"{model}@{name}" for name, model in models.items()}
 
-    def is_for(self, key: str, name: str) -> bool:
-        """Return whether a tensor belongs to another client's copy."""
-        return not name.startswith(_key(key.partition("@")[2], ""))
+    def is_for(self, key: str, section: SectionId) -> bool:
+        """Return whether a section is another client's copy."""
+        return section != peer_section(key.partition("@")[2])
 
     # --- client --------------------------------------------------------------------------------------
 
@@ -76,62 +77,59 @@ class CoDistillation(OwnModels):
             self.settings.of(CoDistillation.Settings).peer_burn_in,
         )
 
-    def publish(self, trained: dict[str, np.ndarray], local: LocalRound) -> dict[str, np.ndarray]:
+    def publish(
+        self, trained: dict[str, np.ndarray], local: LocalRound
+    ) -> dict[SectionId, dict[str, np.ndarray]]:
         """Store the network, and return a copy in rounds with an exchange."""
         super().publish(trained, local)
-        return {COPY + name: array for name, array in trained.items()} if self.sends(local.round) else {}
+        return {COPY: trained} if self.sends(local.round) else {}
 
     def describe_reply(self, objective: Objective, model: nn.Module, report: pb.ClientReport) -> None:
         """Describe the copy."""
         if self.sends(report.round):
             report.architecture.CopyFrom(models.describe(model))
 
-    def reply_layout(
-        self, architecture: pb.ArchitectureSpec, sent: Layout, names: Sequence[str], report: pb.ClientReport
-    ) -> Layout:
+    def reply_layouts(
+        self, architecture: pb.ArchitectureSpec, sent: Layouts, names: Sequence[str], report: pb.ClientReport
+    ) -> Layouts:
         """Return the tensors of the described network."""
         if not self.sends(report.round):
-            return Layout(())
+            return {}
         if not report.architecture.tensors:
             raise ValueError("a copy of its network without a description")
-        own = Layout.from_proto(report.architecture.tensors, report.client)
-        return Layout(tuple(TensorSpec(COPY + t.name, t.dtype, t.shape) for t in own.tensors))
+        return {COPY: Layout.from_proto(report.architecture.tensors, report.client)}
 
     # --- servers -------------------------------------------------------------------------------------
 
-    def contribute(self, tally: Tally, update: Update, server: ServerState) -> None:
+    def contribute(self, aggregate: Aggregate, update: Update, server: ServerState) -> None:
         """Forward a copy with its description."""
-        tally.mean({}, 1.0)
-        if update.extra:
+        aggregate.mean({}, 1.0)
+        if COPY in update.extra:
             spec = np.frombuffer(update.report.architecture.SerializeToString(), np.uint8)
-            copy = {n.removeprefix(COPY): a for n, a in update.extra.items()}
-            tally.forward(update.name, {SPEC: spec, **copy})
+            aggregate.forward(update.name, {COPY: update.extra[COPY], ABOUT: {SPEC: spec}})
 
-    def check_passed(self, stacks: Mapping[str, Arrays], rows: Arrays, server: ServerState) -> None:
+    def check_forwarded(self, forwarded: Mapping[str, Forwarded], rows: Arrays, server: ServerState) -> None:
         """Refuse a copy that does not match its description."""
-        super().check_passed(stacks, rows, server)
-        for client, stack in stacks.items():
-            spec = _described(client, stack)
-            copy = {n: a for n, a in stack.items() if n != SPEC}
-            if fault := architecture_layout(spec).difference(
-                architecture_layout(spec).in_order(Layout.of(copy))
-            ):
+        super().check_forwarded(forwarded, rows, server)
+        for client, sections in forwarded.items():
+            expected = architecture_layout(_described(client, sections))
+            copy = Layout.of(sections.get(COPY, {}))
+            if fault := expected.difference(expected.in_order(copy)):
                 raise ValueError(f"a copy of {client}'s network: {fault}")
 
-    def step(self, server: ServerState, tally: Tally) -> None:
+    def step(self, server: ServerState, aggregate: Aggregate) -> None:
         """Replace the old copies by the new ones."""
-        tensors = dict(server.tensors)
-        for client, stack in sorted(tally.stacks.items()):
-            spec = _described(client, stack)
-            tensors = {n: a for n, a in tensors.items() if not n.startswith(_key(client, ""))}
-            tensors |= {_key(client, t.name): stack[t.name] for t in architecture_layout(spec).tensors}
+        copies = {}
+        for client, sections in sorted(aggregate.forwarded.items()):
+            spec = _described(client, sections)
+            copies[peer_section(client)] = Weights.fill(architecture_layout(spec), sections[COPY])
             server.peers[client] = spec
-        server.weights = Weights.pack(tensors)
+        server.payload = server.payload.replaced(copies)
 
 
-def _described(client: str, stack: Arrays) -> pb.ArchitectureSpec:
+def _described(client: str, sections: Forwarded) -> pb.ArchitectureSpec:
     """Return the description of a copy; raises ValueError if it is missing or invalid."""
-    data = stack.get(SPEC)
+    data = sections.get(ABOUT, {}).get(SPEC)
     if data is None or data.dtype != np.uint8:
         raise ValueError(f"a copy of {client}'s network without a description")
     try:
@@ -140,8 +138,9 @@ def _described(client: str, stack: Arrays) -> pb.ArchitectureSpec:
         raise ValueError(f"a copy of {client}'s network with a description that is truncated") from error
 
 
-def _key(client: str, name: str) -> str:
-    return f"{PEER}{client}/{name}"
+def peer_section(client: str) -> SectionId:
+    """Return the section of a client's network at the servers."""
+    return SectionId(PEER, client)
 
 
 class PeerDistillation(Objective):
@@ -208,8 +207,7 @@ def received_peers(local: LocalRound) -> list[nn.Module]:
     Parameters
     ----------
     local : LocalRound
-        Its `peers` are the descriptions, its `aux` has the tensors as "peer/CLIENT/TENSOR". The client's own network
-        is skipped.
+        Its `peers` are the descriptions, its `sections` have the tensors. The client's own network is skipped.
 
     Raises
     ------
@@ -220,8 +218,7 @@ def received_peers(local: LocalRound) -> list[nn.Module]:
     for name, description in local.peers.items():
         if name == local.name:
             continue
-        prefix = f"{PEER}{name}/"
-        arrays = {n.removeprefix(prefix): a for n, a in local.aux.items() if n.startswith(prefix)}
+        arrays = local.sections.get(peer_section(name), {})
         try:
             networks.append(
                 models.build_with(description, {n: models.to_tensor(a) for n, a in arrays.items()})

@@ -16,14 +16,13 @@ from espalier.methods.selection import Answer, Selection, register_selection
 from espalier.seeds import rng_for, seed_for
 from espalier.tasks.local_metrics import local_gradient
 from espalier.training.objectives import LocalRound, Objective
+from espalier.wire.sections import GRADIENT, SectionId
 
 if TYPE_CHECKING:
     from torch import Generator, Tensor, nn
 
     from espalier.config.run_settings import RunSettings
 
-#: Section of a reply that holds the gradient at the received model.
-GRADIENT = "gradient/"
 #: Longest gradient that the table stores in full; a longer one is sketched to this length: a table of 1000 clients
 #: takes at most 64 MB, and squared distances have a relative standard deviation of at most 1.1 %.
 LONGEST = 1 << 14
@@ -42,7 +41,7 @@ class DivFL(FedAvg):
 
 
 class ReceivedGradient(Objective):
-    """Sends the full-batch gradient at the received model, ∇F_k(w), in the section "gradient/" (section 3)."""
+    """Sends the full-batch gradient at the received model, ∇F_k(w), in the section "gradient" (section 3)."""
 
     def begin(self, model: nn.Module, local: LocalRound) -> None:
         """Compute the gradient."""
@@ -52,9 +51,9 @@ class ReceivedGradient(Objective):
         """Return 0: the term only measures."""
         return images.new_zeros(())
 
-    def extra(self) -> dict[str, np.ndarray]:
+    def extra(self) -> dict[SectionId, dict[str, np.ndarray]]:
         """Return the gradient."""
-        return {GRADIENT + name: gradient for name, gradient in self._gradient.items()}
+        return {GRADIENT: self._gradient}
 
 
 # --- cloud: the selection ------------------------------------------------------------------------------
@@ -140,19 +139,16 @@ class FacilityLocation(Selection):
         for name in sorted(gradients):
             self._store(name, gradients[name])
 
-    def state(self) -> dict[str, np.ndarray]:
-        """Return "gradient/NAME" for each row of the table, and "size", the gradients' full length."""
-        rows = {f"gradient/{name}": row for name, row in sorted(self._rows.items())}
-        return {"size": np.array([self._size]), **rows} if rows else {}
+    def state(self) -> dict[str, dict[str, np.ndarray]]:
+        """Return in "gradient" the table's row of each client, in "size" the gradients' full length."""
+        rows = dict(sorted(self._rows.items()))
+        return {"size": {"size": np.array([self._size])}, "gradient": rows} if rows else {}
 
-    def restore(self, state: Mapping[str, np.ndarray]) -> None:
+    def restore(self, state: Mapping[str, Mapping[str, np.ndarray]]) -> None:
         """Restore the table."""
-        self._size = int(state["size"][0]) if "size" in state else 0
-        self._rows = {
-            key.removeprefix("gradient/"): np.asarray(row, dtype=np.float32)
-            for key, row in state.items()
-            if key.startswith("gradient/")
-        }
+        self._size = int(state["size"]["size"][0]) if "size" in state else 0
+        rows = state.get("gradient", {})
+        self._rows = {name: np.asarray(row, dtype=np.float32) for name, row in rows.items()}
 
     def _store(self, name: str, gradient: Mapping[str, np.ndarray]) -> None:
         """Store a gradient, flattened in the order of its tensors' names, if it is finite."""

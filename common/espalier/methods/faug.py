@@ -11,9 +11,13 @@ from pydantic import Field
 from espalier.config.fields import Count, PositiveInt, SettingsGroup
 from espalier.config.run_settings import RunSettings
 from espalier.wire.payload import Layout, TensorSpec
+from espalier.wire.sections import SectionId
 
-#: Tensors of a client's seed images.
-SEED_IMAGES, SEED_LABELS = "seeds/images", "seeds/labels"
+#: Section of a client's seeds, and its tensors.
+SEEDS = SectionId("seeds")
+SEED_IMAGES, SEED_LABELS = "images", "labels"
+#: Section of the generator's tensors.
+GENERATOR = SectionId("generator")
 
 
 class AugmentSettings(SettingsGroup):
@@ -81,8 +85,8 @@ def seed_labels(
     return wanted, redundant
 
 
-def seeds_layout(metrics: Mapping[str, float], image_shape: Sequence[int], settings: RunSettings) -> Layout:
-    """Return the layout of a client's seed images; raises ValueError if their number is out of range."""
+def seeds_layout(metrics: Mapping[str, float], image_shape: Sequence[int]) -> Layout:
+    """Return the layout of a client's seeds; raises ValueError for an absurd number of them."""
     count = metrics.get("seeds", -1)
     if not 0 <= count <= 10_000 or count != int(count):
         raise ValueError(f"{count:g} seed images")

@@ -25,7 +25,7 @@ else:
     torch, functional = lazy.load("torch"), lazy.load("torch.nn.functional")
 
 #: Prefix of a client's own previous table in its state.
-STATE = "soft-label/"
+STATE = "soft-label/table/"
 
 
 class FD(ClassTables):
@@ -120,11 +120,12 @@ class SoftLabelDistillation(TableTerm):
 
 def _other_clients(local: LocalRound, classes: int, device: torch.device) -> Tensor | None:
     """Return the other clients' soft labels [C, C], zeros for absent classes; None before the first table."""
-    given = tables.given_table(local.aux, tables.SOFT_LABEL, classes, "the servers")
+    common = local.sections.get(tables.TABLE, {})
+    given = tables.given_table(common, tables.SOFT_LABEL, classes, "the servers")
     if given is None:
         return None
     own = {n.removeprefix(STATE): a for n, a in local.state.items() if n.startswith(STATE)}
-    table_round = int(local.aux.get(tables.ROUND, np.array(local.round - 1)))
+    table_round = int(common.get(tables.ROUND, np.array(local.round - 1)))
     # The table includes nothing of a client that did not participate in its round.
     if own and int(own[tables.ROUND]) == table_round and own[tables.COUNT].shape == (classes,):
         given = given.without(ClassTable.from_dense(tables.SOFT_LABEL, own[tables.MEAN], own[tables.COUNT]))

@@ -11,11 +11,12 @@ from pydantic import Field
 from espalier import lazy
 from espalier.config.fields import Positive, SettingsGroup
 from espalier.config.run_settings import Groups
+from espalier.methods.aggregate import Aggregate
 from espalier.methods.base import CloudState, Inquiry, Method, ServerState, Update
 from espalier.methods.proximal import SquaredDistance
-from espalier.methods.tally import Tally
 from espalier.training.named_state import on_device, read_blocks, trainable_parameters, write_blocks
 from espalier.training.objectives import LocalResult, LocalRound, Objective
+from espalier.wire.sections import MODEL, SectionId
 
 if TYPE_CHECKING:
     import torch
@@ -24,7 +25,7 @@ else:
     torch = lazy.load("torch")
 
 #: Section of the servers' h, and prefix of g_k in a client's state.
-SECTION, STATE = "dyn", "dyn/"
+H, STATE = SectionId("dyn"), "dyn/"
 
 
 class FedDyn(Method):
@@ -46,14 +47,14 @@ class FedDyn(Method):
     own_optimizer = "sgd"
     own_selection = "bernoulli"
     own_weighting = "uniform"
-    server_sections = frozenset({SECTION})
-    mean_sections = frozenset({SECTION})
+    server_sections = frozenset({H.name})
+    mean_sections = frozenset({H.name})
     sticky_edge = True
     per_example_loss = True
 
     def before_run(self, state: CloudState, ask: Inquiry) -> None:
         """Start from h = 0."""
-        state.add_section(SECTION)
+        state.add_section(H)
 
     # --- client --------------------------------------------------------------------------------------
 
@@ -63,25 +64,27 @@ class FedDyn(Method):
 
     # --- edge and cloud ------------------------------------------------------------------------------
 
-    def contribute(self, tally: Tally, update: Update, server: ServerState) -> None:
+    def contribute(self, aggregate: Aggregate, update: Update, server: ServerState) -> None:
         """Add θ_k to the mean, −(α/N)(θ_k − w) to the change of h."""
-        tally.mean(update.arrays, self.weight_of(update))
-        drift = {
-            f"{SECTION}/{name}": update.arrays[name] - update.received[name]
-            for name in update.arrays
-            if f"{SECTION}/{name}" in server.tensors
-        }
-        tally.sum(drift, -self.settings.of(FedDyn.Settings).dyn_alpha / server.population)
+        aggregate.mean(update.sections, self.weight_of(update))
+        trained, received, h = update.sections[MODEL], update.received[MODEL], server.section(H)
+        drift = {name: trained[name] - received[name] for name in trained if name in h}
+        aggregate.sum({H: drift}, -self.settings.of(FedDyn.Settings).dyn_alpha / server.population)
 
-    def step(self, server: ServerState, tally: Tally) -> None:
+    def step(self, server: ServerState, aggregate: Aggregate) -> None:
         """Update h, then w."""
-        before, alpha = server.tensors, self.settings.of(FedDyn.Settings).dyn_alpha
-        h = {name: before[name] + change for name, change in tally.sums().items()}
-        means = tally.means(before)
-        for name, mean in means.items():
-            if (key := f"{SECTION}/{name}") in h:
-                means[name] = np.where(tally.held(name), mean - h[key] / mean.dtype.type(alpha), before[name])
-        server.assign(h | means)
+        before, alpha, h = (
+            server.payload.views(),
+            self.settings.of(FedDyn.Settings).dyn_alpha,
+            server.section(H),
+        )
+        h = {name: h[name] + change for name, change in aggregate.sums().get(H, {}).items()}
+        means = aggregate.means(before)
+        for name, mean in means.get(MODEL, {}).items():
+            if name in h:
+                moved = mean - h[name] / mean.dtype.type(alpha)
+                means[MODEL][name] = np.where(aggregate.held(name), moved, before[MODEL][name])
+        server.assign({**means, H: h})
 
 
 class DynamicRegularizer(Objective):

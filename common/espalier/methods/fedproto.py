@@ -90,7 +90,8 @@ class PrototypeTerm(TableTerm):
         self._model, self._local, self._table = model, local, None
         self._mean = RunningMean()
         self._global: tuple[Tensor, Tensor] | None = None
-        given = tables.given_table(local.aux, tables.PROTOTYPE, network.classes, "the servers")
+        common = local.sections.get(tables.TABLE, {})
+        given = tables.given_table(common, tables.PROTOTYPE, network.classes, "the servers")
         if given is not None:
             device = next(model.parameters()).device
             vectors, counts = given.dense()

@@ -16,7 +16,8 @@ from espalier.models.presets import PRESETS
 from espalier.tasks.classification import cross_entropy, single_precision
 from espalier.training.named_state import leading_block
 from espalier.training.objectives import LocalRound, Objective, TrainingError
-from espalier.wire.payload import Layout, TensorSpec, Weights
+from espalier.wire.payload import Layout, Weights
+from espalier.wire.sections import MODEL, Layouts, SectionId, layouts_to_proto
 from espalier_proto import espalier_pb2 as pb
 
 if TYPE_CHECKING:
@@ -27,9 +28,13 @@ else:
     torch, functional = lazy.load("torch"), lazy.load("torch.nn.functional")
 
 
-def section(width: float) -> str:
-    """Return the section of the running statistics of one width, e.g. ``"p0.4/"``."""
-    return f"p{width:g}/"
+#: Name of the sections that hold the widths' statistics; their members are widths.
+WIDTH = "width"
+
+
+def statistics(width: float) -> SectionId:
+    """Return the section of the running statistics of one width."""
+    return SectionId(WIDTH, f"{width:g}")
 
 
 class FjORD(SubModels):
@@ -37,8 +42,8 @@ class FjORD(SubModels):
 
     For every batch a client of width p_max trains the leading slice of a width p ≤ p_max, drawn uniformly, with
     distillation from the larger one. Servers average every coordinate by samples over the clients whose p_max
-    includes it. Batch normalisation has statistics for each width, as "pWIDTH/…", which are updated by the clients
-    that train the width.
+    includes it. Batch normalisation has statistics for each width, in a section of their own, which are updated by
+    the clients that train the width.
     """
 
     name = "fjord"
@@ -50,39 +55,38 @@ class FjORD(SubModels):
 
     def before_run(self, state: CloudState, ask: Inquiry) -> None:
         """Add the statistics of every width."""
-        sections: dict[str, np.ndarray] = {}
         for width in self.settings.of(LevelSettings).shares:
             spec = self.variant(state.architecture, width)
             own = sliced(state.weights, spec).views()
-            sections |= {section(width) + t.name: own[t.name] for t in spec.tensors if t.buffer}
-        state.weights = Weights.pack(state.tensors | sections)
+            if buffers := {t.name: own[t.name] for t in spec.tensors if t.buffer}:
+                state.put({statistics(width): buffers})
 
     def view(self, state: CloudState, key: str) -> pb.View:
         """Return the network of a width and the statistics of all widths up to it."""
         spec = self.variant(state.architecture, float(key))
-        tensors = list(Layout.from_proto(spec.tensors, "cloud").tensors)
-        for t in state.weights.layout.tensors:
-            width = t.name.partition("/")[0]
-            if "/" in t.name and float(width.removeprefix("p")) <= float(key):
-                tensors.append(TensorSpec(t.name, t.dtype, t.shape))
-        return pb.View(architecture=spec, layout=Layout(tuple(tensors)).to_proto())
+        layouts = {MODEL: Layout.from_proto(spec.tensors, "cloud")}
+        layouts |= {
+            s: layout
+            for s, layout in state.payload.layouts.items()
+            if s.name == WIDTH and float(s.member) <= float(key)
+        }
+        return pb.View(architecture=spec, sections=layouts_to_proto(layouts))
 
     def objective(self, round_: int) -> Objective:
         """Return the loss of ordered dropout."""
         return OrderedDropout()
 
-    def returned(self, sent: Layout, names: Sequence[str], metrics: Mapping[str, float]) -> Layout:
+    def returned(self, sent: Layouts, names: Sequence[str], metrics: Mapping[str, float]) -> Layouts:
         """Return all tensors: network and statistics."""
-        return sent
+        return {s: layout for s, layout in sent.items() if s.name in (MODEL.name, WIDTH)}
 
     def deployed(self, state: CloudState, ask: Inquiry) -> list[Deployed]:
         """Return the network of every width with the statistics of that width."""
         found: list[Deployed] = []
-        tensors = state.tensors
         for width in self.settings.of(LevelSettings).shares:
             spec = self.variant(state.architecture, width)
             arrays = sliced(state.weights, spec).views()
-            arrays |= {t.name: tensors[section(width) + t.name] for t in spec.tensors if t.buffer}
+            arrays |= state.section(statistics(width))
             label = "global" if width == 1 else f"level {width:g}"
             found.append(Deployed(label, spec, Weights.pack(arrays), at_clients=not found))
         return found
@@ -98,7 +102,7 @@ class OrderedDropout(Objective):
     entropy only, a constant.
 
     All widths share the affine parameters of batch normalisation but not its running statistics: those of width p
-    are in the section "p0.4/" (:func:`section`), under the names of the network's own. The network's own
+    are in a section of their own (:func:`statistics`), under the names of the network's own. The network's own
     statistics are neither used nor updated; a server that deploys a network of width p replaces them by those of
     the section.
 
@@ -120,7 +124,8 @@ class OrderedDropout(Objective):
             shapes = {name: tensor.shape for name, tensor in network.state_dict().items()}
             if not all(_within(shape, held.get(name)) for name, shape in shapes.items()):
                 break
-            self._widths.append(Slice(width, network, _statistics(network, model, local.aux, width)))
+            given = local.sections.get(statistics(width), {})
+            self._widths.append(Slice(width, network, _buffers(network, model, given)))
             fits = shapes == held
         if not self._widths or not fits:
             raise TrainingError(
@@ -150,12 +155,14 @@ class OrderedDropout(Objective):
         ]
         return total + torch.stack(divergences).sum()
 
-    def extra(self) -> dict[str, np.ndarray]:
+    def extra(self) -> dict[SectionId, dict[str, np.ndarray]]:
         """Return every width's running statistics."""
         return {
-            section(part.width) + name: tensor.detach().cpu().numpy().copy()
+            statistics(part.width): {
+                name: tensor.detach().cpu().numpy().copy() for name, tensor in part.buffers.items()
+            }
             for part in self._widths
-            for name, tensor in part.buffers.items()
+            if part.buffers
         }
 
     def _draw(self, device: torch.device, generator: Generator) -> Slice:
@@ -205,22 +212,18 @@ def _whole(model: models.Classifier, preset: str) -> nn.Module:
         return type(model)(own.model_copy(update=hidden))  # type: ignore[call-arg]
 
 
-def _statistics(
-    network: nn.Module, model: nn.Module, aux: Mapping[str, np.ndarray], width: float
-) -> dict[str, Tensor]:
+def _buffers(network: nn.Module, model: nn.Module, received: Mapping[str, np.ndarray]) -> dict[str, Tensor]:
     """Return the statistics of a width: the received ones, or a slice of the network's own."""
-    own, statistics = dict(model.named_buffers()), {}
+    own, found = dict(model.named_buffers()), {}
     for name, like in network.named_buffers():
-        received = aux.get(section(width) + name)
-        if received is not None and received.shape != tuple(like.shape):
+        given = received.get(name)
+        if given is not None and given.shape != tuple(like.shape):
             raise TrainingError(
-                f"the received statistics {section(width) + name!r} are {list(received.shape)}, "
-                f"the network's {list(like.shape)}"
+                f"the received statistics {name!r} are {list(given.shape)}, the network's {list(like.shape)}"
             )
-        given = own[name].cpu().numpy() if received is None else received
         empty = torch.empty(like.shape, dtype=own[name].dtype, device=own[name].device)
-        statistics[name] = leading_block(given, empty)
-    return statistics
+        found[name] = leading_block(own[name].cpu().numpy() if given is None else given, empty)
+    return found
 
 
 def _corner(tensor: Tensor, like: Tensor) -> Tensor:

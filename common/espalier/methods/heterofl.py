@@ -9,15 +9,16 @@ from pydantic import Field
 
 from espalier import models
 from espalier.config.fields import SettingsGroup
+from espalier.methods.aggregate import Aggregate
 from espalier.methods.base import CloudState, Deployed, Inquiry, ServerState, Update
 from espalier.methods.levels import LevelSettings
 from espalier.methods.submodels import SubModels, sliced
-from espalier.methods.tally import Tally
 from espalier.models.presets import is_output_tensor
 from espalier.tasks.classification import CrossEntropy, MaskedCrossEntropy
 from espalier.training.objectives import Objective
 from espalier.training.privacy import PrivacySettings
 from espalier.wire.payload import Weights
+from espalier.wire.sections import MODEL, Payload
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -74,22 +75,19 @@ class HeteroFL(SubModels):
         """Return the cross-entropy over a client's own labels."""
         return MaskedCrossEntropy() if self.settings.of(HeteroFL.Settings).masked_loss else CrossEntropy()
 
-    def contribute(self, tally: Tally, update: Update, server: ServerState) -> None:
+    def contribute(self, aggregate: Aggregate, update: Update, server: ServerState) -> None:
         """Add the client's tensors; of the output layer, the rows of its labels."""
         own = update.labels > 0
-        output = [
-            n
-            for n in update.arrays
-            if self.settings.of(HeteroFL.Settings).masked_loss and is_output_tensor(n)
-        ]
-        tally.mean(update.arrays, self.weight_of(update), rows=dict.fromkeys(output, own))
+        masked = self.settings.of(HeteroFL.Settings).masked_loss
+        output = [n for n in update.sections[MODEL] if masked and is_output_tensor(n)]
+        aggregate.mean(update.sections, self.weight_of(update), rows={MODEL: dict.fromkeys(output, own)})
 
     def deployed(self, state: CloudState, ask: Inquiry) -> list[Deployed]:
         """Return the networks with the clients' statistics (sBN)."""
         found = []
         for network in super().deployed(state, ask):
             weights = sliced(network.weights, network.architecture)
-            statistics = merged(ask("statistics", network.architecture, weights, None))
+            statistics = merged(ask("statistics", network.architecture, Payload.of(weights), None))
             if statistics:
                 tensors = {n: models.to_tensor(a) for n, a in weights.views().items()}
                 model = models.with_statistics(models.build_with(network.architecture, tensors), statistics)

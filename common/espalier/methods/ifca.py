@@ -15,7 +15,8 @@ from espalier.methods.clustering import nearest_model, well_spread
 from espalier.methods.prefixes import matches
 from espalier.seeds import seed_for
 from espalier.tasks.local_metrics import network_loss
-from espalier.wire.payload import Layout, Weights
+from espalier.wire.payload import Weights
+from espalier.wire.sections import MODEL, Layouts, Payload, SectionId
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -23,6 +24,8 @@ if TYPE_CHECKING:
     from espalier.config.run_settings import RunSettings
     from espalier.training.objectives import LocalRound
 
+#: Name of the sections that hold the clusters' own tensors; their members are numbers.
+CLUSTER = "cluster"
 #: Largest number of initialisations; the last one is used in any case.
 TRIES = 20
 
@@ -62,7 +65,7 @@ class IFCA(Method):
         k = self.settings.of(IFCA.Settings).clusters
         for attempt in range(TRIES):
             self._draw(state, attempt)
-            answers = ask("loss", state.architecture, state.weights, None)
+            answers = ask("loss", state.architecture, state.payload, None)
             chosen = [int(a.metrics["cluster"]) for a in answers.values()]
             if not chosen or well_spread(chosen, k):
                 return
@@ -77,10 +80,9 @@ class IFCA(Method):
                 s.model_copy(update={"seed": seed}), self.image_shape, self.classes
             )
             networks.append(models.model_arrays(network))
-        tensors = {n: a for n, a in networks[0].items() if matches(n, shared)}
-        for j, arrays in enumerate(networks):
-            tensors |= {_key(j, n): a for n, a in arrays.items() if not matches(n, shared)}
-        state.weights = Weights.pack(tensors)
+        common = {n: a for n, a in networks[0].items() if matches(n, shared)}
+        drawn = [{n: a for n, a in arrays.items() if not matches(n, shared)} for arrays in networks]
+        state.payload = Payload.pack({MODEL: common} | {cluster(j): arrays for j, arrays in enumerate(drawn)})
 
     # --- client --------------------------------------------------------------------------------------
 
@@ -88,46 +90,48 @@ class IFCA(Method):
         """Choose the model with the lowest loss on all of the client's images."""
         clusters = [
             dict(local.received)
-            | {
-                n.partition("/")[2]: models.to_tensor(a)
-                for n, a in local.aux.items()
-                if n.startswith(_key(j, ""))
-            }
+            | {n: models.to_tensor(a) for n, a in local.sections.get(cluster(j), {}).items()}
             for j in range(self.settings.of(IFCA.Settings).clusters)
         ]
         chosen = nearest_model([network_loss(local, tensors) for tensors in clusters])
         local.metrics["cluster"] = chosen
         return clusters[chosen]
 
-    def publish(self, trained: dict[str, np.ndarray], local: LocalRound) -> dict[str, np.ndarray]:
-        """Return the trained tensors under their cluster's names."""
+    def publish(
+        self, trained: dict[str, np.ndarray], local: LocalRound
+    ) -> dict[SectionId, dict[str, np.ndarray]]:
+        """Return the trained tensors in their cluster's section, the shared ones in the model's."""
         j, shared = int(local.metrics["cluster"]), self.settings.of(IFCA.Settings).shared_layers
-        return {n if matches(n, shared) else _key(j, n): a for n, a in trained.items()}
+        return {
+            MODEL: {n: a for n, a in trained.items() if matches(n, shared)},
+            cluster(j): {n: a for n, a in trained.items() if not matches(n, shared)},
+        }
 
-    def returned(self, sent: Layout, names: Sequence[str], metrics: Mapping[str, float]) -> Layout:
-        """Return the layout of the chosen cluster's and the shared tensors."""
+    def returned(self, sent: Layouts, names: Sequence[str], metrics: Mapping[str, float]) -> Layouts:
+        """Return the layouts of the chosen cluster's and the shared tensors."""
         j = metrics.get("cluster", -1)
-        if j not in range(clusters := self.settings.of(IFCA.Settings).clusters):
-            raise ValueError(f"cluster {j:g} of {clusters}")
-        return sent.only(n for n in sent.names if "/" not in n or n.startswith(_key(int(j), "")))
+        if j not in range(self.settings.of(IFCA.Settings).clusters):
+            raise ValueError(f"cluster {j:g} of {self.settings.of(IFCA.Settings).clusters}")
+        return {s: layout for s, layout in sent.items() if s in (MODEL, cluster(int(j)))}
 
     # --- cloud ---------------------------------------------------------------------------------------
 
     def deployed(self, state: CloudState, ask: Inquiry) -> list[Deployed]:
         """Return the clusters' models; at clients, the best of all of them is evaluated."""
-        shared = {n: a for n, a in state.tensors.items() if "/" not in n}
         clusters = [
             Deployed(
                 f"cluster {j + 1}",
                 state.architecture,
-                Weights.pack(shared | state.section(f"cluster{j}")),
+                Weights.pack(state.tensors | state.section(cluster(j))),
                 at_clients=False,
             )
             for j in range(self.settings.of(IFCA.Settings).clusters)
         ]
-        everything = Deployed("all clusters", state.architecture, state.weights, at_cloud=False)
+        own = {s: weights for s, weights in state.payload.items() if s != MODEL}
+        everything = Deployed("all clusters", state.architecture, state.weights, at_cloud=False, sections=own)
         return [*clusters, everything]
 
 
-def _key(cluster: int, name: str) -> str:
-    return f"cluster{cluster}/{name}"
+def cluster(number: int) -> SectionId:
+    """Return the section of a cluster's tensors."""
+    return SectionId(CLUSTER, str(number))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -11,13 +11,14 @@ from pydantic import Field
 
 from espalier import lazy, models
 from espalier.config.fields import SettingsGroup
+from espalier.methods.aggregate import Aggregate
 from espalier.methods.base import CloudState, Deployed, Inquiry, ServerState, Update
 from espalier.methods.levels import LevelSettings
 from espalier.methods.submodels import SubModels, depth_at
-from espalier.methods.tally import Tally
 from espalier.training.forward_hooks import require_exits
 from espalier.training.objectives import LocalRound, Objective
 from espalier.wire.payload import Weights
+from espalier.wire.sections import SectionId, Sections
 from espalier_proto import espalier_pb2 as pb
 
 if TYPE_CHECKING:
@@ -26,6 +27,9 @@ if TYPE_CHECKING:
 else:
     functional = lazy.load("torch.nn.functional")
 
+#: Names of the sections, whose members are depths: a tier's own tensors, the changes of its last stage, and the
+#: changes that this stage follows. The last two are zeros: servers aggregate changes under their layouts.
+OWN, CHANGE, NEXT = "depth", "own", "next"
 _STAGE = re.compile(r"stage(\d+)\.(.+)")
 
 
@@ -33,9 +37,9 @@ class InclusiveFL(SubModels):
     """Sections 3.2 and 3.3, with local training instead of single gradients.
 
     A tier of depth d trains the first d stages and one exit after the last of them. A stage shared by several
-    tiers is averaged over all of them by samples. A tier's own tensors, its exit and its last stage, are stored as
-    "depthD/…". The last stage is also updated towards the next deeper tier (momentum distillation): its change is
-    (1 − β) Δ_last + β · mean of the deeper tier's Δ over its stages from d on, as far as their tensors have the
+    tiers is averaged over all of them by samples. A tier's own tensors, its exit and its last stage, are in a
+    section of its own. The last stage is also updated towards the next deeper tier (momentum distillation): its change
+    is (1 − β) Δ_last + β · mean of the deeper tier's Δ over its stages from d on, as far as their tensors have the
     shape of the stage's own.
 
     The authors' code never applies the momentum; the formula is the paper's.
@@ -54,7 +58,7 @@ class InclusiveFL(SubModels):
     name = "inclusivefl"
     uses = (Settings, LevelSettings)
     families = ("exits",)
-    server_sections = frozenset({"own", "next"})
+    server_sections = frozenset({CHANGE, NEXT})
 
     # --- tiers -----------------------------------------------------------------------------------------
 
@@ -81,25 +85,23 @@ class InclusiveFL(SubModels):
 
     def before_run(self, state: CloudState, ask: Inquiry) -> None:
         """Add the own exit and last stage of every tier but the deepest."""
-        own = {
-            f"depth{d}/{name}": tensor.numpy()
-            for d in self.depths(state.architecture)[:-1]
-            for name, tensor in self._initial.items()
-            if name.startswith((f"stage{d}.", f"exit{d}."))
-        }
-        # Zeros under whose names servers aggregate the changes of last stages and those of the deeper tier.
-        trained = [n for n in own if _STAGE.search(n) and n.rpartition("/")[2] not in state.buffers]
-        sums = {f"{section}/{n}": np.zeros_like(own[n]) for section in ("own", "next") for n in trained}
-        state.weights = Weights.pack(state.tensors | own | sums)
+        for depth in self.depths(state.architecture)[:-1]:
+            own = {
+                name: tensor.numpy()
+                for name, tensor in self._initial.items()
+                if name.startswith((f"stage{depth}.", f"exit{depth}."))
+            }
+            trained = [n for n in own if _STAGE.match(n) and n not in state.buffers]
+            zeros = {n: np.zeros_like(own[n]) for n in trained}
+            state.put({at(OWN, depth): own, at(CHANGE, depth): zeros, at(NEXT, depth): zeros})
 
     def view(self, state: CloudState, key: str) -> pb.View:
         """Return a tier's network, with its own tensors from its own section."""
         spec = self.variant(state.architecture, float(key))
-        own = f"depth{self._whole_depth(spec)}/"
-        there = set(state.tensors)
-        return pb.View(
-            architecture=spec, sources={t.name: own + t.name for t in spec.tensors if own + t.name in there}
-        )
+        own = at(OWN, self._whole_depth(spec))
+        source = pb.SectionName(name=own.name, member=own.member)
+        there = state.section(own)
+        return pb.View(architecture=spec, sources={t.name: source for t in spec.tensors if t.name in there})
 
     def objective(self, round_: int) -> Objective:
         """Return the cross-entropy of the last exit."""
@@ -107,51 +109,63 @@ class InclusiveFL(SubModels):
 
     # --- servers -----------------------------------------------------------------------------------------
 
-    def contribute(self, tally: Tally, update: Update, server: ServerState) -> None:
+    def contribute(self, aggregate: Aggregate, update: Update, server: ServerState) -> None:
         """Add the client's tensors, its Δ_last, and its Δ that the next shallower tier follows."""
         depths, weight = self.depths(server.architecture), self.weight_of(update)
-        held = max(int(m[1]) for n in update.arrays if (m := _STAGE.search(n)))
+        names = [n for arrays in update.sections.values() for n in arrays]
+        held = max(int(m[1]) for n in names if (m := _STAGE.match(n)))
         if held not in depths:
             raise ValueError(f"a network of depth {held}, which no tier has")
-        tally.mean(update.arrays, weight)
-        change = {n: a - update.received[n] for n, a in update.arrays.items()}
-        own = {f"own/{n}": d for n, d in change.items() if f"own/{n}" in server.tensors}
-        tally.mean(own, weight, beside=True)
+        aggregate.mean(update.sections, weight)
+        change = {
+            section: {n: a - update.received[section][n] for n, a in arrays.items()}
+            for section, arrays in update.sections.items()
+        }
+        last = server.section(at(CHANGE, held))
+        own = {n: d for n, d in change.get(at(OWN, held), {}).items() if n in last}
+        aggregate.mean({at(CHANGE, held): own}, weight, counted=True)
         if shallower := [d for d in depths if d < held]:
-            for name, followed in self._followed(server, change, shallower[-1]):
-                tally.mean({f"next/{followed}": change[name]}, weight, beside=True)
+            for followed, array in self._followed(server, change, shallower[-1]):
+                aggregate.mean({at(NEXT, shallower[-1]): {followed: array}}, weight, counted=True)
 
     def _followed(
-        self, server: ServerState, change: Mapping[str, np.ndarray], below: int
-    ) -> Iterator[tuple[str, str]]:
-        """Yield a tier's tensors from stage `below` on, with the shallower tier's tensors that follow them."""
-        for name, array in change.items():
-            found = _STAGE.search(name)
-            if found and int(found[1]) >= below:
-                target = f"depth{below}/stage{below}.{found[2]}"
-                if f"next/{target}" in server.tensors and server.tensors[target].shape == array.shape:
-                    yield name, target
+        self, server: ServerState, change: Sections, below: int
+    ) -> Iterator[tuple[str, np.ndarray]]:
+        """Yield the changes of a tier's stages from `below` on, with the shallower tier's tensor that follows each."""
+        targets = server.section(at(NEXT, below))
+        for arrays in change.values():
+            for name, array in arrays.items():
+                found = _STAGE.match(name)
+                if found and int(found[1]) >= below:
+                    target = f"stage{below}.{found[2]}"
+                    if target in targets and targets[target].shape == array.shape:
+                        yield target, array
 
-    def step(self, server: ServerState, tally: Tally) -> None:
+    def step(self, server: ServerState, aggregate: Aggregate) -> None:
         """Take the means; the change of a last stage becomes (1 − β) Δ_last + β Δ_next."""
-        means = tally.means(server.tensors)
-        for name in [n for n in means if f"next/{n}" in means and f"own/{n}" in means]:
-            beta = means[name].dtype.type(self.settings.of(InclusiveFL.Settings).inclusive_beta)
-            means[name] = means[name] + beta * (means[f"next/{name}"] - means[f"own/{name}"])
-        server.assign({n: a for n, a in means.items() if not n.startswith(("own/", "next/"))})
+        means = aggregate.means(server.payload.views())
+        for depth in self.depths(server.architecture)[:-1]:
+            own, last, following = (means.get(at(part, depth), {}) for part in (OWN, CHANGE, NEXT))
+            for name in own.keys() & last.keys() & following.keys():
+                beta = own[name].dtype.type(self.settings.of(InclusiveFL.Settings).inclusive_beta)
+                own[name] = own[name] + beta * (following[name] - last[name])
+        server.assign({s: arrays for s, arrays in means.items() if s.name not in self.server_sections})
 
     def deployed(self, state: CloudState, ask: Inquiry) -> list[Deployed]:
         """Return every tier's network, the deepest first."""
         found: list[Deployed] = []
-        tensors = state.tensors
         for level in self.settings.of(LevelSettings).shares:
-            view = self.view(state, f"{level:g}")
-            arrays: dict[str, np.ndarray] = {
-                t.name: tensors[view.sources.get(t.name, t.name)] for t in view.architecture.tensors
-            }
+            spec = self.variant(state.architecture, level)
+            tensors = state.tensors | state.section(at(OWN, self._whole_depth(spec)))
+            arrays: dict[str, np.ndarray] = {t.name: tensors[t.name] for t in spec.tensors}
             label = f"level {level:g}" if found else "global"
-            found.append(Deployed(label, view.architecture, Weights.pack(arrays), at_clients=not found))
+            found.append(Deployed(label, spec, Weights.pack(arrays), at_clients=not found))
         return found
+
+
+def at(part: str, depth: int) -> SectionId:
+    """Return a section of the tier of a depth."""
+    return SectionId(part, str(depth))
 
 
 class LastExit(Objective):

@@ -15,7 +15,7 @@ from espalier.methods.base import CloudState, Inquiry, Method
 from espalier.models.presets import task_of
 from espalier.seeds import seed_for
 from espalier.training.objectives import LocalResult, LocalRound, Objective, TrainingError
-from espalier.wire.payload import Layout, Weights
+from espalier.wire.sections import Layouts, SectionId
 
 if TYPE_CHECKING:
     import torch
@@ -26,7 +26,9 @@ else:
     torch, nn, functional = lazy.load("torch"), lazy.load("torch.nn"), lazy.load("torch.nn.functional")
 
 #: Section of a U-Net's projection head, and prefix of the previous network in a client's state.
-HEAD, STATE = "head/", "moon/"
+HEAD, STATE = SectionId("head"), "moon/"
+#: Prefix of the projection head within the previous network.
+STATE_HEAD = "head/"
 #: Outputs of the projection head (the authors' code).
 PROJECTION = 256
 
@@ -59,17 +61,16 @@ class MOON(Method):
     def before_run(self, state: CloudState, ask: Inquiry) -> None:
         """Add a projection head to a U-Net."""
         if task_of(self.settings.model) == "diffusion":
-            head = initial_head(mid_width(state.model()), self.settings.seed)
-            state.weights = Weights.pack(state.tensors | head)
+            state.put({HEAD: initial_head(mid_width(state.model()), self.settings.seed)})
 
     def objective(self, round_: int) -> Objective:
         """Return the task's loss and the contrastive term."""
         s = self.settings.of(MOON.Settings)
         return super().objective(round_) + ModelContrastiveTerm(s.moon_mu, s.moon_temperature)
 
-    def returned(self, sent: Layout, names: Sequence[str], metrics: Mapping[str, float]) -> Layout:
+    def returned(self, sent: Layouts, names: Sequence[str], metrics: Mapping[str, float]) -> Layouts:
         """Return the network's tensors and the head's."""
-        return sent.only([*names, *(n for n in sent.names if n.startswith(HEAD))])
+        return {**super().returned(sent, names, metrics), **{s: sent[s] for s in sent if s == HEAD}}
 
 
 class ModelContrastiveTerm(Objective):
@@ -81,7 +82,7 @@ class ModelContrastiveTerm(Objective):
 
     On a classifier z is the input of the output layer: the output of the projection head where there is one. On a
     U-Net z is the mid-block's output, averaged over its pixels, after a separate projection head of the same kind;
-    servers hold that head in the section "head/" and average it. Its inputs are the noised images and time steps
+    servers hold that head in the section "head" and average it. Its inputs are the noised images and time steps
     of the DDPM loss, because a U-Net is trained on no others: x_0 at t = 0 would cover one of T steps. z is
     captured in the base loss's forward pass, which saves a second pass and a second update of running statistics,
     so the base loss comes first in the sum.
@@ -129,9 +130,9 @@ class ModelContrastiveTerm(Objective):
             z_previous = z_global if self._previous is self._global else self._previous(*inputs)
         return self._mu * contrastive_loss(z.float(), z_global.float(), z_previous.float(), self._temperature)
 
-    def extra(self) -> dict[str, np.ndarray]:
+    def extra(self) -> dict[SectionId, dict[str, np.ndarray]]:
         """Return the trained projection head."""
-        return {} if self._head is None else _arrays(self._head, HEAD)
+        return {} if self._head is None else {HEAD: _arrays(self._head, "")}
 
     def end(self, model: nn.Module, result: LocalResult, sent: Mapping[str, Tensor]) -> dict[str, float]:
         """Store the trained network for the client's next participation."""
@@ -140,7 +141,7 @@ class ModelContrastiveTerm(Objective):
             del state[name]
         state.update(_arrays(model, STATE))
         if self._head is not None:
-            state.update(_arrays(self._head, STATE + HEAD))
+            state.update(_arrays(self._head, STATE + STATE_HEAD))
         self._release()
         return {}
 
@@ -177,7 +178,7 @@ def projection_head(width: int) -> nn.Sequential:
 
 
 def initial_head(width: int, run_seed: int) -> dict[str, np.ndarray]:
-    """Return the initial projection head by full name ("head/0.weight"), the same on every machine.
+    """Return the tensors of the initial projection head, the same on every machine.
 
     Parameters
     ----------
@@ -188,7 +189,7 @@ def initial_head(width: int, run_seed: int) -> dict[str, np.ndarray]:
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed_for(run_seed, "cloud", 0, "projection head"))
-        return _arrays(projection_head(width), HEAD)
+        return _arrays(projection_head(width), "")
 
 
 def mid_features(model: nn.Module, noisy: Tensor, times: Tensor) -> Tensor:
@@ -231,10 +232,10 @@ class _Frozen:
     ) -> None:
         network, self._head = copy.deepcopy(model), copy.deepcopy(head)
         if tensors is not None:
-            own = {n: t for n, t in tensors.items() if not n.startswith(HEAD)}
+            own = {n: t for n, t in tensors.items() if not n.startswith(STATE_HEAD)}
             network.load_state_dict(own)
             if self._head is not None:
-                self._head.load_state_dict({n: tensors[HEAD + n] for n in self._head.state_dict()})
+                self._head.load_state_dict({n: tensors[STATE_HEAD + n] for n in self._head.state_dict()})
         network.eval().requires_grad_(False)
         if self._head is None:
             self._run: Callable[..., Tensor] = cast(Any, network).project
@@ -253,11 +254,10 @@ def _received_head(model: nn.Module, local: LocalRound) -> nn.Module:
     """Return the received projection head, or the initial one if the servers sent none."""
     if not hasattr(model, "mid_block"):
         raise TrainingError(f"MOON has no representation of a {type(model).__name__}; choose another model")
-    given = {n: a for n, a in local.aux.items() if n.startswith(HEAD)}
-    arrays = given or initial_head(mid_width(model), local.settings.seed)
+    arrays = local.sections.get(HEAD) or initial_head(mid_width(model), local.settings.seed)
     head = projection_head(mid_width(model))
     try:
-        head.load_state_dict({n.removeprefix(HEAD): torch.from_numpy(np.array(a)) for n, a in arrays.items()})
+        head.load_state_dict({n: torch.from_numpy(np.array(a)) for n, a in arrays.items()})
     except RuntimeError as error:
         reason = str(error).partition("\n")[2].strip()
         raise TrainingError(f"the received projection head does not fit the network ({reason})") from None
@@ -270,7 +270,7 @@ def _previous(
     """Return the tensors of the client's previous network and head; None without one of this shape."""
     wanted = dict(model.state_dict())
     if head is not None:
-        wanted |= {HEAD + name: tensor for name, tensor in head.state_dict().items()}
+        wanted |= {STATE_HEAD + name: tensor for name, tensor in head.state_dict().items()}
     stored = {n.removeprefix(STATE): a for n, a in state.items() if n.startswith(STATE)}
     if {n: a.shape for n, a in stored.items()} != {n: tuple(t.shape) for n, t in wanted.items()}:
         return None

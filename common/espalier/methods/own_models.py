@@ -11,15 +11,15 @@ from pydantic import Field
 from espalier import models
 from espalier.config.fields import SettingsGroup
 from espalier.config.run_settings import RunSettings
+from espalier.methods.aggregate import Aggregate
 from espalier.methods.base import CloudState, Deployed, Inquiry, Method, ServerState, Update
 from espalier.methods.planning import Member
-from espalier.methods.tally import Tally
-from espalier.methods.views import Sent
+from espalier.methods.views import ClientView
 from espalier.models.families import model_of
 from espalier.models.presets import is_model
 from espalier.seeds import seed_for
 from espalier.wire.codec import CodecSettings
-from espalier.wire.payload import Layout, Weights
+from espalier.wire.sections import Layouts, Payload, SectionId
 from espalier_proto import espalier_pb2 as pb
 
 if TYPE_CHECKING:
@@ -77,7 +77,7 @@ class OwnModels(Method):
 
     def initial_state(self) -> CloudState:
         """Return a state without a network."""
-        return CloudState(pb.ArchitectureSpec(), Weights.pack({}))
+        return CloudState(pb.ArchitectureSpec(), Payload({}))
 
     def assign(
         self, state: CloudState, picked: Sequence[str], members: Mapping[str, Member], round_: int
@@ -93,21 +93,21 @@ class OwnModels(Method):
         spec.config.update({"model": key.partition("@")[0]})
         return pb.View(architecture=spec)
 
-    def cut(self, key: str, view: pb.View, server: ServerState) -> Sent:
+    def cut(self, key: str, view: pb.View, server: ServerState) -> ClientView:
         """Return all tensors that a server holds for this client."""
-        own = server.weights
-        names = [n for n in own.layout.names if self.is_for(key, n)]
-        views = own.views()
-        weights = own if len(names) == len(views) else Weights.fill(own.layout.only(names), views)
-        return Sent(view.architecture, weights, {}, ())
+        payload = server.payload.only(s for s in server.payload if self.is_for(key, s))
+        return ClientView(view.architecture, payload, {}, ())
 
-    def is_for(self, key: str, name: str) -> bool:
-        """Return whether a tensor is sent to a client."""
-        return name.partition("/")[0] not in self.server_sections
+    def is_for(self, key: str, section: SectionId) -> bool:
+        """Return whether a section is sent to a client."""
+        return section.name not in self.server_sections
 
     def deployed(self, state: CloudState, ask: Inquiry) -> list[Deployed]:
         """Return an entry for clients only, which evaluate their own networks."""
-        return [Deployed("own models", state.architecture, state.weights, at_cloud=False)]
+        own = Deployed(
+            "own models", state.architecture, state.weights, at_cloud=False, sections=state.payload
+        )
+        return [own]
 
     # --- client --------------------------------------------------------------------------------------
 
@@ -126,19 +126,21 @@ class OwnModels(Method):
         local.received = {n: t.detach().clone() for n, t in model.state_dict().items()}
         return model
 
-    def publish(self, trained: dict[str, np.ndarray], local: LocalRound) -> dict[str, np.ndarray]:
+    def publish(
+        self, trained: dict[str, np.ndarray], local: LocalRound
+    ) -> dict[SectionId, dict[str, np.ndarray]]:
         """Store the network in the client's state; nothing of it is sent."""
         local.state.update({STATE + name: array.copy() for name, array in trained.items()})
         return {}
 
     # --- servers -------------------------------------------------------------------------------------
 
-    def reply_layout(
-        self, architecture: pb.ArchitectureSpec, sent: Layout, names: Sequence[str], report: pb.ClientReport
-    ) -> Layout:
-        """Return the layout of the knowledge that a client sends."""
+    def reply_layouts(
+        self, architecture: pb.ArchitectureSpec, sent: Layouts, names: Sequence[str], report: pb.ClientReport
+    ) -> Layouts:
+        """Return the sections of the knowledge that a client sends."""
         raise NotImplementedError
 
-    def add(self, tally: Tally, update: Update, server: ServerState) -> None:
+    def add(self, aggregate: Aggregate, update: Update, server: ServerState) -> None:
         """Add a client's knowledge; only `contribute` forwards tensors."""
-        self.contribute(tally, update, server)
+        self.contribute(aggregate, update, server)

@@ -11,6 +11,7 @@ from espalier import models
 from espalier.methods.base import CloudState, Deployed, Inquiry, Method
 from espalier.methods.planning import Member
 from espalier.wire.payload import Layout, Weights
+from espalier.wire.sections import MODEL, Layouts, SectionId, layouts_to_proto
 from espalier_proto import espalier_pb2 as pb
 
 if TYPE_CHECKING:
@@ -46,9 +47,12 @@ class PersonalLayers(Method):
 
     def view(self, state: CloudState, key: str) -> pb.View:
         """Return the shared tensors."""
-        layout = state.weights.layout
-        shared = layout.only(n for n in layout.names if "/" not in n and not self.is_personal(n))
-        return pb.View(architecture=state.architecture, layout=shared.to_proto())
+        layouts = {MODEL: self.shared(state.weights.layout)}
+        return pb.View(architecture=state.architecture, sections=layouts_to_proto(layouts))
+
+    def shared(self, model: Layout) -> Layout:
+        """Return the layout of the tensors that are not personal."""
+        return model.only(n for n in model.names if not self.is_personal(n))
 
     def start(self, local: LocalRound) -> Mapping[str, Tensor]:
         """Return the received tensors and the client's own layers."""
@@ -64,25 +68,23 @@ class PersonalLayers(Method):
             own = models.model_arrays(self.initial(local.data.shape, len(local.labels)))
         return dict(local.received) | {n: models.to_tensor(own[n]) for n in personal}
 
-    def publish(self, trained: dict[str, np.ndarray], local: LocalRound) -> dict[str, np.ndarray]:
+    def publish(
+        self, trained: dict[str, np.ndarray], local: LocalRound
+    ) -> dict[SectionId, dict[str, np.ndarray]]:
         """Store the personal tensors, return the others."""
         for name, array in trained.items():
             if self.is_personal(name):
                 local.state[STATE + name] = array.copy()
-        return {n: a for n, a in trained.items() if not self.is_personal(n)}
+        return {MODEL: {n: a for n, a in trained.items() if not self.is_personal(n)}}
 
-    def returned(self, sent: Layout, names: Sequence[str], metrics: Mapping[str, float]) -> Layout:
+    def returned(self, sent: Layouts, names: Sequence[str], metrics: Mapping[str, float]) -> Layouts:
         """Return the layout of the requested tensors without the personal ones."""
-        return sent.only(n for n in names if not self.is_personal(n))
+        return super().returned(sent, [n for n in names if not self.is_personal(n)], metrics)
 
     def deployed(self, state: CloudState, ask: Inquiry) -> list[Deployed]:
         """Return the network; with personal layers, for clients only."""
         [network] = super().deployed(state, ask)
         if any(self.is_personal(t.name) for t in state.architecture.tensors):
-            shared = network.weights.layout.only(
-                n for n in network.weights.layout.names if "/" not in n and not self.is_personal(n)
-            )
-            views = network.weights.views()
-            weights = Weights.fill(shared, {n: views[n] for n in shared.names})
+            weights = Weights.fill(self.shared(network.weights.layout), network.weights.views())
             return [Deployed("personal", state.architecture, weights, at_cloud=False)]
         return [network]

@@ -12,13 +12,13 @@ from espalier.config.fields import Count, NonNegative, SettingsGroup
 from espalier.data.imageset import to_uint8
 from espalier.data.joined import with_pixels
 from espalier.data.spec import open_data
+from espalier.methods.aggregate import Aggregate, Arrays, Forwarded
 from espalier.methods.base import CloudState, Inquiry, ServerState, Update
 from espalier.methods.personal import SHARED, PersonalLayers
 from espalier.methods.planning import Member
 from espalier.methods.prefixes import matches
-from espalier.methods.tally import Arrays, Tally
 from espalier.seeds import rng_for
-from espalier.wire.payload import Weights
+from espalier.wire.sections import MODEL, SectionId, layouts_to_proto
 from espalier_proto import espalier_pb2 as pb
 
 if TYPE_CHECKING:
@@ -26,15 +26,16 @@ if TYPE_CHECKING:
     from espalier.data.imageset import ImageSet
     from espalier.training.objectives import LocalRound
 
-#: Sections of the shared images, of the loss limit, and of a client's forwarded loss; keys of clients with the images.
-IMAGES, LABELS, LIMIT, LOSS, LEFT_OUT, GIVEN = (
-    "handout/images",
-    "handout/labels",
-    "limit/loss",
-    "about/loss",
-    "about/left-out",
-    "given/",
-)
+#: Sections of the shared images, and of the loss limit.
+HANDOUT, LIMIT = SectionId("handout"), SectionId("limit")
+IMAGES, LABELS = "images", "labels"
+#: Forwarded section: a client's loss, and whether it is excluded.
+ABOUT = SectionId("about")
+LOSS, LEFT_OUT = "loss", "left-out"
+#: Section of `CloudState.memory`: the clients that have the shared images.
+GIVEN = SectionId("given")
+#: Prefix of the shared images in a client's state.
+STATE_IMAGES = "handout/"
 WITH_DATA = "shared+data"
 
 
@@ -66,7 +67,7 @@ class Phoenix(PersonalLayers):
     name = "phoenix"
     uses = (Settings,)
     tasks = ("diffusion",)
-    server_sections = frozenset({"limit"})
+    server_sections = frozenset({LIMIT.name})
     extra_disclosure = "its loss, by which clients are filtered"
 
     @classmethod
@@ -88,7 +89,7 @@ class Phoenix(PersonalLayers):
 
     def before_run(self, state: CloudState, ask: Inquiry) -> None:
         """Draw the images that all clients receive."""
-        further: dict[str, np.ndarray] = {LIMIT: np.zeros(1)}
+        state.put({LIMIT: {LOSS: np.zeros(1)}})
         s = self.settings.of(Phoenix.Settings)
         if s.shared_data and s.shared_count:
             images = open_data(s.shared_data)
@@ -96,69 +97,72 @@ class Phoenix(PersonalLayers):
             chosen = rng_for(self.settings.seed, "cloud", 0, "handout").choice(
                 len(images), count, replace=False
             )
-            further[IMAGES] = to_uint8(images.fetch(chosen)).numpy()
-            further[LABELS] = images.labels[chosen]
-        state.weights = Weights.pack(state.tensors | further)
+            pixels, labels = to_uint8(images.fetch(chosen)).numpy(), images.labels[chosen]
+            state.put({HANDOUT: {IMAGES: pixels, LABELS: labels}})
 
     def assign(
         self, state: CloudState, picked: Sequence[str], members: Mapping[str, Member], round_: int
     ) -> dict[str, str]:
         """Return the shared tensors, with the images for clients that have not reported since they received them."""
-        missing = (
-            set() if IMAGES not in state.tensors else {n for n in picked if GIVEN + n not in state.extra}
-        )
+        given = state.memory.get(GIVEN, {})
+        missing = {n for n in picked if n not in given} if HANDOUT in state.payload else set()
         return {name: WITH_DATA if name in missing else SHARED for name in picked}
 
     def view(self, state: CloudState, key: str) -> pb.View:
         """Return the shared tensors, with or without the images."""
-        layout = state.weights.layout
-        names = [n for n in layout.names if "/" not in n and not self.is_personal(n)]
+        layouts = {MODEL: self.shared(state.weights.layout)}
         if key == WITH_DATA:
-            names += [IMAGES, LABELS]
-        return pb.View(architecture=state.architecture, layout=layout.only(names).to_proto())
+            layouts[HANDOUT] = state.payload[HANDOUT].layout
+        return pb.View(architecture=state.architecture, sections=layouts_to_proto(layouts))
 
     def data(self, local: LocalRound) -> ImageSet:
         """Return the client's own images and the shared ones."""
         own = super().data(local)
-        pixels, labels = (local.aux.get(n, local.state.get(n)) for n in (IMAGES, LABELS))
+        sent = local.sections.get(HANDOUT, {})
+        pixels, labels = (sent.get(n, local.state.get(STATE_IMAGES + n)) for n in (IMAGES, LABELS))
         if pixels is None or labels is None:
             return own
         return with_pixels(own, pixels, labels)
 
-    def publish(self, trained: dict[str, np.ndarray], local: LocalRound) -> dict[str, np.ndarray]:
+    def publish(
+        self, trained: dict[str, np.ndarray], local: LocalRound
+    ) -> dict[SectionId, dict[str, np.ndarray]]:
         """Store the personal tensors and the shared images."""
-        local.state.update({n: np.array(local.aux[n]) for n in (IMAGES, LABELS) if n in local.aux})
+        shared = local.sections.get(HANDOUT, {})
+        local.state.update({STATE_IMAGES + n: np.array(a) for n, a in shared.items()})
         return super().publish(trained, local)
 
     # --- the filter ----------------------------------------------------------------------------------
 
-    def contribute(self, tally: Tally, update: Update, server: ServerState) -> None:
+    def contribute(self, aggregate: Aggregate, update: Update, server: ServerState) -> None:
         """Add a client's tensors, unless its loss is above the limit."""
-        loss, limit = update.metrics["loss"], float(server.tensors[LIMIT][0])
+        loss, limit = update.metrics["loss"], float(server.section(LIMIT)[LOSS][0])
         left_out = 0 < limit < loss
-        tally.forward(update.name, {LOSS: np.array([loss]), LEFT_OUT: np.array([left_out])})
+        about = {LOSS: np.array([loss]), LEFT_OUT: np.array([left_out])}
+        aggregate.forward(update.name, {ABOUT: about})
         if left_out:
             raise ValueError(f"its loss {loss:.4g} is above {limit:.4g}, so it is left out of this round")
-        super().contribute(tally, update, server)
+        super().contribute(aggregate, update, server)
 
-    def check_passed(self, stacks: Mapping[str, Arrays], rows: Arrays, server: ServerState) -> None:
+    def check_forwarded(self, forwarded: Mapping[str, Forwarded], rows: Arrays, server: ServerState) -> None:
         """Refuse a forwarded record without a finite loss or the exclusion flag."""
-        super().check_passed(stacks, rows, server)
-        for client, stack in stacks.items():
-            loss, left_out = stack.get(LOSS), stack.get(LEFT_OUT)
+        super().check_forwarded(forwarded, rows, server)
+        for client, sections in forwarded.items():
+            about = sections.get(ABOUT, {})
+            loss, left_out = about.get(LOSS), about.get(LEFT_OUT)
             if loss is None or loss.shape != (1,) or loss.dtype.kind != "f" or not np.isfinite(loss[0]):
                 raise ValueError(f"a note on {client} without its loss")
             if left_out is None or left_out.shape != (1,) or left_out.dtype.kind != "b":
                 raise ValueError(f"a note on {client} that does not say whether its update counts")
 
-    def central_step(self, state: CloudState, tally: Tally) -> None:
+    def central_step(self, state: CloudState, aggregate: Aggregate) -> None:
         """Update the model, set the next limit, and record the clients that have the shared images."""
-        super().central_step(state, tally)
-        losses = [float(stack[LOSS][0]) for stack in tally.stacks.values()]
+        super().central_step(state, aggregate)
+        about = {client: sections[ABOUT] for client, sections in aggregate.forwarded.items()}
+        losses = [float(note[LOSS][0]) for note in about.values()]
         if losses:  # an edge may have forwarded none
-            state.assign(
-                {LIMIT: np.array([self.settings.of(Phoenix.Settings).quality_threshold * np.median(losses)])}
-            )
+            limit = np.array([self.settings.of(Phoenix.Settings).quality_threshold * np.median(losses)])
+            state.assign({LIMIT: {LOSS: limit}})
         # An excluded client's state, including the images, is rolled back to before the round.
-        counted = (client for client, stack in tally.stacks.items() if not stack[LEFT_OUT][0])
-        state.extra |= {GIVEN + client: np.ones(1) for client in counted}
+        counted = {client: np.ones(1) for client, note in about.items() if not note[LEFT_OUT][0]}
+        state.memory[GIVEN] = {**state.memory.get(GIVEN, {}), **counted}

@@ -161,17 +161,14 @@ class StalePowD(PowD):
             if "loss" in found and not math.isnan(found["loss"]):
                 self._losses[name] = float(found["loss"])
 
-    def state(self) -> dict[str, np.ndarray]:
-        """Return "loss/NAME", shape (1,), for each client that participated."""
-        return {f"loss/{name}": np.array([loss]) for name, loss in sorted(self._losses.items())}
+    def state(self) -> dict[str, dict[str, np.ndarray]]:
+        """Return in "loss" the loss, shape (1,), of each client that participated."""
+        losses = {name: np.array([loss]) for name, loss in sorted(self._losses.items())}
+        return {"loss": losses} if losses else {}
 
-    def restore(self, state: Mapping[str, np.ndarray]) -> None:
+    def restore(self, state: Mapping[str, Mapping[str, np.ndarray]]) -> None:
         """Restore the losses."""
-        self._losses = {
-            key.removeprefix("loss/"): float(value[0])
-            for key, value in state.items()
-            if key.startswith("loss/")
-        }
+        self._losses = {name: float(loss[0]) for name, loss in state.get("loss", {}).items()}
 
 
 def rating(settings: PowD.Settings, loss: float, samples: int) -> float:

@@ -9,11 +9,12 @@ import numpy as np
 from pydantic import Field
 
 from espalier.config.fields import NonNegative, SettingsGroup
+from espalier.methods.aggregate import Aggregate
 from espalier.methods.base import Method, ServerState, Update
 from espalier.methods.selection import SelectionSettings
-from espalier.methods.tally import Tally
 from espalier.tasks.local_metrics import local_loss
 from espalier.training.objectives import LocalResult, LocalRound, Objective
+from espalier.wire.sections import MODEL
 
 if TYPE_CHECKING:
     from torch import Generator, Tensor, nn
@@ -59,7 +60,7 @@ class QFedAvg(Method):
 
     # --- edge and cloud ------------------------------------------------------------------------------
 
-    def contribute(self, tally: Tally, update: Update, server: ServerState) -> None:
+    def contribute(self, aggregate: Aggregate, update: Update, server: ServerState) -> None:
         """Add w − Δ_k/h_k with weight h_k; running statistics and counters without the correction."""
         q, loss = self.settings.of(QFedAvg.Settings).fairness_q, update.metrics.get("received-loss", 0.0)
         if not loss > 0:
@@ -68,17 +69,16 @@ class QFedAvg(Method):
         if not local > 0:
             raise ValueError(f"its sum of step sizes is {local}, so q-FedAvg's L is unknown")
         lipschitz = update.metrics["steps"] / local  # L = 1/η
-        trained = [n for n in update.arrays if n not in server.buffers]
-        square = sum(
-            float(np.sum(np.square(update.arrays[n] - update.received[n], dtype=np.float64))) for n in trained
-        )
+        sent, received = update.sections[MODEL], update.received[MODEL]
+        trained = [n for n in sent if n not in server.buffers]
+        square = sum(float(np.sum(np.square(sent[n] - received[n], dtype=np.float64))) for n in trained)
         # h_k = L F^q (1 + q L ‖w − y‖² / F), so Δ_k/h_k = (w − y) / (1 + q L ‖w − y‖² / F).
         damping = 1.0 + q * lipschitz * square / loss
-        fair = dict(update.arrays)
+        fair = dict(sent)
         for name in trained:
-            w = update.received[name]
-            fair[name] = w + (update.arrays[name] - w) / w.dtype.type(damping)
-        tally.mean(fair, lipschitz * loss**q * damping)
+            w = received[name]
+            fair[name] = w + (sent[name] - w) / w.dtype.type(damping)
+        aggregate.mean({MODEL: fair}, lipschitz * loss**q * damping)
 
 
 class ReceivedLoss(Objective):

@@ -8,10 +8,11 @@ from typing import TYPE_CHECKING
 from pydantic import Field
 
 from espalier.config.fields import Positive, SettingsGroup
+from espalier.methods.aggregate import Aggregate
 from espalier.methods.base import CloudState, Inquiry, Method, ServerState, Update
-from espalier.methods.tally import Tally
 from espalier.training.named_state import on_device, read_blocks, trainable_parameters, write_blocks
 from espalier.training.objectives import LocalResult, LocalRound, Objective
+from espalier.wire.sections import MODEL, SectionId
 
 if TYPE_CHECKING:
     from torch import Generator, Tensor, nn
@@ -19,7 +20,7 @@ if TYPE_CHECKING:
     from espalier.config.run_settings import RunSettings
 
 #: Section of the servers' c, and prefix of c_k in a client's state.
-SECTION, STATE = "control", "scaffold/"
+CONTROL, STATE = SectionId("control"), "scaffold/"
 
 
 class SCAFFOLD(Method):
@@ -40,7 +41,7 @@ class SCAFFOLD(Method):
     uses = (Settings,)
     own_optimizer = "sgd"
     own_weighting = "uniform"
-    mean_sections = frozenset({SECTION})
+    mean_sections = frozenset({CONTROL.name})
     sticky_edge = True
     per_example_loss = True
 
@@ -58,7 +59,7 @@ class SCAFFOLD(Method):
 
     def before_run(self, state: CloudState, ask: Inquiry) -> None:
         """Start from c = 0."""
-        state.add_section(SECTION)
+        state.add_section(CONTROL)
 
     # --- client --------------------------------------------------------------------------------------
 
@@ -68,24 +69,25 @@ class SCAFFOLD(Method):
 
     # --- edge and cloud ------------------------------------------------------------------------------
 
-    def contribute(self, tally: Tally, update: Update, server: ServerState) -> None:
+    def contribute(self, aggregate: Aggregate, update: Update, server: ServerState) -> None:
         """Add w + η_g Δ_k to the mean, Δc_k / N to the change of c."""
         rate, local = self.settings.of(SCAFFOLD.Settings).server_rate, update.metrics.get("lr-sum", 0.0)
         if not local > 0:
             raise ValueError(f"its sum of step sizes is {local}, so its control variate is unknown")
-        control, moved, change = server.section(SECTION), dict(update.arrays), {}
-        for name, c in control.items():
-            w, y = update.received[name], update.arrays[name]
+        trained, received = update.sections[MODEL], update.received[MODEL]
+        moved, change = dict(trained), {}
+        for name, c in server.section(CONTROL).items():
+            w, y = received[name], trained[name]
             moved[name] = w + w.dtype.type(rate) * (y - w)
-            change[f"{SECTION}/{name}"] = (w - y) / w.dtype.type(local) - c
-        tally.mean(moved, self.weight_of(update))
-        tally.sum(change, 1.0 / server.population)
+            change[name] = (w - y) / w.dtype.type(local) - c
+        aggregate.mean({MODEL: moved}, self.weight_of(update))
+        aggregate.sum({CONTROL: change}, 1.0 / server.population)
 
-    def step(self, server: ServerState, tally: Tally) -> None:
+    def step(self, server: ServerState, aggregate: Aggregate) -> None:
         """Update w by the mean, and c."""
-        super().step(server, tally)
-        tensors = server.tensors
-        server.assign({name: tensors[name] + change for name, change in tally.sums().items()})
+        super().step(server, aggregate)
+        c, change = server.section(CONTROL), aggregate.sums().get(CONTROL, {})
+        server.assign({CONTROL: {name: c[name] + delta for name, delta in change.items()}})
 
 
 class ControlVariates(Objective):
@@ -104,7 +106,7 @@ class ControlVariates(Objective):
         """Read c and c_k."""
         parameters = trainable_parameters(model)
         self._local = local
-        self._c = read_blocks(local.aux, SECTION + "/", parameters)
+        self._c = read_blocks(local.sections.get(CONTROL, {}), "", parameters)
         self._c_k = read_blocks(local.state, STATE, parameters)
         self._correction = {name: c - self._c_k[name] for name, c in self._c.items()}
 

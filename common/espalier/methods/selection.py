@@ -121,11 +121,11 @@ class Selection(ABC):
             Each participant's gradient by tensor name, where `reports` is "gradient".
         """
 
-    def state(self) -> dict[str, np.ndarray]:
-        """Return the state that a checkpoint stores, keyed by the clients' names."""
+    def state(self) -> dict[str, dict[str, np.ndarray]]:
+        """Return the state that a checkpoint stores: parts by name, arrays in them by client."""
         return {}
 
-    def restore(self, state: Mapping[str, np.ndarray]) -> None:  # noqa: B027
+    def restore(self, state: Mapping[str, Mapping[str, np.ndarray]]) -> None:  # noqa: B027
         """Restore what `state` returned."""
 
     def _count(self, members: Sequence[Member]) -> int:

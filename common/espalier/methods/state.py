@@ -1,15 +1,15 @@
-"""The state of servers: named tensors and their network, and at the cloud the contents of a checkpoint."""
+"""The state of servers: sections of tensors and their network, and at the cloud the contents of a checkpoint."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from espalier import lazy, models
-from espalier.wire.payload import Layout, TensorSpec, Weights
+from espalier.wire.payload import Layout, Weights
+from espalier.wire.sections import MODEL, Payload, SectionId, Sections
 from espalier_proto import espalier_pb2 as pb
 
 if TYPE_CHECKING:
@@ -27,9 +27,9 @@ class ServerState:
     ----------
     architecture : pb.ArchitectureSpec
         The network.
-    weights : Weights
-        The network's tensors under their own names, and the method's further tensors as "SECTION/NAME".
-        Not modified in place; a step replaces them.
+    payload : Payload
+        The network's tensors in the section `MODEL`, and the method's further sections. Not modified in place; a
+        step replaces sections.
     population : int
         Clients in the run (N), participants of a round or not.
     round : int
@@ -39,14 +39,19 @@ class ServerState:
     """
 
     architecture: pb.ArchitectureSpec
-    weights: Weights
+    payload: Payload
     population: int = 1
     round: int = 0
     peers: dict[str, pb.ArchitectureSpec] = field(default_factory=dict)
 
     @property
+    def weights(self) -> Weights:
+        """The network's tensors; none where the servers hold no network."""
+        return self.payload.get(MODEL) or Weights.pack({})
+
+    @property
     def tensors(self) -> dict[str, np.ndarray]:
-        """Every tensor by name, as views."""
+        """The network's tensors by name, as views."""
         return self.weights.views()
 
     @property
@@ -54,28 +59,33 @@ class ServerState:
         """Names of the network's tensors that are not trained: running statistics, counters."""
         return frozenset(t.name for t in self.architecture.tensors if t.buffer)
 
-    def section(self, name: str) -> dict[str, np.ndarray]:
-        """Return the tensors of a section by their names within it."""
-        head = name + "/"
-        return {n.removeprefix(head): v for n, v in self.tensors.items() if n.startswith(head)}
+    def section(self, section: SectionId) -> dict[str, np.ndarray]:
+        """Return the tensors of a section by name, as views; {} where there is no such section."""
+        return self.payload[section].views() if section in self.payload else {}
 
-    def add_section(self, name: str) -> None:
-        """Add a tensor of zeros "NAME/TENSOR" for every trained tensor of the network."""
-        zeros = {
-            f"{name}/{t.name}": np.zeros_like(self.tensors[t.name])
-            for t in self.architecture.tensors
-            if not t.buffer
-        }
-        self.weights = Weights.pack(self.tensors | zeros)
+    def members(self, name: str) -> list[str]:
+        """Return the members of the sections of a name, in order."""
+        return [section.member for section in self.payload if section.name == name]
 
-    def assign(self, changed: Mapping[str, np.ndarray]) -> None:
+    def put(self, sections: Sections) -> None:
+        """Add sections, or replace them by others of any layout."""
+        self.payload = self.payload.replaced({s: Weights.pack(arrays) for s, arrays in sections.items()})
+
+    def add_section(self, section: SectionId) -> None:
+        """Add a section with zeros for every trained tensor of the network."""
+        own = self.tensors
+        trained = [t.name for t in self.architecture.tensors if not t.buffer]
+        self.put({section: {name: np.zeros_like(own[name]) for name in trained}})
+
+    def assign(self, changed: Sections) -> None:
         """Replace some tensors by others of the same shape; they are converted to the old dtypes."""
-        if changed:
-            layout, own = self.weights.layout, self.tensors
-            dtypes = {t.name: own[t.name].dtype for t in layout.tensors}
-            self.weights = Weights.fill(
-                layout, own | {n: np.asarray(v, dtypes[n]) for n, v in changed.items()}
-            )
+        replaced = {}
+        for section, arrays in changed.items():
+            if arrays:
+                own = self.section(section)
+                new = own | {n: np.asarray(v, own[n].dtype) for n, v in arrays.items()}
+                replaced[section] = Weights.fill(self.payload[section].layout, new)
+        self.payload = self.payload.replaced(replaced)
 
 
 @dataclass
@@ -90,7 +100,7 @@ class CloudState(ServerState):
         Exponential moving average of the network, when `ema-decay` is on.
     pruned : bool
         Whether the network was pruned in this run.
-    extra : dict[str, np.ndarray]
+    memory : dict[SectionId, dict[str, np.ndarray]]
         State of the method or the selection that only the cloud has.
     notes : dict[str, float]
         Scalars of the newest window for the report; not in the checkpoint.
@@ -99,7 +109,7 @@ class CloudState(ServerState):
     window: int = 0
     ema: Weights | None = None
     pruned: bool = False
-    extra: dict[str, np.ndarray] = field(default_factory=dict)
+    memory: dict[SectionId, dict[str, np.ndarray]] = field(default_factory=dict)
     notes: dict[str, float] = field(default_factory=dict)
 
     def model(self) -> nn.Module:
@@ -109,7 +119,7 @@ class CloudState(ServerState):
     def adopt(self, model: nn.Module) -> None:
         """Make a torch module the global model; the moving average is reset."""
         self.architecture = models.describe(model)
-        self.weights = Weights.pack(models.model_arrays(model))
+        self.payload = self.payload.replaced({MODEL: Weights.pack(models.model_arrays(model))})
         self.ema = None
 
 
@@ -126,11 +136,7 @@ def architecture_layout(architecture: pb.ArchitectureSpec) -> Layout:
     return Layout.from_proto(architecture.tensors, "cloud")
 
 
-def trained_layout(architecture: pb.ArchitectureSpec, section: str = "") -> Layout:
-    """Return the layout of a network's trained tensors, optionally in a section ("SECTION/NAME")."""
-    whole = architecture_layout(architecture)
+def trained_layout(architecture: pb.ArchitectureSpec) -> Layout:
+    """Return the layout of a network's trained tensors."""
     buffers = {t.name for t in architecture.tensors if t.buffer}
-    prefix = f"{section}/" if section else ""
-    return Layout(
-        tuple(TensorSpec(prefix + t.name, t.dtype, t.shape) for t in whole.tensors if t.name not in buffers)
-    )
+    return Layout(tuple(t for t in architecture_layout(architecture).tensors if t.name not in buffers))

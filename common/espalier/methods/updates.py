@@ -1,4 +1,4 @@
-"""Inputs and outputs of methods: a client's update, networks to deploy, inquiries to clients."""
+"""Inputs and outputs of a method: clients' updates, deployed networks, inquiries to clients."""
 
 from __future__ import annotations
 
@@ -10,40 +10,41 @@ import numpy as np
 
 from espalier.methods.selection import Answer
 from espalier.wire.payload import Weights
+from espalier.wire.sections import MODEL, Payload, SectionId
 from espalier_proto import espalier_pb2 as pb
 
 
 @dataclass(frozen=True)
 class Update:
-    """A client's reply, decoded and with the server's tensor names.
+    """A client's reply as a server reads it: decoded, and under the server's sections.
 
     Attributes
     ----------
     name : str
         The client.
-    arrays : dict[str, np.ndarray]
-        Trained tensors: whole tensors of the server, or leading slices of them.
-    received : dict[str, np.ndarray]
-        The same tensors as the client received them.
+    sections : dict[SectionId, dict[str, np.ndarray]]
+        What it trained: whole tensors of the server, or leading slices of them.
+    received : dict[SectionId, dict[str, np.ndarray]]
+        The same tensors as they were sent to it.
     samples : int
         Training samples behind it (n_k).
     labels : np.ndarray
         The client's label counts, shape (classes,).
     metrics : Mapping[str, float]
         Further scalars.
-    extra : dict[str, np.ndarray]
-        Tensors that the server does not have, e.g. "gradient/conv.weight".
+    extra : dict[SectionId, dict[str, np.ndarray]]
+        Sections that the server does not have, e.g. a gradient.
     report : pb.ClientReport
-        The report of the reply.
+        The reply's report.
     """
 
     name: str
-    arrays: dict[str, np.ndarray]
-    received: dict[str, np.ndarray]
+    sections: dict[SectionId, dict[str, np.ndarray]]
+    received: dict[SectionId, dict[str, np.ndarray]]
     samples: int
     labels: np.ndarray
     metrics: Mapping[str, float] = field(default_factory=dict)
-    extra: dict[str, np.ndarray] = field(default_factory=dict)
+    extra: dict[SectionId, dict[str, np.ndarray]] = field(default_factory=dict)
     report: pb.ClientReport = field(default_factory=pb.ClientReport)
 
 
@@ -58,11 +59,13 @@ class Deployed:
     architecture : pb.ArchitectureSpec
         The network.
     weights : Weights
-        Its tensors, and possibly others.
+        Its tensors (at least).
     clients : tuple of str, optional
-        Clients that use it; None: all.
+        Clients that it serves; None: all.
     at_cloud, at_clients : bool
-        Where it is evaluated; clients may receive all clusters and choose one.
+        Where it can be measured: clients may be sent all clusters to choose from.
+    sections : mapping of SectionId to Weights
+        What clients are sent besides the network to measure it.
     """
 
     label: str
@@ -71,16 +74,23 @@ class Deployed:
     clients: tuple[str, ...] | None = None
     at_cloud: bool = True
     at_clients: bool = True
+    sections: Mapping[SectionId, Weights] = field(default_factory=dict)
+
+    @property
+    def payload(self) -> Payload:
+        """What clients are sent to measure it."""
+        model = {MODEL: self.weights} if self.weights.layout.tensors else {}
+        return Payload({**model, **self.sections})
 
 
 class Inquiry(Protocol):
-    """Sends clients an inquiry about a network; see `WindowStrategy.ask`."""
+    """Asks clients something about a network; see `WindowAggregator.ask`."""
 
     def __call__(
         self,
         kind: str,
         architecture: pb.ArchitectureSpec,
-        weights: Weights,
+        payload: Payload,
         clients: Sequence[str] | None = None,
         keys: Mapping[str, str] | None = None,
     ) -> dict[str, Answer]:

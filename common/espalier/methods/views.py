@@ -11,65 +11,78 @@ from google.protobuf.json_format import MessageToDict
 
 from espalier.config.run_settings import RunSettings
 from espalier.errors import WireError
-from espalier.methods.faug import seeds_layout
+from espalier.methods.faug import SEEDS, seeds_layout
 from espalier.methods.state import ServerState, trained_layout
 from espalier.tasks.diffusion_settings import DiffusionSettings
-from espalier.wire.payload import Layout, TensorSpec, Weights
+from espalier.wire.payload import Layout, TensorSpec
+from espalier.wire.sections import (
+    GRADIENT,
+    MODEL,
+    Layouts,
+    Payload,
+    SectionId,
+    Sections,
+    layouts_from_proto,
+)
 from espalier_proto import espalier_pb2 as pb
 
-#: Inquiries to clients besides training; :func:`answer_layout` gives the tensors of their answers.
+#: Inquiries to clients besides training; :func:`answer_layouts` gives the sections of their answers.
 INQUIRIES = ("loss", "batch-loss", "gradient", "accuracy", "statistics", "samples", "seeds", "fill")
+#: Sections of answers, and the tensor of generated images.
+STATISTICS, SAMPLES = SectionId("statistics"), SectionId("samples")
+IMAGES = "images"
 
 
 @dataclass(frozen=True)
-class Sent:
+class ClientView:
     """A client's part of a server's tensors.
 
     Attributes
     ----------
     architecture : pb.ArchitectureSpec
         The client's network.
-    weights : Weights
-        What it is sent, under its own names.
-    sources : dict[str, str]
-        Its names -> the server's, where they differ.
+    payload : Payload
+        What it is sent.
+    sources : dict[str, SectionId]
+        Tensors of its network that are not in the server's `MODEL`, with the server's section that has them.
     returns : tuple[str, ...]
-        Names that come back.
-    coded : Weights, optional
-        `weights` as they lie on the link, where that is another form.
+        Tensors of its network that come back.
+    coded : Payload, optional
+        `payload` in the form that is sent, where that is another one.
     """
 
     architecture: pb.ArchitectureSpec
-    weights: Weights
-    sources: dict[str, str]
+    payload: Payload
+    sources: dict[str, SectionId]
     returns: tuple[str, ...]
-    coded: Weights | None = None
+    coded: Payload | None = None
 
-    def at_server(self, name: str) -> str:
-        """Return the server's name of a client's tensor."""
-        return self.sources.get(name, name)
+    def at_server(self, sections: Sections) -> dict[SectionId, dict[str, np.ndarray]]:
+        """Return a client's tensors by the server's sections."""
+        found: dict[SectionId, dict[str, np.ndarray]] = {}
+        for section, arrays in sections.items():
+            for name, array in arrays.items():
+                place = self.sources.get(name, section) if section == MODEL else section
+                found.setdefault(place, {})[name] = array
+        return found
 
 
-def whole_view(server: ServerState, hidden: Collection[str]) -> Sent:
-    """Return all tensors of a server except hidden sections.
+def whole_view(server: ServerState, hidden: Collection[str]) -> ClientView:
+    """Return all sections of a server except hidden ones.
 
     Parameters
     ----------
     server : ServerState
         The server.
     hidden : collection of str
-        Sections that are not sent, a method's `server_sections`.
+        Names of sections that are not sent, a method's `server_sections`.
     """
-    own = server.weights
-    visible = [t.name for t in own.layout.tensors if t.name.partition("/")[0] not in hidden]
-    if len(visible) < len(own.layout.tensors):
-        views = own.views()
-        own = Weights.fill(own.layout.only(visible), {n: views[n] for n in visible})
+    payload = server.payload.only(section for section in server.payload if section.name not in hidden)
     returns = tuple(t.name for t in server.architecture.tensors)
-    return Sent(server.architecture, own, {}, returns)
+    return ClientView(server.architecture, payload, {}, returns)
 
 
-def slice_view(view: pb.View, server: ServerState, sender: str) -> Sent:
+def slice_view(view: pb.View, server: ServerState, sender: str) -> ClientView:
     """Return the leading slices of a server's tensors that a view describes.
 
     Raises
@@ -77,20 +90,28 @@ def slice_view(view: pb.View, server: ServerState, sender: str) -> Sent:
     WireError
         If the view has a tensor that the server does not have, or a larger one.
     """
-    specs = view.layout.tensors if view.HasField("layout") else view.architecture.tensors
-    layout, tensors = Layout.from_proto(specs, sender), server.tensors
-    sources = dict(view.sources)
-    parts: dict[str, np.ndarray] = {}
-    for spec in layout.tensors:
-        whole = tensors.get(sources.get(spec.name, spec.name))
-        if whole is None or len(whole.shape) != len(spec.shape) or not _fits(spec, whole):
-            raise WireError(
-                sender,
-                f"a view with tensor {spec.name!r}{list(spec.shape)}, which is no slice of the server's",
-            )
-        parts[spec.name] = whole[tuple(slice(0, n) for n in spec.shape)]
-    returns = tuple(view.returns) or tuple(t.name for t in view.architecture.tensors if t.name in parts)
-    return Sent(view.architecture, Weights.fill(layout, parts), sources, returns)
+    layouts = (
+        layouts_from_proto(view.sections, sender)
+        if view.sections
+        else {MODEL: Layout.from_proto(view.architecture.tensors, sender)}
+    )
+    sources = {name: SectionId(source.name, source.member) for name, source in view.sources.items()}
+    server_tensors = server.payload.views()
+    parts: dict[SectionId, dict[str, np.ndarray]] = {}
+    for section, layout in layouts.items():
+        parts[section] = {}
+        for spec in layout.tensors:
+            source = sources.get(spec.name, section) if section == MODEL else section
+            whole = server_tensors.get(source, {}).get(spec.name)
+            if whole is None or len(whole.shape) != len(spec.shape) or not _fits(spec, whole):
+                raise WireError(
+                    sender,
+                    f"a view with tensor {spec.name!r}{list(spec.shape)}, which is no slice of the server's",
+                )
+            parts[section][spec.name] = whole[tuple(slice(0, n) for n in spec.shape)]
+    network = parts.get(MODEL, {})
+    returns = tuple(view.returns) or tuple(t.name for t in view.architecture.tensors if t.name in network)
+    return ClientView(view.architecture, Payload.fill(layouts, parts), sources, returns)
 
 
 def _fits(spec: TensorSpec, whole: np.ndarray) -> bool:
@@ -102,15 +123,15 @@ def buffers_of(architecture: pb.ArchitectureSpec) -> frozenset[str]:
     return frozenset(t.name for t in architecture.tensors if t.buffer)
 
 
-def answer_layout(
+def answer_layouts(
     kind: str,
     architecture: pb.ArchitectureSpec,
     settings: RunSettings,
     population: int,
     metrics: Mapping[str, float] | None = None,
     image_shape: Sequence[int] = (),
-) -> Layout:
-    """Return the layout of the answer to an inquiry.
+) -> Layouts:
+    """Return the sections of the answer to an inquiry.
 
     Parameters
     ----------
@@ -135,9 +156,9 @@ def answer_layout(
     if kind not in INQUIRIES:
         raise ValueError(f"the inquiry {kind!r} is unknown; known are {', '.join(INQUIRIES)}")
     if kind == "gradient":
-        return trained_layout(architecture, "gradient")
+        return {GRADIENT: trained_layout(architecture)}
     if kind == "seeds":
-        return seeds_layout(metrics or {}, image_shape, settings)
+        return {SEEDS: seeds_layout(metrics or {}, image_shape)}
     if kind == "samples":
         # Generated images, as many as the cloud would generate with the whole network.
         config = MessageToDict(architecture.config)
@@ -145,17 +166,15 @@ def answer_layout(
             raise ValueError(f"samples of a {architecture.family} network, which generates no images")
         size = int(config["sample_size"])
         count = max(1, math.ceil(settings.of(DiffusionSettings).eval_samples / max(population, 1)))
-        return Layout(
-            (TensorSpec("samples/images", "uint8", (count, int(config["in_channels"]), size, size)),)
-        )
+        shape = (count, int(config["in_channels"]), size, size)
+        return {SAMPLES: Layout((TensorSpec(IMAGES, "uint8", shape),))}
     if kind == "statistics":
         norms = [t for t in architecture.tensors if len(t.shape) == 1 and t.name.endswith(".weight")]
         paths = [(t.name.removesuffix(".weight"), tuple(t.shape)) for t in norms]
-        return Layout(
-            tuple(
-                TensorSpec(f"statistics/{path}.{part}", "float32", shape if part != "count" else ())
-                for path, shape in paths
-                for part in ("mean", "var", "count")
-            )
+        tensors = (
+            TensorSpec(f"{path}.{part}", "float32", shape if part != "count" else ())
+            for path, shape in paths
+            for part in ("mean", "var", "count")
         )
-    return Layout(())
+        return {STATISTICS: Layout(tuple(tensors))}
+    return {}

@@ -2,7 +2,7 @@
 
 A method's local loss is a sum of terms (FedProx, MOON, SCAFFOLD and FedDyn each add one to the task's loss). A
 term may also change gradients (control variates), keep arrays for the client's next round (`LocalRound.state`),
-read what the server sent with the model (`LocalRound.aux`), train parameters of its own and send arrays of its
+read what the server sent with the model (`LocalRound.sections`), train parameters of its own and send arrays of its
 own. An objective holds what it needs between `begin` and `end` of one round, so one object serves one training at
 a time.
 
@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 import numpy as np
 
 from espalier.errors import EspalierError
+from espalier.wire.sections import SectionId
 
 if TYPE_CHECKING:
     from torch import Generator, Tensor, nn
@@ -43,8 +44,8 @@ class LocalRound:
         Edge round, counted from 1 over the run.
     received : mapping of str to Tensor
         The model's tensors as received, by name; never written to.
-    aux : mapping of str to numpy.ndarray
-        Arrays of other sections the server sent, by full name (e.g. "control/conv.weight", SCAFFOLD's c).
+    sections : mapping of SectionId to mapping of str to numpy.ndarray
+        Sections besides the model that the server sent (e.g. SCAFFOLD's c), by tensor name.
     state : mutable mapping of str to numpy.ndarray
         The client's state between rounds. It is written at the end of a round only, and arrays are replaced
         rather than changed in place, so a round that fails leaves the state as it was.
@@ -61,7 +62,7 @@ class LocalRound:
     metrics : dict of str to float
         Scalars of the report that come from no term of the objective (e.g. the chosen cluster).
     peers : mapping of str to pb.ArchitectureSpec
-        Other clients' networks whose tensors are in `aux`, by client.
+        Other clients' networks whose tensors are in `sections`, by client.
     place : str
         Device to compute on, as torch names it.
     optimizer : str
@@ -74,7 +75,7 @@ class LocalRound:
     settings: RunSettings
     round: int
     received: Mapping[str, Tensor] = field(default_factory=dict)
-    aux: Mapping[str, np.ndarray] = field(default_factory=dict)
+    sections: Mapping[SectionId, Mapping[str, np.ndarray]] = field(default_factory=dict)
     state: MutableMapping[str, np.ndarray] = field(default_factory=dict)
     name: str = ""
     population: int = 1
@@ -173,8 +174,8 @@ class Objective:
     def after_backward(self, model: nn.Module) -> None:
         """Change the gradients before they are clipped and applied."""
 
-    def extra(self) -> dict[str, np.ndarray]:
-        """Return the reply's further sections by full name ("head/0.weight"), before `end`."""
+    def extra(self) -> dict[SectionId, dict[str, np.ndarray]]:
+        """Return the reply's sections besides the model; called before `end`."""
         return {}
 
     def end(self, model: nn.Module, result: LocalResult, sent: Mapping[str, Tensor]) -> dict[str, float]:
@@ -228,9 +229,9 @@ class Sum(Objective):
         for term in self.terms:
             term.after_backward(model)
 
-    def extra(self) -> dict[str, np.ndarray]:
+    def extra(self) -> dict[SectionId, dict[str, np.ndarray]]:
         """Return every term's sections."""
-        return {name: array for term in self.terms for name, array in term.extra().items()}
+        return {section: arrays for term in self.terms for section, arrays in term.extra().items()}
 
     def end(self, model: nn.Module, result: LocalResult, sent: Mapping[str, Tensor]) -> dict[str, float]:
         """Finish every term; their scalars are joined."""

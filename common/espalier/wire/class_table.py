@@ -15,17 +15,20 @@ import numpy as np
 
 from espalier.errors import WireError
 from espalier.wire.control import SCHEMA
+from espalier.wire.sections import SectionId
 from espalier_proto import espalier_pb2 as pb
 
 #: Kinds of vectors: distributions over the classes, vectors of any length, vectors of length 1.
 SOFT_LABEL, PROTOTYPE, UNIT_PROTOTYPE = "soft-label", "prototype", "unit-prototype"
 KINDS = (SOFT_LABEL, PROTOTYPE, UNIT_PROTOTYPE)
 
-#: Section of a payload, the tensor of a reply's vectors in it, and those of the table that clients are given.
-SECTION = "table/"
-VECTORS, MEAN, COUNT = SECTION + "vectors", SECTION + "mean", SECTION + "count"
-#: The round whose replies the given table was made of, int64; absent: the round before.
-ROUND = SECTION + "round"
+#: Section of the table that clients are given, and its tensors: means, counts, and the round whose replies it was
+#: made of (int64; absent: the round before).
+TABLE = SectionId("table")
+MEAN, COUNT, ROUND = "mean", "count", "round"
+#: Section of the vectors that a client sends, and its tensor.
+REPLY = SectionId("vectors")
+VECTORS = "vectors"
 
 #: How far the sum of a distribution and the norm of a unit vector may be from 1, and a probability below 0.
 TOLERANCE = 1e-4
@@ -82,7 +85,7 @@ class ClassTable:
     # --- on the link -------------------------------------------------------------------------------
 
     def to_proto(self) -> pb.ClassTable:
-        """Return what travels beside the tensor of the vectors."""
+        """Return the description of the vectors, for the report."""
         return pb.ClassTable(
             schema=SCHEMA,
             kind=self.kind,
@@ -94,14 +97,14 @@ class ClassTable:
 
     @classmethod
     def from_proto(cls, message: pb.ClassTable, vectors: np.ndarray, sender: str) -> Self:
-        """Read a table; what it holds is judged by `validate`.
+        """Read a table; `validate` checks its values.
 
         Parameters
         ----------
         message : pb.ClassTable
             Kind, classes, labels and counts.
         vectors : numpy.ndarray
-            The payload's tensor ``VECTORS``.
+            The tensor ``VECTORS`` of the section ``REPLY``.
         sender : str
             Whom an error names.
 
@@ -276,7 +279,7 @@ def merge(tables: Iterable[ClassTable]) -> ClassTable:
 
 
 def given_arrays(table: ClassTable, round_: int) -> dict[str, np.ndarray]:
-    """Return the tensors that servers give clients of a table: ``MEAN``, ``COUNT`` and ``ROUND``.
+    """Return the tensors of the section ``TABLE``: ``MEAN``, ``COUNT`` and ``ROUND``.
 
     Parameters
     ----------

@@ -11,11 +11,12 @@ from google.protobuf.message import Message as Proto
 
 from espalier import distribution
 from espalier.errors import WireError
-from espalier.wire.payload import Layout, Weights
+from espalier.wire.payload import Layout
+from espalier.wire.sections import MODEL, Layouts, Payload, SectionId, layouts_from_proto
 from espalier_proto import espalier_pb2 as pb
 
 #: Version of proto/espalier_proto/espalier.proto; raised when a message changes its meaning.
-SCHEMA = 1
+SCHEMA = 2
 
 #: Message types. A plan rides on Flower's own "train", so that any Flower strategy can carry one;
 #: the actions of ours are named so that no user's app has them too.
@@ -88,22 +89,22 @@ def config_of(message: Message, key: str) -> ConfigRecord | None:
     """Return a config record of a message, None where there is none of that key.
 
     Not by `content.config_records`: that view makes a reference cycle which keeps the payload in
-    memory until the garbage collector comes by.
+    memory until the next garbage collection.
     """
     record = message.content.get(key) if message.has_content() else None
     return record if isinstance(record, ConfigRecord) else None
 
 
-def plan_content(plan: Proto, weights: ArrayRecord) -> RecordDict:
+def plan_content(plan: Proto, payload: Payload) -> RecordDict:
     """Pack a plan and its payload."""
-    return RecordDict({ARRAYS: weights, CONFIG: ConfigRecord({PLAN: plan.SerializeToString()})})
+    return RecordDict({**payload.to_records(), CONFIG: ConfigRecord({PLAN: plan.SerializeToString()})})
 
 
-def report_content(report: Proto, weights: ArrayRecord, samples: int, loss: float) -> RecordDict:
-    """Pack a report: an ordinary Flower reply (one ArrayRecord, one MetricRecord) and the report's bytes."""
+def report_content(report: Proto, payload: Payload, samples: int, loss: float) -> RecordDict:
+    """Pack a report and its payload, with the MetricRecord of an ordinary Flower reply."""
     return RecordDict(
         {
-            ARRAYS: weights,
+            **payload.to_records(),
             METRICS: MetricRecord({NUM_EXAMPLES: samples, "loss": loss}),
             REPORT: ConfigRecord({PLAN: report.SerializeToString()}),
         }
@@ -129,31 +130,37 @@ def read_control(kind: type[P], message: Message, sender: str) -> P:
     return decode(kind, record.get(PLAN) if record is not None else None, sender)
 
 
-def read_weights(message: Message, layout: Layout, sender: str) -> Weights:
-    """Read the payload of a message against the layout that is expected; see `Weights.from_record`."""
-    record = message.content.get(ARRAYS)
-    if not isinstance(record, ArrayRecord):
-        raise WireError(sender, "no payload in the message")
-    return Weights.from_record(record, layout, sender)
+def array_records(content: RecordDict) -> dict[str, ArrayRecord]:
+    """Return the ArrayRecords of a message by key; not by `content.array_records`, see :func:`config_of`."""
+    return {key: record for key, record in content.items() if isinstance(record, ArrayRecord)}
 
 
-def plan_layout(plan: pb.WindowPlan | pb.RoundPlan, sender: str) -> Layout:
-    """Return the layout of a plan's payload: its own, or the architecture's tensors."""
-    kind, part = (
-        (pb.Layout, plan.layout) if plan.HasField("layout") else (pb.ArchitectureSpec, plan.architecture)
-    )
-    return _layout(kind, part.SerializeToString(deterministic=True), sender)
+def read_payload(message: Message, layouts: Layouts, sender: str) -> Payload:
+    """Read the payload of a message against the sections that are expected; see `Payload.read`."""
+    return Payload.read(array_records(message.content), layouts, sender)
+
+
+def plan_sections(plan: pb.WindowPlan | pb.RoundPlan, sender: str) -> dict[SectionId, Layout]:
+    """Return the sections of a plan's payload: its own, or the architecture's tensors."""
+    if plan.sections:
+        data = pb.View(sections=plan.sections).SerializeToString(deterministic=True)
+    else:
+        spec = pb.ArchitectureSpec(tensors=plan.architecture.tensors)
+        data = pb.View(architecture=spec).SerializeToString(deterministic=True)
+    return dict(_sections(data, sender))
 
 
 @lru_cache(maxsize=16)
-def _layout(kind: type[pb.Layout] | type[pb.ArchitectureSpec], data: bytes, sender: str) -> Layout:
-    """Read the tensors of a plan, which is nearly always that of the round before."""
-    return Layout.from_proto(kind.FromString(data).tensors, sender)
-
-
-def reply_layout(report: pb.ClientReport | pb.EdgeReport, planned: Layout, sender: str) -> Layout:
-    """Return the layout of a reply's payload: its own, or the plan's."""
-    return Layout.from_proto(report.layout.tensors, sender) if report.HasField("layout") else planned
+def _sections(data: bytes, sender: str) -> dict[SectionId, Layout]:
+    """Read the sections of a plan, which is nearly always that of the round before."""
+    view = pb.View.FromString(data)
+    layouts = (
+        layouts_from_proto(view.sections, sender)
+        if view.sections
+        else {MODEL: Layout.from_proto(view.architecture.tensors, sender)}
+    )
+    # A section without tensors says that there are none: a plan that lists no section sends the network.
+    return {section: layout for section, layout in layouts.items() if layout.tensors}
 
 
 def check_same_run(

@@ -9,10 +9,11 @@ from typing import Self
 import numpy as np
 
 from espalier.errors import WireError
+from espalier.wire.sections import SectionId
 
 #: Section of a payload and its tensors.
-SECTION = "pairs/"
-IMAGES, CENTROIDS = SECTION + "images", SECTION + "centroids"
+PAIRS = SectionId("pairs")
+IMAGES, CENTROIDS = "images", "centroids"
 
 
 def to_pixels(images: np.ndarray) -> np.ndarray:
@@ -27,7 +28,7 @@ def from_pixels(pixels: np.ndarray) -> np.ndarray:
 
 @dataclass(frozen=True, eq=False)
 class Pairs:
-    """Images and their centroids, one pair for every class that somebody holds.
+    """Images and their centroids, one pair for every class that a client holds.
 
     Attributes
     ----------
@@ -41,7 +42,7 @@ class Pairs:
     centroids: np.ndarray
 
     def arrays(self) -> dict[str, np.ndarray]:
-        """Return the payload's tensors."""
+        """Return the section's tensors."""
         return {IMAGES: self.images, CENTROIDS: self.centroids}
 
     def floats(self) -> np.ndarray:
@@ -57,7 +58,7 @@ class Pairs:
         Parameters
         ----------
         arrays : mapping of str to numpy.ndarray
-            The payload's tensors by name.
+            The section's tensors by name; {} where there is none.
         shape : tuple of int
             The client's images: channels, height, width.
         sender : str

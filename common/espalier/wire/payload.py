@@ -1,4 +1,4 @@
-"""Tensors on a link: one flat buffer per dtype and the layout that names what lies in it."""
+"""One section of tensors on a link: a flat buffer per dtype and the layout that says what lies where."""
 
 from __future__ import annotations
 
@@ -33,11 +33,11 @@ STORED_AS: dict[str, np.dtype[np.generic]] = {
     )
 } | {"bfloat16": np.dtype("uint16")}
 
-#: No tensor list of a sane network is longer; a longer one is an attack on the receiver's memory.
+#: Limits of what a message may announce: they bound what a receiver spends on it.
 MAX_TENSORS = 20_000
 MAX_ELEMENTS = 4_000_000_000
 MAX_DIMENSIONS = 32
-#: Largest value let in: no model's is near it, and times more samples than anybody has a float32 still holds it.
+#: Largest value that is accepted: no model's is near it, and a float32 still holds it times any number of samples.
 LARGEST = 2.0**60
 
 
@@ -115,6 +115,14 @@ class Layout:
         """Tensor names in order."""
         return tuple(t.name for t in self.tensors)
 
+    @cached_property
+    def _by_name(self) -> dict[str, TensorSpec]:
+        return {t.name: t for t in self.tensors}
+
+    def get(self, name: str) -> TensorSpec | None:
+        """Return a tensor's description; None where there is no such tensor."""
+        return self._by_name.get(name)
+
     def only(self, names: Iterable[str]) -> Layout:
         """Return the layout of some of the tensors, in this layout's order.
 
@@ -157,7 +165,7 @@ class Layout:
 
 @dataclass(frozen=True)
 class Weights:
-    """Named tensors as flat buffers.
+    """Named tensors as flat buffers: one section of a payload.
 
     Attributes
     ----------
@@ -168,8 +176,8 @@ class Weights:
     record : ArrayRecord or None
         What the buffers are views of, so that they can be sent on without a copy; read-only ones, once filled.
     link : Weights or None
-        The same numbers as they came over a link in a narrower form, so that they can be sent on in that form; only
-        where whoever read them asked for it.
+        The same numbers in the narrower form in which they were received, to be sent on in that form; only where the
+        reader asked for it.
     """
 
     layout: Layout
@@ -251,22 +259,7 @@ class Weights:
             If a buffer is missing, superfluous, of another dtype, shape or length, or holds what cannot be
             added up.
         """
-        if set(record) != set(layout.lengths):
-            raise WireError(
-                sender,
-                f"buffers {sorted(record)}, expected {sorted(layout.lengths)}: a tensor is missing or too many",
-            )
-        buffers = {}
-        for dtype, length in layout.lengths.items():
-            try:
-                buffer = numpy_view(record[dtype])
-            except ValueError as error:
-                raise WireError(sender, f"the {dtype} buffer cannot be read ({error})") from error
-            if buffer.dtype != STORED_AS[dtype]:
-                raise WireError(sender, f"the {dtype} buffer holds {buffer.dtype}")
-            if buffer.shape != (length,):
-                raise WireError(sender, f"the {dtype} buffer has shape {buffer.shape}, expected ({length},)")
-            buffers[dtype] = buffer
+        buffers = read_buffers(record, layout.lengths, sender)
         weights = cls(layout, buffers, record)
         if fault := weights.not_finite():
             raise WireError(sender, fault)
@@ -280,6 +273,42 @@ class Weights:
                     if view.dtype == STORED_AS[dtype] and (fault := fault_of(view)):
                         return f"tensor {name!r} holds {fault}"
         return ""
+
+
+def read_buffers(record: ArrayRecord, lengths: Mapping[str, int], sender: str) -> dict[str, np.ndarray]:
+    """Return the flat Arrays of a record by dtype, as read-only views.
+
+    Parameters
+    ----------
+    record : ArrayRecord
+        What came.
+    lengths : mapping of str to int
+        The expected elements per dtype.
+    sender : str
+        Whom an error names.
+
+    Raises
+    ------
+    WireError
+        If a buffer is missing, superfluous, or of another dtype, shape or length.
+    """
+    if set(record) != set(lengths):
+        raise WireError(
+            sender,
+            f"buffers {sorted(record)[:20]}, expected {sorted(lengths)}: a tensor is missing or too many",
+        )
+    buffers = {}
+    for dtype, length in lengths.items():
+        try:
+            buffer = numpy_view(record[dtype])
+        except ValueError as error:
+            raise WireError(sender, f"the {dtype} buffer cannot be read ({error})") from error
+        if buffer.dtype != STORED_AS[dtype]:
+            raise WireError(sender, f"the {dtype} buffer holds {buffer.dtype}")
+        if buffer.shape != (length,):
+            raise WireError(sender, f"the {dtype} buffer has shape {buffer.shape}, expected ({length},)")
+        buffers[dtype] = buffer
+    return buffers
 
 
 def fault_of(array: np.ndarray) -> str:

@@ -1,8 +1,9 @@
-"""Signed updates: what a client puts its name to, so that nobody between it and the cloud can speak for it."""
+"""Signed updates: a client's statement about its reply, so that no server in between can forge one."""
 
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Mapping
 from functools import lru_cache
 
 from cryptography.exceptions import InvalidSignature, UnsupportedAlgorithm
@@ -10,17 +11,19 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.asymmetric.utils import decode_dss_signature, encode_dss_signature
 from cryptography.hazmat.primitives.hashes import SHA256
 from cryptography.hazmat.primitives.serialization import load_pem_public_key
+from flwr.app import ArrayRecord
 from google.protobuf.message import Message as Proto
 
 from espalier.errors import WireError
+from espalier.flower.payloads import content_id
 from espalier.wire import control
 from espalier_proto import espalier_pb2 as pb
 
-#: Goes before what is signed: Flower has the same key sign other things, which must not pass for a statement.
+#: Prefix of what is signed: Flower signs other things with the same key, which must not pass for a statement.
 DOMAIN = b"espalier.v1.UpdateStatement\0"
 
 #: Fields of a ClientReport that say how to read the payload; only the edge gets them.
-FORM = ("layout", "table", "architecture")
+FORM = ("sections", "table", "architecture")
 
 #: Why an update without a signature is refused.
 UNSIGNED = (
@@ -42,6 +45,15 @@ def digest(message: Proto) -> bytes:
     return hashlib.sha256(message.SerializeToString(deterministic=True)).digest()
 
 
+def payload_digest(records: Mapping[str, ArrayRecord]) -> bytes:
+    """Return the SHA-256 of a payload: of the keys of its ArrayRecords and of what names their contents."""
+    whole = hashlib.sha256()
+    for key, record in sorted(records.items()):
+        name = key.encode()
+        whole.update(len(name).to_bytes(4, "big") + name + content_id(record))
+    return whole.digest()
+
+
 def statement_of(plan: pb.RoundPlan, report: pb.ClientReport, payload: bytes) -> pb.UpdateStatement:
     """Return the statement that belongs to a reply: the client signs it, and its edge expects it.
 
@@ -50,15 +62,17 @@ def statement_of(plan: pb.RoundPlan, report: pb.ClientReport, payload: bytes) ->
     plan : pb.RoundPlan
         What the reply answers.
     report : pb.ClientReport
-        The reply's report; its `up_bytes` are not covered, because they count the signature, too.
+        The reply's report; its `up_bytes` are not covered: the edge measures them.
     payload : bytes
-        Content id of the reply's payload, see `espalier.flower.payloads.content_id`.
+        Digest of the reply's payload, see `payload_digest`.
     """
     said, form = pb.ClientReport(), pb.ClientReport()
     said.CopyFrom(report)
-    for name in FORM:
+    form.sections.extend(said.sections)
+    for name in ("table", "architecture"):
         if said.HasField(name):
             getattr(form, name).CopyFrom(getattr(said, name))
+    for name in FORM:
         said.ClearField(name)
     said.ClearField("signed")
     said.ClearField("up_bytes")
@@ -83,7 +97,7 @@ def sign(statement: pb.UpdateStatement, key: ec.EllipticCurvePrivateKey) -> pb.S
     """Sign a statement with a node key."""
     content = statement.SerializeToString()
     size = _half(key.curve)
-    # Both numbers at full length: the size of a reply must not hang on chance, as it does in DER.
+    # Both numbers at full length: in DER the size of a reply would vary at random.
     numbers = decode_dss_signature(key.sign(DOMAIN + content, ec.ECDSA(SHA256())))
     return pb.SignedStatement(
         statement=content, signature=b"".join(number.to_bytes(size, "big") for number in numbers)

@@ -10,14 +10,14 @@ import numpy as np
 from espalier.errors import DataError
 from espalier.methods.base import Deployed, Method, build_model
 from espalier.models.presets import task_of
-from espalier.wire.payload import Weights
+from espalier.wire.sections import Payload
 from espalier_proto import espalier_pb2 as pb
 from espalier_server.evaluation.evaluator import ClassifierEvaluator, Evaluator
 from espalier_server.evaluation.image_grid import image_grid
-from espalier_server.outcome import WindowOutcome
 from espalier_server.records.record import AccuracyEntry, Evaluation
 from espalier_server.records.recorder import RunRecorder
-from espalier_server.strategy import WindowStrategy
+from espalier_server.window_aggregator import WindowAggregator
+from espalier_server.window_outcome import WindowOutcome
 
 if TYPE_CHECKING:
     import torch
@@ -30,7 +30,7 @@ class Assessment:
     ----------
     method : Method
         The algorithm.
-    strategy : WindowStrategy
+    strategy : WindowAggregator
         Asks the clients.
     evaluator : Evaluator or ClassifierEvaluator
         Measures at the cloud.
@@ -41,20 +41,20 @@ class Assessment:
     def __init__(
         self,
         method: Method,
-        strategy: WindowStrategy,
+        strategy: WindowAggregator,
         evaluator: Evaluator | ClassifierEvaluator,
         recorder: RunRecorder,
     ) -> None:
         self.method, self.strategy = method, strategy
         self.evaluator, self.recorder = evaluator, recorder
         self._networks: list[Deployed] = []
-        self._weights: Weights | None = None
+        self._payload: Payload | None = None
 
     def networks(self) -> list[Deployed]:
         """Return the networks that users would run now; clients are asked for their part once for each model."""
         state = self.strategy.state
-        if self._weights is not state.weights:
-            self._weights = state.weights
+        if self._payload is not state.payload:
+            self._payload = state.payload
             self._networks = self.method.deployed(state, self.strategy.ask)
         return self._networks
 
@@ -108,7 +108,7 @@ class Assessment:
             if not network.at_clients:
                 continue
             answers = self.strategy.ask(
-                "accuracy", network.architecture, network.weights, network.clients, self._keys()
+                "accuracy", network.architecture, network.payload, network.clients, self._keys()
             )
             for name, answer in answers.items():
                 if total := answer.metrics.get("total", 0):
@@ -137,6 +137,6 @@ class Assessment:
 
         drawn = []
         for network in networks:
-            answers = self.strategy.ask("samples", network.architecture, network.weights, network.clients)
+            answers = self.strategy.ask("samples", network.architecture, network.payload, network.clients)
             drawn += [answers[name].arrays["images"] for name in sorted(answers)]
         return to_float(torch.from_numpy(np.concatenate(drawn))) if drawn else None

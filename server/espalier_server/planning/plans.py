@@ -11,6 +11,7 @@ from espalier.methods.planning import Member, Round, plan_window
 from espalier.methods.selection import Answer, Selection
 from espalier.wire import control
 from espalier.wire.payload import Layout
+from espalier.wire.sections import MODEL, Layouts, layouts_to_proto
 from espalier_proto import espalier_pb2 as pb
 
 Version = tuple[int, int]
@@ -82,7 +83,7 @@ def draw_window(
         names = [m.name for m in candidates]
         # Each candidate evaluates the sub-model that it would train.
         keys = method.assign(state, names, {m.name: m for m in members}, first)
-        answers = ask(selection.probe, state.architecture, state.weights, names, keys)
+        answers = ask(selection.probe, state.architecture, state.payload, names, keys)
     picks, keeps = [selection.choose(first, candidates, answers)], [0]
     for round_ in range(first + 1, first + count):
         later, keep = selection.later(round_, members)
@@ -123,7 +124,7 @@ def window_plan(
         window=window,
         settings=s.to_struct(),
         architecture=state.architecture,
-        layout=state.weights.layout.to_proto(),
+        sections=layouts_to_proto(state.payload.layouts),
         checkpoint_window=checkpoint_window,
         round_deadline=s.round_deadline,
         quorum=s.quorum,
@@ -152,7 +153,7 @@ def inquiry_plan(
     run: str,
     kind: str,
     architecture: pb.ArchitectureSpec,
-    layout: Layout,
+    layouts: Layouts,
     where: Mapping[str, str],
     keys: Mapping[str, str],
     reached: Mapping[str, Version],
@@ -166,7 +167,7 @@ def inquiry_plan(
         window=state.window + 1,
         settings=s.to_struct(),
         architecture=architecture,
-        layout=layout.to_proto(),
+        sections=layouts_to_proto(layouts or {MODEL: Layout(())}),
         checkpoint_window=checkpoint_window,
         round_deadline=s.round_deadline,
         population=state.population,

@@ -20,7 +20,6 @@ from espalier.training.privacy import PrivacySettings
 from espalier.wire.traffic import Ledger
 from espalier_proto import espalier_pb2 as pb
 from espalier_server.evaluation.cost import macs_and_params
-from espalier_server.outcome import WindowOutcome
 from espalier_server.planning.tree import Tree
 from espalier_server.records.checkpoint import Checkpoints
 from espalier_server.records.events import EVENTS_FILE, EventLog, interruptions
@@ -42,7 +41,8 @@ from espalier_server.records.report import build_report
 from espalier_server.records.resume import existing_record
 from espalier_server.records.snapshot import Snapshot
 from espalier_server.records.tensorboard import TensorBoardWriter
-from espalier_server.strategy import WindowStrategy
+from espalier_server.window_aggregator import WindowAggregator
+from espalier_server.window_outcome import WindowOutcome
 
 log = logging.getLogger("espalier.cloud")
 
@@ -159,7 +159,7 @@ class RunRecorder:
             self._roster = roster
             self.events.write("roster", **roster)
 
-    def planned(self, strategy: WindowStrategy, window: int) -> None:
+    def planned(self, strategy: WindowAggregator, window: int) -> None:
         """Record the participants of each round of a window, and their edges."""
         rounds = [
             {
@@ -171,7 +171,7 @@ class RunRecorder:
         self.events.write("window-start", window=window, rounds=rounds)
         self.connected(strategy.tree)
 
-    def window(self, strategy: WindowStrategy, seconds: float, mu_planned: float, mu_random: float) -> None:
+    def window(self, strategy: WindowAggregator, seconds: float, mu_planned: float, mu_random: float) -> None:
         """Record an aggregated window."""
         outcome, window = strategy.outcome, strategy.state.window
         self.ledger.merge(outcome.ledger)
@@ -327,7 +327,7 @@ class RunRecorder:
         self.events.close()
 
 
-def _trainings(strategy: WindowStrategy) -> dict[str, dict[str, float]]:
+def _trainings(strategy: WindowAggregator) -> dict[str, dict[str, float]]:
     """Return each client's training in a window: loss, steps and seconds of its last round, and totals."""
     found: dict[str, dict[str, float]] = {}
     records = [record for report in strategy.outcome.reports.values() for record in report.rounds]
@@ -350,7 +350,7 @@ def _signatures(outcome: WindowOutcome) -> SignatureEntry:
     return SignatureEntry(edges=found.edges, cloud=found.cloud, unsigned=sorted(found.unsigned))
 
 
-def _round_entries(strategy: WindowStrategy) -> list[RoundEntry]:
+def _round_entries(strategy: WindowAggregator) -> list[RoundEntry]:
     """Merge the edges' records of each round."""
     entries = []
     for round_ in range(strategy.first_round, strategy.first_round + len(strategy.plan)):

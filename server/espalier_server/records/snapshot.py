@@ -10,22 +10,24 @@ import numpy as np
 
 from espalier.methods.base import CloudState
 from espalier.wire.payload import Layout, Weights
+from espalier.wire.sections import MODEL, Payload, SectionId, Sections
 from espalier_proto import espalier_pb2 as pb
 from espalier_server.planning.plans import Version
 from espalier_server.planning.tree import SettledMember
+from espalier_server.records.schema_1 import from_schema_1
 
 
 @dataclass(frozen=True)
 class Snapshot:
     """The cloud's state between two windows, and what it knows of the tree.
 
-    Edges keep nothing from one window to the next, and every random number hangs on the run's seed; so this
-    and the clients' own versions are all there is.
+    Edges store nothing between windows, and all randomness derives from the run's seed; so this and the clients'
+    own states are the whole state of a run.
 
     Attributes
     ----------
     state : CloudState
-        Weights, the method's sections, moving average, what method and selection remember.
+        Sections of tensors, moving average, the memory of method and selection.
     reached : dict[str, Version]
         Newest state version of each client; a client goes back to it.
     members : dict[str, SettledMember]
@@ -39,16 +41,20 @@ class Snapshot:
     def pack(self) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
         """Return it as tensors, and what JSON can hold."""
         state = self.state
-        tensors = {f"model/{n}": v for n, v in state.tensors.items()}
+        tensors = _joined(state.payload.views())
         if state.ema:
             tensors |= {f"ema/{n}": v for n, v in state.ema.views().items()}
-        tensors |= {f"extra/{n}": v for n, v in state.extra.items()}
+        tensors |= {f"memory/{n}": v for n, v in _joined(state.memory).items()}
         return tensors, {
+            "sections": [
+                [s.name, s.member, layout.to_proto().SerializeToString(deterministic=True).hex()]
+                for s, layout in state.payload.layouts.items()
+            ],
+            "memory": [[s.name, s.member, list(arrays)] for s, arrays in state.memory.items()],
             "window": state.window,
             "round": state.round,
             "pruned": state.pruned,
             "architecture": state.architecture.SerializeToString(deterministic=True).hex(),
-            "layout": state.weights.layout.to_proto().SerializeToString(deterministic=True).hex(),
             "population": state.population,
             "peers": {n: spec.SerializeToString(deterministic=True).hex() for n, spec in state.peers.items()},
             "reached": {name: list(version) for name, version in self.reached.items()},
@@ -58,28 +64,45 @@ class Snapshot:
     @classmethod
     def unpack(cls, tensors: Mapping[str, np.ndarray], meta: Mapping[str, Any]) -> Snapshot:
         """Rebuild it from what `pack` returned."""
-        parts: dict[str, dict[str, np.ndarray]] = {"model": {}, "ema": {}, "extra": {}}
-        for name, tensor in tensors.items():
-            part, _, rest = name.partition("/")
-            parts[part][rest] = tensor
         architecture = pb.ArchitectureSpec.FromString(bytes.fromhex(meta["architecture"]))
-        layout = Layout.from_proto(
-            pb.Layout.FromString(bytes.fromhex(meta["layout"])).tensors, "the checkpoint"
-        )
-        own = layout.only(t.name for t in architecture.tensors) if parts["ema"] else Layout(())
+        if "sections" in meta:
+            layouts = {SectionId(name, member): _layout(text) for name, member, text in meta["sections"]}
+            arrays: Sections = {
+                s: {n: tensors[f"{s}/{n}"] for n in layout.names} for s, layout in layouts.items()
+            }
+            memory = {
+                s: {n: tensors[f"memory/{s}/{n}"] for n in names}
+                for s, names in ((SectionId(name, member), names) for name, member, names in meta["memory"])
+            }
+        else:
+            layouts, arrays, memory = from_schema_1(_layout(meta["layout"]), tensors)
+        averaged = {t.name: f"ema/{t.name}" for t in architecture.tensors}
+        ema = None
+        if averaged and all(key in tensors for key in averaged.values()):
+            own = layouts[MODEL].only(averaged)
+            ema = Weights.fill(own, {name: tensors[key] for name, key in averaged.items()})
         state = CloudState(
             architecture=architecture,
-            weights=Weights.fill(layout, parts["model"]),
+            payload=Payload.fill(layouts, arrays),
             window=meta["window"],
             round=meta["round"],
             population=meta["population"],
             peers={n: pb.ArchitectureSpec.FromString(bytes.fromhex(s)) for n, s in meta["peers"].items()},
-            ema=Weights.fill(own, parts["ema"]) if parts["ema"] else None,
+            ema=ema,
             pruned=meta["pruned"],
-            extra=parts["extra"],
+            memory=memory,
         )
         members = {
             name: SettledMember(tuple(m["edges"]), m["samples"], tuple(m["labels"]))
             for name, m in meta.get("members", {}).items()
         }
         return cls(state, {name: (at[0], at[1]) for name, at in meta["reached"].items()}, members)
+
+
+def _joined(sections: Sections) -> dict[str, np.ndarray]:
+    """Return all arrays by keys for a file; the meta data list sections and names, so no key is taken apart."""
+    return {f"{section}/{name}": a for section, arrays in sections.items() for name, a in arrays.items()}
+
+
+def _layout(text: str) -> Layout:
+    return Layout.from_proto(pb.Layout.FromString(bytes.fromhex(text)).tensors, "the checkpoint")

@@ -10,7 +10,8 @@ from bench import knowledge_sizes as sizes
 from bench.local_tree import LocalClient, LocalTree
 from PIL import Image
 
-from espalier.wire.class_table import COUNT, MEAN, ROUND, VECTORS
+from espalier.methods.aggregate import ROWS_SECTION, WEIGHTS
+from espalier.wire.class_table import COUNT, MEAN, REPLY, ROUND, TABLE, VECTORS
 from espalier.wire.pairs import CENTROIDS, IMAGES
 from tests.support.by_hand import run_tree, small_tree, tapped
 from tests.support.exchanges import edges_tell, training
@@ -37,11 +38,12 @@ def test_a_table_up_and_down(name: str, model: str, dimension: int, tmp_path: Pa
     whole = sizes.table_bytes(10, dimension)
     assert whole == 4 * 10 * dimension
     for call in training(calls, 2).values():
-        assert set(call.payload) == {VECTORS}
-        assert call.payload[VECTORS].nbytes == len(call.report.table.labels) * 4 * dimension <= whole
-        assert set(call.sent) == {MEAN, COUNT, ROUND}
-        assert call.sent[MEAN].nbytes == whole
-        assert call.sent[COUNT].nbytes + call.sent[ROUND].nbytes == 10 * 8 + 8
+        assert {s: set(arrays) for s, arrays in call.sections.items()} == {REPLY: {VECTORS}}
+        assert call.sections[REPLY][VECTORS].nbytes == len(call.report.table.labels) * 4 * dimension <= whole
+        [table] = call.sent_sections.values()
+        assert set(table) == {MEAN, COUNT, ROUND}
+        assert table[MEAN].nbytes == whole
+        assert table[COUNT].nbytes + table[ROUND].nbytes == 10 * 8 + 8
 
 
 @pytest.mark.parametrize(("name", "model", "dimension"), [("fd", "logistic", 10), ("fedproto", "cnn", 64)])
@@ -55,14 +57,17 @@ def test_the_upper_link_carries_one_table_an_edge(
         run = run_tree(tree, name, clients, families=model, rounds=2)
         assert len(told) == 2
         for part in told:
-            assert set(part.payload) == {MEAN, "weight/" + MEAN, ROUND}
-            assert part.payload[MEAN].nbytes == sizes.table_bytes(10, dimension)
-            assert part.payload["weight/" + MEAN].nbytes + part.payload[ROUND].nbytes == 10 * 8 + 8
+            weights = TABLE._replace(record=WEIGHTS)
+            assert {s: set(arrays) for s, arrays in part.payload.items()} == {
+                TABLE: {MEAN, ROUND},
+                weights: {MEAN},
+            }
+            assert part.payload[TABLE][MEAN].nbytes == sizes.table_bytes(10, dimension)
+            assert part.payload[weights][MEAN].nbytes + part.payload[TABLE][ROUND].nbytes == 10 * 8 + 8
         # The ledger has counted just these messages.
         links = [window.links["edge-cloud"] for window in run.recorder.record.windows]
-        assert [link.up_bytes for link in links] == [part.report.up_bytes for part in told]
         for link, part in zip(links, told, strict=True):
-            assert link.up_bytes == pytest.approx(part.payload_bytes, abs=8)
+            assert link.up_bytes == part.payload_bytes
 
 
 def pictures(folder: Path) -> str:
@@ -92,10 +97,11 @@ def test_fedktl_with_ten_classes_of_32_pixels_and_512_latents(pixels: str, down:
         pair_pixels=pixels,
     )
     [call] = training(calls, 2).values()
-    assert call.payload[VECTORS].nbytes == 400
-    assert sum(array.nbytes for array in call.payload.values()) <= 400
-    assert call.sent[IMAGES].nbytes + call.sent[CENTROIDS].nbytes == down
-    assert sum(array.nbytes for array in call.sent.values()) == down
+    assert call.sections[REPLY][VECTORS].nbytes == 400
+    assert sum(array.nbytes for arrays in call.sections.values() for array in arrays.values()) <= 400
+    [pairs] = call.sent_sections.values()
+    assert pairs[IMAGES].nbytes + pairs[CENTROIDS].nbytes == down
+    assert sum(array.nbytes for array in pairs.values()) == down
     assert down == sizes.pair_bytes(10, (3, 32, 32), 512, pixel_bytes=1 if pixels == "uint8" else 4)
     # Upwards from the edge: the rows and their labels.
-    assert {n: a.nbytes for n, a in told[-1].payload.items()} == {"rows/vectors": 400, "rows/labels": 80}
+    assert {n: a.nbytes for n, a in told[-1].payload[ROWS_SECTION].items()} == {"vectors": 400, "labels": 80}

@@ -10,13 +10,15 @@ import pytest
 import torch
 from bench.local_tree import LocalClient, LocalTree
 
+from espalier.methods.aggregate import Aggregate
 from espalier.methods.base import CloudState
 from espalier.methods.fedktl import FedKTL
 from espalier.methods.registry import METHODS
 from espalier.methods.run_config import with_defaults
-from espalier.methods.tally import Tally
 from espalier.storage.tensor_file import read_tensors
-from espalier.wire.class_table import COUNT, MEAN
+from espalier.wire.class_table import COUNT, MEAN, TABLE
+from espalier.wire.sections import SectionId
+from espalier_server.window_aggregator import SELECTION
 from tests.support.flat import FlatRun
 from tests.support.generators import random_gan
 
@@ -96,17 +98,16 @@ def clients(edges: tuple[int, ...]) -> list[LocalClient]:
 
 def assert_same(tree: CloudState, flat: CloudState) -> None:
     """Compare everything that servers hold, in norm: 1e-5, or exact for what is no float."""
-    assert tree.weights.layout == flat.weights.layout
-    theirs = flat.tensors
-    floats = [(n, v) for n, v in tree.tensors.items() if v.dtype.kind == "f"]
-    for section in {n.partition("/")[0] if "/" in n else "" for n, _ in floats}:
-        inside = [(n, v) for n, v in floats if (n.partition("/")[0] if "/" in n else "") == section]
-        apart = np.sqrt(sum(np.sum(np.square(v - theirs[n], dtype=np.float64)) for n, v in inside))
-        whole = np.sqrt(sum(np.sum(np.square(theirs[n], dtype=np.float64)) for n, _ in inside))
-        assert apart <= 1e-5 * whole, f"section {section!r}: {apart} of {whole}"
-    for name, value in tree.tensors.items():
-        if value.dtype.kind != "f":
-            np.testing.assert_array_equal(value, theirs[name], err_msg=name)
+    assert tree.payload.layouts == flat.payload.layouts
+    for section, theirs in flat.payload.views().items():
+        ours = tree.section(section)
+        floats = [n for n, v in ours.items() if v.dtype.kind == "f"]
+        apart = np.sqrt(sum(np.sum(np.square(ours[n] - theirs[n], dtype=np.float64)) for n in floats))
+        whole = np.sqrt(sum(np.sum(np.square(theirs[n], dtype=np.float64)) for n in floats))
+        assert apart <= 1e-5 * whole, f"section {section}: {apart} of {whole}"
+        for name, value in ours.items():
+            if value.dtype.kind != "f":
+                np.testing.assert_array_equal(value, theirs[name], err_msg=name)
 
 
 def run_flat(method: str, folder: Path) -> FlatRun:
@@ -126,10 +127,12 @@ def test_tree_equals_flat(method: str, tmp_path: Path) -> None:
     both = [w for w in run.recorder.record.windows if len(w.samples) == 2]
     assert both, "no window in which both edges took part"
     assert_same(run.state, flat.state)
-    remembered = {f"selection/{k}": v for k, v in flat.selection.state().items()}
-    assert {k for k in run.state.extra if k.startswith("selection/")} == set(remembered)
-    for key, value in {**flat.state.extra, **remembered}.items():
-        np.testing.assert_allclose(run.state.extra[key], value, rtol=1e-4, atol=1e-6, err_msg=key)
+    remembered = {SectionId(SELECTION, k): part for k, part in flat.selection.state().items()}
+    assert {s for s in run.state.memory if s.name == SELECTION} == set(remembered)
+    for section, arrays in {**flat.state.memory, **remembered}.items():
+        for name, value in arrays.items():
+            ours = run.state.memory[section][name]
+            np.testing.assert_allclose(ours, value, rtol=1e-4, atol=1e-6, err_msg=f"{section} {name}")
 
 
 @pytest.mark.parametrize("method", sorted(set(METHODS) - set(CLOUD_CHOOSES)))
@@ -172,8 +175,10 @@ def test_clients_own_networks_are_those_of_the_flat_run(method: str, tmp_path: P
         for name, array in network.items():
             np.testing.assert_allclose(array, beside[client][name], rtol=1e-4, atol=1e-6, err_msg=name)
     if method in ("fd", "fedproto"):
-        np.testing.assert_array_equal(run.state.tensors[COUNT], flat.state.tensors[COUNT])
-        np.testing.assert_allclose(run.state.tensors[MEAN], flat.state.tensors[MEAN], rtol=0, atol=1e-6)
+        np.testing.assert_array_equal(run.state.section(TABLE)[COUNT], flat.state.section(TABLE)[COUNT])
+        np.testing.assert_allclose(
+            run.state.section(TABLE)[MEAN], flat.state.section(TABLE)[MEAN], rtol=0, atol=1e-6
+        )
 
 
 def test_fedktls_cloud_is_given_the_same_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -181,9 +186,9 @@ def test_fedktls_cloud_is_given_the_same_rows(tmp_path: Path, monkeypatch: pytes
     seen: list[dict[str, np.ndarray]] = []
     align = FedKTL.central_step
 
-    def central_step(self: FedKTL, state: CloudState, tally: Tally) -> None:
-        seen.append(tally.stacked_rows())
-        align(self, state, tally)
+    def central_step(self: FedKTL, state: CloudState, aggregate: Aggregate) -> None:
+        seen.append(aggregate.stacked_rows())
+        align(self, state, aggregate)
 
     monkeypatch.setattr(FedKTL, "central_step", central_step)
     run_flat("fedktl", tmp_path)

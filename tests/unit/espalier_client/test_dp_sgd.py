@@ -20,7 +20,7 @@ from espalier.methods.fedphd import GroupNormPenalty
 from espalier.methods.fedprox import ProximalTerm
 from espalier.methods.moon import ModelContrastiveTerm
 from espalier.methods.run_config import RunConfig
-from espalier.methods.scaffold import ControlVariates
+from espalier.methods.scaffold import CONTROL, ControlVariates
 from espalier.models.attention import attend_as_diffusers
 from espalier.tasks.classification import CrossEntropy, MaskedCrossEntropy
 from espalier.tasks.diffusion import DDPMLoss
@@ -34,6 +34,7 @@ from espalier.training.privacy import (
     update_mechanism,
 )
 from espalier.training.trainer import train_local
+from espalier.wire.sections import SectionId
 from espalier_client.dp_sgd import PrivateGradients, train_private
 from tests.support.terms import Images, local_round, moved, network
 
@@ -95,8 +96,8 @@ def test_opacus_own_rule_for_convolutions_is_caught(monkeypatch: pytest.MonkeyPa
         made.add(denoised(model, data.images, torch.from_numpy(data.labels)), 3)
 
 
-def with_control(model: nn.Module) -> dict[str, np.ndarray]:
-    return {f"control/{n}": np.full(p.shape, 0.01, np.float32) for n, p in model.named_parameters()}
+def with_control(model: nn.Module) -> dict[SectionId, dict[str, np.ndarray]]:
+    return {CONTROL: {n: np.full(p.shape, 0.01, np.float32) for n, p in model.named_parameters()}}
 
 
 @pytest.mark.parametrize(
@@ -122,7 +123,7 @@ def test_without_noise_and_clipping_it_is_plain_training(
         "clip_norm": HUGE,
         "warmup_steps": 0,
     }
-    rounds = [local_round(m, preset, aux=with_control(m), **known) for m in (plain, private)]
+    rounds = [local_round(m, preset, sections=with_control(m), **known) for m in (plain, private)]
     expected = train_local(plain, objective(), cast(ImageSet, data), rounds[0], seed=1, device="cpu")
     mechanism = mechanism_of(rounds[1].settings, 12, 0.0)
     assert mechanism == Mechanism(0.0, 1.0, 4)

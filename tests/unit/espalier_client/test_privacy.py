@@ -16,6 +16,7 @@ from espalier.models.arrays import model_arrays
 from espalier.training.objectives import TrainingError
 from espalier.training.privacy import epsilon_of
 from espalier.wire import control
+from espalier.wire.sections import MODEL, SectionId
 from espalier_client.device import Device
 from espalier_client.inquiry import answer
 from espalier_client.privacy import noisy_update
@@ -38,7 +39,8 @@ def answered(made: Call, **changes: Any) -> tuple[RecordDict, pb.ClientReport]:
 
 def update_of(made: Call, content: RecordDict) -> np.ndarray:
     """Return what the client changed, as one vector."""
-    got, sent = weights_of(content, made.sent.layout).views(), made.sent.views()
+    sent = made.sent[MODEL].views()
+    got = weights_of(content, made.sent[MODEL].layout).views()
     return np.concatenate([(got[n] - sent[n]).ravel() for n in sent])
 
 
@@ -54,22 +56,30 @@ def tensors() -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
     return before, {"a": before["a"] + 3.0, "b": before["b"] + np.float32(4), "n": np.array(5)}
 
 
+def noisy(
+    after: dict[str, np.ndarray], before: dict[str, np.ndarray], names: list[str], *more: Any
+) -> dict[str, np.ndarray]:
+    """Return the noisy update of a reply with the model alone."""
+    keys = [(MODEL, name) for name in names]
+    return noisy_update({MODEL: after}, {MODEL: before}, keys, *more).get(MODEL, {})
+
+
 def test_all_tensors_are_clipped_as_one_vector() -> None:
     """Norm of the difference: sqrt(4 * 9 + 3 * 16) = sqrt(84); a counter is none of it."""
     before, after = tensors()
-    found = noisy_update(after, before, ["a", "b", "n"], frozenset({"n"}), 2.0, 0.0, np.random.default_rng())
+    found = noisy(after, before, ["a", "b", "n"], frozenset({"n"}), 2.0, 0.0, np.random.default_rng())
     factor = 2 / np.sqrt(84)
     np.testing.assert_allclose(found["a"], 1 + 3 * factor, rtol=1e-6)
     np.testing.assert_allclose(found["b"], 4 * factor, rtol=1e-6)
     assert set(found) == {"a", "b"}
-    same = noisy_update(after, before, ["a", "b"], frozenset(), 100.0, 0.0, np.random.default_rng())
+    same = noisy(after, before, ["a", "b"], frozenset(), 100.0, 0.0, np.random.default_rng())
     np.testing.assert_allclose(same["a"], after["a"])
 
 
 def test_noise_is_a_multiple_of_the_clip_and_buffers_say_nothing() -> None:
     before = {"w": np.zeros(20_000, np.float32), "n": np.array(4)}
     after = {"w": np.zeros(20_000, np.float32), "n": np.array(9)}
-    found = noisy_update(after, before, ["w", "n"], frozenset({"n"}), 0.5, 3.0, np.random.default_rng(1))
+    found = noisy(after, before, ["w", "n"], frozenset({"n"}), 0.5, 3.0, np.random.default_rng(1))
     assert found["w"].std() == pytest.approx(1.5, rel=0.03)
     assert found["w"].dtype == np.float32
     assert found["n"] == 4
@@ -82,14 +92,27 @@ def test_noise_is_a_multiple_of_the_clip_and_buffers_say_nothing() -> None:
 def test_what_is_no_difference_is_not_sent(change: dict[str, np.ndarray], names: list[str]) -> None:
     before, after = tensors()
     with pytest.raises(TrainingError, match="no change of something that was received"):
-        noisy_update(after | change, before, names, frozenset(), 1.0, 1.0, np.random.default_rng())
+        noisy(after | change, before, names, frozenset(), 1.0, 1.0, np.random.default_rng())
 
 
 def test_an_update_that_is_not_finite_is_not_sent() -> None:
     before, after = tensors()
     after["a"][0, 0] = np.inf
     with pytest.raises(TrainingError, match="not finite"):
-        noisy_update(after, before, ["a"], frozenset(), 1.0, 1.0, np.random.default_rng())
+        noisy(after, before, ["a"], frozenset(), 1.0, 1.0, np.random.default_rng())
+
+
+def test_sections_are_clipped_as_one_vector_and_noised_each() -> None:
+    head, w = SectionId("head"), np.zeros(4, np.float32)
+    keys = [(MODEL, "w"), (head, "w")]
+    after = {MODEL: {"w": w + np.float32(3)}, head: {"w": w + np.float32(4)}}
+    found = noisy_update(
+        after, {MODEL: {"w": w}, head: {"w": w}}, keys, frozenset(), 5.0, 0.0, np.random.default_rng()
+    )
+    np.testing.assert_allclose(found[MODEL]["w"], 3 / 2)  # the norm is sqrt(4 * 9 + 4 * 16) = 10
+    np.testing.assert_allclose(found[head]["w"], 4 / 2)
+    with pytest.raises(TrainingError, match="no change of something that was received"):
+        noisy_update(after, {MODEL: {"w": w}}, keys, frozenset(), 5.0, 0.0, np.random.default_rng())
 
 
 # --- one round -------------------------------------------------------------------------------------------

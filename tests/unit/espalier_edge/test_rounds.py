@@ -12,10 +12,21 @@ from flwr.app import Error, Message, RecordDict
 from flwr.supercore.task_identity import TaskIdentity
 
 from espalier.errors import EspalierError, WireError
+from espalier.methods.aggregate import NOMINAL, SUMS, Aggregate, forwarded_in
 from espalier.methods.run_config import RunConfig
-from espalier.methods.tally import NOMINAL, Tally, stacked
+from espalier.methods.scaffold import CONTROL
 from espalier.wire import control
-from espalier.wire.payload import Layout, Weights
+from espalier.wire.payload import Layout
+from espalier.wire.sections import (
+    GRADIENT,
+    MODEL,
+    Payload,
+    SectionId,
+    Sections,
+    layouts_from_proto,
+    layouts_to_proto,
+)
+from espalier.wire.uplink import CODE
 from espalier_edge.roster import Known, Roster
 from espalier_edge.rounds import EdgeProgress, EdgeWindow
 from espalier_proto import espalier_pb2 as pb
@@ -24,7 +35,7 @@ TaskIdentity.task_id, TaskIdentity.run_id, TaskIdentity.node_id = 1, 1, 1
 
 SAMPLES = {"c1": 10, "c2": 30}
 NODES = {"c1": 11, "c2": 22}
-Answer = Callable[[pb.RoundPlan, Weights, Message], Message | None]
+Answer = Callable[[pb.RoundPlan, Payload, Message], Message | None]
 
 
 class FakeRoster:
@@ -63,14 +74,19 @@ class FakeGrid:
             assert data is not None
             plan = control.decode(pb.RoundPlan, data, "edge")
             self.plans.append(plan)
-            weights = control.read_weights(message, control.plan_layout(plan, "edge"), "edge")
-            reply = self.answer(plan, weights, message)
+            payload = control.read_payload(message, control.plan_sections(plan, "edge"), "edge")
+            reply = self.answer(plan, payload, message)
             if reply is not None:
                 yield reply
 
 
 def reply_to(plan: pb.RoundPlan, message: Message, arrays: dict[str, np.ndarray], **changes: Any) -> Message:
-    weights = Weights.pack(arrays)
+    """Return a reply with the model alone."""
+    return reply_of(plan, message, {MODEL: arrays}, **changes)
+
+
+def reply_of(plan: pb.RoundPlan, message: Message, sections: Sections, **changes: Any) -> Message:
+    payload = Payload.pack(sections)
     report = pb.ClientReport(
         schema=control.SCHEMA,
         run=plan.run,
@@ -80,26 +96,24 @@ def reply_to(plan: pb.RoundPlan, message: Message, arrays: dict[str, np.ndarray]
         samples=SAMPLES[plan.client],
         steps=1,
         loss=0.5,
-        up_bytes=100,
+        up_bytes=10**9,
     )
     report.metrics.update(changes.pop("metrics", {}))
     if changes.pop("with_layout", False):
-        report.layout.CopyFrom(weights.layout.to_proto())
+        report.sections.extend(layouts_to_proto(payload.layouts))
     for key, value in changes.items():
         setattr(report, key, value)
-    return Message(
-        control.report_content(report, weights.to_record(), report.samples, report.loss), reply_to=message
-    )
+    return Message(control.report_content(report, payload, report.samples, report.loss), reply_to=message)
 
 
-def add_one(plan: pb.RoundPlan, weights: Weights, message: Message) -> Message:
+def add_one(plan: pb.RoundPlan, payload: Payload, message: Message) -> Message:
     """Train as c1, which adds 1 to every weight, or as c2, which adds 2."""
     step = np.float32(1 if plan.client == "c1" else 2)
-    return reply_to(plan, message, {n: v + step for n, v in weights.views().items()})
+    return reply_to(plan, message, {n: v + step for n, v in payload[MODEL].views().items()})
 
 
-MODEL = {"w": np.zeros((2, 2), np.float32), "b": np.zeros(2, np.float32)}
-LAYOUT = Layout.of(MODEL)
+NETWORK = {"w": np.zeros((2, 2), np.float32), "b": np.zeros(2, np.float32)}
+LAYOUT = Layout.of(NETWORK)
 #: These replies are not signed; those of wire/test_signature.py are.
 SETTINGS = {"method": "fedavg", "model": "cnn", "require-signatures": False}
 
@@ -109,30 +123,30 @@ def window(
     *,
     rounds: int = 1,
     quorum: int = 1,
-    sections: dict[str, np.ndarray] | None = None,
+    sections: Sections | None = None,
     **settings: Any,
 ) -> tuple[EdgeWindow, FakeGrid]:
-    plan, weights = window_plan(rounds, quorum, sections or {}, **settings)
-    return edge_window(plan, weights, answer)
+    plan, payload = window_plan(rounds, quorum, sections or {}, **settings)
+    return edge_window(plan, payload, answer)
 
 
-def edge_window(plan: pb.WindowPlan, weights: Weights, answer: Answer) -> tuple[EdgeWindow, FakeGrid]:
+def edge_window(plan: pb.WindowPlan, payload: Payload, answer: Answer) -> tuple[EdgeWindow, FakeGrid]:
     grid = FakeGrid(answer)
     roster = cast(Roster, FakeRoster())
-    return EdgeWindow("edge-1", plan, weights, cast(Any, grid), roster, EdgeProgress()), grid
+    return EdgeWindow("edge-1", plan, payload, cast(Any, grid), roster, EdgeProgress()), grid
 
 
 def window_plan(
-    rounds: int, quorum: int, sections: dict[str, np.ndarray], **settings: Any
-) -> tuple[pb.WindowPlan, Weights]:
-    weights = Weights.pack(MODEL | sections)
+    rounds: int, quorum: int, sections: Sections, **settings: Any
+) -> tuple[pb.WindowPlan, Payload]:
+    payload = Payload.pack({MODEL: NETWORK, **sections})
     plan = pb.WindowPlan(
         schema=control.SCHEMA,
         run="r",
         window=3,
         settings=RunConfig.from_flat({**SETTINGS, **settings}).to_struct(),
         architecture=pb.ArchitectureSpec(tensors=LAYOUT.to_proto().tensors),
-        layout=weights.layout.to_proto(),
+        sections=layouts_to_proto(payload.layouts),
         round_deadline=5,
         quorum=quorum,
         checkpoint_window=2,
@@ -142,15 +156,16 @@ def window_plan(
         for client in NODES:
             schedule.participants.add(client=client, edge="edge-1", start=pb.Version(window=2, round=10))
         schedule.participants.add(client="elsewhere", edge="edge-2")
-    return plan, weights
+    return plan, payload
 
 
-def means(report: pb.EdgeReport, payload: Weights, layout: Layout = LAYOUT) -> dict[str, np.ndarray]:
-    """Read a window's tally as the cloud does; what nobody held is -9."""
-    assert Layout.from_proto(report.layout.tensors, "edge-1") == payload.layout
-    tally = Tally(layout)
-    tally.absorb(payload, report.metrics)
-    return tally.means({t.name: np.full(t.shape, -9, np.float32) for t in layout.tensors})
+def means(report: pb.EdgeReport, payload: Payload, layout: Layout = LAYOUT) -> dict[str, np.ndarray]:
+    """Read a window's aggregate as the cloud does; a coordinate that no client held is -9."""
+    assert layouts_from_proto(report.sections, "edge-1") == payload.layouts
+    aggregate = Aggregate({MODEL: layout})
+    aggregate.absorb(payload, report.metrics)
+    previous = {t.name: np.full(t.shape, -9, np.float32) for t in layout.tensors}
+    return aggregate.means({MODEL: previous}).get(MODEL, {})
 
 
 def test_rounds_add_up() -> None:
@@ -163,7 +178,9 @@ def test_rounds_add_up() -> None:
     assert report.last_round_samples == 40
     assert list(report.labels.counts) == [30, 90]
     assert [r.round for r in report.rounds] == [11, 12, 13]
-    assert report.client_edge.up_bytes == 6 * 100
+    # Measured here: what clients say of it counts for nothing. 6 floats each, their header, report and metrics.
+    assert 6 * 24 < report.client_edge.up_bytes < 6 * 1000
+    assert all(0 < c.up_bytes < 1000 for r in report.rounds for c in r.clients)
     assert report.client_edge.messages == 12
     assert not report.faults
 
@@ -175,8 +192,8 @@ def test_other_edges_clients_are_not_called() -> None:
 
 
 def test_straggler_is_dropped_and_counted_and_goes_back() -> None:
-    def answer(plan: pb.RoundPlan, weights: Weights, message: Message) -> Message | None:
-        return None if (plan.client, plan.round) == ("c2", 12) else add_one(plan, weights, message)
+    def answer(plan: pb.RoundPlan, payload: Payload, message: Message) -> Message | None:
+        return None if (plan.client, plan.round) == ("c2", 12) else add_one(plan, payload, message)
 
     edge, grid = window(answer, rounds=3)
     report, payload = edge.run()
@@ -224,11 +241,11 @@ GOOD = {"w": np.ones((2, 2), np.float32), "b": np.ones(2, np.float32)}
 def test_bad_update_is_refused_by_name_and_the_round_goes_on(
     arrays: dict[str, np.ndarray], changes: dict[str, Any], fault: str
 ) -> None:
-    def answer(plan: pb.RoundPlan, weights: Weights, message: Message) -> Message:
+    def answer(plan: pb.RoundPlan, payload: Payload, message: Message) -> Message:
         return (
             reply_to(plan, message, arrays, **changes)
             if plan.client == "c2"
-            else add_one(plan, weights, message)
+            else add_one(plan, payload, message)
         )
 
     edge, _ = window(answer)
@@ -241,10 +258,10 @@ def test_bad_update_is_refused_by_name_and_the_round_goes_on(
 
 
 def test_clients_error_is_reported() -> None:
-    def answer(plan: pb.RoundPlan, weights: Weights, message: Message) -> Message:
+    def answer(plan: pb.RoundPlan, payload: Payload, message: Message) -> Message:
         if plan.client == "c1":
             return Message(Error(3, "RuntimeError: out of memory"), reply_to=message)
-        return add_one(plan, weights, message)
+        return add_one(plan, payload, message)
 
     edge, _ = window(answer)
     [found] = edge.run()[0].faults
@@ -253,11 +270,11 @@ def test_clients_error_is_reported() -> None:
 
 
 def test_garbage_content() -> None:
-    def answer(plan: pb.RoundPlan, weights: Weights, message: Message) -> Message:
+    def answer(plan: pb.RoundPlan, payload: Payload, message: Message) -> Message:
         return (
             Message(RecordDict(), reply_to=message)
             if plan.client == "c1"
-            else add_one(plan, weights, message)
+            else add_one(plan, payload, message)
         )
 
     edge, _ = window(answer)
@@ -267,13 +284,13 @@ def test_garbage_content() -> None:
 
 
 def test_below_quorum_the_model_stays() -> None:
-    def answer(plan: pb.RoundPlan, weights: Weights, message: Message) -> Message | None:
-        return None if plan.client == "c2" else add_one(plan, weights, message)
+    def answer(plan: pb.RoundPlan, payload: Payload, message: Message) -> Message | None:
+        return None if plan.client == "c2" else add_one(plan, payload, message)
 
     edge, _ = window(answer, quorum=2)
     report, payload = edge.run()
     assert {f.kind for f in report.faults} == {"straggler", "quorum"}
-    assert payload.layout.names == ()
+    assert payload.layouts == {}
     assert report.metrics[NOMINAL] == 0
     np.testing.assert_array_equal(edge.server.tensors["w"], 0)
     assert report.samples == 0
@@ -283,7 +300,7 @@ def test_below_quorum_the_model_stays() -> None:
 def test_settings_that_do_not_fit_are_the_clouds_fault() -> None:
     plan = pb.WindowPlan(schema=control.SCHEMA, run="r", window=1)
     plan.settings.update({"method": "fedmagic"})
-    empty = Weights.pack({})
+    empty = Payload({})
     with pytest.raises(WireError, match="'cloud' refused: settings this edge does not take"):
         EdgeWindow("e", plan, empty, cast(Any, FakeGrid(add_one)), cast(Roster, FakeRoster()), EdgeProgress())
 
@@ -298,44 +315,47 @@ def test_closed_run_ends_the_window() -> None:
 def test_an_update_the_method_refuses_is_its_clients_fault() -> None:
     """SCAFFOLD needs the sum of a client's step sizes; c2 keeps it to itself."""
 
-    def answer(plan: pb.RoundPlan, weights: Weights, message: Message) -> Message:
+    def answer(plan: pb.RoundPlan, payload: Payload, message: Message) -> Message:
         step = np.float32(1)
-        arrays = {n: v + step for n, v in weights.views().items() if "/" not in n}
+        arrays = {n: v + step for n, v in payload[MODEL].views().items()}
         return reply_to(plan, message, arrays, metrics={"lr-sum": 0.5} if plan.client == "c1" else {})
 
-    control_variate = {f"control/{n}": np.zeros_like(v) for n, v in MODEL.items()}
-    edge, grid = window(answer, method="scaffold", sections=control_variate)
+    control_variate = {n: np.zeros_like(v) for n, v in NETWORK.items()}
+    edge, grid = window(answer, method="scaffold", sections={CONTROL: control_variate})
     report, payload = edge.run()
     [found] = report.faults
     assert (found.node, found.kind) == ("c2", "refused")
     assert "its sum of step sizes is 0.0" in found.detail
     assert [c.client for r in report.rounds for c in r.clients] == ["c1"]
     assert report.samples == 10
-    np.testing.assert_allclose(payload.views()["w"], 1)
+    np.testing.assert_allclose(payload.views()[MODEL]["w"], 1)
     # (w - y) / lr-sum = -1 / 0.5 of one client in a run of one.
-    np.testing.assert_allclose(payload.views()["sum/control/w"], -2)
-    assert {t.name for t in grid.plans[0].layout.tensors} == {*MODEL, *control_variate}
+    np.testing.assert_allclose(payload.views()[CONTROL._replace(record=SUMS)]["w"], -2)
+    assert [s.name for s in grid.plans[0].sections] == ["model", "control"]
+    assert all({t.name for t in s.layout.tensors} == set(NETWORK) for s in grid.plans[0].sections)
 
 
 # --- parts of the model ------------------------------------------------------------------------------
 
 
+#: A section beside the model, of which c2 is given a part.
+OTHER = SectionId("other")
+
+
 def narrow(**more: Any) -> pb.View:
-    """Give the top left corner of w, under the name v, and nothing else."""
-    corner = Layout.of({"v": np.zeros((1, 1), np.float32)})
-    return pb.View(
-        architecture=pb.ArchitectureSpec(tensors=corner.to_proto().tensors), sources={"v": "w"}, **more
-    )
+    """Give the top left corner of w, and nothing else."""
+    corner = Layout.of({"w": np.zeros((1, 1), np.float32)})
+    return pb.View(architecture=pb.ArchitectureSpec(tensors=corner.to_proto().tensors), **more)
 
 
 def sub_model_window(answer: Answer, view: pb.View, rounds: int = 1) -> tuple[EdgeWindow, FakeGrid]:
     """Let c1 train everything and c2 a part."""
-    plan, weights = window_plan(rounds, 1, {})
+    plan, payload = window_plan(rounds, 1, {})
     plan.views["narrow"].CopyFrom(view)
     for schedule in plan.rounds:
         for participant in schedule.participants:
             participant.view = "narrow" if participant.client == "c2" else ""
-    return edge_window(plan, weights, answer)
+    return edge_window(plan, payload, answer)
 
 
 def test_a_partial_model_is_averaged_over_its_holders() -> None:
@@ -343,8 +363,9 @@ def test_a_partial_model_is_averaged_over_its_holders() -> None:
     report, payload = edge.run()
     assert not report.faults
     first, second = (p for p in grid.plans if p.client == "c2")
-    assert [(t.name, tuple(t.shape)) for t in first.layout.tensors] == [("v", (1, 1))]
-    assert list(first.returns) == ["v"]
+    assert [(t.name, tuple(t.shape)) for t in first.architecture.tensors] == [("w", (1, 1))]
+    assert not first.sections  # the architecture says it all
+    assert list(first.returns) == ["w"]
     # In the corner both count, 1.75 a round; elsewhere c1 alone, who adds 1 a round.
     found = means(report, payload)
     np.testing.assert_allclose(found["w"], np.array([[3.5, 2], [2, 2]]))
@@ -357,24 +378,24 @@ def test_a_partial_model_is_averaged_over_its_holders() -> None:
     [
         # One number that numpy would spread over all of w.
         (
-            {"v": np.ones((), np.float32)},
+            {"w": np.ones((), np.float32)},
             {"with_layout": True},
-            r"'v' is float32\[\], expected float32\[1, 1\]",
+            r"'w' is float32\[\], expected float32\[1, 1\]",
         ),
-        ({"v": np.ones((2, 2), np.float32)}, {"with_layout": True}, r"'v' is float32\[2, 2\], expected"),
-        ({"v": np.ones((2, 2), np.float32)}, {}, r"shape \(4,\), expected \(1,\)"),
-        ({"w": np.ones((1, 1), np.float32)}, {"with_layout": True}, "tensor 'v' is missing"),
-        (GOOD, {"with_layout": True}, "tensor 'v' is missing"),
-        ({"v": np.full((1, 1), np.inf, np.float32)}, {}, "tensor 'v' holds a value that is not finite"),
+        ({"w": np.ones((2, 2), np.float32)}, {"with_layout": True}, r"'w' is float32\[2, 2\], expected"),
+        ({"w": np.ones((2, 2), np.float32)}, {}, r"shape \(4,\), expected \(1,\)"),
+        ({"b": np.ones((1, 1), np.float32)}, {"with_layout": True}, "tensor 'w' is missing"),
+        (GOOD, {"with_layout": True}, "tensor 'b' was not asked for"),
+        ({"w": np.full((1, 1), np.inf, np.float32)}, {}, "tensor 'w' holds a value that is not finite"),
     ],
 )
 def test_an_invalid_partial_model_is_refused_by_name(
     arrays: dict[str, np.ndarray], changes: dict[str, Any], fault: str
 ) -> None:
-    def answer(plan: pb.RoundPlan, weights: Weights, message: Message) -> Message:
+    def answer(plan: pb.RoundPlan, payload: Payload, message: Message) -> Message:
         if plan.client == "c2":
             return reply_to(plan, message, arrays, **changes)
-        return add_one(plan, weights, message)
+        return add_one(plan, payload, message)
 
     edge, _ = sub_model_window(answer, narrow())
     report, payload = edge.run()
@@ -385,8 +406,8 @@ def test_an_invalid_partial_model_is_refused_by_name(
 
 
 def test_what_nobody_at_this_edge_holds_has_no_mean() -> None:
-    def answer(plan: pb.RoundPlan, weights: Weights, message: Message) -> Message | None:
-        return add_one(plan, weights, message) if plan.client == "c2" else None
+    def answer(plan: pb.RoundPlan, payload: Payload, message: Message) -> Message | None:
+        return add_one(plan, payload, message) if plan.client == "c2" else None
 
     edge, _ = sub_model_window(answer, narrow(), rounds=2)
     found = means(*edge.run())
@@ -398,21 +419,22 @@ def test_what_nobody_at_this_edge_holds_has_no_mean() -> None:
 @pytest.mark.parametrize(
     "view",
     [
-        narrow(layout=Layout.of({"v": np.zeros((3, 1), np.float32)}).to_proto()),
-        narrow(layout=Layout.of({"v": np.zeros(2, np.float32)}).to_proto()),
-        narrow(layout=Layout.of({"x": np.zeros(2, np.float32)}).to_proto()),
+        narrow(sections=layouts_to_proto({MODEL: Layout.of({"w": np.zeros((3, 1), np.float32)})})),
+        narrow(sections=layouts_to_proto({MODEL: Layout.of({"w": np.zeros(2, np.float32)})})),
+        narrow(sections=layouts_to_proto({MODEL: Layout.of({"x": np.zeros(2, np.float32)})})),
+        narrow(sections=layouts_to_proto({OTHER: Layout.of({"w": np.zeros((1, 1), np.float32)})})),
     ],
 )
 def test_a_view_that_no_slice_gives_is_the_clouds_fault(view: pb.View) -> None:
     edge, _ = sub_model_window(add_one, view)
-    with pytest.raises(WireError, match=r"'cloud' refused: a view with tensor '[vx]'"):
+    with pytest.raises(WireError, match=r"'cloud' refused: a view with tensor '[wx]'"):
         edge.run()
 
 
 def test_a_view_the_plan_does_not_describe_is_the_clouds_fault() -> None:
-    plan, weights = window_plan(1, 1, {})
+    plan, payload = window_plan(1, 1, {})
     plan.rounds[0].participants[0].view = "missing"
-    edge, _ = edge_window(plan, weights, add_one)
+    edge, _ = edge_window(plan, payload, add_one)
     with pytest.raises(WireError, match="'cloud' refused: a plan with the view 'missing'"):
         edge.run()
 
@@ -421,17 +443,17 @@ def test_a_view_the_plan_does_not_describe_is_the_clouds_fault() -> None:
 
 
 def test_an_update_that_is_not_coded_as_agreed_is_refused() -> None:
-    def answer(plan: pb.RoundPlan, weights: Weights, message: Message) -> Message:
+    def answer(plan: pb.RoundPlan, payload: Payload, message: Message) -> Message:
         if plan.client == "c2":
-            return add_one(plan, weights, message)
-        code = {f"code/{n}": np.full(v.shape, 0.5, np.float16) for n, v in weights.views().items()}
-        return reply_to(plan, message, code)
+            return add_one(plan, payload, message)
+        code = {n: np.full(v.shape, 0.5, np.float16) for n, v in payload[MODEL].views().items()}
+        return reply_of(plan, message, {CODE: code})
 
     edge, _ = window(answer, codec="fp16")
     report, payload = edge.run()
     [found] = report.faults
     assert (found.node, found.kind) == ("c2", "refused")
-    assert "buffers ['float32'], expected ['float16']" in found.detail
+    assert "no record 'code' in the message" in found.detail
     np.testing.assert_array_equal(means(report, payload)["w"], 0.5)
 
 
@@ -440,16 +462,16 @@ def test_an_update_that_is_not_coded_as_agreed_is_refused() -> None:
 LOSSES = {"c1": 2.0, "c2": 5.0}
 
 
-def ask_or_train(plan: pb.RoundPlan, weights: Weights, message: Message) -> Message:
+def ask_or_train(plan: pb.RoundPlan, payload: Payload, message: Message) -> Message:
     if plan.inquiry:
         return reply_to(plan, message, {}, loss=LOSSES[plan.client])
-    return add_one(plan, weights, message)
+    return add_one(plan, payload, message)
 
 
 def test_an_edge_keeps_its_share_of_the_largest_losses() -> None:
-    plan, weights = window_plan(2, 1, {})
+    plan, payload = window_plan(2, 1, {})
     plan.rounds[1].keep = 2  # of three candidates, two here: 2·2/3 = 1.33, so one is this edge's
-    edge, grid = edge_window(plan, weights, ask_or_train)
+    edge, grid = edge_window(plan, payload, ask_or_train)
     report, payload = edge.run()
     called = [(p.round, p.inquiry, p.client) for p in grid.plans]
     assert called == [
@@ -471,16 +493,16 @@ def test_an_edge_keeps_its_share_of_the_largest_losses() -> None:
 def test_an_edge_can_rank_by_samples_and_loss() -> None:
     """c1 and c2 have 10 and 30 samples: c1's loss is larger, c2's samples times its loss are."""
 
-    def answer(plan: pb.RoundPlan, weights: Weights, message: Message) -> Message:
+    def answer(plan: pb.RoundPlan, payload: Payload, message: Message) -> Message:
         if plan.inquiry:
             return reply_to(plan, message, {}, loss={"c1": 2.0, "c2": 1.0}[plan.client])
-        return add_one(plan, weights, message)
+        return add_one(plan, payload, message)
 
     for weight, kept in (("none", "c1"), ("samples", "c2")):
-        plan, weights = window_plan(2, 1, {})
+        plan, payload = window_plan(2, 1, {})
         plan.settings.update({"loss-weight": weight})
         plan.rounds[1].keep = 2
-        edge, grid = edge_window(plan, weights, answer)
+        edge, grid = edge_window(plan, payload, answer)
         edge.run()
         assert [p.client for p in grid.plans if p.round == 12 and not p.inquiry] == [kept]
 
@@ -488,17 +510,17 @@ def test_an_edge_can_rank_by_samples_and_loss() -> None:
 def test_an_edge_keeps_whom_it_can_judge() -> None:
     """c2, whose answer is not sound, does not train; a round for nobody is none."""
 
-    def answer(plan: pb.RoundPlan, weights: Weights, message: Message) -> Message | None:
+    def answer(plan: pb.RoundPlan, payload: Payload, message: Message) -> Message | None:
         if plan.inquiry and plan.client == "c2":
             return reply_to(plan, message, {}, loss=float("nan"))
         if plan.inquiry and plan.round == 12:
             return None
-        return ask_or_train(plan, weights, message)
+        return ask_or_train(plan, payload, message)
 
-    plan, weights = window_plan(2, 1, {})
+    plan, payload = window_plan(2, 1, {})
     for schedule in plan.rounds:
         schedule.keep = 2
-    edge, _ = edge_window(plan, weights, answer)
+    edge, _ = edge_window(plan, payload, answer)
     report, payload = edge.run()
     np.testing.assert_allclose(means(report, payload)["w"], 1)
     assert [(f.node, f.kind, f.round) for f in report.faults] == [
@@ -510,24 +532,24 @@ def test_an_edge_keeps_whom_it_can_judge() -> None:
 
 
 def inquiry_window(answer: Answer, kind: str) -> tuple[EdgeWindow, FakeGrid]:
-    plan, weights = window_plan(1, 1, {})
+    plan, payload = window_plan(1, 1, {})
     plan.inquiry = kind
-    return edge_window(plan, weights, answer)
+    return edge_window(plan, payload, answer)
 
 
 def test_answers_are_passed_on_by_client() -> None:
-    def answer(plan: pb.RoundPlan, weights: Weights, message: Message) -> Message:
+    def answer(plan: pb.RoundPlan, payload: Payload, message: Message) -> Message:
         assert plan.inquiry == "gradient"
-        gradient = {f"gradient/{n}": v + np.float32(LOSSES[plan.client]) for n, v in weights.views().items()}
-        return reply_to(plan, message, gradient, loss=LOSSES[plan.client])
+        gradient = {n: v + np.float32(LOSSES[plan.client]) for n, v in payload[MODEL].views().items()}
+        return reply_of(plan, message, {GRADIENT: gradient}, loss=LOSSES[plan.client])
 
     edge, grid = inquiry_window(answer, "gradient")
     report, payload = edge.inquire()
-    assert {(c, n): a.tolist() for c, n, a in stacked(payload) if n == "gradient/b"} == {
-        ("c1", "gradient/b"): [2.0, 2.0],
-        ("c2", "gradient/b"): [5.0, 5.0],
+    found = forwarded_in(payload)
+    assert {c: {s: set(arrays) for s, arrays in own.items()} for c, own in found.items()} == {
+        client: {GRADIENT: {"w", "b"}} for client in ("c1", "c2")
     }
-    assert {n for _, n, _ in stacked(payload)} == {"gradient/w", "gradient/b"}
+    assert {c: own[GRADIENT]["b"].tolist() for c, own in found.items()} == {"c1": [2, 2], "c2": [5, 5]}
     assert {c.client: c.loss for r in report.rounds for c in r.clients} == LOSSES
     # Nobody trained.
     assert report.samples == 0
@@ -539,26 +561,29 @@ def test_answers_are_passed_on_by_client() -> None:
 @pytest.mark.parametrize(
     ("kind", "arrays", "changes", "fault"),
     [
-        ("gradient", {}, {}, "a tensor is missing or too many"),
+        ("gradient", {}, {}, "no record 'gradient' in the message"),
+        ("gradient", {GRADIENT: {"w": np.ones((2, 2), np.float32)}}, {}, "has shape (4,), expected (6,)"),
         (
             "gradient",
-            {"gradient/w": np.ones((2, 2), np.float32)},
+            {GRADIENT: {"w": np.ones((2, 2), np.float32)}},
             {"with_layout": True},
-            "'gradient/b' is missing",
+            "'b' is missing",
         ),
-        ("loss", {"w": np.ones((2, 2), np.float32)}, {"with_layout": True}, "'w' was not asked for"),
+        ("loss", {MODEL: {"w": np.ones((2, 2), np.float32)}}, {"with_layout": True}, "'w' was not asked for"),
+        ("loss", {MODEL: {"w": np.ones((2, 2), np.float32)}}, {}, "the record 'arrays' was not asked for"),
+        ("loss", {OTHER: {"w": np.ones((2, 2), np.float32)}}, {}, "the record 'other' was not asked for"),
         ("loss", {}, {"loss": float("inf")}, "a loss or another metric that is not a number"),
         ("loss", {}, {"round": 12}, "a reply to round 12, this is round 11"),
     ],
 )
 def test_an_unsound_answer_is_refused_by_name(
-    kind: str, arrays: dict[str, np.ndarray], changes: dict[str, Any], fault: str
+    kind: str, arrays: Sections, changes: dict[str, Any], fault: str
 ) -> None:
-    def answer(plan: pb.RoundPlan, weights: Weights, message: Message) -> Message:
+    def answer(plan: pb.RoundPlan, payload: Payload, message: Message) -> Message:
         if plan.client == "c2":
-            return reply_to(plan, message, arrays, **changes)
-        sound = {f"gradient/{n}": v for n, v in weights.views().items()} if kind == "gradient" else {}
-        return reply_to(plan, message, sound)
+            return reply_of(plan, message, arrays, **changes)
+        sound: Sections = {GRADIENT: payload[MODEL].views()} if kind == "gradient" else {}
+        return reply_of(plan, message, sound)
 
     edge, _ = inquiry_window(answer, kind)
     report, payload = edge.inquire()
@@ -566,4 +591,4 @@ def test_an_unsound_answer_is_refused_by_name(
     assert (found.node, found.kind) == ("c2", "refused")
     assert fault in found.detail
     assert [c.client for r in report.rounds for c in r.clients] == ["c1"]
-    assert {c for c, _, _ in stacked(payload)} == ({"c1"} if kind == "gradient" else set())
+    assert set(forwarded_in(payload)) == ({"c1"} if kind == "gradient" else set())

@@ -22,7 +22,7 @@ from espalier.training.forward_hooks import RunningMean, require_classifier, sin
 from espalier.training.objectives import LocalResult, LocalRound, Objective
 from espalier.wire import class_table as tables
 from espalier.wire.class_table import ClassTable
-from espalier.wire.pairs import Pairs
+from espalier.wire.pairs import PAIRS, Pairs
 
 METHOD = "FedKTL"
 #: Margin (radians) and scale of ArcFace (the authors' code).
@@ -101,7 +101,8 @@ class KnowledgeTransfer(Objective):
         """Read the pairs and create h'."""
         network, device = require_classifier(model, METHOD), next(model.parameters()).device
         shape = (network.in_channels, network.sample_size, network.sample_size)
-        pairs = Pairs.received(local.aux, shape, "the servers") if self._mu > 0 else None
+        sent = local.sections.get(PAIRS, {})
+        pairs = Pairs.received(sent, shape, "the servers") if self._mu > 0 else None
         self._head, self._mean, self._size = None, RunningMean(), local.settings.batch_size
         self._remaining = torch.empty(0, dtype=torch.int64, device=device)
         if pairs is not None:

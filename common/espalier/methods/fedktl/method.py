@@ -19,15 +19,15 @@ from espalier.generators.base import (
     TrustSettings,
     open_generator,
 )
+from espalier.methods.aggregate import Aggregate, Arrays, Forwarded
 from espalier.methods.base import CloudState, Inquiry, ServerState, Update
 from espalier.methods.class_tables import table_in, table_layout, table_of
 from espalier.methods.own_models import OwnModels, OwnModelSettings
-from espalier.methods.tally import Arrays, Tally
 from espalier.seeds import seed_for
 from espalier.training.objectives import Objective
-from espalier.wire.class_table import TOLERANCE
-from espalier.wire.pairs import Pairs, to_pixels
-from espalier.wire.payload import Layout, Weights
+from espalier.wire.class_table import REPLY, TOLERANCE
+from espalier.wire.pairs import PAIRS, Pairs, to_pixels
+from espalier.wire.sections import Layouts, SectionId
 from espalier_proto import espalier_pb2 as pb
 
 if TYPE_CHECKING:
@@ -45,8 +45,8 @@ log = logging.getLogger("espalier.cloud")
 
 #: `clip-norm` of the authors' code. ArcFace's scale of 64 gives gradients with norms of 50 to 900 early in training.
 CLIP_NORM = 100.0
-#: Keys of the feature transformer's tensors in `CloudState.extra`.
-TRANSFORMER = "transformer/"
+#: Section of the feature transformer's tensors in `CloudState.memory`.
+TRANSFORMER = SectionId("transformer")
 
 
 class FedKTL(OwnModels):
@@ -101,22 +101,22 @@ class FedKTL(OwnModels):
         """Report the classes of the prototypes."""
         report.table.CopyFrom(table_of(objective).to_proto())
 
-    def reply_layout(
-        self, architecture: pb.ArchitectureSpec, sent: Layout, names: Sequence[str], report: pb.ClientReport
-    ) -> Layout:
+    def reply_layouts(
+        self, architecture: pb.ArchitectureSpec, sent: Layouts, names: Sequence[str], report: pb.ClientReport
+    ) -> Layouts:
         """Return the layout of a prototype for each class of the report; `contribute` checks their number."""
-        return table_layout(report, (max(1, len(report.table.labels)), report.table.dimension))
+        return {REPLY: table_layout(report, (max(1, len(report.table.labels)), report.table.dimension))}
 
-    def contribute(self, tally: Tally, update: Update, server: ServerState) -> None:
+    def contribute(self, aggregate: Aggregate, update: Update, server: ServerState) -> None:
         """Stack the rows."""
         classes = len(update.labels)
         table = table_in(update, "unit-prototype", classes, classes)
-        tally.mean({}, 1.0)
-        tally.rows({"labels": table.labels, "vectors": table.vectors})
+        aggregate.mean({}, 1.0)
+        aggregate.rows({"labels": table.labels, "vectors": table.vectors})
 
-    def check_passed(self, stacks: Mapping[str, Arrays], rows: Arrays, server: ServerState) -> None:
+    def check_forwarded(self, forwarded: Mapping[str, Forwarded], rows: Arrays, server: ServerState) -> None:
         """Refuse rows that are not prototypes of the run's classes."""
-        super().check_passed(stacks, {}, server)
+        super().check_forwarded(forwarded, {}, server)
         if not rows:
             return
         labels, vectors = rows.get("labels"), rows.get("vectors")
@@ -129,19 +129,18 @@ class FedKTL(OwnModels):
         if (np.abs(np.linalg.norm(vectors.astype(np.float64), axis=1) - 1) > TOLERANCE).any():
             raise ValueError("a prototype that is not of norm 1")
 
-    def step(self, server: ServerState, tally: Tally) -> None:
+    def step(self, server: ServerState, aggregate: Aggregate) -> None:
         """Do nothing: an edge has no generator, so its pairs do not change."""
 
-    def central_step(self, state: CloudState, tally: Tally) -> None:
+    def central_step(self, state: CloudState, aggregate: Aggregate) -> None:
         """Train F, and draw one image per class."""
-        rows = tally.stacked_rows()
+        rows = aggregate.stacked_rows()
         if not rows:
             return
         s, seed, generator = self.settings.of(FedKTL.Settings), self.settings.seed, self._open()
         transformer = alignment.FeatureTransformer(self.classes, generator.latent_dim, seed)
-        stored = {n.removeprefix(TRANSFORMER): a for n, a in state.extra.items() if n.startswith(TRANSFORMER)}
-        if stored:
-            transformer.load(stored)
+        if TRANSFORMER in state.memory:
+            transformer.load(state.memory[TRANSFORMER])
         random = torch.Generator().manual_seed(seed_for(seed, "cloud", state.round, "alignment"))
         found = alignment.align(
             transformer,
@@ -153,18 +152,18 @@ class FedKTL(OwnModels):
             epochs=s.alignment_epochs,
             rate=s.alignment_rate,
         )
-        state.extra |= {TRANSFORMER + n: a for n, a in transformer.arrays().items()}
+        state.memory[TRANSFORMER] = dict(transformer.arrays())
         if not len(found.labels):
             return
         state.notes |= {"alignment-mmd": found.mmd[-1], "alignment-mse": found.separability[-1]}
         channels, size, _ = self.image_shape
         images = generator.synthesise(torch.from_numpy(found.centroids), size, channels).numpy()
         drawn = to_pixels(images) if s.pair_pixels == "uint8" else images
-        state.weights = Weights.pack(Pairs(drawn, found.centroids).arrays())
+        state.put({PAIRS: Pairs(drawn, found.centroids).arrays()})
 
     def pictures(self, state: CloudState) -> np.ndarray | None:
         """Return the generated images."""
-        pairs = Pairs.received(state.tensors, self.image_shape, "cloud")
+        pairs = Pairs.received(state.section(PAIRS), self.image_shape, "cloud")
         return None if pairs is None else pairs.floats()
 
     def _open(self) -> Generator:

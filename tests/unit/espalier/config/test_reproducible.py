@@ -28,7 +28,7 @@ from espalier_server.records.checkpoint import Checkpoints
 from espalier_server.records.recorder import RunRecorder
 from espalier_server.records.snapshot import Snapshot
 from espalier_server.run import TreeRun
-from espalier_server.strategy import WindowStrategy
+from espalier_server.window_aggregator import WindowAggregator
 from tests.support.generators import random_gan
 
 Flat = dict[str, bool | int | float | str]
@@ -218,7 +218,7 @@ def kill_when(patch: pytest.MonkeyPatch, owner: Any, name: str, count: int, *, b
 #: Where a run can be killed, in its second window where it has windows.
 INSTANTS: dict[str, Callable[[pytest.MonkeyPatch], None]] = {
     "after hello": lambda p: kill_when(p, Tree, "gather", 1, before=False),
-    "before the first window": lambda p: kill_when(p, WindowStrategy, "draw", 1),
+    "before the first window": lambda p: kill_when(p, WindowAggregator, "draw", 1),
     "in a window, between two clients": lambda p: kill_when(p, device.Device, "save_state", 6, before=False),
     "in a window, before a client saves": lambda p: kill_when(p, device.Device, "save_state", 7),
     "in a window, after an edge": lambda p: kill_when(p, EdgeWindow, "run", 3, before=False),

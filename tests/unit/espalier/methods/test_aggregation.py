@@ -7,12 +7,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from espalier.methods.tally import Tally
-from espalier.wire.payload import Weights
+from espalier.methods.aggregate import Aggregate
+from espalier.wire.payload import Layout
+from espalier.wire.sections import MODEL
 from espalier_proto import espalier_pb2 as pb
 from tests.support.by_hand import (
     Arrays,
     method,
+    on_model,
     reply,
     run_tree,
     same,
@@ -70,7 +72,7 @@ def test_a_mean_refuses_a_narrow_reply_by_name(shape: str, tmp_path: Path) -> No
         part = {"narrow": whole[:16, :16], "flat": whole.reshape(-1), "row": whole[:1]}[shape]
         return arrays | {name: np.ascontiguousarray(part)}
 
-    calls = tapped(tree, narrowed)
+    calls = tapped(tree, on_model(narrowed))
     run = run_tree(tree, "fedavg", 3, rounds=1)
     [fault] = run.recorder.record.faults
     assert (fault.node, fault.kind) == ("c1", "refused")
@@ -89,20 +91,20 @@ def test_a_tensor_of_another_shape_is_never_broadcast(shape: tuple[int, ...]) ->
     """NumPy would broadcast most of these to (4, 4); a slice counts where it lies, anything else is refused."""
     before = wave(0, 4, 4)
     state = server({"w": before})
-    tally = Tally(state.weights.layout)
-    tally.mean({"w": np.full((4, 4), 2, np.float32)}, 1.0)
+    tally = Aggregate(state.payload.layouts)
+    tally.mean({MODEL: {"w": np.full((4, 4), 2, np.float32)}}, 1.0)
     small = np.full(shape, 6, np.float32)
     if len(shape) == 2 and shape[0] <= 4:
-        tally.mean({"w": small}, 1.0)
+        tally.mean({MODEL: {"w": small}}, 1.0)
         expected = np.full((4, 4), 2, np.float32)
         expected[: shape[0], : shape[1]] = 4
-        assert np.array_equal(tally.means(state.tensors)["w"], expected)
+        assert np.array_equal(tally.means(state.payload.views())[MODEL]["w"], expected)
     else:
         with pytest.raises(ValueError, match=r"tensor 'w' has shape .*, the server's is \[4, 4\]"):
-            tally.mean({"w": small}, 1.0)
+            tally.mean({MODEL: {"w": small}}, 1.0)
 
 
 def test_a_tensor_beyond_two_dimensions_is_whole_there() -> None:
-    tally = Tally(Weights.pack({"w": wave(0, 4, 4, 3)}).layout)
+    tally = Aggregate({MODEL: Layout.of({"w": wave(0, 4, 4, 3)})})
     with pytest.raises(ValueError, match="'w' has shape"):
-        tally.mean({"w": np.zeros((4, 4, 1), np.float32)}, 1.0)
+        tally.mean({MODEL: {"w": np.zeros((4, 4, 1), np.float32)}}, 1.0)

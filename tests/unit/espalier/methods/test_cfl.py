@@ -8,13 +8,16 @@ from typing import Any
 import numpy as np
 import pytest
 
+from espalier.methods.cfl import MEMBERSHIP
+from espalier.methods.ifca import cluster
 from espalier_proto import espalier_pb2 as pb
 from tests.support.by_hand import (
     EDGES,
     Arrays,
     aggregate,
     method,
-    reply,
+    on_model,
+    reply_of,
     run_tree,
     same,
     server,
@@ -37,23 +40,24 @@ def test_cfl_gives_the_numbers_of_the_authors_code(linkage: str, edges: int) -> 
     state = server({"a": wave(2, 2, 3), "b": wave(3, 2)})
     rule = method("cfl", model="mlp", cfl_from_round=1, cfl_linkage=linkage)
     rule.before_run(state, lambda *_: {})
-    w = {n: a.copy() for n, a in state.tensors.items()}
+    w = {n: a.copy() for n, a in state.section(cluster(0)).items()}
     replies = []
     for k in range(6):
         sign = 1 if k in FIRST_GROUP else -1
         change = {
-            "cluster0/a": sign * wave(0, 2, 3) + 0.3 * wave(20 + k, 2, 3),
-            "cluster0/b": sign * wave(1, 2) + 0.3 * wave(30 + k, 2),
+            "a": sign * wave(0, 2, 3) + 0.3 * wave(20 + k, 2, 3),
+            "b": sign * wave(1, 2) + 0.3 * wave(30 + k, 2),
         }
-        replies.append(reply(state, f"c{k}", {n: w[n] + c for n, c in change.items()}, samples=k + 1))
+        own = {cluster(0): {n: w[n] + c for n, c in change.items()}}
+        replies.append(reply_of(state, f"c{k}", own, samples=k + 1))
     aggregate(rule, state, replies, edges)
-    cluster = {k: int(state.extra[f"cluster/c{k}"][0]) for k in range(6)}
-    assert len({cluster[k] for k in FIRST_GROUP}) == len({cluster[k] for k in (1, 2, 5)}) == 1
-    assert set(cluster.values()) == {0, 1}
+    member = {k: int(state.memory[MEMBERSHIP][f"c{k}"][0]) for k in range(6)}
+    assert len({member[k] for k in FIRST_GROUP}) == len({member[k] for k in (1, 2, 5)}) == 1
+    assert set(member.values()) == {0, 1}
     first = [1.4261734, 1.3646806, 0.76142293, -0.14662951, 0.50059736, 1.1388069, 1.620005, 1.1673445]
     second = [0.689865, 0.009532094, -1.1649706, -1.7481155, -1.798366, -0.3640715, 0.28871828, -0.8801813]
-    for member, expected in ((0, first), (1, second)):
-        model = state.section(f"cluster{cluster[member]}")
+    for client, expected in ((0, first), (1, second)):
+        model = state.section(cluster(member[client]))
         np.testing.assert_allclose(np.concatenate([model["a"].ravel(), model["b"]]), expected, atol=2e-6)
 
 
@@ -71,13 +75,14 @@ def test_cfl_does_not_part_whom_it_should_not(settings: dict[str, Any]) -> None:
     for k in range(6):
         sign = 1 if k in FIRST_GROUP else -1
         own = {
-            "cluster0/a": wave(2, 2, 3) + sign * wave(0, 2, 3) + 0.3 * wave(20 + k, 2, 3),
-            "cluster0/b": wave(3, 2) + sign * wave(1, 2) + 0.3 * wave(30 + k, 2),
+            "a": wave(2, 2, 3) + sign * wave(0, 2, 3) + 0.3 * wave(20 + k, 2, 3),
+            "b": wave(3, 2) + sign * wave(1, 2) + 0.3 * wave(30 + k, 2),
         }
-        replies.append(reply(state, f"c{k}", own))
+        replies.append(reply_of(state, f"c{k}", {cluster(0): own}))
     aggregate(rule, state, replies)
-    assert set(state.tensors) == {"cluster0/a", "cluster0/b"}
-    same(state.tensors, {n: np.mean([u.arrays[n] for u in replies], axis=0) for n in state.tensors})
+    assert list(state.payload) == [cluster(0)]
+    model = state.section(cluster(0))
+    same(model, {n: np.mean([u.sections[cluster(0)][n] for u in replies], axis=0) for n in model})
 
 
 def test_cfl_separates_two_groups_on_a_tree(tmp_path: Path) -> None:
@@ -93,12 +98,12 @@ def test_cfl_separates_two_groups_on_a_tree(tmp_path: Path) -> None:
             for i, (n, a) in enumerate(arrays.items())
         }
 
-    calls = tapped(tree, pulled)
+    calls = tapped(tree, on_model(pulled))
     thresholds = {"cfl_from_round": 2, "cfl_mean_norm": 0.5, "cfl_max_norm": 1.0}
     run = run_tree(tree, "cfl", 6, rounds=4, **thresholds)
     assert run.state is not None
     groups = [[f"c{i}" for i in (0, 2, 4)], [f"c{i}" for i in (1, 3, 5)]]
-    member = {c: int(run.state.extra[f"cluster/{c}"][0]) for group in groups for c in group}
+    member = {c: int(run.state.memory[MEMBERSHIP][c][0]) for group in groups for c in group}
     assert [len({member[c] for c in group}) for group in groups] == [1, 1]
     assert sorted(set(member.values())) == [0, 1]
     names = [t.name for t in run.state.architecture.tensors]
@@ -115,7 +120,7 @@ def test_cfl_separates_two_groups_on_a_tree(tmp_path: Path) -> None:
             for n in names:
                 model[n] = model[n] + np.mean([change[c][n] for c in together], axis=0)
     for model, group in zip(models, groups, strict=True):
-        same(run.state.section(f"cluster{member[group[0]]}"), model, atol=3e-6)
+        same(run.state.section(cluster(member[group[0]])), model, atol=3e-6)
     assert run.assessment is not None
     served = {n.label: n.clients for n in run.assessment.networks()}
     assert sorted(served.values()) == sorted(map(tuple, groups))  # type: ignore[type-var]

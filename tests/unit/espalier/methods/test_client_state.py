@@ -11,8 +11,9 @@ import torch
 from torch import nn
 
 from espalier.methods.feddyn import DynamicRegularizer
-from espalier.methods.scaffold import ControlVariates
+from espalier.methods.scaffold import CONTROL, ControlVariates
 from espalier.training.objectives import Objective
+from espalier.wire.sections import SectionId
 from espalier_server.run import TreeRun
 from tests.support.by_hand import (
     kept,
@@ -85,7 +86,7 @@ def test_clients_that_join_late_count_as_zeros(
     assert populations[:2] == [4, 4]
     assert populations[-1] == 6
     assert kept(tmp_path, "c4") or kept(tmp_path, "c5")
-    found = run.state.section(section)
+    found = run.state.section(SectionId(section))
     same(found, mean_kept(tmp_path, [f"c{i}" for i in range(6)], prefix, found), atol=2e-6)
 
 
@@ -101,6 +102,6 @@ def test_a_round_below_quorum_leaves_no_trace_at_its_clients(tmp_path: Path) -> 
     }
     assert starts == {"c0": [(0, 0), (1, 1), (1, 2), (2, 3)], "c2": [(0, 0)] * 4}
     assert [(f.node, f.kind) for f in run.recorder.record.faults] == [("edge-2", "quorum")] * 4
-    c = run.state.section("control")
+    c = run.state.section(CONTROL)
     of_two = mean_kept(tmp_path, ["c0", "c1"], "scaffold/", c)
     same(c, {n: a * 2 / 3 for n, a in of_two.items()}, atol=2e-6)

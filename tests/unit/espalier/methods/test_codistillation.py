@@ -11,7 +11,7 @@ from torch import Generator
 from torch.nn import functional
 
 from espalier.errors import WireError
-from espalier.methods.codistillation import PeerDistillation
+from espalier.methods.codistillation import PeerDistillation, peer_section
 from espalier.models.architecture import describe
 from espalier.models.arrays import model_arrays
 from espalier.tasks.classification import CrossEntropy
@@ -59,8 +59,11 @@ def test_no_term_during_the_burn_in_or_without_peers() -> None:
 
 def test_received_peers_are_the_others_networks() -> None:
     model, peer = network("cnn"), network("mlp", seed=2)
-    aux = {"peer/b/" + name: array for name, array in model_arrays(peer).items()}
-    known: dict[str, Any] = {"aux": aux, "peers": {"client": describe(model), "b": describe(peer)}}
+    arrays = model_arrays(peer)
+    known: dict[str, Any] = {
+        "sections": {peer_section("b"): arrays},
+        "peers": {"client": describe(model), "b": describe(peer)},
+    }
     term, same = PeerDistillation(1.0), PeerDistillation(1.0, peers=lambda _: [peer])
     term.begin(model, local_round(model, **known))
     found = value(term, model)
@@ -68,6 +71,6 @@ def test_received_peers_are_the_others_networks() -> None:
     same.begin(model, local_round(model))
     assert found == pytest.approx(value(same, model))
     assert found > math.log(10) / 2
-    del aux["peer/b/classifier.bias"]
+    del arrays["classifier.bias"]
     with pytest.raises(WireError, match="b's network cannot be built"):
         term.begin(model, local_round(model, **known))

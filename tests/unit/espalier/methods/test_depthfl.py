@@ -12,6 +12,7 @@ from torch import Generator, Tensor
 from torch.nn import functional
 
 from espalier.methods.depthfl import ExitDistillation, consistency_weight, mutual_divergence
+from espalier.methods.feddyn import H
 from espalier.methods.inclusivefl import LastExit
 from espalier.training.objectives import TrainingError
 from tests.support.by_hand import EDGES, Arrays, aggregate, method, reply, same, server, wave
@@ -135,7 +136,7 @@ def test_depthfl_has_an_h_per_tensor_of_its_holders(edges: int) -> None:
             h[name] = h[name] - ALPHA * len(holders) * (mean - w[name]) / population
             w[name] = mean - h[name] / ALPHA
         same({n: state.tensors[n] for n in DEPTH}, w, atol=1e-12)
-        same(state.section("dyn"), {n: v for n, v in h.items() if n != "norm2.running_mean"}, atol=1e-12)
+        same(state.section(H), {n: v for n, v in h.items() if n != "norm2.running_mean"}, atol=1e-12)
     assert "dyn/norm2.running_mean" not in state.tensors
 
 

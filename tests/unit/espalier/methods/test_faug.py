@@ -12,10 +12,11 @@ from bench.local_tree import LocalClient, LocalTree
 
 from espalier.data.spec import open_data
 from espalier.generators.conditional import ConditionalGenerator, train_conditional
-from espalier.methods.faug import SEED_IMAGES, SEED_LABELS, leakage, seed_labels, seeds_layout, targets
+from espalier.methods.faug import SEED_IMAGES, SEED_LABELS, SEEDS, leakage, seed_labels, seeds_layout, targets
 from espalier.methods.run_config import RunConfig
+from espalier.wire.class_table import TABLE
 from espalier.wire.pairs import to_pixels
-from espalier.wire.payload import Weights
+from espalier.wire.sections import Payload
 from espalier_client.device import Device
 from espalier_server.records.record import AugmentationEntry
 from tests.support.by_hand import run_tree
@@ -70,7 +71,7 @@ def test_leakage_by_hand(
 @pytest.mark.parametrize("count", [-1, 2.5, 1e6])
 def test_an_absurd_number_of_seeds(count: float) -> None:
     with pytest.raises(ValueError, match="seed images"):
-        seeds_layout({"seeds": count}, (1, 8, 8), RunConfig())
+        seeds_layout({"seeds": count}, (1, 8, 8))
 
 
 def test_the_generator_has_the_papers_size() -> None:
@@ -169,7 +170,7 @@ def test_training_takes_what_was_filled_in(tmp_path: Path) -> None:
     tree = faug_tree(tmp_path)
     run = run_tree(tree, "fd", 4, **SETTINGS, rounds=1, model="logistic")
     assert run.state is not None
-    np.testing.assert_array_equal(run.state.tensors["table/count"], np.full(10, 4))
+    np.testing.assert_array_equal(run.state.section(TABLE)["count"], np.full(10, 4))
 
 
 def test_a_run_that_goes_on_does_not_fill_twice(tmp_path: Path) -> None:
@@ -189,12 +190,12 @@ def test_seeds_with_bad_labels_are_refused_by_name(
 
     honest = augmentation._seeds
 
-    def seeds(device: Device, settings: RunConfig, report: Any) -> Weights:
-        arrays = {n: a.copy() for n, a in honest(device, settings, report).views().items()}
+    def seeds(device: Device, settings: RunConfig, report: Any) -> Payload:
+        arrays = {n: a.copy() for n, a in honest(device, settings, report)[SEEDS].views().items()}
         if device.name == "c1":
             arrays[SEED_LABELS][0] = label
         assert arrays[SEED_IMAGES].dtype == np.uint8
-        return Weights.pack(arrays)
+        return Payload.pack({SEEDS: arrays})
 
     monkeypatch.setattr(augmentation, "_seeds", seeds)
     run = run_tree(faug_tree(tmp_path), "fedavg", 4, **SETTINGS, rounds=1, model="logistic")

@@ -17,8 +17,10 @@ from espalier.training.trainer import train_local
 from espalier.wire.class_table import (
     COUNT,
     MEAN,
+    REPLY,
     ROUND,
     SOFT_LABEL,
+    TABLE,
     VECTORS,
     ClassTable,
     given_arrays,
@@ -54,7 +56,9 @@ def test_the_soft_label_term_by_its_formula() -> None:
     model = network("cnn")
     mine, other, third = soft([0, 1, 2], 1), soft([0, 1, 4], 2), soft([0, 5], 3)
     state = {STATE + name: array for name, array in given_arrays(mine, 3).items()}
-    local = local_round(model, round_=4, aux=given_arrays(merge([mine, other, third]), 3), state=state)
+    local = local_round(
+        model, round_=4, sections={TABLE: given_arrays(merge([mine, other, third]), 3)}, state=state
+    )
     term = SoftLabelDistillation(1.5)
     term.begin(model, local)
     # The batch has one image each of the classes 0 to 5: class 2 is mine alone, class 3 nobody's.
@@ -78,7 +82,7 @@ def test_who_sat_out_takes_nothing_out(kept_round: int | None) -> None:
     if kept_round is not None:
         state = {STATE + n: a for n, a in given_arrays(soft([0, 1], 1), kept_round).items()}
     term = SoftLabelDistillation(1.0)
-    term.begin(model, local_round(model, round_=4, aux=given_arrays(given, 3), state=state))
+    term.begin(model, local_round(model, round_=4, sections={TABLE: given_arrays(given, 3)}, state=state))
     outputs = model(batch()[0]).double().softmax(1).detach().numpy()
     by_hand = -sum(float(given.vectors[y] @ np.log(outputs[y])) for y in range(6)) / 6
     assert value(term, model) == pytest.approx(by_hand, rel=1e-5)
@@ -104,7 +108,7 @@ def test_the_local_table_is_the_mean_output_by_label() -> None:
     assert table.counts.tolist() == [1.0] * 6
     for label, vector in zip(table.labels, table.vectors, strict=True):
         np.testing.assert_allclose(vector, torch.stack(seen[int(label)]).mean(0), atol=1e-6)
-    np.testing.assert_array_equal(objective.extra()[VECTORS], table.vectors)
+    np.testing.assert_array_equal(objective.extra()[REPLY][VECTORS], table.vectors)
     objective.end(model, result(), {})
     assert int(local.state[STATE + ROUND]) == 1
     np.testing.assert_array_equal(local.state[STATE + MEAN][:6], table.vectors)
@@ -132,7 +136,9 @@ def test_distillation_stays_finite_for_200_rounds() -> None:
     for round_ in range(1, 201):
         tables = []
         for place, (model, preset) in enumerate(zip(models, presets, strict=True)):
-            local = local_round(model, preset, round_, aux=aux, state=states[place], keep_optimizer=False)
+            local = local_round(
+                model, preset, round_, sections={TABLE: aux}, state=states[place], keep_optimizer=False
+            )
             term = SoftLabelDistillation(1.0)
             objective = CrossEntropy() + term
             outcome = train_local(model, objective, images[place], local, seed=round_, device="cpu")

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Generator, Tensor, nn
 
-from espalier.methods.feddyn import DynamicRegularizer
+from espalier.methods.feddyn import DynamicRegularizer, H
 from espalier.training.objectives import LocalRound, Objective
 from espalier.training.trainer import train_local
 from tests.support.by_hand import (
@@ -116,7 +116,7 @@ def test_feddyn_adds_the_mean_of_all_states(edges: int) -> None:
                 drift[n][k] += theta[n] - w[n]
         expected = {n: np.mean([a[n] for a in own], axis=0) + drift[n].mean(axis=0) for n in shapes}
         same(state.tensors, expected, atol=3e-6)
-        same(state.section("dyn"), {n: -alpha * drift[n].mean(axis=0) for n in shapes})
+        same(state.section(H), {n: -alpha * drift[n].mean(axis=0) for n in shapes})
 
 
 def test_feddyn_gives_the_numbers_of_the_authors_bookkeeping() -> None:
@@ -133,7 +133,7 @@ def test_feddyn_gives_the_numbers_of_the_authors_bookkeeping() -> None:
         aggregate(
             rule, state, [reply(state, f"c{c}", {"w": w + 0.1 * wave(10 + 10 * t + c, 4)}) for c in picked]
         )
-    w, h = state.tensors["w"], state.tensors["dyn/w"]
+    w, h = state.tensors["w"], state.section(H)["w"]
     np.testing.assert_allclose(w, [0.23559144, 0.6117266, 0.8960667, 0.6142933], atol=2e-6)
     mean = [-0.009802759, -0.01832515, 0.006259239, -0.061067663]
     np.testing.assert_allclose(-h / 0.07, mean, atol=2e-6)
@@ -152,7 +152,7 @@ def test_feddyns_h_is_the_mean_of_everyones_g(settings: dict[str, Any], tmp_path
     took_part = {call.plan.client for call in calls}
     assert len(took_part) > 1
     assert len(calls) < 6 * 6
-    h = run.state.section("dyn")
+    h = run.state.section(H)
     expected = mean_kept(tmp_path, [f"c{i}" for i in range(6)], "dyn/", h)
     same(h, expected, atol=1e-7)
     assert max(float(np.abs(a).max()) for a in h.values()) > 1e-4

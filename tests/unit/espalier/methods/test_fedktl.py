@@ -26,7 +26,7 @@ from espalier.methods.fedktl.client import (
 from espalier.training.objectives import TrainingError
 from espalier.training.trainer import train_local
 from espalier.wire.class_table import UNIT_PROTOTYPE
-from espalier.wire.pairs import Pairs, to_pixels
+from espalier.wire.pairs import PAIRS, Pairs, to_pixels
 from tests.support.terms import Images, batch, gradients, local_round, moved, network, received, result
 
 CLASSES = 10
@@ -138,8 +138,8 @@ def test_unit_prototypes_by_class() -> None:
     for label, vector in zip(table.labels, table.vectors, strict=True):
         mean = outputs[data.labels == label].mean(0)
         np.testing.assert_allclose(vector, mean / np.linalg.norm(mean), atol=1e-5)
-    # With 10 classes at most 400 B go up
-    assert sum(array.nbytes for array in objective.extra().values()) == 400
+    # 10 classes: 400 B up at most
+    assert sum(a.nbytes for arrays in objective.extra().values() for a in arrays.values()) == 400
 
 
 def pairs(count: int, latent_dim: int = 5) -> Pairs:
@@ -150,7 +150,7 @@ def pairs(count: int, latent_dim: int = 5) -> Pairs:
 
 def test_the_transfer_term_by_its_formula() -> None:
     model, given = network("cnn"), pairs(4)
-    term, local = KnowledgeTransfer(50.0), local_round(model, aux=given.arrays(), batch_size=10)
+    term, local = KnowledgeTransfer(50.0), local_round(model, sections={PAIRS: given.arrays()}, batch_size=10)
     term.begin(model, local)
     found = term.loss(model, *batch(), Generator().manual_seed(0)).item()
     head = transfer_head(model.classifier.in_features, 5, local.settings.seed)
@@ -171,7 +171,7 @@ def test_pairs_are_shuffled_and_cycled_by_minibatches() -> None:
 
     model.features = note
     term = KnowledgeTransfer(1.0)
-    term.begin(model, local_round(model, "mlp", aux=given.arrays(), batch_size=3))
+    term.begin(model, local_round(model, "mlp", sections={PAIRS: given.arrays()}, batch_size=3))
     seen.clear()
     generator = Generator().manual_seed(1)
     for _ in range(6):
@@ -186,7 +186,7 @@ def test_pairs_are_shuffled_and_cycled_by_minibatches() -> None:
 def test_only_features_and_h_prime_learn_from_pairs() -> None:
     model = network("cnn")
     term = KnowledgeTransfer(1.0)
-    term.begin(model, local_round(model, aux=pairs(4).arrays()))
+    term.begin(model, local_round(model, sections={PAIRS: pairs(4).arrays()}))
     found = gradients(term, model)
     assert not found["classifier.weight"].any()
     assert found["conv1.weight"].any()
@@ -198,7 +198,7 @@ def test_every_round_starts_from_the_same_h_prime() -> None:
     for round_ in (2, 3):
         model = network("cnn")
         term = KnowledgeTransfer(1.0)
-        local = local_round(model, round_=round_, aux=pairs(4).arrays())
+        local = local_round(model, round_=round_, sections={PAIRS: pairs(4).arrays()})
         term.begin(model, local)
         starts.append([p.detach().clone() for p in term.parameters()])
         train_local(model, ArcFace() + term, Images(12), local, seed=round_, device="cpu")
@@ -211,7 +211,7 @@ def test_every_round_starts_from_the_same_h_prime() -> None:
 def test_no_transfer_without_pairs_or_weight(mu: float, aux: dict[str, np.ndarray]) -> None:
     model = network("cnn")
     term = KnowledgeTransfer(mu)
-    term.begin(model, local_round(model, aux=aux))
+    term.begin(model, local_round(model, sections={PAIRS: aux}))
     assert term.loss(model, *batch(), Generator()).item() == 0.0
     assert not list(term.parameters())
     assert term.end(model, result(), {}) == {}
@@ -222,7 +222,7 @@ def test_pixels_teach_what_floats_teach() -> None:
     values = []
     for images in (given.images, to_pixels(given.images)):
         term = KnowledgeTransfer(1.0)
-        term.begin(model, local_round(model, aux=Pairs(images, given.centroids).arrays()))
+        term.begin(model, local_round(model, sections={PAIRS: Pairs(images, given.centroids).arrays()}))
         values.append(term.loss(model, *batch(), Generator().manual_seed(0)).item())
     assert values[0] == pytest.approx(values[1], rel=1e-2)
     assert values[0] != values[1]
@@ -232,7 +232,7 @@ def test_unfit_pairs_and_networks_are_refused() -> None:
     model = network("cnn")
     wrong = Pairs(np.zeros((2, 3, 8, 8), np.uint8), np.zeros((2, 5), np.float32))
     with pytest.raises(WireError, match=r"\[3, 8, 8\]"):
-        KnowledgeTransfer(1.0).begin(model, local_round(model, aux=wrong.arrays()))
+        KnowledgeTransfer(1.0).begin(model, local_round(model, sections={PAIRS: wrong.arrays()}))
     other = nn.Linear(3, 3)
     for term in (ArcFace(), UnitPrototypes(), KnowledgeTransfer(1.0)):
         with pytest.raises(TrainingError, match="for classifiers"):

@@ -17,6 +17,7 @@ from espalier.tasks.classification import CrossEntropy
 from espalier.training.objectives import Objective, TrainingError
 from espalier.wire.class_table import (
     PROTOTYPE,
+    TABLE,
     ClassTable,
     given_arrays,
 )
@@ -43,7 +44,7 @@ def test_the_prototype_term_by_its_formula() -> None:
     model = network("cnn")
     given = prototypes(model, [0, 3, 9])
     term = PrototypeTerm(4.0)
-    term.begin(model, local_round(model, aux=given_arrays(given, 0)))
+    term.begin(model, local_round(model, sections={TABLE: given_arrays(given, 0)}))
     features = model.features(batch()[0]).detach().double().numpy()
     squares = [((features[y] - given.vectors[row]) ** 2).mean() for row, y in enumerate((0, 3))]
     assert value(term, model) == pytest.approx(4.0 * sum(squares) / 6, rel=1e-5)
@@ -54,7 +55,9 @@ def test_prototypes_reach_features_but_not_the_output_layer() -> None:
     model = network("cnn")
     alone = gradients(CrossEntropy(), model)
     objective = CrossEntropy() + PrototypeTerm(1.0)
-    objective.begin(model, local_round(model, aux=given_arrays(prototypes(model, [0, 1, 2]), 0)))
+    objective.begin(
+        model, local_round(model, sections={TABLE: given_arrays(prototypes(model, [0, 1, 2]), 0)})
+    )
     found = gradients(objective, model)
     assert torch.equal(found["classifier.weight"], alone["classifier.weight"])
     assert not torch.allclose(found["conv1.weight"], alone["conv1.weight"])
@@ -82,6 +85,6 @@ def test_prototypes_of_another_width_are_refused() -> None:
     model = network("cnn")
     wrong = ClassTable.of(PROTOTYPE, CLASSES, [0], np.zeros((1, 3)))
     objective = CrossEntropy() + PrototypeTerm(1.0)
-    objective.begin(model, local_round(model, aux=given_arrays(wrong, 0)))
+    objective.begin(model, local_round(model, sections={TABLE: given_arrays(wrong, 0)}))
     with pytest.raises(TrainingError, match="prototypes 3"):
         objective.loss(model, *batch(), Generator())

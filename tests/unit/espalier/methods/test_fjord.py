@@ -12,7 +12,7 @@ import torch
 from torch import Generator
 from torch.nn import functional
 
-from espalier.methods.fjord import OrderedDropout
+from espalier.methods.fjord import OrderedDropout, statistics
 from espalier.training.objectives import TrainingError
 from espalier.training.trainer import train_local
 from tests.support.by_hand import (
@@ -233,23 +233,23 @@ def test_every_width_has_running_statistics_of_its_own() -> None:
     small = sliced(model, narrow("cnn-bn", 0.5))
     small(images)
     extra = objective.extra()
-    assert {name.partition("/")[0] for name in extra} == {"p0.2", "p0.5", "p1"}
+    assert list(extra) == [statistics(0.2), statistics(0.5), statistics(1)]
     for name, tensor in small.named_buffers():
-        assert np.allclose(extra[f"p0.5/{name}"], tensor.numpy(), atol=1e-6), name
+        assert np.allclose(extra[statistics(0.5)][name], tensor.numpy(), atol=1e-6), name
     for name, tensor in model.named_buffers():
         assert torch.equal(tensor, before[name]), "the network's own statistics moved"
-        assert np.array_equal(extra[f"p1/{name}"], tensor.numpy())
-    assert extra["p0.5/norm1.num_batches_tracked"] == 1
-    assert extra["p0.2/norm1.num_batches_tracked"] == 0
-    assert extra["p0.2/norm1.running_mean"].shape == (math.ceil(0.2 * 16),)
+        assert np.array_equal(extra[statistics(1)][name], tensor.numpy())
+    assert extra[statistics(0.5)]["norm1.num_batches_tracked"] == 1
+    assert extra[statistics(0.2)]["norm1.num_batches_tracked"] == 0
+    assert extra[statistics(0.2)]["norm1.running_mean"].shape == (math.ceil(0.2 * 16),)
 
 
 def test_received_statistics_go_on() -> None:
-    given = {"p0.2/norm1.running_mean": np.arange(4, dtype=np.float32)}
-    objective, _ = begun("cnn-bn", aux=given)
-    assert objective.extra()["p0.2/norm1.running_mean"].tolist() == [0.0, 1.0, 2.0, 3.0]
-    with pytest.raises(TrainingError, match=r"p0.2/norm1.running_mean.* are \[3\]"):
-        begun("cnn-bn", aux={"p0.2/norm1.running_mean": np.zeros(3, np.float32)})
+    given = {statistics(0.2): {"norm1.running_mean": np.arange(4, dtype=np.float32)}}
+    objective, _ = begun("cnn-bn", sections=given)
+    assert objective.extra()[statistics(0.2)]["norm1.running_mean"].tolist() == [0.0, 1.0, 2.0, 3.0]
+    with pytest.raises(TrainingError, match=r"norm1.running_mean.* are \[3\]"):
+        begun("cnn-bn", sections={statistics(0.2): {"norm1.running_mean": np.zeros(3, np.float32)}})
 
 
 def test_without_normalisation_nothing_further_is_sent() -> None:
@@ -272,10 +272,10 @@ def test_a_narrow_clients_widths_are_shares_of_the_whole_network() -> None:
     """0.2 of 16 channels is 4; of the 8 that a client of 0.5 holds, 0.4 would be 4 too, but 0.2 of 64 is 13."""
     model = narrow("cnn-bn", 0.5)
     objective, _ = begun("cnn-bn", model)
-    shapes = {n: a.shape for n, a in objective.extra().items()}
-    assert shapes["p0.2/norm3.running_mean"] == (13,)
-    assert shapes["p0.5/norm3.running_mean"] == (32,)
-    assert "p1/norm3.running_mean" not in shapes
+    shapes = {(s.member, n): a.shape for s, arrays in objective.extra().items() for n, a in arrays.items()}
+    assert shapes["0.2", "norm3.running_mean"] == (13,)
+    assert shapes["0.5", "norm3.running_mean"] == (32,)
+    assert ("1", "norm3.running_mean") not in shapes
 
 
 def test_networks_that_do_not_come_in_the_widths_are_refused() -> None:

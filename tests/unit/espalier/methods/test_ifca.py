@@ -7,6 +7,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from espalier.methods.ifca import cluster
+from espalier.wire.sections import MODEL
 from tests.support.by_hand import (
     EDGES,
     aggregate,
@@ -69,7 +71,7 @@ def test_ifca_recovers_rotated_groups_on_a_tree(shared: str, tmp_path: Path) -> 
             float(
                 network_loss(
                     run.state.architecture,
-                    {n: call.sent.get(f"cluster{j}/{n}", call.sent.get(n, np.zeros(0))) for n in names},
+                    {n: (call.sent | call.sent_sections[cluster(j)])[n] for n in names},
                     spec.format(i=call.plan.client[1:], of=12),
                 ).detach()
             )
@@ -77,11 +79,8 @@ def test_ifca_recovers_rotated_groups_on_a_tree(shared: str, tmp_path: Path) -> 
         ]
         # The picked model has the smaller loss on all of the client's images, and only it comes back.
         assert int(call.report.metrics["cluster"]) == int(np.argmin(losses))
-        prefixes = {n.partition("/")[0] for n in call.payload if "/" in n}
-        assert prefixes == {f"cluster{int(np.argmin(losses))}"}
-        assert {n for n in call.payload if "/" not in n} == {
-            n for n in names if shared and n.startswith(shared)
-        }
+        assert set(call.sections) - {MODEL} == {cluster(int(np.argmin(losses)))}
+        assert set(call.payload) == {n for n in names if shared and n.startswith(shared)}
     last = {c.plan.client: int(c.report.metrics["cluster"]) for c in calls if c.trains and c.plan.round == 6}
     groups = [{last[f"c{i}"] for i in parity} for parity in ((0, 2, 4), (1, 3, 5))]
     assert sorted(map(sorted, groups)) == [[0], [1]]
@@ -98,6 +97,6 @@ def test_ifca_keeps_a_model_without_members(tmp_path: Path) -> None:
     assert alone
     first = next(c for c in calls if c.trains)
     for j in range(3):
-        section = run.state.section(f"cluster{j}")
-        kept = [np.array_equal(a, first.sent[f"cluster{j}/{n}"]) for n, a in section.items()]
+        section = run.state.section(cluster(j))
+        kept = [np.array_equal(a, first.sent_sections[cluster(j)][n]) for n, a in section.items()]
         assert all(kept) if j in alone else not any(kept)

@@ -13,6 +13,7 @@ from torch import Generator, Tensor, nn
 from torch.nn import functional
 
 from espalier.methods.moon import (
+    HEAD,
     ModelContrastiveTerm,
     contrastive_loss,
     initial_head,
@@ -193,7 +194,7 @@ def test_on_a_unet_the_first_round_is_the_ddpm_losss() -> None:
 def test_on_a_unet_the_term_uses_the_noised_images() -> None:
     model, own = unet().eval(), moved(unet(), 0.02).eval()
     head = initial_head(mid_width(model), 2023)
-    state = former(own) | {"moon/" + name: array + np.float32(0.05) for name, array in head.items()}
+    state = former(own) | {"moon/head/" + name: array + np.float32(0.05) for name, array in head.items()}
     objective, _ = begun(model, DDPMLoss(), "unet-tiny", state=state)
     given = copy.deepcopy(model)
     moved(model, 0.01, seed=9)
@@ -206,9 +207,7 @@ def test_on_a_unet_the_term_uses_the_noised_images() -> None:
     base = alone.loss(model, images, labels, Generator().manual_seed(4)).item()
 
     def z(network: nn.Module, shift: float) -> Tensor:
-        w1, b1, w2, b2 = (
-            torch.tensor(head["head/" + n]) + shift for n in ("0.weight", "0.bias", "2.weight", "2.bias")
-        )
+        w1, b1, w2, b2 = (torch.tensor(head[n]) + shift for n in ("0.weight", "0.bias", "2.weight", "2.bias"))
         pooled = mid_features(network, fed[0][0], fed[0][1]).mean((2, 3))
         return functional.relu(pooled @ w1.T + b1) @ w2.T + b2
 
@@ -225,15 +224,16 @@ def test_the_projection_head_is_received_trained_and_sent() -> None:
     for number in (1, 2):
         moved(model, 0.01, seed=number)  # The servers' model is not what the client made of its last one.
         objective = DDPMLoss() + ModelContrastiveTerm(2.0, 0.5)
-        local = local_round(model, "unet-tiny", number, aux=given, state=state, warmup_steps=0)
+        local = local_round(model, "unet-tiny", number, sections={HEAD: given}, state=state, warmup_steps=0)
         train_local(model, objective, Images(8), local, seed=number, device="cpu")
-        sent = objective.extra()
+        [(section, sent)] = objective.extra().items()
+        assert section == HEAD
         assert {n: a.shape for n, a in sent.items()} == {n: a.shape for n, a in given.items()}
         change = max(np.abs(sent[n] - given[n]).max() for n in given)
         # In round 1 the term has no gradient; in round 2 the head learns with the network.
         assert (change > 1e-5) == (number == 2)
         objective.end(model, result(), received(model))
-        assert {n for n in state if n.startswith("moon/head/")} == {"moon/" + n for n in given}
+        assert {n for n in state if n.startswith("moon/head/")} == {"moon/head/" + n for n in given}
 
 
 def test_initial_heads_are_the_same_at_every_client() -> None:
@@ -243,9 +243,9 @@ def test_initial_heads_are_the_same_at_every_client() -> None:
     torch.manual_seed(3)
     assert torch.equal(after, torch.rand(1))
     assert all(np.array_equal(one[n], a) for n, a in initial_head(40, 5).items())
-    assert not np.array_equal(one["head/0.weight"], initial_head(40, 6)["head/0.weight"])
-    assert one["head/0.weight"].shape == (40, 40)
-    assert one["head/2.weight"].shape == (256, 40)
+    assert not np.array_equal(one["0.weight"], initial_head(40, 6)["0.weight"])
+    assert one["0.weight"].shape == (40, 40)
+    assert one["2.weight"].shape == (256, 40)
 
 
 def test_what_cannot_be_compared_is_refused() -> None:
@@ -254,4 +254,6 @@ def test_what_cannot_be_compared_is_refused() -> None:
         ModelContrastiveTerm(1.0, 0.5).begin(bases, local_round(bases))
     model = unet()
     with pytest.raises(TrainingError, match="does not fit"):
-        ModelContrastiveTerm(1.0, 0.5).begin(model, local_round(model, "unet-tiny", aux=initial_head(7, 1)))
+        ModelContrastiveTerm(1.0, 0.5).begin(
+            model, local_round(model, "unet-tiny", sections={HEAD: initial_head(7, 1)})
+        )

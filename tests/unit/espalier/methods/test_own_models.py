@@ -13,13 +13,17 @@ from torch.nn import functional
 
 from espalier.data.spec import open_data
 from espalier.errors import ConfigError
+from espalier.methods.aggregate import ROWS_SECTION
+from espalier.methods.codistillation import COPY
 from espalier.methods.fedktl import FedKTL
 from espalier.methods.fedktl.client import ArcFace
+from espalier.methods.fedktl.method import TRANSFORMER
 from espalier.methods.run_config import RunConfig
 from espalier.models.initial import initial_model
 from espalier.training.objectives import LocalRound
-from espalier.wire.class_table import COUNT, MEAN, ROUND, VECTORS
-from espalier.wire.pairs import CENTROIDS, IMAGES
+from espalier.wire.class_table import COUNT, MEAN, REPLY, ROUND, TABLE, VECTORS
+from espalier.wire.pairs import CENTROIDS, IMAGES, PAIRS
+from espalier.wire.sections import PEER
 from tests.support.by_hand import Arrays, Call, kept, run_tree, small_tree, tapped
 from tests.support.exchanges import (
     edges_tell,
@@ -46,7 +50,7 @@ def by_class(calls: dict[str, Call], label: int) -> list[np.ndarray]:
 
 
 def given(call: Call) -> Arrays:
-    return {name: call.sent[name] for name in (MEAN, COUNT, ROUND)}
+    return {name: call.sent_sections[TABLE][name] for name in (MEAN, COUNT, ROUND)}
 
 
 # --- class tables ------------------------------------------------------------------------------------
@@ -59,7 +63,7 @@ def test_clients_receive_the_mean_of_the_tables(name: str, families: str, tmp_pa
     run = run_tree(tree, name, 4, **TINY | {"families": families}, rounds=3)
     assert run.state is not None
     tables = [given(training(calls, r)["c0"]) for r in (1, 2, 3)]
-    tables.append({n: run.state.tensors[n] for n in (MEAN, COUNT, ROUND)})
+    tables.append({n: run.state.section(TABLE)[n] for n in (MEAN, COUNT, ROUND)})
     assert not tables[0][COUNT].any()
     for round_ in (1, 2, 3):
         replies, table = training(calls, round_), tables[round_]
@@ -75,7 +79,7 @@ def test_clients_receive_the_mean_of_the_tables(name: str, families: str, tmp_pa
         assert absent >= 2
         # All clients of a round are given the same.
         for call in training(calls, round_).values():
-            np.testing.assert_array_equal(call.sent[MEAN], tables[round_ - 1][MEAN])
+            np.testing.assert_array_equal(call.sent_sections[TABLE][MEAN], tables[round_ - 1][MEAN])
 
 
 def test_fd_against_the_others_of_the_last_round(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -120,13 +124,15 @@ def test_an_edge_uses_its_own_table_between_reports(tmp_path: Path) -> None:
         assert len(same_edge) == 2
         for label in range(10):
             vectors = by_class(same_edge, label)
-            assert call.sent[COUNT][label] == len(vectors)
+            assert call.sent_sections[TABLE][COUNT][label] == len(vectors)
             if vectors:
-                np.testing.assert_allclose(call.sent[MEAN][label], np.mean(vectors, axis=0), atol=1e-6)
+                np.testing.assert_allclose(
+                    call.sent_sections[TABLE][MEAN][label], np.mean(vectors, axis=0), atol=1e-6
+                )
     assert run.state is not None
     # Both rounds' counts added up would be twice as many contributions as there are clients.
     counts = [len(by_class(second, label)) for label in range(10)]
-    np.testing.assert_array_equal(run.state.tensors[COUNT], counts)
+    np.testing.assert_array_equal(run.state.section(TABLE)[COUNT], counts)
 
 
 def test_fedproto_averages_over_holders_of_the_class(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -138,9 +144,9 @@ def test_fedproto_averages_over_holders_of_the_class(tmp_path: Path, monkeypatch
         model = own_model(call, starts[name, 1]).train()
         with torch.no_grad():
             features = model.features(images)
-        squares = (features - torch.from_numpy(call.sent[MEAN])[labels]).square().mean(1)
+        squares = (features - torch.from_numpy(call.sent_sections[TABLE][MEAN])[labels]).square().mean(1)
         # All its classes are held, by itself at least.
-        assert (call.sent[COUNT][labels] >= 1).all()
+        assert (call.sent_sections[TABLE][COUNT][labels] >= 1).all()
         assert call.report.metrics["prototype-loss"] == pytest.approx(squares.mean().item(), rel=1e-4)
         # What it sends: mean features by class of the network as it is after training.
         trained = own_model(call, kept(tmp_path, name)).eval()
@@ -174,19 +180,12 @@ def test_a_client_keeps_the_model_its_owner_chose(tmp_path: Path) -> None:
 
 
 def copies(calls: list[Call], round_: int) -> dict[str, Arrays]:
-    return {
-        name: {n.removeprefix("copy/"): a for n, a in call.payload.items()}
-        for name, call in training(calls, round_).items()
-    }
+    return {name: call.sections.get(COPY, {}) for name, call in training(calls, round_).items()}
 
 
 def peers_sent(call: Call) -> dict[str, Arrays]:
-    found: dict[str, Arrays] = {}
-    for name, array in call.sent.items():
-        section, client, tensor = name.split("/", 2)
-        assert section == "peer"
-        found.setdefault(client, {})[tensor] = array
-    return found
+    assert {section.name for section in call.sent_sections} <= {PEER}
+    return {section.member: arrays for section, arrays in call.sent_sections.items()}
 
 
 def test_peers_are_the_others_copies_of_the_last_exchange(
@@ -260,19 +259,22 @@ def test_fedktls_edges_stack_rows_without_names(tmp_path: Path, gan: str) -> Non
         for part in parts:
             mine = [c for c in replies.values() if c.plan.edge == part.report.edge]
             assert mine
-            assert set(part.payload) == {"rows/labels", "rows/vectors"}
+            stacked_rows = part.payload[ROWS_SECTION]
+            assert {s: set(arrays) for s, arrays in part.payload.items()} == {
+                ROWS_SECTION: {"labels", "vectors"}
+            }
             expected = sorted((label, *vector.tolist()) for c in mine for label, vector in rows(c).items())
-            stacked = zip(part.payload["rows/labels"], part.payload["rows/vectors"], strict=True)
+            stacked = zip(stacked_rows["labels"], stacked_rows["vectors"], strict=True)
             assert [(int(label), *vector.tolist()) for label, vector in stacked] == expected
             # Neither tensors nor their names say whose a row is, and the report names no client's classes.
             assert not any(name.encode() in part.raw for name in replies)
             assert all(not brief.HasField("table") for r in part.report.rounds for brief in r.clients)
         held = {label for call in replies.values() for label in rows(call)}
-        pairs = training(calls, 2)["c0"].sent if window == 1 else run.state.tensors
+        pairs = training(calls, 2)["c0"].sent_sections[PAIRS] if window == 1 else run.state.section(PAIRS)
         assert pairs[IMAGES].shape == (len(held), 1, 8, 8)
         assert pairs[IMAGES].dtype == np.uint8
         assert pairs[CENTROIDS].shape == (len(held), 16)
-        for vectors in (call.payload[VECTORS] for call in replies.values()):
+        for vectors in (call.sections[REPLY][VECTORS] for call in replies.values()):
             np.testing.assert_allclose(np.linalg.norm(vectors, axis=1), 1, atol=1e-5)
     assert "transfer-loss" not in training(calls, 1)["c0"].report.metrics
     assert all(c.report.metrics["transfer-loss"] > 0 for c in training(calls, 2).values())
@@ -286,7 +288,7 @@ def test_fedktl_with_a_single_client(tmp_path: Path, gan: str) -> None:
     calls = tapped(tree)
     run_tree(tree, "fedktl", 1, **TINY, rounds=2, generator=gan, alignment_epochs=3)
     [call] = training(calls, 2).values()
-    assert len(call.sent[IMAGES]) == len(rows(call)) >= 8
+    assert len(call.sent_sections[PAIRS][IMAGES]) == len(rows(call)) >= 8
     assert call.report.metrics["transfer-loss"] > 0
 
 
@@ -327,14 +329,21 @@ def test_a_run_that_goes_on_from_its_checkpoint(name: str, tmp_path: Path, gan: 
     assert whole.state is not None
     assert again.state is not None
     assert again.state.round == 3
-    expected = whole.state.tensors | whole.state.extra
-    found = again.state.tensors | again.state.extra
+    expected, found = (
+        {
+            (s, n): a
+            for part in (state.payload.views(), state.memory)
+            for s, own in part.items()
+            for n, a in own.items()
+        }
+        for state in (whole.state, again.state)
+    )
     assert set(found) == set(expected)
-    assert ("transformer/0.weight" in found) == (name == "fedktl")
+    assert ((TRANSFORMER, "0.weight") in found) == (name == "fedktl")
     for key, array in expected.items():
-        np.testing.assert_array_equal(found[key], array, err_msg=key)
+        np.testing.assert_array_equal(found[key], array, err_msg=str(key))
     for client in ("c0", "c1"):
         before, after = kept(tmp_path / "a", client), kept(tmp_path / "b", client)
         assert set(before) == set(after)
-        for key, array in before.items():
-            np.testing.assert_array_equal(after[key], array, err_msg=key)
+        for name_, array in before.items():
+            np.testing.assert_array_equal(after[name_], array, err_msg=name_)

@@ -12,12 +12,12 @@ import pytest
 from flwr.app import Message
 
 from espalier.wire import control
-from espalier.wire.class_table import COUNT, MEAN, ROUND, VECTORS
-from espalier.wire.pairs import CENTROIDS, IMAGES
-from espalier.wire.payload import Weights
+from espalier.wire.class_table import COUNT, MEAN, REPLY, ROUND, TABLE, VECTORS
+from espalier.wire.pairs import CENTROIDS, IMAGES, PAIRS
+from espalier.wire.sections import Payload, layouts_to_proto
 from espalier_proto import espalier_pb2 as pb
 from espalier_server.records.record import RunRecord
-from tests.support.by_hand import Arrays, run_tree, small_tree, tapped
+from tests.support.by_hand import Arrays, Nested, run_tree, small_tree, tapped
 from tests.support.exchanges import rows, training
 from tests.support.generators import random_gan
 
@@ -101,7 +101,7 @@ FAULTS: list[tuple[str, Spoil, str]] = [
     ("fd", classes, "a class table of 11 classes, this run has 10"),
     ("fd", dimension, "vectors of length 9, at most 10 of length 10 are expected"),
     ("fd", too_many, "a table of 11 vectors of length 10, at most 10"),
-    ("fd", hidden_row, r"'table/vectors' is float32\[10, 10\], expected float32\[9, 10\]"),
+    ("fd", hidden_row, r"'vectors' is float32\[10, 10\], expected float32\[9, 10\]"),
     ("fd", label, "a class table with label 10, labels go from 0 to 9"),
     ("fd", repeated, "a class table with label 0 repeated"),
     ("fd", negative_count, "the count -1 for class 0; a count is positive and finite"),
@@ -110,7 +110,7 @@ FAULTS: list[tuple[str, Spoil, str]] = [
     ("fd", doubled, "a soft label of class 0 that is no distribution"),
     ("fd", logits, "a soft label of class 0 that is no distribution"),
     ("fd", nothing, "a table of 0 vectors of length 0"),
-    ("fd", not_finite, "tensor 'table/vectors' holds a value that is not finite"),
+    ("fd", not_finite, "tensor 'vectors' holds a value that is not finite"),
     ("fedproto", dimension, "vectors of length 9, at most 10 of length 64 are expected"),
     ("fedproto", classes, "a class table of 11 classes, this run has 10"),
     ("fedktl", classes, "a class table of 11 classes, this run has 10"),
@@ -125,10 +125,10 @@ FAULTS: list[tuple[str, Spoil, str]] = [
 def test_a_bad_table_is_refused_by_name_and_the_round_goes_on(
     method: str, spoil: Spoil, fault: str, tmp_path: Path, gan: str
 ) -> None:
-    def change(_: Arrays, arrays: Arrays, report: pb.ClientReport) -> Arrays:
+    def change(_: Nested, sections: Nested, report: pb.ClientReport) -> Nested:
         if report.client != "c1" or report.round != 1:
-            return arrays
-        return {VECTORS: spoil(report.table, arrays[VECTORS])}
+            return sections
+        return {REPLY: {VECTORS: spoil(report.table, sections[REPLY][VECTORS])}}
 
     tree = small_tree(tmp_path, 2, 60, 1)
     calls = tapped(tree, change)
@@ -141,19 +141,21 @@ def test_a_bad_table_is_refused_by_name_and_the_round_goes_on(
     assert re.search(fault, found.detail), found.detail
     assert participants(run.recorder.record) == [["c0"], ["c0", "c1"]]
     # What c0 told was taken: it is in what both are sent next.
-    own, sent = rows(training(calls, 1)["c0"]), training(calls, 2)["c1"].sent
+    own, sent = rows(training(calls, 1)["c0"]), training(calls, 2)["c1"].sent_sections
     if method == "fedktl":
-        assert len(sent[CENTROIDS]) == len(own) >= 9
+        assert len(sent[PAIRS][CENTROIDS]) == len(own) >= 9
     else:
-        assert np.flatnonzero(sent[COUNT]).tolist() == sorted(own)
-        np.testing.assert_array_equal(sent[MEAN][sorted(own)], np.stack([own[c] for c in sorted(own)]))
+        assert np.flatnonzero(sent[TABLE][COUNT]).tolist() == sorted(own)
+        np.testing.assert_array_equal(sent[TABLE][MEAN][sorted(own)], np.stack([own[c] for c in sorted(own)]))
 
 
 def test_a_window_without_a_last_round_keeps_the_previous_table(
     tmp_path: Path,
 ) -> None:
-    def change(_: Arrays, arrays: Arrays, report: pb.ClientReport) -> Arrays:
-        return {VECTORS: doubled(report.table, arrays[VECTORS])} if report.round == 2 else arrays
+    def change(_: Nested, sections: Nested, report: pb.ClientReport) -> Nested:
+        if report.round != 2:
+            return sections
+        return {REPLY: {VECTORS: doubled(report.table, sections[REPLY][VECTORS])}}
 
     tree = small_tree(tmp_path, 2, 60, 1)
     calls = tapped(tree, change)
@@ -163,11 +165,11 @@ def test_a_window_without_a_last_round_keeps_the_previous_table(
     # What round 3 is given is round 1's table and says so, so that a client takes out its own part of that one.
     first = [rows(call) for call in training(calls, 1).values()]
     for call in third.values():
-        assert int(call.sent[ROUND]) == 1
+        assert int(call.sent_sections[TABLE][ROUND]) == 1
         for label in first[0].keys() & first[1].keys():
             expected = np.mean([f[label] for f in first], axis=0)
-            np.testing.assert_allclose(call.sent[MEAN][label], expected, rtol=1e-5)
-        assert call.sent[COUNT].max() == 2
+            np.testing.assert_allclose(call.sent_sections[TABLE][MEAN][label], expected, rtol=1e-5)
+        assert call.sent_sections[TABLE][COUNT].max() == 2
 
 
 def participants(record: RunRecord) -> list[list[str]]:
@@ -216,11 +218,12 @@ def test_bad_pairs_are_refused_by_the_client(
         data = control.plan_bytes(message)
         if message.metadata.message_type == control.TRAIN and data is not None:
             plan = control.decode(pb.RoundPlan, data, "edge")
-            sent = control.read_weights(message, control.plan_layout(plan, "edge"), "edge").views()
-            if IMAGES in sent:
-                weights = Weights.pack(spoil(dict(sent)))
-                plan.layout.CopyFrom(weights.layout.to_proto())
-                message.content = control.plan_content(plan, weights.to_record())
+            sent = control.read_payload(message, control.plan_sections(plan, "edge"), "edge").views()
+            if PAIRS in sent:
+                payload = Payload.pack({PAIRS: spoil(dict(sent[PAIRS]))})
+                plan.ClearField("sections")
+                plan.sections.extend(layouts_to_proto(payload.layouts))
+                message.content = control.plan_content(plan, payload)
         return app(message, context)
 
     node.app = tampered

@@ -9,16 +9,19 @@ import numpy as np
 import pytest
 
 from espalier.data.spec import open_data
+from espalier.methods.aggregate import Aggregate
+from espalier.methods.phoenix import HANDOUT
 from espalier.methods.registry import create_method
 from espalier.methods.run_config import RunConfig
-from espalier.methods.tally import Tally
 from espalier.models.arrays import model_arrays
+from espalier.wire.sections import MODEL
 from espalier_proto import espalier_pb2 as pb
 from tests.support.by_hand import (
     Arrays,
     Call,
     aggregate,
     method,
+    on_model,
     reply,
     run_tree,
     same,
@@ -55,11 +58,12 @@ def test_phoenix_sends_the_shared_images_once(tmp_path: Path) -> None:
     seen: set[str] = set()
     for call in sorted(calls, key=lambda c: c.plan.round):
         client = call.plan.client
-        assert ("handout/images" in call.sent) == ("handout/labels" in call.sent) == (client not in seen)
+        assert (HANDOUT in call.sent_sections) == (client not in seen)
         if client not in seen:
-            assert call.sent["handout/images"].shape == (6, 1, 8, 8)
+            assert set(call.sent_sections[HANDOUT]) == {"images", "labels"}
+            assert call.sent_sections[HANDOUT]["images"].shape == (6, 1, 8, 8)
         seen.add(client)
-        assert not any(n.startswith("handout") for n in call.payload)
+        assert list(call.sections) == [MODEL]
         assert call.report.steps == -(-(own[client] + 6) // 4)
         assert call.report.samples == own[client]
     assert len(seen) > 1
@@ -67,7 +71,7 @@ def test_phoenix_sends_the_shared_images_once(tmp_path: Path) -> None:
     # The images are some of the shared ones, pixel by pixel.
     pool = open_data("digits:199/200")
     everything = ((pool.fetch(np.arange(len(pool))).numpy() + 1) * 127.5).round().astype(np.uint8)
-    given = next(c.sent["handout/images"] for c in calls if "handout/images" in c.sent)
+    given = next(c.sent_sections[HANDOUT]["images"] for c in calls if HANDOUT in c.sent_sections)
     assert all(any(np.array_equal(one, other) for other in everything) for one in given)
 
 
@@ -80,7 +84,7 @@ def test_phoenix_names_the_client_that_the_filter_leaves_out(tmp_path: Path) -> 
             report.loss *= 10
         return arrays
 
-    calls = tapped(tree, claimed)
+    calls = tapped(tree, on_model(claimed))
     run = run_tree(tree, "phoenix", 3, rounds=3, quality_threshold=3.0, **QUICK)
     [fault] = run.recorder.record.faults
     assert (fault.node, fault.kind, fault.round) == ("c1", "refused", 2)
@@ -98,19 +102,16 @@ def test_phoenix_names_the_client_that_the_filter_leaves_out(tmp_path: Path) -> 
 def test_who_was_left_out_with_the_images_gets_them_again() -> None:
     """Its state goes back to before the round, and the images with it."""
     state = server({"w": wave(0, 2)})
-    state.extra = {}
+    state.memory = {}
     rule = method("phoenix", model="unet-tiny", shared_count=3, quality_threshold=2.0)
     rule.before_run(state, lambda *_: {})
-    state.weights = type(state.weights).pack(
-        state.tensors
-        | {"handout/images": np.zeros((3, 1, 2, 2), np.uint8), "handout/labels": np.zeros(3, np.int64)}
-    )
+    state.put({HANDOUT: {"images": np.zeros((3, 1, 2, 2), np.uint8), "labels": np.zeros(3, np.int64)}})
     names = ["a", "b", "c"]
     assert set(rule.assign(state, names, {}, 1).values()) == {"shared+data"}
     aggregate(rule, state, [reply(state, n, {"w": wave(1, 2)}, loss=1.0) for n in ("a", "b")])
     with pytest.raises(ValueError, match="left out"):
         aggregate(rule, state, [reply(state, "c", {"w": wave(1, 2)}, loss=9.0)])
-    tally = Tally(state.weights.layout)
+    tally = Aggregate(state.payload.layouts)
     rule.add(tally, reply(state, "a", {"w": wave(2, 2)}, loss=1.0), state)
     with pytest.raises(ValueError, match="left out"):
         rule.add(tally, reply(state, "c", {"w": wave(3, 2)}, loss=9.0), state)

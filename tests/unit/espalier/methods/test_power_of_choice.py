@@ -270,7 +270,7 @@ def test_remembered_losses() -> None:
 
     again = rule("rpow-d", fraction=0.34, candidates=6, seed=4)
     state = selection.state()
-    assert state["loss/c03"].shape == (1,)
+    assert state["loss"]["c03"].shape == (1,)
     again.restore(state)
     assert again.state() == state
     assert again.candidates(5, members) == selection.candidates(5, members)

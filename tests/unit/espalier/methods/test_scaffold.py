@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Generator, Tensor, nn
 
-from espalier.methods.scaffold import ControlVariates
+from espalier.methods.scaffold import CONTROL, ControlVariates
 from espalier.training.objectives import LocalRound, Objective
 from espalier.training.trainer import train_local
 from tests.support.by_hand import (
@@ -58,7 +58,7 @@ def test_one_step_of_scaffold_and_its_control_variate() -> None:
     """By hand: w = (5, 1), gradient (4, -1), c = (1, 2), c_k = (0.5, -1), eta = 0.1."""
     model, state = Vector(5.0, 1.0), {"scaffold/theta": np.array([0.5, -1.0], np.float32)}
     local = local_round(model, local_steps=1, state=state)
-    local.aux = {"control/theta": np.array([1.0, 2.0], np.float32)}
+    local.sections = {CONTROL: {"theta": np.array([1.0, 2.0], np.float32)}}
     metrics = train(model, Quadratic([1.0, 2.0]) + ControlVariates(), local)
     # y = w - 0.1 (g - c_k + c) = (5, 1) - 0.1 (4.5, 2)
     assert model.theta.tolist() == pytest.approx([4.55, 0.8])
@@ -81,7 +81,7 @@ def test_scaffold_computes_from_what_the_server_reads() -> None:
     """A codec that rounded y to (4, 1): client and server, who rebuilds the change, must agree."""
     model, state = Vector(5.0, 1.0), {"scaffold/theta": np.array([0.5, -1.0], np.float32)}
     local = local_round(model, state=state)
-    local.aux = {"control/theta": np.array([1.0, 2.0], np.float32)}
+    local.sections = {CONTROL: {"theta": np.array([1.0, 2.0], np.float32)}}
     term = ControlVariates()
     term.begin(model, local)
     term.end(model, result(lr_sum=0.2), {"theta": torch.tensor([4.0, 1.0]), "counter": torch.tensor(9.0)})
@@ -99,7 +99,7 @@ def test_control_variates_average_to_the_servers() -> None:
         for k in picked:
             model = Vector(*weights.tolist())
             local = local_round(model, local_steps=k + 1, state=states[k], round_=number)
-            local.aux = {"control/theta": common}
+            local.sections = {CONTROL: {"theta": common}}
             metrics = train(model, Quadratic(optima[k]) + ControlVariates(), local)
             move = model.theta.detach().numpy() - weights
             moves.append(move)
@@ -120,7 +120,7 @@ def test_one_step_of_scaffold_with_everyone_is_a_step_of_sgd() -> None:
         for optimum, state in zip(optima, states, strict=True):
             model = Vector(*weights.tolist())
             local = local_round(model, local_steps=1, state=state, round_=number)
-            local.aux = {"control/theta": common}
+            local.sections = {CONTROL: {"theta": common}}
             train(model, Quadratic(optimum) + ControlVariates(), local)
             trained.append(model.theta.detach().numpy())
             changes.append(-common + (weights - trained[-1]) / 0.1)
@@ -130,10 +130,10 @@ def test_one_step_of_scaffold_with_everyone_is_a_step_of_sgd() -> None:
 
 def test_training_corrects_every_parameter() -> None:
     """A whole round of SCAFFOLD on a CNN against textbook steps computed apart."""
-    model, common = network("cnn"), {}
+    model, common = network("cnn"), dict[str, np.ndarray]()
     for name, parameter in model.named_parameters():
-        common["control/" + name] = np.full(parameter.shape, 0.01, np.float32)
-    local = local_round(model, local_steps=1, aux=common, batch_size=6)
+        common[name] = np.full(parameter.shape, 0.01, np.float32)
+    local = local_round(model, local_steps=1, sections={CONTROL: common}, batch_size=6)
     plain = network("cnn")
     images, labels = Images(6).images, torch.arange(6)
     torch.autograd.backward(nn.functional.cross_entropy(plain(images), labels))
@@ -189,7 +189,7 @@ def test_scaffolds_c_is_the_mean_of_everyones_c(settings: dict[str, Any], tmp_pa
     tree = small_tree(tmp_path, 6)
     run = run_tree(tree, "scaffold", 6, rounds=6, fraction=0.4, **settings)
     assert run.state is not None
-    c = run.state.section("control")
+    c = run.state.section(CONTROL)
     same(c, mean_kept(tmp_path, [f"c{i}" for i in range(6)], "scaffold/", c), atol=2e-6)
     assert max(float(np.abs(a).max()) for a in c.values()) > 1e-3
 

@@ -95,12 +95,11 @@ def test_an_edge_for_itself(tmp_path: Path) -> None:
     report = pb.EdgeReport(
         rounds=[record],
         seconds=5.0,
-        up_bytes=7,
         client_edge=pb.LinkBytes(up_bytes=30, down_bytes=40, messages=2),
         faults=[pb.Fault(tier="edge", node="c2", kind="straggler", window=1, round=1)],
     )
     totals.came_down(9)
-    totals.add(report)
+    totals.add(report, 7)
     uplink = NodeStatus(tmp_path, ["cloud:1"])
     uplink("connected", {"upstream": "cloud:1", "node_id": 1})
     progress = EdgeProgress(run="r-1", window=2, round=3, training=["c2"])

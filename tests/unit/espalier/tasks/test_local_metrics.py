@@ -14,6 +14,7 @@ from espalier.models.initial import initial_model
 from espalier.tasks.classification import CrossEntropy
 from espalier.training.objectives import TrainingError
 from espalier.training.trainer import train_local
+from espalier.wire.sections import GRADIENT
 from tests.support.terms import Images, local_round, network, received, result
 
 
@@ -30,7 +31,7 @@ def test_the_received_models_loss_and_gradient_are_reported() -> None:
     assert metrics["received-loss"] == pytest.approx(loss.item() + 1e-10, rel=1e-6)
     for name, parameter in start.named_parameters():
         assert parameter.grad is not None
-        assert np.allclose(extra["gradient/" + name], parameter.grad.numpy(), atol=1e-6)
+        assert np.allclose(extra[GRADIENT][name], parameter.grad.numpy(), atol=1e-6)
     alone = network("cnn")
     train_local(alone, CrossEntropy(), data, local_round(alone), seed=1, device="cpu")
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), alone.parameters(), strict=True))

@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from espalier.errors import WireError
 from espalier.wire import control
 from espalier.wire.hello import check_client_hello
+from espalier.wire.sections import MODEL
 from espalier_proto import espalier_pb2 as pb
 
 
@@ -128,16 +129,16 @@ def test_a_level_above_the_whole_is_refused() -> None:
 def test_plans_with_one_layout_share_it_and_others_do_not() -> None:
     one, two = pb.RoundPlan(round=1), pb.RoundPlan(round=2)
     for plan in (one, two):
-        plan.layout.tensors.add(name="w", dtype="float32", shape=[2, 3])
-    first = control.plan_layout(one, "edge")
-    assert control.plan_layout(two, "edge") == first
-    two.layout.tensors[0].shape[0] = 4
-    assert control.plan_layout(two, "edge").tensors[0].shape == (4, 3)
-    # Without a layout it is the network's own.
-    two.ClearField("layout")
+        plan.sections.add(name="model").layout.tensors.add(name="w", dtype="float32", shape=[2, 3])
+    first = control.plan_sections(one, "edge")
+    assert control.plan_sections(two, "edge") == first
+    two.sections[0].layout.tensors[0].shape[0] = 4
+    assert control.plan_sections(two, "edge")[MODEL].tensors[0].shape == (4, 3)
+    # Without sections they are the network's own tensors.
+    two.ClearField("sections")
     two.architecture.tensors.add(name="b", dtype="float32", shape=[5])
-    assert control.plan_layout(two, "edge").names == ("b",)
+    assert {s: layout.names for s, layout in control.plan_sections(two, "edge").items()} == {MODEL: ("b",)}
     two.architecture.tensors.add(name="b", dtype="float32", shape=[5])
     for _ in range(2):
         with pytest.raises(WireError, match="repeated"):
-            control.plan_layout(two, "edge")
+            control.plan_sections(two, "edge")

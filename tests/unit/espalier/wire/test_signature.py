@@ -152,6 +152,15 @@ def change_a_weight(reply: Reply) -> None:
     reply.content[control.ARRAYS] = ArrayRecord({dtype: changed})
 
 
+def rename_a_record(reply: Reply) -> None:
+    reply.content["head"] = reply.content[control.ARRAYS]
+    del reply.content[control.ARRAYS]
+
+
+def add_a_record(reply: Reply) -> None:
+    reply.content["head"] = reply.content[control.ARRAYS]
+
+
 def report_fewer_samples(reply: Reply) -> None:
     reply.report.samples -= 1
 
@@ -165,7 +174,7 @@ def report_another_metric(reply: Reply) -> None:
 
 
 def describe_a_layout(reply: Reply) -> None:
-    reply.report.layout.tensors.add(name="w", dtype="float32", shape=[1])
+    reply.report.sections.add(name="model").layout.tensors.add(name="w", dtype="float32", shape=[1])
 
 
 def take_the_signature_off(reply: Reply) -> None:
@@ -177,6 +186,8 @@ CLIENT_ATTACKS: list[tuple[Callable[[Reply], None], str]] = [
     (replay, "a reply to run 'r' window 1, this is run 'r' window 2"),
     (replay_the_signature, "its signature is for window 1, this is window 3"),
     (change_a_weight, "its signature is for another payload than the one that came"),
+    (rename_a_record, "its signature is for another payload than the one that came"),
+    (add_a_record, "its signature is for another payload than the one that came"),
     (report_fewer_samples, "its signature is for samples 48, this is samples 47"),
     (report_another_loss, "its signature is for another report than the one that came"),
     (report_another_metric, "its signature is for another report than the one that came"),

@@ -372,4 +372,6 @@ def test_everything_in_a_snapshot_comes_back(tmp_path: Path) -> None:
     assert again[1] == kept[1]
     assert {n: a.tobytes() for n, a in again[0].items()} == {n: a.tobytes() for n, a in kept[0].items()}
     assert found.reached == {"c0": (3, 3), "c1": (3, 3)}
-    assert found.state.extra.keys() == {"selection/loss/c0", "selection/loss/c1"}
+    [(section, losses)] = found.state.memory.items()
+    assert section == ("selection", "loss", "")
+    assert losses.keys() == {"c0", "c1"}

@@ -1,4 +1,4 @@
-"""Windows as a Flower strategy: plans and tensors go to the edges, their tallies become the next state."""
+"""Aggregation of a window at the cloud: the plan goes to the edges, their aggregates become the next state."""
 
 from __future__ import annotations
 
@@ -6,44 +6,44 @@ import logging
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 import numpy as np
-from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord
-from flwr.serverapp import Grid
-from flwr.serverapp.strategy import Strategy
+from flwr.app import Message
 
 from espalier.config.reproducible import in_order
 from espalier.errors import UNSOUND, WireError
+from espalier.methods.aggregate import Aggregate
 from espalier.methods.base import CloudState, Method
 from espalier.methods.homogeneity import ScoreSettings, sh_score
 from espalier.methods.planning import Member, Round
 from espalier.methods.selection import Answer
-from espalier.methods.tally import Tally
-from espalier.wire import control
-from espalier.wire.payload import Weights
+from espalier.wire.sections import GRADIENT, Payload, SectionId
 from espalier_proto import espalier_pb2 as pb
 from espalier_server.exchange import Exchange
 from espalier_server.inquiries import ask, spread
-from espalier_server.outcome import CentralTally, WindowOutcome
 from espalier_server.planning.plans import Version, WindowDraw, draw_window, inquiry_plan, window_plan
 from espalier_server.planning.tree import Tree
+from espalier_server.window_outcome import CentralAggregate, WindowOutcome
 
 log = logging.getLogger("espalier.cloud")
 
+#: Name of the sections of `CloudState.memory` that hold the selection's state; its parts are their members.
+SELECTION = "selection"
 
-class WindowStrategy(Strategy):
-    """One of Flower's rounds is one window of the tree.
+
+class WindowAggregator:
+    """Draws the clients of a window, sends its plan, and moves the global state by the edges' aggregates.
 
     Parameters
     ----------
     method : Method
         The algorithm.
     state : CloudState
-        The global state; `aggregate_train` moves it on.
+        The global state; `advance` moves it.
     tree : Tree
         Edges and clients.
     run : str
         Espalier's run id.
     reached : Mapping[str, Version], optional
-        Newest state version of each client that the cloud knows of, from a checkpoint.
+        Newest state version of each client, from a checkpoint.
     """
 
     def __init__(
@@ -58,16 +58,13 @@ class WindowStrategy(Strategy):
         self.settings = method.settings
         self.reached: dict[str, Version] = dict(reached or {})
         self.checkpoint_window = state.window
-        #: Whether a window in which nobody trained leaves the state as it was, to be tried again.
+        #: Whether a window in which no client trained leaves the state as it was, to be tried again.
         self.may_repeat = False
         self.drawn = WindowDraw()
         self.outcome = WindowOutcome()
         self.selection = method.selection()
-        head = "selection/"
-        self.selection.restore(
-            {k.removeprefix(head): v for k, v in state.extra.items() if k.startswith(head)}
-        )
-        self._exchange = self._exchange_of(pb.WindowPlan(), Weights.pack({}))
+        self.selection.restore({s.member: a for s, a in state.memory.items() if s.name == SELECTION})
+        self._exchange = self._exchange_of(pb.WindowPlan(), Payload({}))
 
     @property
     def plan(self) -> list[Round]:
@@ -78,11 +75,6 @@ class WindowStrategy(Strategy):
     def first_round(self) -> int:
         """The window's first round."""
         return self.drawn.first_round
-
-    def summary(self) -> None:
-        """Log what will be run."""
-        s = self.settings
-        log.info("%s: %d rounds in %d windows of %d", self.method.name, s.rounds, s.windows, s.rg)
 
     # --- down --------------------------------------------------------------------------------------
 
@@ -101,59 +93,47 @@ class WindowStrategy(Strategy):
         return self.drawn
 
     def _grow(self, population: int) -> None:
-        """Take note of clients that joined: what is a mean over all N clients counts them as zeros."""
+        """Count clients that joined: in a mean over all N clients they are zeros."""
         before, now = self.state.population, max(population, 1)
         if now != before and self.state.window:
+            factor = before / now
             grown = {
-                n: v * v.dtype.type(before / now)
-                for n, v in self.state.tensors.items()
-                if n.partition("/")[0] in self.method.mean_sections
+                section: {n: v * v.dtype.type(factor) for n, v in arrays.items()}
+                for section, arrays in self.state.payload.views().items()
+                if section.name in self.method.mean_sections
             }
             self.state.assign(grown)
         self.state.population = now
 
-    def configure_train(
-        self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
-    ) -> Iterable[Message]:
-        """Send the plan and the state's tensors to every edge that has a part in it.
-
-        `arrays` are not looked at: the state has the same tensors, and more.
-        """
+    def send(self) -> Iterator[Message]:
+        """Yield the message to every edge that has a part in the window: the plan and the state's tensors."""
         plan = window_plan(
             self.method, self.state, self.run, self.drawn, self.reached, self.checkpoint_window
         )
-        self._exchange = self._exchange_of(plan, self.state.weights)
+        self._exchange = self._exchange_of(plan, self.state.payload)
         return self._exchange.send()
 
-    def _exchange_of(self, plan: pb.WindowPlan, weights: Weights) -> Exchange:
-        return Exchange(self.method, self.state, self.tree, self.outcome, plan, weights)
+    def _exchange_of(self, plan: pb.WindowPlan, payload: Payload) -> Exchange:
+        return Exchange(self.method, self.state, self.tree, self.outcome, plan, payload)
 
     # --- up ----------------------------------------------------------------------------------------
 
-    def aggregate_train(
-        self, server_round: int, replies: Iterable[Message]
-    ) -> tuple[ArrayRecord | None, MetricRecord | None]:
-        """Merge the edges' tallies as they arrive, and move the global state on by a window.
+    def collect(self, replies: Iterable[Message]) -> tuple[CentralAggregate, int]:
+        """Merge the edges' aggregates as they arrive; the state stays as it is.
 
-        A reply that is not sound is refused by name, and the window goes on without it. If no edge
-        has a sample the model stays as it was, and so does the window where it may be repeated.
-        """
-        return self.move_on(*self.collect(replies))
-
-    def collect(self, replies: Iterable[Message]) -> tuple[CentralTally, int]:
-        """Merge the edges' tallies as they arrive; the state stays as it is.
+        A reply that is not valid is refused by name, and the window goes on without it.
 
         In a reproducible run they are merged in the order of the edges' names, see `in_order`.
 
         Returns
         -------
-        CentralTally
+        CentralAggregate
             The sums.
         int
             Training samples behind them.
         """
         exchange = self._exchange
-        merged = CentralTally(self.state.weights.layout, self.method.newest_only)
+        merged = CentralAggregate(self.state.payload.layouts, self.method.newest_only)
         samples = 0
         found: Iterable[tuple[int, str, Message]] = exchange.named(replies)
         if self.settings.reproducible:
@@ -176,20 +156,23 @@ class WindowStrategy(Strategy):
         exchange.note_silent()
         return merged, samples
 
-    def lacking(self) -> list[str]:
-        """Return whom the window's reports lack by chance: what went wrong there may go well another time."""
-        chance = {"lost", "straggler", "error"}
-        return sorted({f"{f.node} ({f.detail})" for f in self.outcome.faults if f.kind in chance})
+    def missing_clients(self) -> list[str]:
+        """Return the nodes that the window's reports lack for reasons that may not recur, with the reason."""
+        transient = {"lost", "straggler", "error"}
+        return sorted({f"{f.node} ({f.detail})" for f in self.outcome.faults if f.kind in transient})
 
-    def again(self) -> None:
-        """Forget the reports of the window; the bytes stay counted."""
+    def reset_outcome(self) -> None:
+        """Drop the reports of the window; the bytes stay counted."""
         self.outcome = WindowOutcome(ledger=self.outcome.ledger)
 
-    def move_on(self, merged: CentralTally, samples: int) -> tuple[ArrayRecord | None, MetricRecord | None]:
-        """Move the global state on by the window that was collected; see `aggregate_train`."""
+    def advance(self, merged: CentralAggregate, samples: int) -> None:
+        """Move the global state by the window that was collected.
+
+        If no edge has a sample the model stays as it was, and so does the window where it may be repeated.
+        """
         if not samples and self.may_repeat:
-            return None, MetricRecord({"edges": 0, control.NUM_EXAMPLES: 0})
-        tally, self.outcome.rho = merged.result()
+            return
+        aggregate, self.outcome.rho = merged.result()
         for report in self.outcome.reports.values():
             for record in report.rounds:
                 for client in record.clients:
@@ -199,14 +182,12 @@ class WindowStrategy(Strategy):
         self.state.round += len(self.plan)
         self.state.notes = self._client_means()
         if samples:
-            self.method.central_step(self.state, tally)
-        self._observe(tally)
+            self.method.central_step(self.state, aggregate)
+        self._observe(aggregate)
         # What the selection has forgotten must not come back from a checkpoint.
-        kept = {k: v for k, v in self.state.extra.items() if not k.startswith("selection/")}
-        self.state.extra = kept | {f"selection/{k}": v for k, v in self.selection.state().items()}
-        return (self.state.weights.to_record() if samples else None), MetricRecord(
-            {"edges": len(self.outcome.reports), control.NUM_EXAMPLES: samples}
-        )
+        kept = {s: arrays for s, arrays in self.state.memory.items() if s.name != SELECTION}
+        stored = {SectionId(SELECTION, part): dict(arrays) for part, arrays in self.selection.state().items()}
+        self.state.memory = kept | stored
 
     def _client_means(self) -> dict[str, float]:
         """Return the mean over clients of what they measured in the window's last round."""
@@ -218,12 +199,12 @@ class WindowStrategy(Strategy):
                     found.setdefault(name, []).append(value)
         return {name: float(np.mean(values)) for name, values in found.items() if name.endswith("-loss")}
 
-    def _observe(self, tally: Tally) -> None:
+    def _observe(self, aggregate: Aggregate) -> None:
         """Tell the selection what the window's participants reported."""
-        head = "gradient/"
         gradients = {
-            client: {n.removeprefix(head): a for n, a in stack.items() if n.startswith(head)}
-            for client, stack in tally.stacks.items()
+            client: sections[GRADIENT]
+            for client, sections in aggregate.forwarded.items()
+            if GRADIENT in sections
         }
         for round_ in range(self.first_round, self.first_round + len(self.plan)):
             metrics = {
@@ -233,9 +214,7 @@ class WindowStrategy(Strategy):
                 if record.round == round_
                 for c in record.clients
             }
-            self.selection.observe(
-                round_, metrics, {c: g for c, g in gradients.items() if c in metrics and g}
-            )
+            self.selection.observe(round_, metrics, {c: g for c, g in gradients.items() if c in metrics})
 
     def _labels(self, report: pb.EdgeReport, name: str) -> np.ndarray:
         classes, counts = len(self.tree.classes), report.labels.counts
@@ -253,17 +232,17 @@ class WindowStrategy(Strategy):
         if report.HasField("roster"):
             self.tree.learn(node, report.roster)
 
-    # --- beside training ---------------------------------------------------------------------------
+    # --- inquiries ---------------------------------------------------------------------------------
 
     def ask(
         self,
         kind: str,
         architecture: pb.ArchitectureSpec,
-        weights: Weights,
+        payload: Payload,
         clients: Sequence[str] | None = None,
         keys: Mapping[str, str] | None = None,
     ) -> dict[str, Answer]:
-        """Ask clients about a network, through their edges; who does not answer is left out.
+        """Ask clients about a network, through their edges; clients that do not answer are left out.
 
         Parameters
         ----------
@@ -271,10 +250,10 @@ class WindowStrategy(Strategy):
             One of `espalier.methods.views.INQUIRIES`.
         architecture : pb.ArchitectureSpec
             The network.
-        weights : Weights
-            Its tensors, and sections the method wants clients to see.
+        payload : Payload
+            Its tensors, and sections of the method that clients need.
         clients : sequence of str, optional
-            Whom to ask; None: everyone.
+            The clients to ask; None: all.
         keys : mapping of str to str, optional
             Client -> key of the view it is asked about, where that is not the whole.
 
@@ -291,22 +270,12 @@ class WindowStrategy(Strategy):
                 self.run,
                 kind,
                 architecture,
-                weights.layout,
+                payload.layouts,
                 spread(self.tree.members(), clients),
                 keys or {},
                 self.reached,
                 self.checkpoint_window,
             )
-            return self._exchange_of(plan, weights)
+            return self._exchange_of(plan, payload)
 
         return ask(pose)
-
-    def configure_evaluate(
-        self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
-    ) -> Iterator[Message]:
-        """Ask nobody: the cloud measures, and clients are asked by `ask`."""
-        return iter(())
-
-    def aggregate_evaluate(self, server_round: int, replies: Iterable[Message]) -> MetricRecord | None:
-        """Return nothing."""
-        return None

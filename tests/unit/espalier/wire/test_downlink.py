@@ -16,21 +16,24 @@ from hypothesis.extra.numpy import arrays
 
 from espalier.errors import ConfigError, WireError
 from espalier.methods.run_config import RunConfig
-from espalier.wire import control
-from espalier.wire.payload import Layout, TensorSpec, Weights
-from espalier.wire.sent import SentForm, read_sent
+from espalier.wire.downlink import DownlinkEncoding, read_downlink
+from espalier.wire.payload import Layout, TensorSpec
+from espalier.wire.sections import MODEL, Payload, SectionId, layouts_to_proto
 from espalier.wire.traffic import CLIENT_EDGE, EDGE_CLOUD
 from espalier_proto import espalier_pb2 as pb
 from espalier_server.run import TreeRun
 
-LAYOUT = Layout(
-    (
-        TensorSpec("conv.weight", "float32", (4, 3)),
-        TensorSpec("bn.mean", "float32", (4,)),
-        TensorSpec("bn.count", "int64", ()),
-        TensorSpec("control/conv.weight", "float32", (4, 3)),
-    )
-)
+CONTROL = SectionId("control")
+LAYOUTS = {
+    MODEL: Layout(
+        (
+            TensorSpec("conv.weight", "float32", (4, 3)),
+            TensorSpec("bn.mean", "float32", (4,)),
+            TensorSpec("bn.count", "int64", ()),
+        )
+    ),
+    CONTROL: Layout((TensorSpec("conv.weight", "float32", (4, 3)),)),
+}
 NETWORK = pb.ArchitectureSpec(
     tensors=[
         pb.TensorSpec(name="conv.weight", dtype="float32", shape=(4, 3)),
@@ -40,70 +43,74 @@ NETWORK = pb.ArchitectureSpec(
 )
 
 
-def form(downlink: str) -> SentForm:
-    return SentForm(LAYOUT, NETWORK, RunConfig(downlink=downlink))
+def encoding(downlink: str) -> DownlinkEncoding:
+    return DownlinkEncoding(LAYOUTS, NETWORK, RunConfig(downlink=downlink))
 
 
-def tensors(numbers: np.ndarray) -> Weights:
-    return Weights.fill(
-        LAYOUT,
-        {
-            "conv.weight": numbers,
-            "bn.mean": numbers[:, 0],
-            "bn.count": np.array(2**40, np.int64),
-            "control/conv.weight": -numbers,
-        },
-    )
+def tensors(numbers: np.ndarray) -> Payload:
+    model = {"conv.weight": numbers, "bn.mean": numbers[:, 0], "bn.count": np.array(2**40, np.int64)}
+    return Payload.fill(LAYOUTS, {MODEL: model, CONTROL: {"conv.weight": -numbers}})
+
+
+def assert_same(found: Payload, expected: Payload) -> None:
+    assert list(found) == list(expected)
+    for section, views in expected.views().items():
+        for name, array in views.items():
+            np.testing.assert_array_equal(found[section].views()[name], array)
 
 
 @pytest.mark.parametrize(("downlink", "bits"), [("fp16", 11), ("bf16", 8)])
 @given(numbers=arrays(np.float32, (4, 3), elements=st.floats(-1e4, 1e4, width=32)))
 def test_receivers_read_what_the_server_says_they_read(downlink: str, bits: int, numbers: np.ndarray) -> None:
-    payload, read = form(downlink).encode(tensors(numbers))
+    payload, read = encoding(downlink).encode(tensors(numbers))
     assert payload.nbytes == 12 * 2 + 4 * 4 + 8 + 12 * 4
-    received = form(downlink).decode(payload, "cloud").views()
-    for name, array in read.views().items():
-        np.testing.assert_array_equal(array, received[name])
+    received = encoding(downlink).decode(payload, "cloud")
+    assert_same(received, read)
     # Half a unit in the last of the type's significant bits; below fp16's normal range half of its smallest step.
     near = np.maximum(np.abs(numbers) * 2.0**-bits, 2.0**-25)
-    assert (np.abs(received["conv.weight"] - numbers) <= near).all()
-    for whole in ("bn.mean", "bn.count", "control/conv.weight"):
-        np.testing.assert_array_equal(received[whole], tensors(numbers).views()[whole])
-    again, _ = form(downlink).encode(read)
-    for name, array in again.views().items():
-        np.testing.assert_array_equal(array, payload.views()[name])  # an edge passes on what it got
+    assert (np.abs(received[MODEL].views()["conv.weight"] - numbers) <= near).all()
+    for name in ("bn.mean", "bn.count"):
+        np.testing.assert_array_equal(received[MODEL].views()[name], tensors(numbers)[MODEL].views()[name])
+    np.testing.assert_array_equal(received[CONTROL].views()["conv.weight"], -numbers)
+    again, _ = encoding(downlink).encode(read)
+    assert_same(again, payload)  # an edge passes on what it got
 
 
 def test_without_a_downlink_codec_nothing_is_copied() -> None:
-    weights = tensors(np.ones((4, 3), np.float32))
-    payload, read = form("none").encode(weights)
-    assert payload is weights
-    assert read is weights
+    whole = tensors(np.ones((4, 3), np.float32))
+    payload, read = encoding("none").encode(whole)
+    assert payload is whole
+    assert read is whole
 
 
-def test_an_edge_forwards_an_unchanged_payload() -> None:
-    payload, _ = form("fp16").encode(tensors(np.full((4, 3), 0.1, np.float32)))
-    record = payload.to_record()
-    plan = pb.WindowPlan(architecture=NETWORK, layout=LAYOUT.to_proto())
-    message = cast(Message, SimpleNamespace(content=RecordDict({control.ARRAYS: record})))
+def test_an_edge_sends_the_very_payload_on_unless_its_tensors_have_moved() -> None:
+    payload, _ = encoding("fp16").encode(tensors(np.full((4, 3), 0.1, np.float32)))
+    records = payload.frozen().to_records()
+    plan = pb.WindowPlan(architecture=NETWORK, sections=layouts_to_proto(LAYOUTS))
+    message = cast(Message, SimpleNamespace(content=RecordDict(dict(records))))
     settings = RunConfig(downlink="fp16")
-    came = read_sent(message, plan, settings, "cloud", send_on=True)
-    on, read = form("fp16").encode(came)
-    assert on.to_record() is record  # neither rounded nor stored nor hashed again
+    came = read_downlink(message, plan, settings, "cloud", send_on=True)
+    on, read = encoding("fp16").encode(came)
+    # Neither rounded nor stored nor hashed again.
+    sent = on.frozen().to_records()
+    assert set(sent) == set(records) == {"arrays", "control"}
+    assert all(sent[key] is records[key] for key in records)
     assert read is came
-    other, _ = form("bf16").encode(came)
-    assert other.layout == form("bf16").wire
-    moved, _ = form("fp16").encode(Weights.fill(LAYOUT, {n: 2 * a for n, a in came.views().items()}))
-    np.testing.assert_array_equal(moved.views()["conv.weight"], 2 * on.views()["conv.weight"])
-    assert read_sent(message, plan, settings, "cloud").link is None  # a client's memory is not for that
+    other, _ = encoding("bf16").encode(came)
+    assert other.layouts == encoding("bf16").wire
+    doubled = {s: {n: 2 * a for n, a in arrays.items()} for s, arrays in came.views().items()}
+    moved, _ = encoding("fp16").encode(Payload.fill(LAYOUTS, doubled))
+    np.testing.assert_array_equal(moved[MODEL].views()["conv.weight"], 2 * on[MODEL].views()["conv.weight"])
+    # A client does not send on, so it does not spend memory on that.
+    assert read_downlink(message, plan, settings, "cloud")[MODEL].link is None
 
 
 def test_a_payload_of_another_width_is_refused() -> None:
-    plan = pb.WindowPlan(architecture=NETWORK, layout=LAYOUT.to_proto())
-    whole = RecordDict({control.ARRAYS: tensors(np.ones((4, 3), np.float32)).to_record()})
+    plan = pb.WindowPlan(architecture=NETWORK, sections=layouts_to_proto(LAYOUTS))
+    whole = RecordDict(dict(tensors(np.ones((4, 3), np.float32)).to_records()))
     message = cast(Message, SimpleNamespace(content=whole))
     with pytest.raises(WireError, match=r"cloud.*buffers"):
-        read_sent(message, plan, RunConfig(downlink="fp16"), "cloud")
+        read_downlink(message, plan, RunConfig(downlink="fp16"), "cloud")
 
 
 # --- a tree ----------------------------------------------------------------------------------------
@@ -131,7 +138,7 @@ def run(folder: Path, name: str, **more: Any) -> TreeRun:
 
 def model_of(found: TreeRun) -> np.ndarray:
     assert found.state is not None
-    views = found.state.weights.views()
+    views = {(s, n): a for s, found_in in found.state.payload.views().items() for n, a in found_in.items()}
     return np.concatenate([views[n].reshape(-1) for n in sorted(views) if views[n].dtype == np.float32])
 
 

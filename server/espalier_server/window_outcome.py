@@ -1,12 +1,12 @@
-"""What came of a window at the cloud: the edges' reports, and their tallies merged."""
+"""What came of a window at the cloud: the edges' reports, and their aggregates merged."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from espalier.methods.tally import NOMINAL, Tally
-from espalier.wire.payload import Layout, Weights
+from espalier.methods.aggregate import NOMINAL, Aggregate
+from espalier.wire.sections import Layouts, Payload
 from espalier.wire.traffic import Ledger
 from espalier_proto import espalier_pb2 as pb
 from espalier_server.contributions import Checked
@@ -40,47 +40,47 @@ class WindowOutcome:
     signatures: Checked = field(default_factory=Checked)
 
 
-class CentralTally:
-    """The edges' tallies merged, each edge at its own share where the method has one.
+class CentralAggregate:
+    """The edges' aggregates merged, each edge at its own share where the method has one.
 
     Edges of share 0 count, as their clients weigh, only if every edge's share is 0.
 
     Parameters
     ----------
-    layout : Layout
+    layouts : mapping of SectionId to Layout
         The cloud's tensors.
     newest_only : bool
         Whether an edge counts only if no other one's newest round is newer.
     """
 
-    def __init__(self, layout: Layout, newest_only: bool = False) -> None:
-        self._layout, self._newest_only, self._newest = layout, newest_only, 0
+    def __init__(self, layouts: Layouts, newest_only: bool = False) -> None:
+        self._layouts, self._newest_only, self._newest = layouts, newest_only, 0
         self._reset()
 
     def _reset(self) -> None:
-        self._main, self._fallback = Tally(self._layout), Tally(self._layout)
+        self._main, self._fallback = Aggregate(self._layouts), Aggregate(self._layouts)
         self._shares: dict[str, float] = {}
         self._natural: dict[str, float] = {}
 
     def absorb(
         self,
         name: str,
-        payload: Weights,
+        payload: Payload,
         scalars: Mapping[str, float],
         share: float | None,
         newest: int = 0,
     ) -> None:
-        """Merge one edge's tally, whose newest round that counted is `newest`.
+        """Merge one edge's aggregate, whose newest round that counted is `newest`.
 
         Raises
         ------
         ValueError
-            Like `Tally.absorb`.
+            Like `Aggregate.absorb`.
         """
         if self._newest_only and newest != self._newest:
             if newest < self._newest:
                 return
-            Tally(self._layout).absorb(payload, scalars)  # unsound ones must not undo what is merged
+            Aggregate(self._layouts).absorb(payload, scalars)  # a refused one must not undo what is merged
             self._newest = newest
             self._reset()
         nominal = scalars.get(NOMINAL, 0.0)
@@ -94,9 +94,9 @@ class CentralTally:
             self._fallback.absorb(payload, scalars)
             self._natural[name] = nominal
 
-    def result(self) -> tuple[Tally, dict[str, float]]:
-        """Return the merged tally, and each edge's share of its means."""
+    def result(self) -> tuple[Aggregate, dict[str, float]]:
+        """Return the merged aggregate, and each edge's share of its means."""
         counted = any(self._shares.values())
-        tally, shares = (self._main, self._shares) if counted else (self._fallback, self._natural)
+        aggregate, shares = (self._main, self._shares) if counted else (self._fallback, self._natural)
         total = sum(shares.values())
-        return (tally if total else self._main), {n: s / total for n, s in shares.items() if s}
+        return (aggregate if total else self._main), {n: s / total for n, s in shares.items() if s}

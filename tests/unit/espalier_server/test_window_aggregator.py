@@ -11,15 +11,17 @@ import pytest
 from flwr.app import ArrayRecord, ConfigRecord, Message
 from flwr.supercore.task_identity import TaskIdentity
 
+from espalier.methods.aggregate import FORWARDED, NOMINAL, SUMS, WEIGHTS, Aggregate
 from espalier.methods.base import CloudState
 from espalier.methods.planning import Member
 from espalier.methods.registry import create_method
 from espalier.methods.run_config import RunConfig
-from espalier.methods.tally import NOMINAL, Tally
+from espalier.methods.scaffold import CONTROL
 from espalier.wire import control
-from espalier.wire.payload import Weights
+from espalier.wire.payload import Layout
+from espalier.wire.sections import GRADIENT, MODEL, Payload, SectionId, Sections, layouts_to_proto
 from espalier_proto import espalier_pb2 as pb
-from espalier_server.strategy import WindowStrategy
+from espalier_server.window_aggregator import WindowAggregator
 
 TaskIdentity.task_id, TaskIdentity.run_id, TaskIdentity.node_id = 1, 1, 1
 NODES = {"east": 101, "west": 102}
@@ -70,41 +72,47 @@ class FakeTree:
         self.learnt.append(hello.name)
 
 
-def strategy(sections: dict[str, np.ndarray] | None = None, **settings: Any) -> WindowStrategy:
+def aggregator(sections: Sections | None = None, **settings: Any) -> WindowAggregator:
     unsigned: dict[str, Any] = {"method": "fedavg", "rounds": 6, "rg": 2, "require-signatures": False}
     config = RunConfig.from_flat(unsigned | settings)
-    sections = sections or {}
-    model = {"w": np.zeros(3, np.float32)}
-    architecture = pb.ArchitectureSpec(tensors=Weights.pack(model).layout.to_proto().tensors)
-    weights = Weights.pack(model | sections)
-    state = CloudState(architecture, weights, window=1, round=2)
-    return WindowStrategy(create_method(config), state, cast(Any, FakeTree()), "r", {"a": (1, 2)})
+    network = {"w": np.zeros(3, np.float32), **dict((sections or {}).get(MODEL, {}))}
+    further = {s: arrays for s, arrays in (sections or {}).items() if s != MODEL}
+    architecture = pb.ArchitectureSpec(tensors=Layout.of({"w": network["w"]}).to_proto().tensors)
+    state = CloudState(architecture, Payload.pack({MODEL: network, **further}), window=1, round=2)
+    return WindowAggregator(create_method(config), state, cast(Any, FakeTree()), "r", {"a": (1, 2)})
 
 
-def sent(made: WindowStrategy) -> dict[str, Message]:
+def sent(made: WindowAggregator) -> dict[str, Message]:
     made.draw()
-    arrays = made.state.weights.to_record()
     found = {}
-    for message in made.configure_train(2, arrays, ConfigRecord(), cast(Any, None)):
+    for message in made.send():
         name = {v: k for k, v in NODES.items()}[message.metadata.dst_node_id]
         found[name] = message
     return found
 
 
+def take(made: WindowAggregator, replies: Iterable[Message]) -> None:
+    """Collect the reports of a window and advance by them."""
+    made.advance(*made.collect(replies))
+
+
+def forwarded(section: SectionId, client: str) -> SectionId:
+    return SectionId(section.name, client, FORWARDED)
+
+
 def report(message: Message, sender: str, value: float, samples: int, **changes: Any) -> Message:
     labels = [samples, 0.0] if sender == "east" else [samples / 2, samples / 2]
-    made = pb.EdgeReport(schema=control.SCHEMA, run="r", window=2, edge=sender, samples=samples, up_bytes=12)
+    made = pb.EdgeReport(schema=control.SCHEMA, run="r", window=2, edge=sender, samples=samples)
     made.labels.counts.extend(labels if samples else [])
     record, flat = made.rounds.add(round=3), None
     record.clients.add(client={"east": "a", "west": "b"}[sender], samples=samples, loss=1.0)
-    tally = Tally(Weights.pack({"w": np.zeros(3, np.float32)}).layout)
-    tally.mean({"w": np.full(3, value, np.float32)}, samples)
-    payload, scalars = tally.report()
+    aggregate = Aggregate({MODEL: Layout.of({"w": np.zeros(3, np.float32)})})
+    aggregate.mean({MODEL: {"w": np.full(3, value, np.float32)}}, samples)
+    payload, scalars = aggregate.report()
     made.metrics.update(scalars)
-    arrays = payload.views()
     for key, change in changes.items():
-        if key == "arrays":
-            arrays = change
+        if key == "sections":
+            payload = Payload.pack(change)
         elif key == "flat":
             flat = change
         elif key == "client":
@@ -117,14 +125,13 @@ def report(message: Message, sender: str, value: float, samples: int, **changes:
             made.metrics.update(change)
         else:
             setattr(made, key, change)
-    weights = Weights.pack(arrays)
-    made.layout.CopyFrom(weights.layout.to_proto())
-    content = control.report_content(made, (flat or weights).to_record(), samples, 1.0)
+    made.sections.extend(layouts_to_proto(payload.layouts))
+    content = control.report_content(made, flat or payload, samples, 1.0)
     return Message(content, reply_to=message)
 
 
 def test_every_edge_gets_the_plan_with_the_states_to_start_from() -> None:
-    made = strategy()
+    made = aggregator()
     messages = sent(made)
     assert set(messages) == {"east", "west"}
     data = control.plan_bytes(messages["east"])
@@ -141,15 +148,13 @@ def test_every_edge_gets_the_plan_with_the_states_to_start_from() -> None:
 
 
 def test_reports_become_the_next_model() -> None:
-    made = strategy()
+    made = aggregator()
     messages = sent(made)
     replies = [
         report(messages["east"], "east", 1.0, 20, roster="east"),
         report(messages["west"], "west", 4.0, 60, roster="west"),
     ]
-    arrays, metrics = made.aggregate_train(2, iter(replies))
-    assert arrays is not None
-    assert metrics is not None
+    take(made, iter(replies))
     np.testing.assert_allclose(made.state.weights.views()["w"], (20 * 1 + 60 * 4) / 80)
     assert (made.state.window, made.state.round) == (2, 4)
     assert made.outcome.rho == pytest.approx({"east": 0.25, "west": 0.75})
@@ -170,72 +175,99 @@ def test_reports_become_the_next_model() -> None:
         ({"counts": [1.0, 2.0, 3.0]}, "a label distribution of 3 counts for 2 classes"),
         ({"counts": [-1.0, 2.0]}, "a bad count"),
         ({"counts": []}, "samples without a label distribution"),
-        ({"arrays": {"w": np.array([0, np.nan, 0], np.float32)}}, "not finite"),
-        ({"flat": Weights.pack({"w": np.zeros(2, np.float32)})}, "shape (2,), expected (3,)"),
-        ({"arrays": {"w": np.ones(2, np.float32)}}, "tensor 'w' has shape [2], the server's is [3]"),
-        ({"arrays": {"w": np.ones(1, np.float32)}}, "tensor 'w' has shape [1], the server's is [3]"),
-        ({"arrays": {"w": np.ones(3, np.int64)}}, "tensor 'w' is int64, the server's is float32"),
-        ({"arrays": {"x": np.ones(3, np.float32)}}, "tensor 'x' is none of the server's"),
-        ({"arrays": {"sum/x": np.ones(3, np.float32)}}, "tensor 'x' is none of the server's"),
+        ({"sections": {MODEL: {"w": np.array([0, np.nan, 0], np.float32)}}}, "not finite"),
+        ({"flat": Payload.pack({MODEL: {"w": np.zeros(2, np.float32)}})}, "shape (2,), expected (3,)"),
         (
-            {"arrays": {"@b/gradient/w": np.ones(3, np.float32)}},
+            {"sections": {MODEL: {"w": np.ones(2, np.float32)}}},
+            "tensor 'w' has shape [2], the server's is [3]",
+        ),
+        (
+            {"sections": {MODEL: {"w": np.ones(1, np.float32)}}},
+            "tensor 'w' has shape [1], the server's is [3]",
+        ),
+        ({"sections": {MODEL: {"w": np.ones(3, np.int64)}}}, "tensor 'w' is int64, the server's is float32"),
+        ({"sections": {MODEL: {"x": np.ones(3, np.float32)}}}, "tensor 'x' is none of the server's"),
+        (
+            {"sections": {MODEL._replace(record=SUMS): {"x": np.ones(3, np.float32)}}},
+            "tensor 'x' is none of the server's",
+        ),
+        (
+            {"sections": {SectionId("other"): {"w": np.ones(3, np.float32)}}},
+            "tensor 'w' of other is none of the server's",
+        ),
+        (
+            {"sections": {SectionId("model", record="guesses"): {"w": np.ones(3, np.float32)}}},
+            "the record 'guesses', which no report has",
+        ),
+        ({"sections": {SectionId("Model"): {"w": np.ones(3, np.float32)}}}, "called 'Model'"),
+        ({"sections": {SectionId("config"): {"w": np.ones(3, np.float32)}}}, "called 'config'"),
+        (
+            {"sections": {SectionId("other", record="espalier"): {"w": np.ones(3, np.float32)}}},
+            "called 'espalier'",
+        ),
+        (
+            {"sections": {forwarded(GRADIENT, "b"): {"w": np.ones(3, np.float32)}}},
             "tensors of ['b'], which it was not given",
         ),
         ({"metrics": {NOMINAL: -1.0}}, "the aggregation weight -1.0"),
         ({"metrics": {NOMINAL: float("nan")}}, "the aggregation weight nan"),
         ({"metrics": {"count/depth1": float("inf")}}, "the count 'depth1' is not finite"),
         (
-            {"arrays": {"w": np.ones(3, np.float32), "weight/w": np.array([1.0, -1.0, 1.0])}},
+            {
+                "sections": {
+                    MODEL: {"w": np.ones(3, np.float32)},
+                    MODEL._replace(record=WEIGHTS): {"w": np.array([1.0, -1.0, 1.0])},
+                }
+            },
             "the weights of tensor 'w' are negative",
         ),
         ({"schema": 7}, "of schema 7"),
     ],
 )
 def test_a_bad_report_is_refused_by_name_and_the_window_goes_on(changes: dict[str, Any], fault: str) -> None:
-    made = strategy()
+    made = aggregator()
     messages = sent(made)
     bad = report(messages["east"], "east", 9.0, 20, **changes)
-    made.aggregate_train(2, iter([bad, report(messages["west"], "west", 4.0, 60)]))
+    take(made, iter([bad, report(messages["west"], "west", 4.0, 60)]))
     [found] = made.outcome.faults
     assert (found.tier, found.node, found.kind, found.window) == ("cloud", "east", "refused", 2)
     assert fault in found.detail
     np.testing.assert_allclose(made.state.weights.views()["w"], 4.0)
 
 
-def test_a_silent_edge_is_a_straggler() -> None:
-    made = strategy()
+def test_a_silent_edge_is_a_straggler_and_nobody_leaves_the_model_as_it_was() -> None:
+    made = aggregator()
     sent(made)
-    arrays, _ = made.aggregate_train(2, iter(()))
-    assert arrays is None
+    take(made, iter(()))
     assert [(f.node, f.kind) for f in made.outcome.faults] == [("east", "straggler"), ("west", "straggler")]
     np.testing.assert_array_equal(made.state.weights.views()["w"], 0)
     assert made.state.window == 2
 
 
 def test_a_window_in_which_nobody_trained_may_be_repeated() -> None:
-    made = strategy()
+    made = aggregator()
     made.may_repeat = True
     messages = sent(made)
-    made.aggregate_train(2, iter([report(messages["east"], "east", 9.0, 0)]))
+    take(made, iter([report(messages["east"], "east", 9.0, 0)]))
     assert (made.state.window, made.state.round) == (1, 2)
     assert [(f.node, f.kind) for f in made.outcome.faults] == [("west", "straggler")]
     messages = sent(made)
-    made.aggregate_train(2, iter([report(messages["west"], "west", 4.0, 60)]))
+    take(made, iter([report(messages["west"], "west", 4.0, 60)]))
     assert (made.state.window, made.state.round) == (2, 4)
     np.testing.assert_allclose(made.state.weights.views()["w"], 4.0)
 
 
 def test_an_edge_that_trained_nobody_weighs_nothing() -> None:
-    made = strategy(None, **{"method": "fedphd", "pruning-ratio": 0})
+    made = aggregator(None, **{"method": "fedphd", "pruning-ratio": 0})
     messages = sent(made)
     empty = report(messages["east"], "east", 9.0, 0)
-    made.aggregate_train(2, iter([empty, report(messages["west"], "west", 4.0, 60)]))
+    take(made, iter([empty, report(messages["west"], "west", 4.0, 60)]))
     assert made.outcome.rho == {"west": 1.0}
     np.testing.assert_allclose(made.state.weights.views()["w"], 4.0)
 
 
 def test_arrays_are_flat() -> None:
-    message = sent(strategy())["east"]
+    message = sent(aggregator())["east"]
     record = message.content["arrays"]
     assert isinstance(record, ArrayRecord)
     assert list(record) == ["float32"]
@@ -245,16 +277,16 @@ def test_arrays_are_flat() -> None:
 
 def test_a_mean_over_all_clients_counts_those_who_join_as_zeros() -> None:
     """SCAFFOLD's c is the mean of all c_k: with half as many clients again it is 2/3 of what it was."""
-    made = strategy({"control/w": np.full(3, 6, np.float32)}, method="scaffold", model="cnn")
+    made = aggregator({CONTROL: {"w": np.full(3, 6, np.float32)}}, method="scaffold", model="cnn")
     made.state.population = 2
     made.draw()
-    np.testing.assert_array_equal(made.state.tensors["control/w"], 6)
+    np.testing.assert_array_equal(made.state.section(CONTROL)["w"], 6)
     cast(FakeTree, made.tree).population = 3
     made.draw()
-    np.testing.assert_allclose(made.state.tensors["control/w"], 4)
+    np.testing.assert_allclose(made.state.section(CONTROL)["w"], 4)
     np.testing.assert_array_equal(made.state.tensors["w"], 0)
     assert made.state.population == 3
-    messages = list(made.configure_train(2, made.state.weights.to_record(), ConfigRecord(), cast(Any, None)))
+    messages = list(made.send())
     data = control.plan_bytes(messages[0])
     assert control.decode(pb.WindowPlan, data, "cloud").population == 3
 
@@ -264,24 +296,24 @@ def test_a_mean_over_all_clients_counts_those_who_join_as_zeros() -> None:
 
 def told(message: Message, sender: str, losses: dict[str, float], **changes: Any) -> Message:
     """Answer as an edge whose clients have these losses, and gradients of the same value."""
-    made = pb.EdgeReport(schema=control.SCHEMA, run="r", window=2, edge=sender, up_bytes=5)
+    made = pb.EdgeReport(schema=control.SCHEMA, run="r", window=2, edge=sender)
     record = made.rounds.add(round=3)
-    arrays = {}
+    sections = {}
     for client, loss in losses.items():
         record.clients.add(client=client, samples=10, loss=loss, metrics={"total": 7})
-        arrays[f"@{client}/gradient/w"] = np.full(3, loss, np.float32)
-    weights = Weights.pack(changes.pop("arrays", arrays))
-    made.layout.CopyFrom(weights.layout.to_proto())
+        sections[forwarded(GRADIENT, client)] = {"w": np.full(3, loss, np.float32)}
+    payload = Payload.pack(changes.pop("sections", sections))
+    made.sections.extend(layouts_to_proto(payload.layouts))
     for key, change in changes.items():
         setattr(made, key, change)
-    return Message(control.report_content(made, weights.to_record(), 1, 1.0), reply_to=message)
+    return Message(control.report_content(made, payload, 1, 1.0), reply_to=message)
 
 
 def test_asking_reaches_clients_through_their_edges() -> None:
-    made = strategy()
+    made = aggregator()
     tree = cast(FakeTree, made.tree)
     tree.grid.answer = lambda edge, m: told(m, edge, {"a": 1.0} if edge == "east" else {"b": 3.0})
-    answers = made.ask("gradient", made.state.architecture, made.state.weights)
+    answers = made.ask("gradient", made.state.architecture, made.state.payload)
     assert {c: a.metrics for c, a in answers.items()} == {
         "a": {"loss": 1.0, "total": 7.0},
         "b": {"loss": 3.0, "total": 7.0},
@@ -297,21 +329,31 @@ def test_asking_reaches_clients_through_their_edges() -> None:
     } == {("a", "east", 1, 2), ("b", "west", 0, 0)}
     # Asking moves nothing on, and its bytes count.
     assert (made.state.window, made.state.round, made.reached) == (1, 2, {"a": (1, 2)})
-    assert made.outcome.ledger.as_dict()["edge-cloud"]["up_bytes"] == 10
-    assert set(made.ask("gradient", made.state.architecture, made.state.weights, ["a"])) == {"a"}
+    # Measured where they are received: two reports with 3 floats each.
+    assert 2 * 12 < made.outcome.ledger.as_dict()["edge-cloud"]["up_bytes"] < 2 * 1000
+    assert set(made.ask("gradient", made.state.architecture, made.state.payload, ["a"])) == {"a"}
 
 
 @pytest.mark.parametrize(
     ("losses", "changes", "fault"),
     [
         ({"b": 1.0}, {}, "an update of 'b' in round 3, who was not planned there"),
-        ({"a": 1.0}, {"arrays": {}}, "an answer of a: tensor 'gradient/w' is missing"),
+        ({"a": 1.0}, {"sections": {}}, "an answer of a: section gradient: tensor 'w' is missing"),
         (
             {"a": 1.0},
-            {"arrays": {"@a/gradient/w": np.ones(1, np.float32)}},
-            "an answer of a: tensor 'gradient/w' is",
+            {"sections": {forwarded(SectionId("guess"), "a"): {"w": np.ones(3, np.float32)}}},
+            "an answer of a: section gradient: tensor 'w' is missing",
         ),
-        ({"a": 1.0}, {"arrays": {"@b/gradient/w": np.ones(3, np.float32)}}, "tensors of ['b']"),
+        (
+            {"a": 1.0},
+            {"sections": {forwarded(GRADIENT, "a"): {"w": np.ones(1, np.float32)}}},
+            "an answer of a: section gradient: tensor 'w' is",
+        ),
+        (
+            {"a": 1.0},
+            {"sections": {forwarded(GRADIENT, "b"): {"w": np.ones(3, np.float32)}}},
+            "tensors of ['b']",
+        ),
         ({"a": 1.0}, {"run": "other"}, "a reply to run 'other'"),
         ({"a": 1.0}, {"edge": "west"}, "a report in the name of 'west'"),
     ],
@@ -319,21 +361,21 @@ def test_asking_reaches_clients_through_their_edges() -> None:
 def test_an_unsound_answer_is_refused_by_the_edges_name(
     losses: dict[str, float], changes: dict[str, Any], fault: str
 ) -> None:
-    made = strategy()
+    made = aggregator()
     cast(FakeTree, made.tree).grid.answer = lambda edge, m: (
         told(m, edge, {"b": 3.0}) if edge == "west" else told(m, edge, losses, **changes)
     )
-    answers = made.ask("gradient", made.state.architecture, made.state.weights)
+    answers = made.ask("gradient", made.state.architecture, made.state.payload)
     assert set(answers) == {"b"}
     [found] = made.outcome.faults
     assert (found.node, found.kind) == ("east", "refused")
     assert fault in found.detail
 
 
-def test_largest_losses_train_and_edges_choose_in_round_two() -> None:
-    made = strategy(fraction=0.5, selection="pow-d")
+def test_the_clients_of_largest_loss_train_in_the_first_round_and_edges_choose_in_the_second() -> None:
+    made = aggregator(fraction=0.5, selection="pow-d")
     cast(FakeTree, made.tree).grid.answer = lambda edge, m: told(
-        m, edge, {"a": 1.0} if edge == "east" else {"b": 3.0}, arrays={}
+        m, edge, {"a": 1.0} if edge == "east" else {"b": 3.0}, sections={}
     )
     drawn = made.draw()
     assert cast(FakeTree, made.tree).grid.plans["west"].inquiry == "loss"
@@ -343,12 +385,14 @@ def test_largest_losses_train_and_edges_choose_in_round_two() -> None:
 
 def test_everyone_gets_the_part_the_method_assigns() -> None:
     """FedDiffuse gives all clients one view; the plan says it once."""
-    made = strategy({"up_blocks.w": np.zeros(2, np.float32)}, method="feddiffuse", exchange="udec")
+    made = aggregator({MODEL: {"up_blocks.w": np.zeros(2, np.float32)}}, method="feddiffuse", exchange="udec")
     made.draw()
-    [message, _] = made.configure_train(2, made.state.weights.to_record(), ConfigRecord(), cast(Any, None))
+    [message, _] = made.send()
     data = control.plan_bytes(message)
     assert data is not None
     plan = control.decode(pb.WindowPlan, data, "cloud")
     assert {p.view for r in plan.rounds for p in r.participants} == {"shared"} == set(plan.views)
     # w belongs to the way down, which UDEC leaves at home.
-    assert [t.name for t in plan.views["shared"].layout.tensors] == ["up_blocks.w"]
+    assert [(s.name, [t.name for t in s.layout.tensors]) for s in plan.views["shared"].sections] == [
+        ("model", ["up_blocks.w"])
+    ]
