@@ -10,7 +10,7 @@ from flwr.serverapp import Grid, ServerApp
 from espalier.methods.run_config import RunConfig
 from espalier.monitor.logs import FORMAT_ENV, configure
 from espalier_server.monitor import remember_run
-from espalier_server.records.resume import at_work
+from espalier_server.records.resume import locked
 from espalier_server.run import TreeRun, check_folder, cloud_state, run_folder
 from espalier_server.superlink.grid import TreeGrid
 
@@ -23,7 +23,7 @@ def main(grid: Grid, context: Context) -> None:
     configure(os.environ.get(FORMAT_ENV, "text"))
     settings = RunConfig.from_flat(context.run_config)
     out = run_folder(settings, context.run_id)
-    with at_work(out):
+    with locked(out):
         check_folder(settings, out)
         run = TreeRun(settings, TreeGrid(grid), out, cloud_state())
         remember_run(cloud_state(), run.run_id, out)

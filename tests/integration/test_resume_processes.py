@@ -156,7 +156,7 @@ def test_a_killed_cloud_is_replaced_and_its_run_resumed(tree: Tree, unbroken: di
     wait_until(lambda: len(events(out, "checkpoint")) >= 2, 240, "two windows")
     again = tree.run("--resume", str(out))
     said, _ = again.communicate(timeout=60)
-    assert (again.returncode, "still going on" in said) == (2, True), said
+    assert (again.returncode, "still running" in said) == (2, True), said
     tree.kill_cloud()
     assert "start it again" in run.communicate(timeout=60)[0]
     # Another cloud, which never heard of the run: its state was on the disk that broke.

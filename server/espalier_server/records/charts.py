@@ -1,5 +1,4 @@
-"""Small SVG charts for the report: drawn here because they take the page's colours, light and dark."""
-# ruff: noqa: RUF001 - typographic dashes of the page
+"""SVG charts for the report page, which use the colours of its light and dark style sheets."""
 
 from __future__ import annotations
 
@@ -9,17 +8,33 @@ from dataclasses import dataclass, field
 
 from markupsafe import Markup, escape
 
+from espalier_server.records.number_format import number
+
 Points = Sequence[tuple[float, float | None]]
 
 WIDTH, HEIGHT = 480, 250
 _LEFT, _RIGHT, _TOP, _BOTTOM = 66, 10, 12, 40
 _COLOURS = 10
-"""Colours ``--c0`` … of the page's style sheet."""
+"""Number of colours ``--c0``, ``--c1``, … in the page's style sheet."""
 
 
 @dataclass(frozen=True)
 class Line:
-    """A named curve; gaps where y is None. `style` is "solid" or "dashed", `colour` an index."""
+    """A curve with a name in the legend.
+
+    Attributes
+    ----------
+    name : str
+        Name in the legend.
+    points : sequence of (x, y)
+        The curve is interrupted where y is None.
+    colour : int
+        Index of the colour in the style sheet.
+    style : str
+        "solid", "dashed" or "dotted".
+    marks : bool
+        Whether points are marked and show their value as a tooltip.
+    """
 
     name: str
     points: Points
@@ -30,7 +45,7 @@ class Line:
 
 @dataclass(frozen=True)
 class Axis:
-    """A scale from data to pixels, with round tick values."""
+    """A linear or logarithmic scale from data to pixels, with round tick values."""
 
     low: float
     high: float
@@ -40,7 +55,7 @@ class Axis:
     ticks: list[float] = field(default_factory=list)
 
     def place(self, value: float) -> float:
-        """Return the pixel of a value."""
+        """Return the position of a value in pixels."""
         low, high = (math.log10(self.low), math.log10(self.high)) if self.log else (self.low, self.high)
         at = math.log10(max(value, self.low)) if self.log else value
         return self.start + (at - low) / ((high - low) or 1.0) * (self.end - self.start)
@@ -55,16 +70,20 @@ def line_chart(
     zero: bool = False,
     events: Mapping[float, str] | None = None,
 ) -> Markup:
-    """Draw curves over a common whole-number axis.
+    """Return a chart of curves over a common axis of whole numbers; empty if no curve has a value.
 
     Parameters
     ----------
+    lines : sequence of Line
+        The curves.
+    x_label, y_label : str
+        Axis labels.
     log : bool
-        Logarithmic y where the values span more than a factor of 20.
+        Use a logarithmic y axis if all values are positive and span more than a factor of 20.
     zero : bool
-        Let a linear y axis start at zero.
-    events : mapping of x to text
-        Marked by vertical lines.
+        Start a linear y axis at zero.
+    events : mapping of float to str
+        Positions on the x axis that are marked by a vertical line, and their labels.
     """
     lines = [line for line in lines if any(y is not None for _, y in line.points)]
     if not lines:
@@ -123,7 +142,19 @@ def column_chart(
     x_label: str,
     show: Callable[[float], str] | None = None,
 ) -> Markup:
-    """Draw stacked columns; `parts` gives each part's height per column."""
+    """Return a chart of stacked columns; empty if all heights are zero.
+
+    Parameters
+    ----------
+    columns : sequence of str
+        Labels of the columns.
+    parts : mapping of str to sequence of float
+        Name of each part, and its height in each column.
+    x_label, y_label : str
+        Axis labels.
+    show : callable, optional
+        Formats a height for its tooltip.
+    """
     heights = [sum(values[i] for values in parts.values()) for i in range(len(columns))]
     if not columns or max(heights, default=0.0) <= 0:
         return Markup()
@@ -152,7 +183,17 @@ def column_chart(
 
 
 def row_chart(rows: Mapping[str, Sequence[float]], parts: Sequence[str], *, share: bool = False) -> Markup:
-    """Draw stacked rows; each row holds one value per part, in order. `share` makes every row as long as any."""
+    """Return a chart of stacked horizontal bars; empty if all lengths are zero.
+
+    Parameters
+    ----------
+    rows : mapping of str to sequence of float
+        Label of each bar, and its values in the order of `parts`.
+    parts : sequence of str
+        Names of the parts.
+    share : bool
+        Scale every bar to the same length.
+    """
     longest = max((sum(values) for values in rows.values()), default=0.0)
     if longest <= 0:
         return Markup()
@@ -179,7 +220,7 @@ def row_chart(rows: Mapping[str, Sequence[float]], parts: Sequence[str], *, shar
 
 
 def legend(entries: Sequence[tuple[str, int, str]]) -> Markup:
-    """Return the keys of a chart: (name, colour index, "solid", "dashed" or "block")."""
+    """Return the legend for entries (name, colour index, style), where a style is a line's or "block"."""
     if len(entries) < 2:
         return Markup()
     keys = "".join(
@@ -187,17 +228,6 @@ def legend(entries: Sequence[tuple[str, int, str]]) -> Markup:
         for name, colour, style in entries
     )
     return Markup(f'<div class="legend">{keys}</div>')
-
-
-def number(value: float | None) -> str:
-    """Write a number with three significant digits, large ones with thin spaces."""
-    if value is None:
-        return "–"
-    if value == 0:
-        return "0"
-    if abs(value) >= 1000:
-        return f"{value:,.0f}".replace(",", "\u202f")
-    return f"{value:.3g}" if abs(value) >= 1e-3 else f"{value:.2g}"
 
 
 def _svg(body: str, label: str, height: int = HEIGHT) -> str:

@@ -1,4 +1,4 @@
-"""A run's record when its ServerApp could not finish it: report.json brought up to date from the events."""
+"""Reconstruction of a run's record from its event log, for a run whose ServerApp ended without writing one."""
 
 from __future__ import annotations
 
@@ -27,12 +27,12 @@ from espalier_server.records.record import (
 
 
 def record_of(folder: Path, events: Sequence[Mapping[str, Any]]) -> RunRecord:
-    """Return the record of a run: report.json's, or what its events tell, with the status they end in.
+    """Return the record of a run, from report.json or else from its events, with the status of its final event.
 
     Raises
     ------
     StateError
-        The folder holds neither, or report.json is damaged and there are no events.
+        The folder holds neither, or the file that was read is damaged.
     """
     if (folder / REPORT_FILE).exists():
         record = RunRecord.read(folder)
@@ -49,25 +49,25 @@ def record_of(folder: Path, events: Sequence[Mapping[str, Any]]) -> RunRecord:
 
 
 def from_events(events: Sequence[Mapping[str, Any]]) -> RunRecord:
-    """Return as much of a record as events tell; labels, samples and timings are not among them.
+    """Return a record from events, which contain no labels, samples or timings.
 
     Raises
     ------
     StateError
-        An event does not have the fields it should.
+        An event lacks a field or has one of the wrong type.
     """
     record = RunRecord()
     try:
         for event in events:
-            _take(record, event)
+            _apply(record, event)
     except (KeyError, TypeError, ValueError, ValidationError) as error:
-        raise StateError(f"{EVENTS_FILE} is damaged ({error!r}); its run cannot be reported") from error
+        raise StateError(f"{EVENTS_FILE} is damaged ({error!r}); there is no report of its run") from error
     if events:
         record.seconds = float(events[-1]["time"]) - float(events[0]["time"])
     return record
 
 
-def _take(record: RunRecord, event: Mapping[str, Any]) -> None:
+def _apply(record: RunRecord, event: Mapping[str, Any]) -> None:
     kind = event["event"]
     if kind == "run":
         record.run, record.config = str(event["run"]), dict(event["config"])
@@ -79,14 +79,12 @@ def _take(record: RunRecord, event: Mapping[str, Any]) -> None:
         record.edges = sorted(event["edges"])
         record.clients = {str(name): record.clients.get(name) or ClientEntry() for name in event["clients"]}
     elif kind == "window-start":
-        # A resumed run says its windows again, from the one after its checkpoint.
+        # A resumed run repeats the windows after its checkpoint, which replace the earlier ones.
         record.windows = [window for window in record.windows if window.window < event["window"]]
         record.quality = [entry for entry in record.quality if entry.window < event["window"]]
-        record.accuracy = [found for found in record.accuracy if found.window < event["window"]]
+        record.accuracy = [entry for entry in record.accuracy if entry.window < event["window"]]
         rounds = [
-            RoundEntry(
-                round=entry["round"], participants=[Participation(**part) for part in entry["participants"]]
-            )
+            RoundEntry(round=entry["round"], participants=[Participation(**p) for p in entry["participants"]])
             for entry in event["rounds"]
         ]
         record.windows.append(WindowEntry(window=event["window"], rounds=rounds))
@@ -109,7 +107,7 @@ def _end_window(record: RunRecord, event: Mapping[str, Any]) -> None:
     window.assignments = dict(event.get("assignments") or {})
     for entry in window.rounds:
         entry.loss = event["losses"].get(str(entry.round))
-    # Events carry totals, a window its own share.
+    # Events contain the totals of the run, a window entry only its own traffic.
     totals = {link: Traffic.model_validate(counts) for link, counts in event["links"].items()}
     window.links = {
         link: Traffic(

@@ -1,4 +1,4 @@
-"""What a run leaves behind in numbers: the content of report.json."""
+"""The record of a run: the schema of report.json."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ from espalier.training.privacy import EPSILON
 from espalier.wire.traffic import LINKS
 
 
-class _Part(BaseModel):
-    # Numbers may be NaN inside the program; JSON has null for them, so such fields are optional.
+class _Entry(BaseModel):
+    # Numbers may be NaN in memory and are null in JSON, so such fields are optional.
     model_config = ConfigDict(extra="ignore", protected_namespaces=())
 
 
-class Participation(_Part):
+class Participation(_Entry):
     """A client that contributed to a round, the edge it trained at, and whether the cloud checked its signature."""
 
     client: str
@@ -30,11 +30,11 @@ class Participation(_Part):
     signed: bool = False
 
 
-class SignatureEntry(_Part):
-    """Signatures that were found good: those that the edges checked, and those that the cloud checked itself.
+class SignatureEntry(_Entry):
+    """Number of valid signatures, as checked by the edges and by the cloud.
 
-    Answers to inquiries are counted, too; an edge also asks for itself, so it may have more. `unsigned` are the
-    clients of updates and answers that were let in without.
+    Answers to inquiries count, too. Edges also send inquiries of their own, so their number may be larger. `unsigned`
+    lists the clients whose updates or answers were accepted without a signature.
     """
 
     edges: int = 0
@@ -42,11 +42,11 @@ class SignatureEntry(_Part):
     unsigned: list[str] = Field(default_factory=list)
 
 
-class SelectionEntry(_Part):
-    """What a round's choice of clients went by.
+class SelectionEntry(_Entry):
+    """How a sampler that ranks clients selected the participants of a round.
 
-    `rule` is its name, `candidates` are the clients that were asked, `scores` what they told or were rated (a
-    loss, a gain) and `picked` those that were to train.
+    `rule` is the sampler's name, `candidates` are the clients that it ranked, `scores` the values that it ranked them
+    by (a loss, a gain), and `picked` the clients that it selected.
     """
 
     rule: str = ""
@@ -55,11 +55,11 @@ class SelectionEntry(_Part):
     picked: list[str] = Field(default_factory=list)
 
 
-class RoundEntry(_Part):
+class RoundEntry(_Entry):
     """One edge round over all edges.
 
-    `loss` is the sample-weighted mean over the clients that replied, None when none did; `seconds` is the
-    slowest edge's. `selection` is None where no more than the plan's draw was at work.
+    `loss` is the sample-weighted mean over the clients that replied, None if none did. `seconds` is the duration at
+    the slowest edge. `selection` is None if the sampler does not rank clients.
     """
 
     round: int
@@ -70,7 +70,7 @@ class RoundEntry(_Part):
     selection: SelectionEntry | None = None
 
 
-class Traffic(_Part):
+class Traffic(_Entry):
     """Payload bytes on one kind of link, as sent; `up` is towards the cloud."""
 
     up_bytes: int = 0
@@ -82,13 +82,13 @@ def _no_traffic() -> dict[str, Traffic]:
     return {link: Traffic() for link in LINKS}
 
 
-class WindowEntry(_Part):
-    """One window; the mappings are by edge name.
+class WindowEntry(_Entry):
+    """One window; mappings are by edge name unless stated otherwise.
 
-    `rho` are the cloud's weights, `mu` the edges' homogeneity scores, `labels` the accumulated label counts,
-    `samples` what the edges trained on, `timings` seconds by what they went into. `mu_planned` is the mean
-    score the edge choice planned, `mu_random` what a random assignment of the same clients reaches.
-    `assignments` is by client name: its cluster or the level of its sub-model, e.g. "cluster 1", "width 0.5".
+    `rho` holds the weights of the edges at the cloud, `mu` their homogeneity scores, `labels` their accumulated label
+    counts, `samples` the number of samples trained on, and `timings` seconds by phase. `mu_planned` is the mean score
+    of the planned assignment, `mu_random` that of a random assignment of the same clients. `assignments` maps client
+    names to a cluster, the level of a sub-model, or a model, e.g. "cluster 1" or "width 0.5".
     """
 
     window: int
@@ -114,12 +114,12 @@ class WindowEntry(_Part):
     @computed_field  # type: ignore[prop-decorator]
     @property
     def participants(self) -> list[str]:
-        """Names of the clients that took part in the window."""
-        return sorted({part.client for entry in self.rounds for part in entry.participants})
+        """Names of the participants of the window, sorted."""
+        return sorted({p.client for entry in self.rounds for p in entry.participants})
 
 
-class ModelSize(_Part):
-    """Parameters and multiply-accumulates for one image, now and before pruning."""
+class ModelSize(_Entry):
+    """Parameters, and multiply-accumulate operations per image, now and before pruning."""
 
     params: int = 0
     macs: int = 0
@@ -129,8 +129,8 @@ class ModelSize(_Part):
     pruned_at_round: int | None = None
 
 
-class Scores(_Part):
-    """Measures of one set of images against the reference."""
+class Scores(_Entry):
+    """Quality measures of a set of images against the evaluation data."""
 
     frechet: float | None = None
     inception_score: float | None = None
@@ -138,7 +138,7 @@ class Scores(_Part):
 
 
 class Evaluation(Scores):
-    """Measures of the samples after a window, beside what real images, noise and a Gaussian fit reach."""
+    """Quality measures of the samples after a window, and of real images, noise and a Gaussian fit as references."""
 
     window: int
     round: int
@@ -150,11 +150,11 @@ class Evaluation(Scores):
     seconds: float = 0.0
 
 
-class ModelScore(_Part):
-    """How a classifier does on `eval-data`'s test split.
+class ModelScore(_Entry):
+    """Accuracy of a classifier on the test split of `eval-data`.
 
-    `accuracy` is a share in [0, 1], `loss` the mean cross-entropy in nats, `classes` the accuracy within each
-    class, None for one without test images.
+    `accuracy` is a share in [0, 1], `loss` the mean cross-entropy in nats, and `classes` the accuracy within each
+    class, None for a class without test images.
     """
 
     accuracy: float | None = None
@@ -162,12 +162,12 @@ class ModelScore(_Part):
     classes: list[float | None] = Field(default_factory=list)
 
 
-class AccuracyEntry(_Part):
+class AccuracyEntry(_Entry):
     """Accuracies after a window.
 
-    `models` are measured at the cloud on `eval-data`, by name ("global", "cluster 0", "width 0.5", "exit 2");
-    `clients` are the clients' accuracies on their own test images, each by the model it would use. Both may
-    be empty. `samples` counts the test images at the cloud.
+    `models` holds the models evaluated at the cloud on `eval-data`, by name ("global", "cluster 0", "width 0.5",
+    "exit 2"); `clients` holds each client's accuracy on its own test images, with the model that it uses. Either may be
+    empty. `samples` is the number of test images at the cloud.
     """
 
     window: int
@@ -180,14 +180,14 @@ class AccuracyEntry(_Part):
     @computed_field  # type: ignore[prop-decorator]
     @property
     def mean(self) -> float | None:
-        """Mean of the clients' accuracies, each client counting the same; None without any."""
+        """Unweighted mean of the clients' accuracies; None if there are none."""
         known = self._known()
         return sum(known) / len(known) if known else None
 
     @computed_field  # type: ignore[prop-decorator]
     @property
     def worst10(self) -> float | None:
-        """Mean over the worst tenth of the clients, rounded down but at least one (q-FedAvg's measure)."""
+        """Mean over the worst tenth of the clients, rounded down but at least one (Li et al. 2020, q-FedAvg)."""
         known = self._known()
         worst = known[: max(1, len(known) // 10)]
         return sum(worst) / len(worst) if worst else None
@@ -196,8 +196,8 @@ class AccuracyEntry(_Part):
         return sorted(a for a in self.clients.values() if a is not None and not math.isnan(a))
 
 
-class FaultEntry(_Part):
-    """Something that went wrong and the run went on without; `kind` as in the protobuf `Fault`."""
+class FaultEntry(_Entry):
+    """A fault that the run tolerated; `kind` as in the protobuf message `Fault`."""
 
     tier: str
     node: str
@@ -207,27 +207,27 @@ class FaultEntry(_Part):
     round: int = 0
 
 
-class PrivacyEntry(_Part):
-    """What a client's answers in this run cost its images, as it reports it; None where nothing was noised.
+class PrivacyEntry(_Entry):
+    """The differential privacy that a client has spent in this run, as it reports it; None for mechanisms not used.
 
-    `histogram` is the epsilon of its label counts, `dp_sgd` and `update` are epsilons at the run's ``dp-delta``. The
-    first two are for one image added or removed, the third is for all of the client's images changed.
+    `histogram` is the epsilon of its label counts; `dp_sgd` and `update` are epsilons at the run's ``dp-delta``. The
+    first two protect a single image (added or removed), the third all images of the client (replaced).
     """
 
     histogram: float | None = None
     dp_sgd: float | None = None
     update: float | None = None
 
-    def take(self, metrics: Mapping[str, float]) -> None:
-        """Take what a round's report says was spent; it never falls, whatever a resumed run does again."""
+    def update_from(self, metrics: Mapping[str, float]) -> None:
+        """Update from the metrics of a client report; values never decrease, also when a resumed run repeats rounds."""
         if (spent := metrics.get(EPSILON["dp-sgd"])) is not None:
             self.dp_sgd = max(spent, self.dp_sgd or 0.0)
         if (spent := metrics.get(EPSILON["update"])) is not None:
             self.update = max(spent, self.update or 0.0)
 
 
-class ClientEntry(_Part):
-    """A client as it introduced itself."""
+class ClientEntry(_Entry):
+    """A client, as described in its hello, and its privacy spending."""
 
     samples: int = 0
     edges: list[str] = Field(default_factory=list)
@@ -237,19 +237,19 @@ class ClientEntry(_Part):
     privacy: PrivacyEntry = Field(default_factory=PrivacyEntry)
 
 
-class AugmentationEntry(_Part):
-    """FAug before the first round, by client: images uploaded and filled up, and both privacy leakages."""
+class AugmentationEntry(_Entry):
+    """FAug's augmentation before the first round, by client: seed images, generated images and privacy leakages."""
 
     seeds: dict[str, int] = Field(default_factory=dict)
     filled: dict[str, int] = Field(default_factory=dict)
     leakage_to_server: dict[str, float] = Field(default_factory=dict)
     leakage_between: dict[str, float] = Field(default_factory=dict)
-    parameters: int = Field(default=0, description="parameters of the generator that everybody gets")
+    parameters: int = Field(default=0, description="parameters of the generator that all clients receive")
     links: dict[str, Traffic] = Field(default_factory=dict)
 
 
-class RunRecord(_Part):
-    """Everything report.json holds and report.html is drawn from."""
+class RunRecord(_Entry):
+    """The content of report.json, from which report.html is rendered."""
 
     espalier: str = ""
     run: str = ""
@@ -273,14 +273,14 @@ class RunRecord(_Part):
     @computed_field  # type: ignore[prop-decorator]
     @property
     def task(self) -> Task:
-        """What the run's model is trained for; diffusion where the record does not say."""
+        """The task of the run's model; diffusion if the record names no known model."""
         model = str(self.config.get("model", ""))
         return task_of(model) if is_model(model) else "diffusion"
 
     @computed_field  # type: ignore[prop-decorator]
     @property
     def fault_counts(self) -> dict[str, dict[str, int]]:
-        """How many faults of each kind each tier saw."""
+        """Number of faults by tier and kind."""
         counts: dict[str, dict[str, int]] = {}
         for fault in self.faults:
             kinds = counts.setdefault(fault.tier, {})
@@ -288,12 +288,12 @@ class RunRecord(_Part):
         return counts
 
     def as_dict(self) -> dict[str, Any]:
-        """Return the record in JSON's types; NaN becomes None."""
+        """Return the record in JSON types; NaN becomes None."""
         content: dict[str, Any] = jsonable(self.model_dump())
         return content
 
     def write(self, folder: Path) -> Path:
-        """Write ``FOLDER/report.json``, whole or not at all, and return its path.
+        """Write ``FOLDER/report.json`` atomically and return its path.
 
         Raises
         ------
@@ -311,7 +311,7 @@ class RunRecord(_Part):
         Raises
         ------
         StateError
-            There is none, or it is not a record.
+            The file does not exist, cannot be read or is not a record.
         """
         path = folder / REPORT_FILE
         try:
@@ -319,8 +319,10 @@ class RunRecord(_Part):
         except FileNotFoundError as error:
             raise StateError(f"{folder} holds no {REPORT_FILE}; give the --out folder of a run") from error
         except OSError as error:
-            raise StateError(f"cannot read {path}: {error}; give the file to this user") from error
+            raise StateError(f"cannot read {path}: {error}; make the file readable for this user") from error
         except ValidationError as error:
             first = error.errors(include_url=False)[0]
-            where = ".".join(str(step) for step in first["loc"]) or "the file"
-            raise StateError(f"{path} is no report ({where}: {first['msg']}); run the run again") from error
+            location = ".".join(str(step) for step in first["loc"]) or "the file"
+            raise StateError(
+                f"{path} is not a report ({location}: {first['msg']}); run the run again"
+            ) from error

@@ -195,7 +195,7 @@ class RunRecorder:
         )
         self.record.windows.append(entry)
         for report in (c for edge in outcome.reports.values() for r in edge.rounds for c in r.clients):
-            self.record.clients.setdefault(report.client, ClientEntry()).privacy.take(report.metrics)
+            self.record.clients.setdefault(report.client, ClientEntry()).privacy.update_from(report.metrics)
         self.tensorboard.window(entry)
         self.events.write(
             "window-end",

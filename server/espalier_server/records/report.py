@@ -1,10 +1,10 @@
-"""The report of a run: one self-contained page made from report.json and the sample grids."""
+"""The report page of a run: one self-contained HTML file, rendered from report.json and the sample grids."""
 # ruff: noqa: RUF001 - typographic dashes and Greek letters of the page
 
 from __future__ import annotations
 
 import base64
-from collections.abc import Iterable, Sequence
+from importlib import resources
 from pathlib import Path
 
 from jinja2 import Environment, StrictUndefined
@@ -13,10 +13,18 @@ from espalier.errors import StateError
 from espalier.methods.run_config import RunConfig
 from espalier.storage.atomic import write_text
 from espalier.wire.traffic import CLIENT_EDGE, EDGE_CLOUD, LINKS
-from espalier_server.records.charts import Line, column_chart, line_chart, number, row_chart
 from espalier_server.records.events import EVENTS_FILE, read_events
+from espalier_server.records.number_format import byte_count, duration, number
 from espalier_server.records.rebuild import record_of
-from espalier_server.records.record import Evaluation, RunRecord, Traffic, WindowEntry
+from espalier_server.records.record import RunRecord, Traffic, WindowEntry
+from espalier_server.records.report_cards import (
+    edge_cards,
+    loss_card,
+    quality_cards,
+    run_tiles,
+    time_card,
+    traffic_card,
+)
 from espalier_server.records.report_classification import (
     accuracy_cards,
     accuracy_tiles,
@@ -24,9 +32,9 @@ from espalier_server.records.report_classification import (
     window_accuracy,
 )
 from espalier_server.records.report_exchange import augmentation_table, exchange_cards
-from espalier_server.records.report_template import TEMPLATE, Card, Tile
 
 PAGE = "report.html"
+_TEMPLATE = "report.html.j2"
 _TITLES = {
     "fedphd": "FedPhD",
     "fedphd-os": "FedPhD-OS",
@@ -53,9 +61,10 @@ _TITLES = {
     "codistillation": "Co-distillation",
     "fedktl": "FedKTL",
 }
-_SAMPLED = "The same noise, denoised by the global model after each window shown."
-_DRAWN = "What the generator draws where each class's prototypes lie, after each window shown: clients learn from it."
-_MOST_PICTURES, _MOST_FAULTS, _MOST_EDGES = 16, 200, 6
+_DIFFUSION_NOTE = "Samples of the global model from the same initial noise, after the windows shown."
+_GENERATOR_NOTE = "Images that the generator makes at each class's prototypes, after the windows shown."
+_MAX_GRIDS = 16
+_MAX_FAULTS = 200
 
 
 def build_report(folder: Path) -> Path:
@@ -75,43 +84,49 @@ def build_report(folder: Path) -> Path:
 
 
 def render(record: RunRecord, folder: Path) -> str:
-    """Return the page of a record; sample grids are taken from ``FOLDER/samples``."""
+    """Return the report page of a record as HTML; the sample grids are read from ``FOLDER/samples``."""
     environment = Environment(
         autoescape=True,
         undefined=StrictUndefined,
         trim_blocks=True,
     )
     classified = record.task == "classification"
-    # Where a classifier's run has pictures, they are of its method's generator.
-    drawn = classified and any("alignment-mmd" in window.metrics for window in record.windows)
+    # Classification runs have sample grids only if the method has a generator (FedKTL).
+    generated = classified and any("alignment-mmd" in window.metrics for window in record.windows)
     cards = [
         *(accuracy_cards(record) if classified else []),
         *(exchange_cards(record) if classified else []),
-        _losses(record),
-        *_quality_cards(record),
-        *_edge_cards(record),
-        _traffic(record),
-        _timings(record),
+        loss_card(record),
+        *quality_cards(record),
+        *edge_cards(record),
+        traffic_card(record),
+        time_card(record),
     ]
-    return environment.from_string(TEMPLATE).render(
+    return environment.from_string(_template()).render(
         record=record,
         title=_title(record),
         subtitle=_subtitle(record),
-        tiles=_tiles(record),
+        tiles=[*accuracy_tiles(record), *run_tiles(record)],
         classified=classified,
-        samples=[] if classified and not drawn else _pictures(folder),
-        samples_note=_DRAWN if drawn else _SAMPLED,
+        samples=[] if classified and not generated else _sample_grids(folder),
+        samples_note=_GENERATOR_NOTE if generated else _DIFFUSION_NOTE,
         augmentation=augmentation_table(record),
         augmentation_note=_augmentation_note(record),
-        augmentation_picture=_picture(folder / "samples" / "augmentation.png") if record.augmentation else "",
+        augmentation_picture=_data_url(folder / "samples" / "augmentation.png")
+        if record.augmentation
+        else "",
         cards=[card for card in cards if card.body],
         edges=record.edges,
         windows=[_window_row(record, window) for window in record.windows],
         clients=client_table(record),
-        faults=record.faults[:_MOST_FAULTS],
-        more_faults=max(0, len(record.faults) - _MOST_FAULTS),
+        faults=record.faults[:_MAX_FAULTS],
+        more_faults=max(0, len(record.faults) - _MAX_FAULTS),
         settings=_settings(record),
     )
+
+
+def _template() -> str:
+    return resources.files("espalier_server.records").joinpath(_TEMPLATE).read_text(encoding="utf-8")
 
 
 def _title(record: RunRecord) -> str:
@@ -123,167 +138,10 @@ def _subtitle(record: RunRecord) -> str:
     parts = [
         f"{len(record.clients)} clients with {number(samples)} images, {len(record.edges)} edges",
         f"{sum(len(window.rounds) for window in record.windows)} rounds in {len(record.windows)} windows",
-        _duration(record.seconds),
+        duration(record.seconds),
         record.started.replace("T", " ").replace("+00:00", " UTC"),
     ]
     return " · ".join(part for part in parts if part)
-
-
-def _tiles(record: RunRecord) -> list[Tile]:
-    tiles = accuracy_tiles(record)
-    if record.quality:
-        last = record.quality[-1]
-        note = f"real {number(last.floor.frechet)} · noise {number(last.noise.frechet)}"
-        tiles.append(Tile(f"Fréchet distance ({_features(last)})", number(last.frechet), note))
-    losses = [loss for window in record.windows for loss in window.losses if loss is not None]
-    if losses:
-        tiles.append(Tile("Training loss", f"{losses[-1]:.4f}", f"from {losses[0]:.4f}"))
-    size = record.model
-    if size.params:
-        pruned = size.params < size.params_dense
-        cut = f"{1 - size.params / size.params_dense:.0%} pruned away" if pruned else "dense"
-        saved = f"{1 - size.macs / size.macs_dense:.0%} fewer" if pruned and size.macs_dense else "per image"
-        tiles.append(Tile("Parameters", _scaled(size.params), cut))
-        tiles.append(Tile("Multiply-adds", _scaled(size.macs), saved))
-    for link in LINKS:
-        traffic = record.links.get(link, Traffic())
-        note = f"↑ {_bytes(traffic.up_bytes)} ↓ {_bytes(traffic.down_bytes)}".replace(" ", "\u00a0").replace(
-            "\u00a0↓", " ↓"
-        )
-        tiles.append(Tile(link.replace("-", "–"), _bytes(traffic.up_bytes + traffic.down_bytes), note))
-    if checked := sum(window.signatures.cloud for window in record.windows):
-        unsigned = {name for window in record.windows for name in window.signatures.unsigned}
-        note = f"{len(unsigned)} clients sent some without" if unsigned else "all updates signed"
-        tiles.append(Tile("Signatures checked", number(checked), note))
-    tiles.append(Tile("Faults", str(len(record.faults)), "see below" if record.faults else "none"))
-    return tiles
-
-
-def _quality_cards(record: RunRecord) -> list[Card]:
-    quality = record.quality
-    if not quality:
-        return []
-    titles = {
-        "frechet": "Fréchet distance",
-        "inception_score": "Inception score",
-        "kid": "Kernel distance (KID)",
-    }
-    notes = {"frechet": "lower is better", "inception_score": "higher is better", "kid": "lower is better"}
-    cards = []
-    for measure, title in titles.items():
-        lines = [Line("samples", [(entry.window, getattr(entry, measure)) for entry in quality])]
-        for colour, (kind, name) in enumerate(
-            {"floor": "real images", "gaussian": "Gaussian fit", "noise": "noise"}.items(), start=1
-        ):
-            points = [(entry.window, getattr(getattr(entry, kind), measure)) for entry in quality]
-            lines.append(Line(name, points, colour, "dashed", marks=False))
-        body = line_chart(
-            lines, x_label="window", y_label=title, log=True, events=_prune_mark(record, "window")
-        )
-        cards.append(Card(f"{title} ({_features(quality[-1])})", body, notes[measure]))
-    return cards
-
-
-def _losses(record: RunRecord) -> Card:
-    points = [(entry.round, entry.loss) for window in record.windows for entry in window.rounds]
-    body = line_chart(
-        [Line("loss", points)], x_label="round", y_label="loss", events=_prune_mark(record, "round"), log=True
-    )
-    return Card("Training loss", body, "mean over the clients of each round, by samples")
-
-
-def _prune_mark(record: RunRecord, unit: str) -> dict[float, str]:
-    at = record.model.pruned_at_window if unit == "window" else record.model.pruned_at_round
-    return {} if at is None or at == 0 else {float(at): "pruned"}
-
-
-def _edge_cards(record: RunRecord) -> list[Card]:
-    windows = record.windows
-    chosen = [
-        Line("as chosen", [(w.window, w.mu_planned) for w in windows]),
-        Line("random assignment", [(w.window, w.mu_random) for w in windows], 1, "dashed", marks=False),
-    ]
-    weights = [
-        Line(edge, [(w.window, w.rho.get(edge)) for w in windows], i) for i, edge in enumerate(record.edges)
-    ]
-    reached = [
-        Line(f"{edge}, reached", [(w.window, w.mu.get(edge)) for w in windows], i, "dotted", marks=False)
-        for i, edge in enumerate(record.edges[:_MOST_EDGES], start=2)
-    ]
-    classes = record.classes or [
-        str(i) for i in range(max((len(c.labels) for c in record.clients.values()), default=0))
-    ]
-    clients = {
-        name: _fit(client.labels, len(classes)) for name, client in sorted(record.clients.items())[:24]
-    }
-    return [
-        Card(
-            "Edges' label distributions",
-            row_chart(_edge_labels(record, len(classes)), classes, share=True),
-            "labels of the samples each edge trained on, over all windows",
-        ),
-        Card("Clients' label distributions", row_chart(clients, classes), "as they told it; may be noisy"),
-        Card(
-            "Homogeneity of the edges",
-            line_chart([*chosen, *reached], x_label="window", y_label="μ"),
-            "mean score the edge choice planned, beside a random assignment, and what each edge reached",
-        ),
-        Card(
-            "Weights of the edges",
-            line_chart(weights, x_label="window", y_label="ρ", zero=True),
-            "share of each edge in the global model",
-        ),
-    ]
-
-
-def _edge_labels(record: RunRecord, classes: int) -> dict[str, list[float]]:
-    totals = {edge: [0.0] * classes for edge in record.edges}
-    for window in record.windows:
-        for edge, counts in window.labels.items():
-            row = totals.setdefault(edge, [0.0] * classes)
-            for i, count in enumerate(_fit(counts, classes)):
-                row[i] += count
-    return totals
-
-
-def _fit(counts: Sequence[float], length: int) -> list[float]:
-    return [*counts, *[0.0] * length][:length]
-
-
-def _traffic(record: RunRecord) -> Card:
-    parts: dict[str, list[float]] = {}
-    for link in LINKS:
-        for way, arrow in (("up_bytes", "↑"), ("down_bytes", "↓")):
-            parts[f"{link.replace('-', '–')} {arrow}"] = [
-                float(getattr(window.links.get(link, Traffic()), way)) for window in record.windows
-            ]
-    # Class tables are a thousandth of a model.
-    unit, size = (
-        ("MB", 1e6)
-        if max((n for counts in parts.values() for n in counts), default=0) >= 1e5
-        else ("kB", 1e3)
-    )
-    body = column_chart(
-        _numbers(record.windows),
-        {name: [count / size for count in counts] for name, counts in parts.items()},
-        y_label=unit,
-        x_label="window",
-        show=lambda v: f"{v:.2f} {unit}",
-    )
-    return Card("Payload bytes per link", body, "as sent, counted at the sender; ↑ is towards the cloud")
-
-
-def _timings(record: RunRecord) -> Card:
-    names = list(dict.fromkeys(name for window in record.windows for name in window.timings))
-    parts = {name: [window.timings.get(name, 0.0) for window in record.windows] for name in names}
-    body = column_chart(
-        _numbers(record.windows), parts, y_label="seconds", x_label="window", show=lambda v: f"{v:.1f} s"
-    )
-    return Card("Time", body, "what each window's seconds went into")
-
-
-def _numbers(windows: Iterable[WindowEntry]) -> list[str]:
-    return [str(window.window) for window in windows]
 
 
 def _window_row(record: RunRecord, window: WindowEntry) -> dict[str, object]:
@@ -297,8 +155,8 @@ def _window_row(record: RunRecord, window: WindowEntry) -> dict[str, object]:
         "accuracy": window_accuracy(record, window.window),
         "clients": len(window.participants),
         "edges": [number(values.get(edge)) for edge in record.edges for values in (window.rho, window.mu)],
-        "client_edge": _bytes(traffic[CLIENT_EDGE].up_bytes + traffic[CLIENT_EDGE].down_bytes),
-        "edge_cloud": _bytes(traffic[EDGE_CLOUD].up_bytes + traffic[EDGE_CLOUD].down_bytes),
+        "client_edge": byte_count(traffic[CLIENT_EDGE].up_bytes + traffic[CLIENT_EDGE].down_bytes),
+        "edge_cloud": byte_count(traffic[EDGE_CLOUD].up_bytes + traffic[EDGE_CLOUD].down_bytes),
         "seconds": f"{sum(window.timings.values()):.1f}",
     }
 
@@ -315,19 +173,19 @@ def _settings(record: RunRecord) -> list[dict[str, object]]:
     ]
 
 
-def _pictures(folder: Path) -> list[dict[str, object]]:
-    """Return the sample grids over time, thinned evenly, the newest always among them."""
+def _sample_grids(folder: Path) -> list[dict[str, object]]:
+    """Return at most `_MAX_GRIDS` sample grids, evenly spaced over the run, including the newest one."""
     paths = sorted((folder / "samples").glob("window-*.png"))
-    count = min(len(paths), _MOST_PICTURES)
+    count = min(len(paths), _MAX_GRIDS)
     picked = [paths[round(i * (len(paths) - 1) / max(1, count - 1))] for i in range(count)]
     return [
-        {"window": int("".join(filter(str.isdigit, path.stem)) or 0), "data": _picture(path)}
+        {"window": int("".join(filter(str.isdigit, path.stem)) or 0), "data": _data_url(path)}
         for path in picked
     ]
 
 
-def _picture(path: Path) -> str:
-    """Return a picture as a data URL, "" where there is none."""
+def _data_url(path: Path) -> str:
+    """Return an image file as a data URL, "" if it does not exist."""
     try:
         return (
             "data:image/png;base64," + base64.b64encode(path.read_bytes()).decode() if path.exists() else ""
@@ -342,30 +200,7 @@ def _augmentation_note(record: RunRecord) -> str:
         return ""
     traffic = entry.links.get(CLIENT_EDGE, Traffic())
     return (
-        f"Before the first round: seed images up, a conditional GAN of {number(entry.parameters)} parameters down; "
-        f"{_bytes(traffic.up_bytes)} up and {_bytes(traffic.down_bytes)} down between clients and edges."
-    )
-
-
-def _features(entry: Evaluation) -> str:
-    return entry.features if "feature" in entry.features else f"{entry.features} features".strip()
-
-
-def _scaled(count: float) -> str:
-    for unit in ("", " k", " M", " G"):
-        if abs(count) < 1000:
-            return f"{count:.4g}{unit}"
-        count /= 1000
-    return f"{count:.4g} T"
-
-
-def _bytes(count: float) -> str:
-    return _scaled(float(f"{count:.3g}")) + ("B" if count >= 1000 else " B")
-
-
-def _duration(seconds: float) -> str:
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return (
-        f"{hours} h {minutes:02d} min" if hours else f"{minutes} min {rest:02d} s" if minutes else f"{rest} s"
+        f"Before the first round, clients uploaded seed images and received a conditional GAN of "
+        f"{number(entry.parameters)} parameters: "
+        f"{byte_count(traffic.up_bytes)} up and {byte_count(traffic.down_bytes)} down, between clients and edges."
     )

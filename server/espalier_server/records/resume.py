@@ -1,4 +1,4 @@
-"""Going on with a run: what its folder says of it, which settings may change, and who works in it now."""
+"""Resuming a run: its record so far, the settings that may change, and the lock on its folder."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from espalier.config.fields import FlatValue
 from espalier.config.run_settings import RunSettings
 from espalier.errors import ConfigError, StateError
 from espalier.methods.power_of_choice import PowD
+from espalier.methods.registry import METHODS
 from espalier.methods.run_config import RunConfig
 from espalier.storage.lock import FolderInUseError, FolderLock, holder, is_locked
 from espalier.storage.run_folder import REPORT_FILE
@@ -23,7 +24,7 @@ from espalier_server.superlink.submission import submissions
 
 log = logging.getLogger("espalier.cloud")
 
-HARMLESS = frozenset(
+CHANGEABLE = frozenset(
     [
         "rounds",
         "round-deadline",
@@ -41,25 +42,25 @@ HARMLESS = frozenset(
         "features",
     ]
 )
-"""Settings that a resume may change: how long, how patient, what is measured and kept."""
+"""Settings that a resume may change: length of the run, time limits, evaluation, output."""
 
-HARMLESS_BY_CHANCE = frozenset({"min-edges", "min-clients", "quorum", "device"})
-"""Settings that it may change besides, unless the run is reproducible."""
+CHANGEABLE_UNLESS_REPRODUCIBLE = frozenset({"min-edges", "min-clients", "quorum", "device"})
+"""Further settings that a resume may change unless the run is reproducible."""
 
-#: Seconds a ServerApp waits for the one before it to be gone.
-LOCK_PATIENCE = 30.0
+#: Seconds that a ServerApp waits for a previous one to release the run's folder.
+LOCK_TIMEOUT = 30.0
 
 
 def existing_record(folder: Path) -> RunRecord | None:
-    """Return the record that a run left so far, None where it left nothing.
+    """Return the record of a run so far, None if there is none.
 
-    One that is damaged is told again from the events, as far as these go.
+    A damaged record is reconstructed from the events, which contain less.
     """
     try:
         if (folder / REPORT_FILE).exists():
             return RunRecord.read(folder)
     except StateError as error:
-        log.warning("%s; what the events tell takes its place", error)
+        log.warning("%s; its content is reconstructed from the events", error)
     events = read_events(folder / EVENTS_FILE)
     return from_events(events) if events else None
 
@@ -81,31 +82,32 @@ def recorded_settings(folder: Path) -> dict[str, FlatValue]:
 
 
 def check_changes(before: Mapping[str, FlatValue], now: RunSettings) -> None:
-    """Refuse a resume under settings by which it would be another run.
+    """Check that a resume changes only settings that may change.
 
     Parameters
     ----------
     before : mapping
         Flat settings of the run so far.
     now : RunSettings
-        Those it is to go on with.
+        Settings to resume with.
 
     Raises
     ------
     ConfigError
-        With one line per setting that may not change.
+        With one line per changed setting that must not change.
     """
-    former = RunConfig.from_record(before)
-    allowed = HARMLESS if now.reproducible else HARMLESS | HARMLESS_BY_CHANCE
-    if former.of(PowD.Settings).adaptive_candidates or former.of(PrivacySettings).dp_sgd_epsilon:
-        allowed -= {"rounds"}  # d falls, and the epsilon is spent, over the whole run
-    old, new = former.to_flat() | _frozen(former), now.to_flat() | _frozen(now)
+    previous = RunConfig.from_record(before)
+    allowed = CHANGEABLE if now.reproducible else CHANGEABLE | CHANGEABLE_UNLESS_REPRODUCIBLE
+    if previous.of(PowD.Settings).adaptive_candidates or previous.of(PrivacySettings).dp_sgd_epsilon:
+        allowed -= {"rounds"}  # the candidates' number decays, and the epsilon is spent, over all rounds
+    old = previous.to_flat() | _defaults_by_rounds(previous)
+    new = now.to_flat() | _defaults_by_rounds(now)
     changed = [key for key in new if new[key] != old[key] and key not in allowed]
     if changed:
         raise ConfigError(
             "\n  ".join(
                 [
-                    "a resume cannot change what the run is; leave these settings, or start a new run:",
+                    "a resume cannot change these settings; leave them as they were, or start a new run:",
                     *(f"{key}: it was {old[key]!r} and would be {new[key]!r}" for key in changed),
                     f"may change: {', '.join(sorted(allowed - {'out', 'run-id'}))}",
                 ]
@@ -113,27 +115,25 @@ def check_changes(before: Mapping[str, FlatValue], now: RunSettings) -> None:
         )
 
 
-def _frozen(config: RunSettings) -> dict[str, FlatValue]:
-    """Return what the settings mean whose default hangs on `rounds`."""
-    from espalier.methods.registry import METHODS
-
+def _defaults_by_rounds(config: RunSettings) -> dict[str, FlatValue]:
+    """Return the effective values of the settings whose defaults depend on `rounds`."""
     return METHODS[config.method].defaults_by_rounds(config)
 
 
 def resumed_settings(folder: Path, changes: Mapping[str, FlatValue]) -> dict[str, FlatValue]:
-    """Return the settings with which the run in a folder goes on.
+    """Return the settings to resume the run in a folder with.
 
     Parameters
     ----------
     folder : Path
         The run's folder; it may have been moved.
     changes : mapping
-        Flat settings given anew.
+        Flat settings that replace those of the run.
 
     Raises
     ------
     ConfigError
-        A change is not allowed or a setting at fault; or the run is finished, or still going on.
+        A change is not allowed, a setting is invalid, the run is finished, or it is still running.
     StateError
         The folder holds no run.
     """
@@ -141,21 +141,27 @@ def resumed_settings(folder: Path, changes: Mapping[str, FlatValue]) -> dict[str
     before = recorded_settings(folder)
     run = str(before["run-id"])
     _refuse_running(folder, run)
-    former = RunConfig.from_record(before)
-    # What was settled by the number of rounds stays as it was when that number changes.
-    wanted = {**former.to_flat(), **_frozen(former), **changes, "out": str(folder), "run-id": run}
+    previous = RunConfig.from_record(before)
+    # Settings whose defaults depend on `rounds` keep their values when `rounds` changes.
+    wanted = {
+        **previous.to_flat(),
+        **_defaults_by_rounds(previous),
+        **changes,
+        "out": str(folder),
+        "run-id": run,
+    }
     now = RunConfig.from_flat(wanted)
     check_changes(before, now)
     record = existing_record(folder)
     assert record is not None
     done = max((entry.round for window in record.windows for entry in window.rounds), default=0)
-    if record.status == "finished" and now.rounds <= former.rounds:
+    if record.status == "finished" and now.rounds <= previous.rounds:
         raise ConfigError(
-            f"run {run} is finished: {former.rounds} of {former.rounds} rounds; "
-            f"give -c rounds=N with more than {former.rounds} to go on"
+            f"run {run} is finished: {previous.rounds} of {previous.rounds} rounds; "
+            f"give -c rounds=N with more than {previous.rounds} to resume it"
         )
     if now.rounds < done:
-        raise ConfigError(f"rounds: run {run} has {done} rounds behind it; give at least as many")
+        raise ConfigError(f"rounds: run {run} has completed {done} rounds; give at least as many")
     return wanted
 
 
@@ -163,30 +169,30 @@ def _refuse_running(folder: Path, run: str) -> None:
     for cloud in running_clouds():
         if any(s.run == run and s.folder == folder and not s.ended for s in submissions(cloud)):
             raise ConfigError(
-                f"run {run} is still going on at the cloud {cloud.name!r}, which brings it back by itself; "
+                f"run {run} is still running at the cloud {cloud.name!r}, which resumes it automatically; "
                 f"`espalier stop {run}` ends it"
             )
     if is_locked(folder):
         raise ConfigError(
-            f"run {run} is still going on (process {holder(folder)}); wait for its end, or end it with "
+            f"run {run} is still running (process {holder(folder)}); wait until it ends, or end it with "
             f"`espalier stop {run}`"
         )
 
 
 @contextlib.contextmanager
-def at_work(folder: Path, patience: float = LOCK_PATIENCE) -> Iterator[None]:
-    """Be the only process that works on a run; the kernel lets go when its process dies.
+def locked(folder: Path, timeout: float = LOCK_TIMEOUT) -> Iterator[None]:
+    """Hold the exclusive lock on a run's folder; the kernel releases it when the process ends.
 
     Raises
     ------
     StateError
-        Another process still does after `patience` seconds, or the folder cannot be written to.
+        Another process still holds it after `timeout` seconds, or the folder cannot be written to.
     """
     try:
-        lock = FolderLock(folder, patience)
+        lock = FolderLock(folder, timeout)
     except FolderInUseError as error:
         raise StateError(
-            f"process {error.holder} works on the run in {folder}; stop it, or wait until it ends"
+            f"process {error.holder} is running the run in {folder}; stop it, or wait until it ends"
         ) from None
     try:
         yield

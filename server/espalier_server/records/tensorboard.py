@@ -7,10 +7,13 @@ from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from espalier import lazy
 from espalier_server.records.record import AccuracyEntry, Evaluation, WindowEntry
 
 if TYPE_CHECKING:
-    from torch.utils.tensorboard import SummaryWriter
+    from torch.utils import tensorboard
+else:
+    tensorboard = lazy.load("torch.utils.tensorboard")
 
 
 class TensorBoardWriter:
@@ -23,14 +26,12 @@ class TensorBoardWriter:
     """
 
     def __init__(self, folder: Path) -> None:
-        self._writer: SummaryWriter | None = None
+        self._writer: tensorboard.SummaryWriter | None = None
         if importlib.util.find_spec("tensorboard") is not None:
-            from torch.utils.tensorboard import SummaryWriter
-
-            self._writer = SummaryWriter(str(folder))
+            self._writer = tensorboard.SummaryWriter(str(folder))
 
     def window(self, entry: WindowEntry) -> None:
-        """Add a window: loss per round; weights, scores, bytes and timings per window."""
+        """Write the loss of each round, and the weights, scores, traffic and timings of a window."""
         for round_ in entry.rounds:
             self._add("train/loss", round_.loss, round_.round)
         for edge, value in entry.rho.items():
@@ -48,14 +49,14 @@ class TensorBoardWriter:
             self._add(f"seconds/{name}", seconds, entry.window)
 
     def evaluation(self, entry: Evaluation) -> None:
-        """Add the measures after a window."""
+        """Write the quality measures after a window."""
         for measure in ("frechet", "inception_score", "kid"):
             self._add(f"quality/{measure}", getattr(entry, measure), entry.window)
         if self._writer is not None:
             self._writer.flush()
 
     def accuracy(self, entry: AccuracyEntry) -> None:
-        """Add accuracies and losses over rounds: of every model, mean and worst tenth of the clients."""
+        """Write the accuracy and loss of every model, and the clients' mean and worst tenth."""
         for name, score in entry.models.items():
             label = name.replace(" ", "-")
             self._add(f"accuracy/{label}", score.accuracy, entry.round)

@@ -13,8 +13,9 @@ import pytest
 from espalier.errors import StateError
 from espalier.monitor.run_state import RunState
 from espalier_server.commands.run_view import describe
-from espalier_server.records.charts import Line, column_chart, line_chart, number, row_chart
+from espalier_server.records.charts import Line, column_chart, line_chart, row_chart
 from espalier_server.records.events import EventLog, read_events
+from espalier_server.records.number_format import number
 from espalier_server.records.rebuild import from_events
 from espalier_server.records.record import AccuracyEntry, ClientEntry, ModelScore, RunRecord
 from espalier_server.records.report import build_report
@@ -122,7 +123,7 @@ def test_the_page_of_a_classifier(classified: Path) -> None:
         "Accuracy",
         "Test loss",
         "Accuracy by class",
-        "Accuracy among the clients",
+        "Accuracy across clients",
         "Groups of clients",
         "Selection of clients",
         "Training loss",
@@ -180,7 +181,7 @@ def test_a_classifier_without_measures_or_with_clients_only(tmp_path: Path) -> N
     record.accuracy = [AccuracyEntry(window=1, round=5, clients={"client-01": 0.5, "client-02": None})]
     record.write(tmp_path)
     text = build_report(tmp_path).read_text()
-    assert {"Accuracy", "Accuracy among the clients"} <= set(Page(text).titles)
+    assert {"Accuracy", "Accuracy across clients"} <= set(Page(text).titles)
     assert "Test loss" not in Page(text).titles
     assert "<b>50.0\u00a0%</b>" in text
 
@@ -391,14 +392,14 @@ def test_the_page_of_knowledge_exchange(tmp_path: Path) -> None:
         "Accuracy by model",
         "Alignment with the generator",
         "Augmentation (FAug)",
-        "Accuracy among the clients",
+        "Accuracy across clients",
     } <= set(page.titles)
-    assert "Knowledge of the others" not in page.titles
+    assert "Knowledge exchange" not in page.titles
     assert len(page.links) == 3
-    assert "the generator draws" in text
+    assert "the generator makes" in text
     assert re.search(r"<td>client-01</td>.{0,200}<td>cnn4</td>", text, re.S)
     assert "resnet10, 4 clients" in text
-    for name in ("MMD to the generator", "distance to the centroids", "transfer at the clients"):
+    for name in ("MMD to the generator", "distance to the centroids", "transfer loss at the clients"):
         assert name in text
     assert re.search(r"client-01</td>.{0,120}0\.750</td>.{0,40}0\.300</td>", text, re.S)
 

@@ -28,7 +28,7 @@ from espalier_client import device
 from espalier_server.records.checkpoint import Checkpoints
 from espalier_server.records.events import EventLog, read_events
 from espalier_server.records.record import RunRecord
-from espalier_server.records.resume import at_work, check_changes, resumed_settings
+from espalier_server.records.resume import check_changes, locked, resumed_settings
 from espalier_server.records.snapshot import Snapshot
 from espalier_server.run import TreeRun, check_folder
 
@@ -131,10 +131,10 @@ def test_the_command_names_what_is_wrong(tmp_path: Path) -> None:
 def test_a_run_that_goes_on_is_left_alone(tmp_path: Path) -> None:
     log = EventLog(tmp_path / "events.jsonl")
     log.write("run", run="r", config=RunConfig.from_flat(SETTINGS).to_flat())
-    with at_work(tmp_path):
-        with pytest.raises(ConfigError, match=f"run r is still going on \\(process {os.getpid()}\\)"):
+    with locked(tmp_path):
+        with pytest.raises(ConfigError, match=f"run r is still running \\(process {os.getpid()}\\)"):
             resumed_settings(tmp_path, {})
-        with pytest.raises(StateError, match="works on the run"), at_work(tmp_path, patience=0):
+        with pytest.raises(StateError, match="is running the run"), locked(tmp_path, timeout=0):
             pass
     assert resumed_settings(tmp_path, {})["rounds"] == 3
 
