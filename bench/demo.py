@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from bench.report import Outcome, Row, Target, run
-from espalier.processes.supervise import espalier_command, espalier_env
+from espalier_server.processes import espalier_command, espalier_env
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -17,8 +17,8 @@ from bench.scale import MB, edge_processes
 from bench.stock import SuperLink, app_bundle, environment, running, serverapp_grid, superlink, wait_until
 from espalier.methods.run_config import RunConfig
 from espalier.monitor.node_status import connected_upstreams
-from espalier.processes.supervise import espalier_command, espalier_env
 from espalier_edge.fleet.server import InlineFleet
+from espalier_server.processes import espalier_command, espalier_env
 from espalier_server.run import TreeRun
 from espalier_server.superlink.grid import TreeGrid
 

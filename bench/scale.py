@@ -22,8 +22,8 @@ from bench.report import Outcome, Row, Target, run
 from bench.stock import SuperLink, app_bundle, environment, running, serverapp_grid, superlink, wait_until
 from espalier.config.fields import FlatValue
 from espalier.methods.run_config import RunConfig
-from espalier.processes.supervise import espalier_command, espalier_env
 from espalier_edge.fleet.server import InlineFleet
+from espalier_server.processes import espalier_command, espalier_env
 from espalier_server.records.snapshot import Snapshot
 from espalier_server.run import TreeRun
 from espalier_server.superlink.grid import TreeGrid

@@ -16,8 +16,8 @@ import psutil
 
 from bench.report import Outcome, Row, Target, run
 from bench.stock import environment, running, wait_until
-from espalier.processes.supervise import espalier_command, espalier_env
 from espalier_edge.fleet.server import InlineFleet
+from espalier_server.processes import espalier_command, espalier_env
 
 ABOUT = "Seconds from a command to what it is for"
 LIMIT_SECONDS = 300.0

@@ -244,7 +244,7 @@ class Client:
         """Train one round."""
         from espalier.tasks.base import base_objective
         from espalier.training.objectives import LocalRound
-        from espalier.training.trainer import train_local
+        from espalier_client.trainer import train_local
 
         local = LocalRound(settings=self._settings, round=number + 1, state=self._state, own_state=True)
         objective = base_objective(self._settings)
@@ -260,7 +260,7 @@ class PlainLoop:
         import numpy as np
         import torch
 
-        from espalier.training.optimizers import RATES
+        from espalier_client.optimizers import RATES
 
         self._network, self._objective, self._settings = network.to(device).train(), objective, settings
         self._device = device

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import psutil
 
 from bench.report import Outcome, Target, run
-from espalier.processes.supervise import espalier_command, espalier_env
+from espalier_server.processes import espalier_command, espalier_env
 from espalier_server.records.events import EVENTS_FILE, read_from
 
 if TYPE_CHECKING:

@@ -13,8 +13,9 @@ import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
-from espalier.commands import certs, members
+from espalier.commands import members
 from espalier.security.certificates import facts
+from espalier_server.commands import certs
 
 TIERS = Path("/tiers")
 RENEW_DAYS = 30.0

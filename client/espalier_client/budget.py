@@ -9,11 +9,11 @@ from typing import Annotated, Literal
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from espalier.data.histogram import add_laplace_noise
 from espalier.errors import ConfigError, StateError
 from espalier.names import check_name
 from espalier.storage.json_file import write_json
 from espalier.training.privacy import Mechanism, epsilon_of
+from espalier_client.histogram import add_laplace_noise
 
 Kind = Literal["dp-sgd", "update"]
 

@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from espalier.data.histogram import label_histogram
 from espalier.data.joined import with_pixels
 from espalier.data.spec import open_data, open_test
 from espalier.errors import ConfigError
@@ -24,6 +23,7 @@ from espalier.storage.tensor_file import read_tensors, write_tensors
 from espalier.wire import control
 from espalier.wire.hello import device_facts
 from espalier_client.budget import Budget
+from espalier_client.histogram import label_histogram
 from espalier_client.speed import measured_speed
 from espalier_client.state import StateStore
 from espalier_proto import espalier_pb2 as pb

@@ -13,9 +13,9 @@ import torch
 from torch import Tensor, nn
 
 from espalier.training.objectives import LocalResult, LocalRound, Objective, Sum, TrainingError
-from espalier.training.optimizers import create_optimizer
 from espalier.training.privacy import Mechanism, require_opacus
-from espalier.training.trainer import seeded
+from espalier_client.optimizers import create_optimizer
+from espalier_client.trainer import seeded
 
 if TYPE_CHECKING:
     from espalier.data.imageset import ImageSet

@@ -29,7 +29,6 @@ from espalier.tasks.base import base_objective, dataset_loss
 from espalier.training.determinism import deterministic
 from espalier.training.objectives import LocalResult, LocalRound, Objective
 from espalier.training.privacy import Mechanism, PrivacySettings
-from espalier.training.trainer import train_local
 from espalier.wire import control
 from espalier.wire.codec import Codec, create_codec
 from espalier.wire.downlink import read_downlink
@@ -38,6 +37,7 @@ from espalier.wire.uplink import UplinkEncoding
 from espalier_client.device import Device
 from espalier_client.privacy import RoundPrivacy, check_plan
 from espalier_client.reply import new_report, pack_reply
+from espalier_client.trainer import train_local
 from espalier_proto import espalier_pb2 as pb
 
 if TYPE_CHECKING:

@@ -14,12 +14,12 @@ from espalier import distribution
 from espalier.errors import AddressError, EspalierError
 from espalier.monitor.service import MonitorServer
 from espalier.monitor.view import TreeView
-from espalier.processes.supervise import process_alive
 from espalier.security.keys import EDGE_KEYS, KeyRegistry
 from espalier.security.name_registry import EDGE_NAMES, NameRegistry
 from espalier.security.transport import Security
 from espalier.storage.json_file import write_json
 from espalier_proto import monitor_pb2 as mpb
+from espalier_server.processes import process_alive
 from espalier_server.records.events import EVENTS_FILE, read_from
 from espalier_server.superlink import submission as runs
 from espalier_server.superlink.clouds import Cloud

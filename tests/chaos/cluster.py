@@ -15,7 +15,7 @@ from typing import Any
 
 import psutil
 
-from espalier.processes.supervise import espalier_command, espalier_env
+from espalier_server.processes import espalier_command, espalier_env
 from espalier_server.records.events import EVENTS_FILE, FINAL, read_events
 from espalier_server.superlink.clouds import CLOUD_FILE, Cloud
 from espalier_server.superlink.submission import submit

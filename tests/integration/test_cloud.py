@@ -12,7 +12,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from espalier.processes.supervise import espalier_command, espalier_env
+from espalier_server.processes import espalier_command, espalier_env
 from espalier_server.records.events import read_events
 from espalier_server.superlink.clouds import CLOUD_FILE
 from tests.support.paths import ROOT

@@ -10,9 +10,9 @@ from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
 
-from espalier.processes.supervise import espalier_command, espalier_env
 from espalier.security.transport import Security
 from espalier_server.commands.status_client import ask_status, watch
+from espalier_server.processes import espalier_command, espalier_env
 from tests.support.certificates import Authority
 from tests.support.paths import ROOT
 from tests.support.processes import free_port, running, wait_until

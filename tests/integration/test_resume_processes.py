@@ -16,7 +16,7 @@ import pytest
 from bench.local_tree import LocalClient, LocalTree
 from bench.stock import running
 
-from espalier.processes.supervise import espalier_command, espalier_env
+from espalier_server.processes import espalier_command, espalier_env
 from espalier_server.records.checkpoint import Checkpoints
 from espalier_server.records.events import read_events
 from tests.support.paths import ROOT

@@ -28,8 +28,7 @@ from espalier.flower.node_state import load_key
 from espalier.flower.resident import ResidentNode
 from espalier.flower.upstreams import Upstream
 from espalier.monitor.node_log import event_logger
-from espalier.processes.supervise import espalier_command, espalier_env
-from espalier.security.certificates import Pair, issue, new_authority
+from espalier.security.certificates import Pair
 from espalier.security.keys import CLIENT_KEYS, EDGE_KEYS, KeyRegistry, fingerprint
 from espalier.security.refusals import Refusals
 from espalier.wire import control
@@ -37,6 +36,8 @@ from espalier_edge.admission import Admission
 from espalier_edge.fleet.server import InlineFleet
 from espalier_edge.roster import Roster
 from espalier_proto import espalier_pb2 as pb
+from espalier_server.certificate_authority import issue, new_authority
+from espalier_server.processes import espalier_command, espalier_env
 from espalier_server.records.events import read_events
 from tests.support.flower_helpers import fleet, online
 from tests.support.processes import free_port, wait_until

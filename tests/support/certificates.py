@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from espalier.security.certificates import issue, new_authority
+from espalier_server.certificate_authority import issue, new_authority
 
 
 class Authority:

@@ -10,7 +10,7 @@ from typing import Any
 from espalier.errors import AddressError, EspalierError
 from espalier.preflight import machine, tls
 from espalier.preflight.findings import Findings
-from espalier.processes.supervise import check_free
+from espalier.processes.ports import check_free
 from espalier.security.transport import Address, Security, parse_address
 
 #: Seconds by which two clocks may differ before a warning.

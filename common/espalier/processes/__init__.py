@@ -1,1 +1,1 @@
-"""Child processes and signals."""
+"""What every long-lived process needs of the operating system: signals and ports."""

@@ -50,7 +50,7 @@ def cloud(
     # survive a fork.
     os.environ.setdefault("GRPC_ENABLE_FORK_SUPPORT", "0")
     from espalier.environment import check_libraries
-    from espalier.processes.supervise import signals_interrupt
+    from espalier_server.processes import signals_interrupt
 
     check_libraries("cloud")
 

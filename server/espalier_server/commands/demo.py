@@ -11,7 +11,10 @@ from pathlib import Path
 from espalier.config.fields import FlatValue
 from espalier.data.spec import parse_spec
 from espalier.errors import ConfigError, EspalierError
-from espalier.processes.supervise import (
+from espalier.security.transport import Address
+from espalier_server.commands.follow import check_folder, describe_result, prepare, run_to_end
+from espalier_server.commands.run_view import RunView
+from espalier_server.processes import (
     Group,
     espalier_command,
     espalier_env,
@@ -19,9 +22,6 @@ from espalier.processes.supervise import (
     listens,
     signals_interrupt,
 )
-from espalier.security.transport import Address
-from espalier_server.commands.follow import check_folder, describe_result, prepare, run_to_end
-from espalier_server.commands.run_view import RunView
 from espalier_server.records.events import EVENTS_FILE
 from espalier_server.superlink.clouds import Cloud, find_cloud, running_clouds
 

@@ -10,8 +10,8 @@ from pathlib import Path
 
 from espalier.config.fields import FlatValue
 from espalier.errors import EspalierError, StateError
-from espalier.processes.supervise import signals_interrupt
 from espalier_server.commands.run_view import RunView
+from espalier_server.processes import signals_interrupt
 from espalier_server.records.events import EVENTS_FILE, FINAL, read_events, read_from
 from espalier_server.superlink.clouds import Cloud
 from espalier_server.superlink.submission import Submission, flower_status, forget, stop_run, submit

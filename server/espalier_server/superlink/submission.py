@@ -17,9 +17,9 @@ from typing import Any
 
 from espalier.config.fields import FlatValue
 from espalier.errors import ConfigError, EspalierError, StateError
-from espalier.processes.supervise import espalier_env
 from espalier.storage.json_file import write_json
 from espalier_server import FLOWER_APP
+from espalier_server.processes import espalier_env
 from espalier_server.records.events import EVENTS_FILE, FINAL, STOP_FILE, EventLog, read_from
 from espalier_server.superlink.clouds import Cloud, running_clouds
 

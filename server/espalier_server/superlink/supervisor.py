@@ -16,9 +16,14 @@ from espalier.errors import ConfigError, EspalierError, StateError
 from espalier.monitor.logs import Forwarder, announce, is_json
 from espalier.monitor.metrics import TreeCollector, serve_metrics
 from espalier.names import check_name
-from espalier.processes.supervise import (
+from espalier.processes.ports import check_free
+from espalier.security.certificates import check_served
+from espalier.security.keys import EDGE_KEYS, KEYS_ONLY, KeyRegistry
+from espalier.security.transport import Address, Security, parse_address
+from espalier.storage.lock import FolderLock
+from espalier_server.monitor import CloudSource, monitored
+from espalier_server.processes import (
     Process,
-    check_free,
     espalier_env,
     listens,
     process_alive,
@@ -26,11 +31,6 @@ from espalier.processes.supervise import (
     spawn,
     stop,
 )
-from espalier.security.certificates import check_served
-from espalier.security.keys import EDGE_KEYS, KEYS_ONLY, KeyRegistry
-from espalier.security.transport import Address, Security, parse_address
-from espalier.storage.lock import FolderLock
-from espalier_server.monitor import CloudSource, monitored
 from espalier_server.records.events import FINAL, read_from
 from espalier_server.superlink import submission as runs
 from espalier_server.superlink.admission import EdgeAdmission

@@ -33,9 +33,9 @@ from espalier.training.privacy import (
     noise_of,
     update_mechanism,
 )
-from espalier.training.trainer import train_local
 from espalier.wire.sections import SectionId
 from espalier_client.dp_sgd import PrivateGradients, train_private
+from espalier_client.trainer import train_local
 from tests.support.terms import Images, local_round, moved, network
 
 HUGE = 1e6

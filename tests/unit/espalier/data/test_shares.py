@@ -11,12 +11,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from espalier.data.histogram import label_histogram
 from espalier.data.imageset import ImageSet
 from espalier.data.partition import Scheme, assign
 from espalier.data.shares import Extras, apportion, divide_test, hold_out, label_table, resize
 from espalier.data.spec import open_data, open_test, parse_spec
 from espalier.errors import DataError
+from espalier_client.histogram import label_histogram
 
 
 def labels_of(counts: list[int]) -> np.ndarray:

@@ -12,12 +12,12 @@ import pytest
 import torch
 from PIL import Image
 
-from espalier.data.histogram import label_histogram
 from espalier.data.imageset import ImageSet
 from espalier.data.partition import Scheme
 from espalier.data.sources import NAMED, Source
 from espalier.data.spec import open_data, parse_spec, sharing_sources
 from espalier.errors import DataError
+from espalier_client.histogram import label_histogram
 from tests.support.paths import ROOT
 
 SHARED = ROOT.parent / "shared" / "data"

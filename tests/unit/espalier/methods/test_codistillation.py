@@ -16,7 +16,7 @@ from espalier.models.architecture import describe
 from espalier.models.arrays import model_arrays
 from espalier.tasks.classification import CrossEntropy
 from espalier.training.objectives import Objective
-from espalier.training.trainer import train_local
+from espalier_client.trainer import train_local
 from tests.support.terms import Images, batch, local_round, network, received, result
 
 

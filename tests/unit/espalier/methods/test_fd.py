@@ -13,7 +13,6 @@ from torch.nn import functional
 from espalier.methods.fd import STATE, SoftLabelDistillation
 from espalier.tasks.classification import CrossEntropy
 from espalier.training.objectives import Objective
-from espalier.training.trainer import train_local
 from espalier.wire.class_table import (
     COUNT,
     MEAN,
@@ -26,6 +25,7 @@ from espalier.wire.class_table import (
     given_arrays,
     merge,
 )
+from espalier_client.trainer import train_local
 from tests.support.terms import Images, batch, local_round, moved, network, result
 
 CLASSES = 10

@@ -12,7 +12,7 @@ from torch import Generator, Tensor, nn
 
 from espalier.methods.feddyn import DynamicRegularizer, H
 from espalier.training.objectives import LocalRound, Objective
-from espalier.training.trainer import train_local
+from espalier_client.trainer import train_local
 from tests.support.by_hand import (
     EDGES,
     aggregate,

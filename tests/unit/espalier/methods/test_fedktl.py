@@ -24,9 +24,9 @@ from espalier.methods.fedktl.client import (
     transfer_head,
 )
 from espalier.training.objectives import TrainingError
-from espalier.training.trainer import train_local
 from espalier.wire.class_table import UNIT_PROTOTYPE
 from espalier.wire.pairs import PAIRS, Pairs, to_pixels
+from espalier_client.trainer import train_local
 from tests.support.terms import Images, batch, gradients, local_round, moved, network, received, result
 
 CLASSES = 10

@@ -14,7 +14,7 @@ from torch.nn import functional
 
 from espalier.methods.fjord import OrderedDropout, statistics
 from espalier.training.objectives import TrainingError
-from espalier.training.trainer import train_local
+from espalier_client.trainer import train_local
 from tests.support.by_hand import (
     EDGES,
     Arrays,

@@ -26,7 +26,7 @@ from espalier.models.pruning import prune
 from espalier.tasks.classification import CrossEntropy
 from espalier.tasks.diffusion import DDPMLoss
 from espalier.training.objectives import LocalRound, Objective, TrainingError
-from espalier.training.trainer import train_local
+from espalier_client.trainer import train_local
 from tests.support.terms import Images, batch, gradients, local_round, moved, network, received, result
 
 

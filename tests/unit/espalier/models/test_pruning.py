@@ -149,7 +149,7 @@ def test_costs_agree_with_the_pruning_librarys_count(dense: Any, paper: nn.Modul
 def test_a_devices_modules_do_not_import_the_pruning_library() -> None:
     code = (
         "import sys, espalier.models.architecture, espalier.models.unet, espalier_server.evaluation.cost, "
-        "espalier.models.pipeline, espalier.training.trainer; assert 'torch_pruning' not in sys.modules; "
+        "espalier.models.pipeline, espalier_client.trainer; assert 'torch_pruning' not in sys.modules; "
         "assert 'diffusers' not in sys.modules"
     )
     subprocess.run([sys.executable, "-c", code], check=True, timeout=120)

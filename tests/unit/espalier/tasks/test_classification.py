@@ -12,7 +12,7 @@ from torch.nn import functional
 
 from espalier.tasks.classification import CrossEntropy, MaskedCrossEntropy
 from espalier.training.objectives import TrainingError
-from espalier.training.trainer import train_local
+from espalier_client.trainer import train_local
 from tests.support.terms import Images, batch, local_round, network
 
 

@@ -13,8 +13,8 @@ from espalier.methods.run_config import RunConfig
 from espalier.models.initial import initial_model
 from espalier.tasks.classification import CrossEntropy
 from espalier.training.objectives import TrainingError
-from espalier.training.trainer import train_local
 from espalier.wire.sections import GRADIENT
+from espalier_client.trainer import train_local
 from tests.support.terms import Images, local_round, network, received, result
 
 

@@ -14,7 +14,7 @@ import psutil
 import pytest
 
 from espalier.errors import EspalierError
-from espalier.processes.supervise import Group, espalier_env, free_ports, listens, spawn, stop
+from espalier_server.processes import Group, espalier_env, free_ports, listens, spawn, stop
 from tests.support.paths import ROOT
 from tests.support.processes import wait_until
 
@@ -79,7 +79,7 @@ def test_stop_reaches_grandchildren(tmp_path: Path) -> None:
 @pytest.mark.skipif(sys.platform != "linux", reason="PR_SET_PDEATHSIG is Linux's")
 def test_children_die_with_a_parent_that_is_killed(tmp_path: Path) -> None:
     program = (
-        "import sys, time; from pathlib import Path; from espalier.processes.supervise import spawn; "
+        "import sys, time; from pathlib import Path; from espalier_server.processes import spawn; "
         f"p = spawn('child', [sys.executable, '-c', {SLEEP!r}], Path({str(tmp_path / 'c.log')!r})); "
         "print(p.popen.pid, flush=True); time.sleep(600)"
     )

@@ -5,8 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from espalier.data.histogram import add_laplace_noise, label_histogram
 from espalier.errors import DataError
+from espalier_client.histogram import add_laplace_noise, label_histogram
 
 
 def test_counts_by_hand() -> None:

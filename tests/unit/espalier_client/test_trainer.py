@@ -18,7 +18,7 @@ from espalier.models.unet import unet
 from espalier.tasks.diffusion import DDPMLoss
 from espalier.training.device import resolve_device
 from espalier.training.objectives import LocalResult, LocalRound, Objective
-from espalier.training.trainer import TrainingError, train_local
+from espalier_client.trainer import TrainingError, train_local
 
 
 class Images:

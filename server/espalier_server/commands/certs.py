@@ -47,7 +47,7 @@ def init(
     retire: Annotated[bool, typer.Option("--retire", help="Remove the old authorities from ca.pem.")] = False,
 ) -> None:
     """Make the authority that signs servers' certificates; its folder is secret."""
-    from espalier.security.certificates import in_force, new_authority
+    from espalier_server.certificate_authority import in_force, new_authority
 
     roots = folder / CA
     if retire:
@@ -175,7 +175,8 @@ def _plain(file: Path, said: Facts) -> dict[str, object]:
 
 def _certify(folder: Path, out: Path, hosts: list[str] | None, days: float) -> None:
     """Write a new server certificate, its key and the authorities into `out`."""
-    from espalier.security.certificates import OWN_HOSTS, facts, issue
+    from espalier.security.certificates import facts
+    from espalier_server.certificate_authority import OWN_HOSTS, issue
 
     if not hosts and (out / CERTIFICATE).exists():
         hosts = list(facts(_read(out / CERTIFICATE), str(out / CERTIFICATE))[0].hosts)
@@ -194,7 +195,7 @@ def _certify(folder: Path, out: Path, hosts: list[str] | None, days: float) -> N
 
 
 def _make_node_key(out: Path) -> None:
-    from espalier.security.certificates import node_key_pair
+    from espalier_server.certificate_authority import node_key_pair
 
     private, public = node_key_pair()
     for name in (NODE_KEY, NODE_PUBLIC):

@@ -9,8 +9,8 @@ from torch import Generator, Tensor, nn
 
 from espalier.methods.run_config import RunConfig
 from espalier.training.objectives import LocalRound, Objective, Sum
-from espalier.training.optimizers import learning_rate, optimizer_kind
-from espalier.training.trainer import train_local
+from espalier_client.optimizers import learning_rate, optimizer_kind
+from espalier_client.trainer import train_local
 from tests.support.terms import Images
 
 

@@ -15,7 +15,7 @@ from torch import nn
 
 from espalier.training.objectives import LocalResult, LocalRound, Objective
 from espalier.training.objectives import TrainingError as TrainingError
-from espalier.training.optimizers import create_optimizer
+from espalier_client.optimizers import create_optimizer
 
 if TYPE_CHECKING:
     from espalier.data.imageset import ImageSet
@@ -34,7 +34,7 @@ def train_local(
 
     Every epoch visits every image once in a new order. There are ``local_epochs`` epochs, or with ``local_steps``
     as many as that number of steps needs, the last one incomplete. Gradients are clipped to ``clip_norm`` and
-    applied by :mod:`espalier.training.optimizers`.
+    applied by :mod:`espalier_client.optimizers`.
 
     The caller calls ``objective.extra`` and ``objective.end``, after it has encoded the update.
 
