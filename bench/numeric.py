@@ -27,7 +27,8 @@ from espalier.methods.views import buffers_of
 from espalier.processes.signals import stop_on_signals
 from espalier.seeds import rng_for
 from espalier.wire import control
-from espalier.wire.codec import Codec, create_codec
+from espalier.wire.codec import Codec
+from espalier.wire.codec_registry import create_codec
 from espalier.wire.downlink import read_downlink
 from espalier.wire.hello import device_facts
 from espalier.wire.payload import Weights

@@ -30,7 +30,8 @@ from espalier.training.determinism import deterministic
 from espalier.training.objectives import LocalResult, LocalRound, Objective
 from espalier.training.privacy import Mechanism, PrivacySettings
 from espalier.wire import control
-from espalier.wire.codec import Codec, create_codec
+from espalier.wire.codec import Codec
+from espalier.wire.codec_registry import create_codec
 from espalier.wire.downlink import read_downlink
 from espalier.wire.sections import MODEL, Layouts, Payload, Sections
 from espalier.wire.uplink import UplinkEncoding

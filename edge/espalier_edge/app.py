@@ -22,8 +22,8 @@ from espalier.wire import control
 from espalier.wire.downlink import read_downlink
 from espalier.wire.hello import device_facts
 from espalier.wire.sections import Payload
+from espalier_edge.edge_status import EdgeTotals
 from espalier_edge.fleet.server import InlineFleet, InlineGrid
-from espalier_edge.monitor import EdgeTotals
 from espalier_edge.pace import Pace
 from espalier_edge.relay import relay, run_record
 from espalier_edge.roster import Roster
@@ -105,7 +105,7 @@ class EdgeApp:
         else:
             with self._window:
                 plan = control.plan_bytes(message)
-                self.totals.came_down(payload_bytes(message.content))
+                self.totals.count_window_plan(payload_bytes(message.content))
                 content = (
                     self._relay(message, context)
                     if plan is None

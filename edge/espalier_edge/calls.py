@@ -19,7 +19,8 @@ from espalier.methods.state import ServerState, architecture_layout
 from espalier.methods.views import ClientView, answer_layouts, buffers_of, whole_view
 from espalier.training.privacy import PrivacySettings
 from espalier.wire import control
-from espalier.wire.codec import Codec, CodecSettings, create_codec
+from espalier.wire.codec import Codec
+from espalier.wire.codec_registry import CodecSettings, create_codec
 from espalier.wire.downlink import DownlinkEncoding
 from espalier.wire.payload import Layout
 from espalier.wire.sections import MODEL, PEER, difference, layouts_from_proto, layouts_to_proto

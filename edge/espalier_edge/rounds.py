@@ -22,7 +22,7 @@ from espalier.methods.state import ServerState
 from espalier.methods.views import buffers_of
 from espalier.seeds import rng_for
 from espalier.wire import control
-from espalier.wire.codec import CodecSettings, create_codec
+from espalier.wire.codec_registry import CodecSettings, create_codec
 from espalier.wire.sections import Payload, layouts_to_proto
 from espalier.wire.uplink import UplinkEncoding
 from espalier_edge.calls import Answered, Caller

@@ -14,10 +14,10 @@ from espalier.processes.signals import stop_on_signals
 from espalier.security.keys import CLIENT_KEYS, KeyRegistry
 from espalier.security.refusals import Refusals
 from espalier.security.transport import Address, Security
-from espalier_edge.admission import Admission
 from espalier_edge.app import SIDE_TYPES, EdgeApp
+from espalier_edge.edge_status import EdgeSource, monitored
 from espalier_edge.fleet.server import InlineFleet
-from espalier_edge.monitor import EdgeSource, looked_on
+from espalier_edge.key_admission import KeyAdmission
 
 log = logging.getLogger("espalier.edge")
 
@@ -70,7 +70,7 @@ def run_edge(
         require_keys=registry is not None,
         on_refused=Refusals(registry, "espalier clients add", log) if registry else None,
     )
-    admission = Admission(fleet, registry) if registry else None
+    admission = KeyAdmission(fleet, registry) if registry else None
 
     class Cloud:
         """Requests of the edge app to the cloud, over the uplink."""
@@ -103,7 +103,7 @@ def run_edge(
     stop_on_signals(node.stop)
     try:
         source = EdgeSource(name, app.roster, lambda: app.progress, app.totals, status)
-        with status, looked_on(source, monitor, metrics, security):
+        with status, monitored(source, monitor, metrics, security):
             node.run()
     finally:
         if admission is not None:

@@ -9,7 +9,7 @@ from flwr.serverapp import Grid, ServerApp
 
 from espalier.methods.run_config import RunConfig
 from espalier.monitor.logs import FORMAT_ENV, configure
-from espalier_server.monitor import remember_run
+from espalier_server.cloud_status import remember_run
 from espalier_server.records.resume import locked
 from espalier_server.run import TreeRun, check_folder, cloud_state, run_folder
 from espalier_server.superlink.grid import TreeGrid

@@ -16,7 +16,7 @@ from espalier.methods.aggregate import forwarded_in, rows_in
 from espalier.methods.base import CloudState, Method
 from espalier.methods.views import buffers_of
 from espalier.wire import control
-from espalier.wire.codec import CodecSettings, create_codec
+from espalier.wire.codec_registry import CodecSettings, create_codec
 from espalier.wire.downlink import DownlinkEncoding
 from espalier.wire.sections import Layouts, Payload, layouts_from_proto
 from espalier.wire.traffic import CLIENT_EDGE, EDGE_CLOUD

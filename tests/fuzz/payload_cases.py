@@ -14,7 +14,7 @@ from espalier.wire import control
 from espalier.wire.bitpack import pack as pack_bits
 from espalier.wire.bitpack import unpack as unpack_bits
 from espalier.wire.class_table import ClassTable, given_arrays, given_table, merge
-from espalier.wire.codec import create_codec
+from espalier.wire.codec_registry import create_codec
 from espalier.wire.downlink import DownlinkEncoding, read_downlink
 from espalier.wire.pairs import Pairs
 from espalier.wire.payload import Layout, Weights

@@ -32,8 +32,8 @@ from espalier.security.certificates import Pair
 from espalier.security.keys import CLIENT_KEYS, EDGE_KEYS, KeyRegistry, fingerprint
 from espalier.security.refusals import Refusals
 from espalier.wire import control
-from espalier_edge.admission import Admission
 from espalier_edge.fleet.server import InlineFleet
+from espalier_edge.key_admission import KeyAdmission
 from espalier_edge.roster import Roster
 from espalier_proto import espalier_pb2 as pb
 from espalier_server.certificate_authority import issue, new_authority
@@ -159,7 +159,7 @@ def guarded(folder: Path, authority: Pair) -> Iterator[tuple[InlineFleet, KeyReg
     refused = Refusals(registry, "espalier clients add", logging.getLogger("espalier.edge"))
     options = served(authority, good(authority)) | {"require_keys": True, "on_refused": refused}
     with fleet("localhost:0", **options) as server:
-        admission = Admission(server, registry)
+        admission = KeyAdmission(server, registry)
         admission.start()
         try:
             yield server, registry, Upstream(f"localhost:{server.port}", authority.certificate)

@@ -24,7 +24,7 @@ from espalier.methods.shape import ShapeSettings
 from espalier.models.presets import task_of
 from espalier.tasks.diffusion_settings import DiffusionSettings
 from espalier.training.privacy import DeltaSettings, PrivacySettings
-from espalier.wire.codec import CodecSettings
+from espalier.wire.codec_registry import CodecSettings
 from espalier.wire.compression import QSGD, TopK
 
 #: Groups that every run uses beside the core's.

@@ -18,7 +18,7 @@ from espalier.methods.views import ClientView
 from espalier.models.families import model_of
 from espalier.models.presets import is_model
 from espalier.seeds import seed_for
-from espalier.wire.codec import CodecSettings
+from espalier.wire.codec_registry import CodecSettings
 from espalier.wire.sections import Layouts, Payload, SectionId
 from espalier_proto import espalier_pb2 as pb
 

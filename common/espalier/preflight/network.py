@@ -134,7 +134,7 @@ def _compare(found: Findings, server: str, security: Security) -> None:
 
 
 def _try_admission(found: Findings, server: str, security: Security, state: Path, key: Any) -> None:
-    from espalier.flower.admission import try_admission
+    from espalier.flower.admission_probe import try_admission
     from espalier.flower.upstreams import Upstream
 
     try:

@@ -3,18 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, ClassVar, Literal, Protocol
+from typing import ClassVar, Protocol
 
 import numpy as np
-from pydantic import Field
 
-from espalier.config.fields import SettingsGroup
 from espalier.errors import EspalierError, WireError
 from espalier.wire.half import from_half, is_finite, to_half
 from espalier.wire.payload import STORED_AS, Layout, TensorSpec, Weights
-
-if TYPE_CHECKING:
-    from espalier.config.run_settings import RunSettings
 
 Arrays = Mapping[str, np.ndarray]
 
@@ -182,50 +177,6 @@ class BFloat16:
     def layout(self, like: Layout) -> Layout:
         """Return the same names and shapes in bfloat16."""
         return _retyped(like, "bfloat16")
-
-
-class CodecSettings(SettingsGroup):
-    """How updates, models sent down and edge reports are encoded."""
-
-    codec: Literal["auto", "none", "fp16", "bf16", "qsgd", "top-k"] = Field(
-        default="auto", description="encoding of clients' updates; auto: the method's"
-    )
-    downlink: Literal["none", "fp16", "bf16"] = Field(
-        default="none",
-        description="encoding of the network's tensors on their way down, to edges and clients",
-    )
-    edge_codec: Literal["none", "fp16", "bf16", "qsgd", "top-k"] = Field(
-        default="none", description="encoding of the network's tensors in edges' reports to the cloud"
-    )
-
-
-def create_codec(settings: RunSettings, name: str = "") -> Codec:
-    """Return the codec of a run.
-
-    Parameters
-    ----------
-    settings : RunSettings
-        The run's; `QSGD.Settings` and `TopK.Settings` are read for their codecs.
-    name : str, optional
-        What the method makes of ``codec=auto``; by default the setting itself.
-
-    Raises
-    ------
-    ValueError
-        If there is no codec of that name, "auto" included.
-    """
-    from espalier.wire.compression import QSGD, TopK  # they build on this module
-
-    name = name or settings.of(CodecSettings).codec
-    if name == "qsgd":
-        s = settings.of(QSGD.Settings)
-        return QSGD(s.codec_levels, per_tensor=s.codec_norm == "tensor")
-    if name == "top-k":
-        return TopK(settings.of(TopK.Settings).codec_keep)
-    plain: dict[str, type[Codec]] = {c.name: c for c in (Whole, Float16, BFloat16)}
-    if name not in plain:
-        raise ValueError(f"there is no codec {name!r}; the method settles codec=auto")
-    return plain[name]()
 
 
 # --- for codecs ------------------------------------------------------------------------------------

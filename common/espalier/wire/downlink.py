@@ -10,7 +10,8 @@ from flwr.app import Message
 from espalier.config.run_settings import RunSettings
 from espalier.errors import WireError
 from espalier.wire import control
-from espalier.wire.codec import Codec, CodecSettings, create_codec
+from espalier.wire.codec import Codec
+from espalier.wire.codec_registry import CodecSettings, create_codec
 from espalier.wire.payload import Layout, Weights, fault_of
 from espalier.wire.sections import MODEL, Layouts, Payload
 from espalier_proto import espalier_pb2 as pb

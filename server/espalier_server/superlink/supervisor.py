@@ -21,7 +21,7 @@ from espalier.security.certificates import check_served
 from espalier.security.keys import EDGE_KEYS, KEYS_ONLY, KeyRegistry
 from espalier.security.transport import Address, Security, parse_address
 from espalier.storage.lock import FolderLock
-from espalier_server.monitor import CloudSource, monitored
+from espalier_server.cloud_status import CloudSource, monitored
 from espalier_server.processes import (
     Process,
     espalier_env,
@@ -33,8 +33,8 @@ from espalier_server.processes import (
 )
 from espalier_server.records.events import FINAL, read_from
 from espalier_server.superlink import submission as runs
-from espalier_server.superlink.admission import EdgeAdmission
 from espalier_server.superlink.clouds import Cloud, running_clouds
+from espalier_server.superlink.edge_admission import EdgeAdmission
 from espalier_server.superlink.submission import Submission
 
 log = logging.getLogger("espalier.cloud")

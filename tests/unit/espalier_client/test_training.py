@@ -20,7 +20,7 @@ from espalier.methods.views import buffers_of
 from espalier.models import model_cache
 from espalier.training.objectives import TrainingError
 from espalier.wire import control
-from espalier.wire.codec import create_codec
+from espalier.wire.codec_registry import create_codec
 from espalier.wire.sections import GRADIENT, MODEL, SectionId
 from espalier.wire.uplink import UplinkEncoding
 from espalier_client import state

@@ -13,7 +13,7 @@ from espalier.errors import AddressError
 from espalier.monitor.metrics import NodeCollector, TreeCollector, serve_metrics
 from espalier.monitor.node_status import NodeStatus
 from espalier.security.transport import Address
-from espalier_edge.monitor import EdgeSource, EdgeTotals
+from espalier_edge.edge_status import EdgeSource, EdgeTotals
 from espalier_edge.roster import Known
 from espalier_edge.rounds import EdgeProgress
 from espalier_proto import espalier_pb2 as pb
@@ -98,7 +98,7 @@ def test_an_edge_for_itself(tmp_path: Path) -> None:
         client_edge=pb.LinkBytes(up_bytes=30, down_bytes=40, messages=2),
         faults=[pb.Fault(tier="edge", node="c2", kind="straggler", window=1, round=1)],
     )
-    totals.came_down(9)
+    totals.count_window_plan(9)
     totals.add(report, 7)
     uplink = NodeStatus(tmp_path, ["cloud:1"])
     uplink("connected", {"upstream": "cloud:1", "node_id": 1})

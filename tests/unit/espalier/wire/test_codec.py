@@ -13,7 +13,8 @@ from hypothesis.extra import numpy as hnp
 from espalier.errors import ConfigError, WireError
 from espalier.methods.run_config import RunConfig
 from espalier.wire.bitpack import MAX_WIDTH, pack, packed_size, unpack
-from espalier.wire.codec import BFloat16, Codec, CodecError, Float16, Whole, create_codec
+from espalier.wire.codec import BFloat16, Codec, CodecError, Float16, Whole
+from espalier.wire.codec_registry import create_codec
 from espalier.wire.compression import MAX_LEVELS, QSGD, TopK
 from espalier.wire.payload import STORED_AS, Layout, Weights
 

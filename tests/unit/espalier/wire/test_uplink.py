@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 
 from espalier.errors import WireError
 from espalier.methods.run_config import RunConfig
-from espalier.wire.codec import Codec, create_codec
+from espalier.wire.codec import Codec
+from espalier.wire.codec_registry import create_codec
 from espalier.wire.payload import Layout, TensorSpec
 from espalier.wire.sections import GRADIENT, MODEL, Payload, SectionId, Sections
 from espalier.wire.uplink import CODE, UplinkEncoding

@@ -53,7 +53,7 @@ class EdgeTotals:
                     totals.training_seconds += client.seconds
         self.count(report.faults)
 
-    def came_down(self, size: int) -> None:
+    def count_window_plan(self, size: int) -> None:
         """Count the payload of a window's plan."""
         with self._lock:
             self._links[EDGE_CLOUD].down_bytes += size
@@ -170,7 +170,7 @@ class EdgeSource:
 
 
 @contextmanager
-def looked_on(
+def monitored(
     source: EdgeSource, monitor: str, metrics: Address | None, security: Security
 ) -> Iterator[None]:
     """Serve an edge's monitoring API and metrics, if enabled, while the context lasts.

@@ -12,8 +12,8 @@ from flwr.supercore.primitives.asymmetric import public_key_to_bytes
 from espalier.errors import AddressError
 from espalier.security.keys import EDGE_KEYS, KeyRegistry, fingerprint
 from espalier.security.refusals import AGAIN_SECONDS, Refusals
-from espalier_server.superlink.admission import EdgeAdmission
 from espalier_server.superlink.clouds import Cloud
+from espalier_server.superlink.edge_admission import EdgeAdmission
 
 PEMS = [public_key_to_bytes(ec.generate_private_key(ec.SECP256R1()).public_key()) for _ in range(3)]
 
@@ -44,8 +44,8 @@ class Flower:
 @pytest.fixture
 def flower(monkeypatch: pytest.MonkeyPatch) -> Flower:
     flower = Flower()
-    monkeypatch.setattr("espalier_server.superlink.admission.register_node", flower.register)
-    monkeypatch.setattr("espalier_server.superlink.admission.unregister_node", flower.unregister)
+    monkeypatch.setattr("espalier_server.superlink.edge_admission.register_node", flower.register)
+    monkeypatch.setattr("espalier_server.superlink.edge_admission.unregister_node", flower.unregister)
     return flower
 
 
@@ -91,7 +91,7 @@ def test_what_flower_refuses_is_tried_again(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     now = 1000.0
-    monkeypatch.setattr("espalier_server.superlink.admission.time.monotonic", lambda: now)
+    monkeypatch.setattr("espalier_server.superlink.edge_admission.time.monotonic", lambda: now)
     registry.add("a", PEMS[0])
     flower.down = True
     admission.start_over()

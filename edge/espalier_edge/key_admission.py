@@ -1,4 +1,4 @@
-"""Restricts the edge's Fleet server to clients with registered keys, and follows changes of the registry."""
+"""Admits clients with registered keys to the edge's Fleet server, and applies changes of the registry."""
 
 from __future__ import annotations
 
@@ -11,10 +11,11 @@ from espalier_edge.fleet.server import InlineFleet
 
 log = logging.getLogger("espalier.edge")
 
-LOOK_SECONDS = 1.0
+#: Seconds between two reads of the registry.
+READ_INTERVAL = 1.0
 
 
-class Admission:
+class KeyAdmission:
     """Synchronises the keys that a Fleet server admits with a registry.
 
     Parameters
@@ -22,7 +23,7 @@ class Admission:
     fleet : InlineFleet
         The server; it must require keys.
     registry : KeyRegistry
-        Who is admitted. Another process may change it.
+        The clients that are admitted. Another process may change it.
     """
 
     def __init__(self, fleet: InlineFleet, registry: KeyRegistry) -> None:
@@ -33,14 +34,14 @@ class Admission:
         self._thread = threading.Thread(target=self._watch, name="admission", daemon=True)
 
     def start(self) -> None:
-        """Admit the registered clients, and follow changes of the registry from now on.
+        """Admit the registered clients, and apply changes of the registry from now on.
 
         Raises
         ------
         StateError
             If the registry is damaged.
         """
-        self.follow()
+        self.update()
         if not self._admitted:
             log.warning(
                 "no client is registered in %s, so none can connect; espalier clients add NAME KEY.pub --state %s",
@@ -50,12 +51,12 @@ class Admission:
         self._thread.start()
 
     def stop(self) -> None:
-        """Stop following changes."""
+        """Stop applying changes."""
         self._stopped.set()
         if self._thread.is_alive():
-            self._thread.join(2 * LOOK_SECONDS)
+            self._thread.join(2 * READ_INTERVAL)
 
-    def follow(self) -> None:
+    def update(self) -> None:
         """Make the server admit exactly the valid keys."""
         wanted = self._registry.owners()
         for key, name in list(self._admitted.items()):
@@ -70,14 +71,13 @@ class Admission:
                 log.info("client %s is admitted", name)
 
     def _watch(self) -> None:
-        told = ""
-        while not self._stopped.wait(LOOK_SECONDS):
+        reported = ""
+        while not self._stopped.wait(READ_INTERVAL):
             try:
-                self.follow()
-                told = ""
-            except (
-                StateError
-            ) as error:  # a damaged file: the admitted clients stay admitted until it is repaired
-                if str(error) != told:
-                    told = str(error)
+                self.update()
+                reported = ""
+            except StateError as error:
+                # The file is damaged: the admitted clients stay admitted until it is repaired.
+                if str(error) != reported:  # log each error once, not every second
+                    reported = str(error)
                     log.error("%s", error)
