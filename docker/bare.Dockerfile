@@ -1,8 +1,8 @@
-# What docker/check.py measures the image against: torch, diffusers and flwr alone, installed the same way.
+# The image that docker/check.py compares with: torch, diffusers and flwr alone, in the same versions, installed the same way.
 ARG BASE=debian:bookworm-slim
 ARG BUILDER=${BASE}
 
-# Apart, so that the packages' layer is kept as long as these three stay the same.
+# A stage of its own: the layer of the packages stays cached as long as the constraints do not change.
 FROM ${BASE} AS wanted
 COPY constraints.txt /
 RUN grep -E '^torch==' /constraints.txt > /first.txt \
@@ -13,11 +13,11 @@ RUN apt-get update && apt-get install -y --no-install-recommends python3 python3
 RUN python3 -m venv /opt/tools \
     && /opt/tools/bin/pip install --no-cache-dir --quiet --upgrade pip \
     && python3 -m venv --without-pip /opt/bare
-COPY --from=wanted /first.txt /rest.txt /
+COPY --from=wanted /constraints.txt /first.txt /rest.txt /
 ARG TORCH_INDEX=
 ENV PIP_NO_CACHE_DIR=1 PIP_PYTHON=/opt/bare/bin/python PIP_PROGRESS_BAR=off
-RUN /opt/tools/bin/pip install -r /first.txt ${TORCH_INDEX:+--index-url "$TORCH_INDEX"} \
-    && /opt/tools/bin/pip install -r /rest.txt
+RUN /opt/tools/bin/pip install -r /first.txt -c /constraints.txt ${TORCH_INDEX:+--index-url "$TORCH_INDEX"} \
+    && /opt/tools/bin/pip install -r /rest.txt -c /constraints.txt
 
 FROM ${BASE}
 RUN apt-get update \

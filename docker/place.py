@@ -1,7 +1,7 @@
 """Starts a client container of docker-compose.yml in a free place: a name, a node key and a share of the data.
 
-Scaled containers are all alike, so each takes the first place that no other one holds. The lock that says so is
-passed on to `espalier client` and lasts as long as that process, however it ends.
+The containers of a scaled service have the same configuration, so each takes the first place that is not locked.
+`espalier client` inherits the lock; the kernel releases it when that process ends.
 """
 
 from __future__ import annotations
@@ -13,19 +13,19 @@ from collections.abc import Mapping
 from pathlib import Path
 
 STATE = Path("/state")
-#: Where the healthcheck finds the state folder of this container's place.
+#: Link to the state folder of this container's place, for the health check.
 LINK = Path("/tmp/state")
 
 
 def take(state: Path, places: int) -> int:
-    """Take a place, for as long as this process lives and whatever it becomes.
+    """Lock the first free place, until this process or the program that replaces it ends.
 
     Parameters
     ----------
     state : Path
-        Folder of all places, shared by the containers.
+        Folder that contains the state folders of all places, shared by the containers.
     places : int
-        How many there are.
+        Number of places.
 
     Returns
     -------
@@ -35,7 +35,7 @@ def take(state: Path, places: int) -> int:
     Raises
     ------
     SystemExit
-        All are taken.
+        All places are taken.
     """
     for number in range(1, places + 1):
         folder = state / f"client-{number}"
@@ -49,32 +49,32 @@ def take(state: Path, places: int) -> int:
         os.set_inheritable(descriptor, True)
         return number
     sys.exit(
-        f"error: all {places} places are taken; set PLACES in .env to the number of clients, and up again"
+        f"error: all {places} places are taken; set PLACES in .env to the number of clients and start again"
     )
 
 
 def share(number: int, env: Mapping[str, str]) -> str:
     """Return the data SPEC of a place.
 
-    The data are dealt to the first SHARES places; those after them get shares of another draw, which overlap
-    with the first ones': what others hold already cannot be dealt again.
+    The data are divided among the first SHARES places. Further places get shares of a division with another
+    seed, which overlap with those of the first places.
 
     Parameters
     ----------
     number : int
         The place, from 1.
     env : mapping
-        DATA (a source), SCHEME (how it is divided) and SHARES (among how many).
+        DATA (a source), SCHEME (the partition scheme) and SHARES (the number of shares).
     """
     shares = int(env.get("SHARES", "4"))
-    draw, index = divmod(number - 1, shares)
+    seed, index = divmod(number - 1, shares)
     scheme, plus, options = env.get("SCHEME", "iid").partition("+")
-    seed = f",seed={draw}" if draw else ""
-    return f"{env.get('DATA', 'digits')}:{index}/{shares}:{scheme}{seed}{plus}{options}"
+    seed_option = f",seed={seed}" if seed else ""
+    return f"{env.get('DATA', 'digits')}:{index}/{shares}:{scheme}{seed_option}{plus}{options}"
 
 
 def main() -> None:
-    """Become `espalier client` in the place taken; further arguments are passed on."""
+    """Replace this process by `espalier client` in a free place, with this program's arguments added."""
     number = take(STATE, int(os.environ.get("PLACES", "16")))
     name = f"client-{number}"
     LINK.unlink(missing_ok=True)

@@ -1,4 +1,4 @@
-"""What an image installs, read from pyproject.toml: torch by itself first, then the base and the chosen extras."""
+"""The requirements that an image installs, from pyproject.toml: torch first, then the base and the chosen extras."""
 
 from __future__ import annotations
 
@@ -8,20 +8,20 @@ import sys
 import tomllib
 from pathlib import Path
 
-#: Installed first, from an index of their own where the build names one; pip then leaves them alone.
+#: Installed first, from TORCH_INDEX if the build names one. The second pip call finds them installed.
 FIRST = ("torch", "torchvision")
 
 CUDA_WHEELS = """\
-The package index offers a CUDA build of torch ({names} …), several gigabytes, and this image is to compute on a CPU.
-Give the index of CPU wheels, as PyTorch's installation page names it for "pip" and "CPU":
+The package index offers a CUDA build of torch ({names} …) of several gigabytes, but this image is for CPUs.
+Name the index of CPU wheels that PyTorch's installation page shows for "pip" and "CPU":
     docker-compose build --build-arg TORCH_INDEX=ADDRESS        (or TORCH_INDEX=ADDRESS in .env)
-or build for GPUs: --build-arg COMPUTE=cuda (docker/gpu.yml does)."""
+or build for GPUs with --build-arg COMPUTE=cuda (docker/gpu.yml does)."""
 
 
 def requirements(project: dict[str, object], extras: list[str]) -> list[str]:
-    """Return the requirements of the base and of some extras, each once.
+    """Return the requirements of the base and of the named extras, without duplicates.
 
-    A requirement of the project itself (``espalier-fl[client]``) stands for what those extras require.
+    A requirement of the project itself (``espalier-fl[client]``) is replaced by the requirements of those extras.
 
     Parameters
     ----------
@@ -33,35 +33,40 @@ def requirements(project: dict[str, object], extras: list[str]) -> list[str]:
     Raises
     ------
     SystemExit
-        There is no such extra.
+        An extra does not exist.
     """
     base, optional = project["dependencies"], project["optional-dependencies"]
     assert isinstance(base, list)
     assert isinstance(optional, dict)
     if unknown := [name for name in extras if name not in optional]:
         sys.exit(f"EXTRAS names {', '.join(unknown)}; there are {', '.join(optional)}")
-    found: list[str] = list(base)
+    lines: list[str] = list(base)
     for name in extras:
         for line in optional[name]:
             inner = re.fullmatch(rf"{project['name']}\[([\w,-]+)\]", line)
             more = requirements(project, inner[1].split(",")) if inner else [line]
-            found += [line for line in more if line not in found]
-    return found
+            lines += [line for line in more if line not in lines]
+    return lines
 
 
 def is_first(requirement: str) -> bool:
-    """Whether a requirement is one of `FIRST`."""
+    """Return whether a requirement is one of `FIRST`."""
     name = re.match(r"[\w.-]+", requirement)
     return name is not None and name[0] in FIRST
 
 
 def check_cpu(plan: dict[str, object]) -> None:
-    """Refuse what pip would install (its ``--report``) if that is a build for CUDA.
+    """Refuse a CUDA build of torch for an image that computes on CPUs.
+
+    Parameters
+    ----------
+    plan : dict
+        The report of ``pip install --dry-run --report``.
 
     Raises
     ------
     SystemExit
-        It is; the message says what to do.
+        The plan contains CUDA libraries; the message says what to do.
     """
     installs = plan["install"]
     assert isinstance(installs, list)
@@ -71,7 +76,7 @@ def check_cpu(plan: dict[str, object]) -> None:
 
 
 def main(command: str, *arguments: str) -> None:
-    """Serve the Dockerfile: ``first PYPROJECT``, ``rest PYPROJECT EXTRAS`` or ``check-cpu`` (a report on stdin)."""
+    """Run ``first PYPROJECT``, ``rest PYPROJECT EXTRAS`` or ``check-cpu`` (a report on stdin)."""
     if command == "check-cpu":
         check_cpu(json.load(sys.stdin))
         return
