@@ -12,8 +12,8 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from espalier.errors import ConfigError, StateError
 from espalier.names import check_name
 from espalier.storage.json_file import write_json
-from espalier.training.privacy import Mechanism, epsilon_of
 from espalier_client.histogram import add_laplace_noise
+from espalier_client.privacy_accounting import Mechanism, epsilon_of
 
 Kind = Literal["dp-sgd", "update"]
 

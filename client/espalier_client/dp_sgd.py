@@ -13,8 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from espalier.training.objectives import LocalResult, LocalRound, Objective, Sum, TrainingError
-from espalier.training.privacy import Mechanism, require_opacus
 from espalier_client.optimizers import create_optimizer
+from espalier_client.privacy_accounting import Mechanism, require_opacus
 from espalier_client.trainer import seeded
 
 if TYPE_CHECKING:

@@ -12,18 +12,11 @@ from espalier.config.run_settings import RunSettings
 from espalier.errors import WireError
 from espalier.methods.privacy_rules import ANSWERED
 from espalier.training.objectives import TrainingError
-from espalier.training.privacy import (
-    EPSILON,
-    DeltaSettings,
-    Mechanism,
-    PrivacySettings,
-    mechanism_of,
-    noise_of,
-    update_mechanism,
-)
+from espalier.training.privacy import EPSILON, DeltaSettings, PrivacySettings
 from espalier.wire.sections import SectionId, Sections
 from espalier.wire.uplink import Key
 from espalier_client.device import Device
+from espalier_client.privacy_accounting import Mechanism, mechanism_of, noise_of, update_mechanism
 from espalier_proto import espalier_pb2 as pb
 
 log = logging.getLogger("espalier.client")

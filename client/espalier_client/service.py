@@ -87,7 +87,8 @@ def run_client(
     log.info("client %s for %s", name, ", ".join(edges))
     with status, ExitStack() as stack:
         if metrics is not None:
-            from espalier.monitor.metrics import NodeCollector, serve_metrics
+            from espalier.monitor.metrics import serve_metrics
+            from espalier_client.metrics import NodeCollector
 
             stack.callback(serve_metrics(metrics, NodeCollector(status)))
         node.run()

@@ -28,7 +28,7 @@ from espalier.seeds import rng_for, seed_for
 from espalier.tasks.base import base_objective, dataset_loss
 from espalier.training.determinism import deterministic
 from espalier.training.objectives import LocalResult, LocalRound, Objective
-from espalier.training.privacy import Mechanism, PrivacySettings
+from espalier.training.privacy import PrivacySettings
 from espalier.wire import control
 from espalier.wire.codec import Codec
 from espalier.wire.codec_registry import create_codec
@@ -37,6 +37,7 @@ from espalier.wire.sections import MODEL, Layouts, Payload, Sections
 from espalier.wire.uplink import UplinkEncoding
 from espalier_client.device import Device
 from espalier_client.privacy import RoundPrivacy, check_plan
+from espalier_client.privacy_accounting import Mechanism
 from espalier_client.reply import new_report, pack_reply
 from espalier_client.trainer import train_local
 from espalier_proto import espalier_pb2 as pb

@@ -11,8 +11,7 @@ from contextlib import ExitStack, contextmanager
 
 from espalier.monitor.metrics import TreeCollector, serve_metrics
 from espalier.monitor.node_status import NodeStatus
-from espalier.monitor.service import MonitorServer
-from espalier.monitor.view import FAULTS_SHOWN, SCHEMA
+from espalier.monitor.service import FAULTS_SHOWN, SCHEMA, MonitorServer
 from espalier.security.transport import Address, Security
 from espalier.wire.hello import own_versions
 from espalier.wire.traffic import CLIENT_EDGE, EDGE_CLOUD

@@ -47,7 +47,7 @@ def augment(
     AugmentationEntry
         Who uploaded and filled how much, and both privacy leakages by client.
     """
-    from espalier.generators.conditional import train_conditional
+    from espalier_server.generators.conditional_training import train_conditional
 
     nothing = pb.ArchitectureSpec()
     seeds = _sound(strategy.ask("seeds", nothing, Payload({})), classes, strategy)

@@ -13,7 +13,6 @@ from pathlib import Path
 from espalier import distribution
 from espalier.errors import AddressError, EspalierError
 from espalier.monitor.service import MonitorServer
-from espalier.monitor.view import TreeView
 from espalier.security.keys import EDGE_KEYS, KeyRegistry
 from espalier.security.name_registry import EDGE_NAMES, NameRegistry
 from espalier.security.transport import Security
@@ -24,6 +23,7 @@ from espalier_server.records.events import EVENTS_FILE, read_from
 from espalier_server.superlink import submission as runs
 from espalier_server.superlink.clouds import Cloud
 from espalier_server.superlink.control_api import Node, list_nodes
+from espalier_server.tree_view import TreeView
 
 log = logging.getLogger("espalier.cloud")
 

@@ -18,7 +18,7 @@ from espalier.methods.run_config import RunConfig
 from espalier.models.initial import initial_model
 from espalier.models.pipeline import load_pipeline
 from espalier.security.name_registry import NameRegistry
-from espalier.training.privacy import epsilon_of
+from espalier_client.privacy_accounting import epsilon_of
 from espalier_server.client_keys import ClientKeys
 from espalier_server.planning.tree import Tree
 from espalier_server.records.checkpoint import Checkpoints

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from espalier.monitor.view import TreeView
 from espalier_proto import monitor_pb2 as mpb
+from espalier_server.tree_view import TreeView
 
 PARTS = [{"client": "c1", "edge": "e1"}, {"client": "c2", "edge": "e1"}, {"client": "c3", "edge": "e2"}]
 

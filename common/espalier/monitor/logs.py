@@ -1,4 +1,4 @@
-"""Log lines of a process: text for people, or one JSON object an event, Flower's own loggers included."""
+"""Log lines of a process, those of Flower's loggers included: text, or one JSON object per event."""
 
 from __future__ import annotations
 
@@ -8,22 +8,16 @@ import datetime
 import json
 import logging
 import os
-import re
 import sys
-import threading
 from collections.abc import Iterator, Mapping
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
 from espalier.storage.json_file import jsonable
 
-#: Tells the ServerApp, which Flower starts, in which form the cloud logs.
+#: Environment variable with the cloud's log format, for the ServerApp that Flower starts.
 FORMAT_ENV = "ESPALIER_LOG_FORMAT"
 _TEXT = "%(asctime)s %(name)s %(levelname)s %(message)s"
 _PLAIN = frozenset(vars(logging.LogRecord("", 0, "", 0, "", None, None))) | {"message", "asctime", "taskName"}
-_FLOWER_LINE = re.compile(r"(DEBUG|INFO|WARNING|ERROR|CRITICAL)\s*:\s*(.*)")
-_COLOUR = re.compile(r"\x1b\[[0-9;]*m")
-_FORWARD_SECONDS = 0.5
 
 _bound: contextvars.ContextVar[Mapping[str, Any]] = contextvars.ContextVar("log fields", default={})  # noqa: B039
 log = logging.getLogger("espalier")
@@ -36,7 +30,7 @@ else:
 
 @contextlib.contextmanager
 def bind(**fields: Any) -> Iterator[None]:
-    """Add fields (run, window, round, client, …) to every JSON line that this thread logs meanwhile."""
+    """Add fields (run, window, round, client, …) to every JSON line that this thread logs in the block."""
     token = _bound.set({**_bound.get(), **fields})
     try:
         yield
@@ -45,7 +39,7 @@ def bind(**fields: Any) -> Iterator[None]:
 
 
 class JsonFormatter(logging.Formatter):
-    """One object a line: time (ISO 8601, UTC), level, logger, message, and what is known beside."""
+    """One object per line: time (ISO 8601, UTC), level, logger, message, the bound fields and the record's own."""
 
     def format(self, record: logging.LogRecord) -> str:
         """Return the line."""
@@ -68,7 +62,7 @@ class JsonFormatter(logging.Formatter):
 
 
 class StderrHandler(_StreamHandler):
-    """Writes to what stderr is at the moment: Flower puts a mirror in its place."""
+    """Writes to the current ``sys.stderr``, which Flower replaces."""
 
     def emit(self, record: logging.LogRecord) -> None:
         """Write a record."""
@@ -93,9 +87,9 @@ def configure(form: str) -> None:
     root.setLevel(logging.WARNING)
     log.setLevel(logging.INFO)
     flower = logging.getLogger("flwr")
-    flower.propagate = form == "json"  # as text it prints by itself
+    flower.propagate = form == "json"  # Flower prints text itself
     if form == "json":
-        import flwr.app  # noqa: F401 - makes its handler at its import, which must come first
+        import flwr.app  # noqa: F401 - its import adds the handler that is removed below
 
         flower.handlers.clear()
         flower.setLevel(logging.INFO)
@@ -109,7 +103,7 @@ def is_json() -> bool:
 
 
 def announce(line: str) -> None:
-    """Say on stdout that something is ready; where the process logs JSON, as an event."""
+    """Print to stdout that something is ready; with JSON logs, log it as an event."""
     if is_json():
         log.info("%s", line)
     else:
@@ -117,58 +111,8 @@ def announce(line: str) -> None:
 
 
 def say_error(line: str) -> None:
-    """Say on stderr why the process ends; where it logs JSON, as an event."""
+    """Print to stderr why the process ends; with JSON logs, log it as an event."""
     if is_json():
         log.error("%s", line)
     else:
         print(f"error: {line}", file=sys.stderr)
-
-
-class Forwarder:
-    """Turns the lines that a stock Flower process writes to a file into events of this one; a context manager.
-
-    Parameters
-    ----------
-    path : Path
-        The file; what is in it already is passed over.
-    name : str
-        Logger of lines that are no JSON.
-    """
-
-    def __init__(self, path: Path, name: str) -> None:
-        self._path, self._log = path, logging.getLogger(name)
-        self._offset = path.stat().st_size if path.exists() else 0
-        self._ended = threading.Event()
-        self._thread = threading.Thread(target=self._run, name="forwarder", daemon=True)
-
-    def __enter__(self) -> Forwarder:
-        self._thread.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._ended.set()
-        self._thread.join()
-
-    def _run(self) -> None:
-        ending = False
-        while not ending:
-            ending = self._ended.wait(_FORWARD_SECONDS)
-            with contextlib.suppress(OSError), self._path.open("rb") as file:
-                file.seek(self._offset)
-                data = file.read()
-                complete = data[: data.rfind(b"\n") + 1]
-                self._offset += len(complete)
-                for line in complete.decode("utf-8", "replace").splitlines():
-                    self.forward(line)
-
-    def forward(self, line: str) -> None:
-        """Pass on one line: JSON as it is, another one with the level that it names."""
-        text = _COLOUR.sub("", line).strip()
-        if not text:
-            return
-        if text.startswith("{") and '"level"' in text:
-            print(text, file=sys.stderr, flush=True)
-            return
-        level, message = match.groups() if (match := _FLOWER_LINE.fullmatch(text)) else ("INFO", text)
-        if message.strip():
-            self._log.log(logging.getLevelNamesMapping()[level], "%s", message.strip())

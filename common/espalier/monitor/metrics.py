@@ -1,4 +1,4 @@
-"""Prometheus metrics of a process, on request: counted from the same facts as the live view."""
+"""Prometheus metrics of a cloud or an edge, from its status snapshots, and the server that exposes metrics."""
 
 from __future__ import annotations
 
@@ -9,16 +9,12 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metri
 from prometheus_client.registry import Collector
 
 from espalier.errors import AddressError
-from espalier.monitor.node_status import NodeStatus
 from espalier.security.transport import Address
-from espalier.wire.traffic import CLIENT_EDGE
 from espalier_proto import monitor_pb2 as mpb
-
-TRAIN = "train"
 
 
 def serve_metrics(address: Address, *collectors: Collector) -> Callable[[], None]:
-    """Answer Prometheus at ``http://HOST:PORT/metrics``; return what ends it.
+    """Serve metrics at ``http://HOST:PORT/metrics``; return the function that stops the server.
 
     Raises
     ------
@@ -57,7 +53,7 @@ class TreeCollector(Collector):
         self._source = source
 
     def describe(self) -> list[Metric]:
-        """Nothing: asking for the names must not make a snapshot."""
+        """Return nothing, so that registering takes no snapshot."""
         return []
 
     def collect(self) -> Iterator[Metric]:
@@ -76,13 +72,15 @@ class TreeCollector(Collector):
             messages.add_metric([link.link], link.messages)
         yield from (sent, messages)
         faults = CounterMetricFamily(
-            "espalier_faults", "Faults that the run went on without.", labels=["kind", "tier"]
+            "espalier_faults", "Faults that did not end the run.", labels=["kind", "tier"]
         )
         for fault in totals.faults:
             faults.add_metric([fault.kind, fault.tier], fault.count)
         yield faults
-        yield _summary("training", "Seconds of local training", totals.trainings, totals.training_seconds)
-        yield _summary("window", "Seconds of a window", totals.windows, totals.window_seconds)
+        yield seconds_summary(
+            "training", "Seconds of local training", totals.trainings, totals.training_seconds
+        )
+        yield seconds_summary("window", "Seconds of a window", totals.windows, totals.window_seconds)
         nodes = GaugeMetricFamily("espalier_nodes_connected", "Edges and clients.", labels=["tier"])
         nodes.add_metric(["edge"], sum(edge.connected for edge in status.edges))
         nodes.add_metric(["client"], sum(client.state != "lost" for client in status.clients))
@@ -90,7 +88,7 @@ class TreeCollector(Collector):
         training = sum(client.state == "training" for client in status.clients)
         yield GaugeMetricFamily("espalier_clients_training", "Clients that train now.", training)
         yield GaugeMetricFamily(
-            "espalier_run_active", "1 while a run goes on.", float(status.run.status == "running")
+            "espalier_run_active", "1 while a run is in progress.", float(status.run.status == "running")
         )
         yield GaugeMetricFamily("espalier_run_round", "The round that the run is in.", status.run.round)
         if status.run.losses:
@@ -102,46 +100,6 @@ class TreeCollector(Collector):
             yield GaugeMetricFamily("espalier_superlink_up", "1 while the SuperLink serves.", up)
 
 
-class NodeCollector(Collector):
-    """Metrics of a client.
-
-    Parameters
-    ----------
-    status : NodeStatus
-        What it did so far.
-    """
-
-    def __init__(self, status: NodeStatus) -> None:
-        self._status = status
-
-    def describe(self) -> list[Metric]:
-        """Nothing: the values are made when asked for."""
-        return []
-
-    def collect(self) -> Iterator[Metric]:
-        """Yield the metrics as they are now."""
-        status = self._status
-        failed = sum(status.failed.values())
-        trained = status.answered[TRAIN] - status.failed[TRAIN]
-        yield CounterMetricFamily("espalier_rounds", "Rounds that this client trained.", trained)
-        sent = CounterMetricFamily(
-            "espalier_link_bytes", "Payload bytes; up is towards the cloud.", labels=["link", "direction"]
-        )
-        sent.add_metric([CLIENT_EDGE, "up"], status.up_bytes)
-        sent.add_metric([CLIENT_EDGE, "down"], status.down_bytes)
-        yield sent
-        faults = CounterMetricFamily(
-            "espalier_faults", "Calls of the app that failed.", labels=["kind", "tier"]
-        )
-        faults.add_metric(["error", "client"], failed)
-        yield faults
-        yield _summary("training", "Seconds of local training", status.answered[TRAIN], status.seconds[TRAIN])
-        connected = sum(upstream.connected for upstream in status.upstreams.values())
-        yield GaugeMetricFamily(
-            "espalier_servers_connected", "Edges that this client is connected to.", connected
-        )
-        yield GaugeMetricFamily("espalier_training", "1 while it trains.", float(status.busy_with == TRAIN))
-
-
-def _summary(name: str, text: str, count: int, seconds: float) -> SummaryMetricFamily:
+def seconds_summary(name: str, text: str, count: int, seconds: float) -> SummaryMetricFamily:
+    """Return the metric ``espalier_<name>_seconds``: a number of durations and their sum."""
     return SummaryMetricFamily(f"espalier_{name}_seconds", text, count_value=count, sum_value=seconds)

@@ -19,6 +19,11 @@ from espalier.security.transport import parse_address
 from espalier_proto import monitor_pb2 as mpb
 from espalier_proto.monitor_pb2_grpc import MonitorServicer, add_MonitorServicer_to_server
 
+#: Version of proto/espalier_proto/monitor.proto; raised when a message changes its meaning.
+SCHEMA = 1
+#: Number of the newest faults in a snapshot.
+FAULTS_SHOWN = 10
+
 WORKERS = 16
 #: A watcher holds a worker for as long as it watches; the rest stay free for health and single answers.
 WATCHERS = 8

@@ -14,9 +14,9 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-from espalier.monitor.run_state import EdgeProgress, RunState
 from espalier.wire.traffic import CLIENT_EDGE, EDGE_CLOUD, LINKS
 from espalier_server.commands.formatting import duration, names, size, spark
+from espalier_server.run_state import EdgeProgress, RunState
 
 
 class RunView:

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from espalier.errors import ConfigError, EspalierError, StateError
-from espalier.monitor.logs import Forwarder, announce, is_json
+from espalier.monitor.logs import announce, is_json
 from espalier.monitor.metrics import TreeCollector, serve_metrics
 from espalier.names import check_name
 from espalier.processes.ports import check_free
@@ -35,6 +35,7 @@ from espalier_server.records.events import FINAL, read_from
 from espalier_server.superlink import submission as runs
 from espalier_server.superlink.clouds import Cloud, running_clouds
 from espalier_server.superlink.edge_admission import EdgeAdmission
+from espalier_server.superlink.log_forwarder import LogForwarder
 from espalier_server.superlink.submission import Submission
 
 log = logging.getLogger("espalier.cloud")
@@ -108,7 +109,7 @@ def run_cloud(
             if metrics is not None:
                 stack.callback(serve_metrics(metrics, TreeCollector(source)))
             if is_json():
-                stack.enter_context(Forwarder(state / "superlink.log", "flwr.superlink"))
+                stack.enter_context(LogForwarder(state / "superlink.log", "flwr.superlink"))
             cloud = Cloud(
                 name=name,
                 listen=str(fleet_address),

@@ -13,11 +13,11 @@ from hypothesis import strategies as st
 from scipy import stats  # type: ignore[import-untyped]
 
 from espalier.errors import ConfigError, StateError
-from espalier.training.privacy import Mechanism, epsilon_of
 from espalier.wire.hello import check_client_hello
 from espalier_client.budget import LIMIT_DELTA, Budget
 from espalier_client.device import Device
 from espalier_client.histogram import add_laplace_noise
+from espalier_client.privacy_accounting import Mechanism, epsilon_of
 
 COUNTS = np.array([0.0, 5.0, 40.0])
 

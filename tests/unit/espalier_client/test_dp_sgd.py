@@ -25,7 +25,9 @@ from espalier.models.attention import attend_as_diffusers
 from espalier.tasks.classification import CrossEntropy, MaskedCrossEntropy
 from espalier.tasks.diffusion import DDPMLoss
 from espalier.training.objectives import Objective, TrainingError
-from espalier.training.privacy import (
+from espalier.wire.sections import SectionId
+from espalier_client.dp_sgd import PrivateGradients, train_private
+from espalier_client.privacy_accounting import (
     Mechanism,
     epsilon_of,
     mechanism_of,
@@ -33,8 +35,6 @@ from espalier.training.privacy import (
     noise_of,
     update_mechanism,
 )
-from espalier.wire.sections import SectionId
-from espalier_client.dp_sgd import PrivateGradients, train_private
 from espalier_client.trainer import train_local
 from tests.support.terms import Images, local_round, moved, network
 

@@ -14,12 +14,12 @@ from flwr.app import RecordDict
 from espalier.errors import ConfigError, WireError
 from espalier.models.arrays import model_arrays
 from espalier.training.objectives import TrainingError
-from espalier.training.privacy import epsilon_of
 from espalier.wire import control
 from espalier.wire.sections import MODEL, SectionId
 from espalier_client.device import Device
 from espalier_client.inquiry import answer
 from espalier_client.privacy import noisy_update
+from espalier_client.privacy_accounting import epsilon_of
 from espalier_client.training import train_plain, train_round
 from espalier_proto import espalier_pb2 as pb
 from espalier_server.records.record import RunRecord

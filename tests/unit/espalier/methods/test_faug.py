@@ -11,13 +11,14 @@ import torch
 from bench.local_tree import LocalClient, LocalTree
 
 from espalier.data.spec import open_data
-from espalier.generators.conditional import ConditionalGenerator, train_conditional
+from espalier.generators.conditional import ConditionalGenerator
 from espalier.methods.faug import SEED_IMAGES, SEED_LABELS, SEEDS, leakage, seed_labels, seeds_layout, targets
 from espalier.methods.run_config import RunConfig
 from espalier.wire.class_table import TABLE
 from espalier.wire.pairs import to_pixels
 from espalier.wire.sections import Payload
 from espalier_client.device import Device
+from espalier_server.generators.conditional_training import train_conditional
 from espalier_server.records.record import AugmentationEntry
 from tests.support.by_hand import run_tree
 

@@ -12,7 +12,6 @@ import pytest
 
 from espalier.monitor import logs
 from espalier.monitor.node_log import event_logger
-from tests.support.processes import wait_until
 
 
 @pytest.fixture
@@ -75,35 +74,6 @@ def test_a_nodes_events_are_fields(capsys: pytest.CaptureFixture[str]) -> None:
     event_logger(logging.getLogger("espalier.client"))("disconnected", {"upstream": "e:1", "reason": "gone"})
     [found] = lines(capsys)
     assert (found["event"], found["upstream"], found["reason"]) == ("disconnected", "e:1", "gone")
-
-
-@pytest.mark.usefixtures("as_json")
-def test_lines_of_a_stock_process_are_forwarded(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    path = tmp_path / "superlink.log"
-    path.write_text("INFO :      old\n")
-    said: list[dict[str, Any]] = []
-    with logs.Forwarder(path, "flwr.superlink"), path.open("a") as file:
-        file.write(
-            "\x1b[93mWARNING\x1b[0m :      a node is gone\n\nplain words\n"
-            '{"level": "INFO", "message": "ours"}\nINFO : half'
-        )
-        file.flush()
-
-        def all_said() -> bool:
-            said.extend(lines(capsys))
-            return len(said) >= 3
-
-        wait_until(all_said, 10, "the lines")
-        file.write(" a line\n")
-        file.flush()
-    said += lines(capsys)
-    assert [(f["level"], f["message"]) for f in said] == [
-        ("WARNING", "a node is gone"),
-        ("INFO", "plain words"),
-        ("INFO", "ours"),
-        ("INFO", "half a line"),
-    ]
-    assert [f.get("logger") for f in said] == ["flwr.superlink", "flwr.superlink", None, "flwr.superlink"]
 
 
 def test_text_is_as_it_was(capsys: pytest.CaptureFixture[str]) -> None:

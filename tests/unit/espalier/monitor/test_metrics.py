@@ -10,9 +10,10 @@ import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 from espalier.errors import AddressError
-from espalier.monitor.metrics import NodeCollector, TreeCollector, serve_metrics
+from espalier.monitor.metrics import TreeCollector, serve_metrics
 from espalier.monitor.node_status import NodeStatus
 from espalier.security.transport import Address
+from espalier_client.metrics import NodeCollector
 from espalier_edge.edge_status import EdgeSource, EdgeTotals
 from espalier_edge.roster import Known
 from espalier_edge.rounds import EdgeProgress

@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from espalier.monitor.run_state import RunState
 from espalier_server.commands.run_view import RunView
+from espalier_server.run_state import RunState
 
 
 def plan(window: int, rg: int = 2) -> dict[str, Any]:

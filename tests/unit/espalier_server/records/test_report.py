@@ -11,7 +11,6 @@ from pathlib import Path
 import pytest
 
 from espalier.errors import StateError
-from espalier.monitor.run_state import RunState
 from espalier_server.commands.run_view import describe
 from espalier_server.records.charts import Line, column_chart, line_chart, row_chart
 from espalier_server.records.events import EventLog, read_events
@@ -21,6 +20,7 @@ from espalier_server.records.record import AccuracyEntry, ClientEntry, ModelScor
 from espalier_server.records.report import build_report
 from espalier_server.records.report_exchange import exchange_cards, own_models
 from espalier_server.records.tensorboard import TensorBoardWriter
+from espalier_server.run_state import RunState
 from tests.support.synthetic_run import draw_samples, made_up_classifier, made_up_exchange, made_up_record
 
 VOID = {"meta", "img", "br", "line", "path", "rect", "circle"}

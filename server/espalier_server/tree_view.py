@@ -1,4 +1,4 @@
-"""The tree as a run's event log tells it: what the Monitor service answers at the cloud."""
+"""The cloud's status snapshot: the tree as the events of a run report it."""
 
 from __future__ import annotations
 
@@ -8,18 +8,18 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from espalier.monitor.run_state import RunState
+from espalier.monitor.service import FAULTS_SHOWN, SCHEMA
 from espalier.wire.traffic import LINKS
 from espalier_proto import monitor_pb2 as mpb
+from espalier_server.run_state import RunState
 
-#: Version of proto/espalier_proto/monitor.proto; raised when a message changes its meaning.
-SCHEMA = 1
-LOSSES_SHOWN, FAULTS_SHOWN = 40, 10
+#: Number of the newest losses in a snapshot.
+LOSSES_SHOWN = 40
 
 
 @dataclass
-class Seen:
-    """What is known of an edge or client beside the plan: facts of its hello, and its last sign of life."""
+class NodeRecord:
+    """An edge or client in the events: the facts of its hello, its last round, and when it was last mentioned."""
 
     facts: dict[str, Any] = field(default_factory=dict)
     connected: bool = False
@@ -29,14 +29,14 @@ class Seen:
 
 
 class TreeView:
-    """A tree as it was at the last event; `feed` is the only way it changes."""
+    """The tree as of the last event; only `feed` changes it."""
 
     def __init__(self) -> None:
         self.run = RunState()
         self.pid: int | None = None
         self.folder = ""
-        self._edges: dict[str, Seen] = {}
-        self._clients: dict[str, Seen] = {}
+        self._edges: dict[str, NodeRecord] = {}
+        self._clients: dict[str, NodeRecord] = {}
         self._faults: deque[mpb.FaultNote] = deque(maxlen=FAULTS_SHOWN)
         self._fault_counts: Counter[tuple[str, str]] = Counter()
         self._window_seconds: dict[int, float] = {}
@@ -45,34 +45,34 @@ class TreeView:
         self._training_seconds = 0.0
 
     def feed(self, event: Mapping[str, Any]) -> None:
-        """Take in an event of the log; one this version does not know changes nothing."""
+        """Apply an event of the log; an unknown one is ignored."""
         kind, now = event["event"], float(event.get("time") or 0.0)
         self.run.feed(event)
         if kind == "run":
             self.pid = event.get("pid")
         elif kind == "roster":
-            self._take_roster(event, now)
+            self._apply_roster(event, now)
         elif kind == "window-start":
             self._window_started = now
         elif kind == "progress":
-            self._saw(self._edges, event.get("edge"), now)
+            self._mentioned(self._edges, event.get("edge"), now)
             for client in (*event.get("training", ()), *event.get("done", ())):
-                self._saw(self._clients, client, now)
+                self._mentioned(self._clients, client, now)
         elif kind == "window-end":
             self._window_seconds[int(event["window"])] = now - self._window_started
-            self._take_trainings(event.get("clients") or {}, now)
+            self._apply_trainings(event.get("clients") or {}, now)
         elif kind == "fault":
-            self._take_fault(event, now)
+            self._apply_fault(event, now)
 
     def status(self, now: float, *, alive: bool) -> mpb.TreeStatus:
-        """Return what an onlooker is told.
+        """Return the status snapshot.
 
         Parameters
         ----------
         now : float
             Unix seconds.
         alive : bool
-            Whether the run's ServerApp lives.
+            Whether the process of the run's ServerApp runs.
         """
         status = mpb.TreeStatus(schema=SCHEMA, time=now, tier="cloud", totals=self._totals())
         if self.run.run:
@@ -85,35 +85,35 @@ class TreeView:
     # --- events ------------------------------------------------------------------------------------
 
     @staticmethod
-    def _saw(group: dict[str, Seen], name: object, now: float) -> Seen:
-        seen = group.setdefault(str(name), Seen())
-        seen.last_seen = max(seen.last_seen, now)
-        return seen
+    def _mentioned(group: dict[str, NodeRecord], name: object, now: float) -> NodeRecord:
+        node = group.setdefault(str(name), NodeRecord())
+        node.last_seen = max(node.last_seen, now)
+        return node
 
-    def _take_roster(self, event: Mapping[str, Any], now: float) -> None:
+    def _apply_roster(self, event: Mapping[str, Any], now: float) -> None:
         for group, key in ((self._edges, "edges"), (self._clients, "clients")):
             present: Mapping[str, Any] = event.get(key) or {}
             for name, facts in present.items():
-                seen = self._saw(group, name, now)
-                seen.facts, seen.connected = dict(facts), True
+                node = self._mentioned(group, name, now)
+                node.facts, node.connected = dict(facts), True
             for name in group.keys() - present.keys():
                 group[name].connected = False
 
-    def _take_trainings(self, clients: Mapping[str, Any], now: float) -> None:
+    def _apply_trainings(self, clients: Mapping[str, Any], now: float) -> None:
         for name, last in clients.items():
-            self._saw(self._clients, name, now).last_round = dict(last)
+            self._mentioned(self._clients, name, now).last_round = dict(last)
             self._trainings += int(last.get("rounds") or 1)
             self._training_seconds += float(last.get("total_seconds") or last.get("seconds") or 0.0)
 
-    def _take_fault(self, event: Mapping[str, Any], now: float) -> None:
+    def _apply_fault(self, event: Mapping[str, Any], now: float) -> None:
         note = {key: event.get(key) for key in ("tier", "node", "kind", "detail", "window", "round")}
         self._faults.append(mpb.FaultNote(time=now, **{k: v for k, v in note.items() if v is not None}))
         self._fault_counts[str(event.get("tier")), str(event.get("kind"))] += 1
         for group in (self._edges, self._clients):
-            if seen := group.get(str(event.get("node"))):
-                seen.faults += 1
+            if node := group.get(str(event.get("node"))):
+                node.faults += 1
 
-    # --- the answer --------------------------------------------------------------------------------
+    # --- the snapshot ------------------------------------------------------------------------------
 
     def _run_status(self, now: float, alive: bool) -> mpb.RunStatus:
         run = self.run
@@ -139,15 +139,15 @@ class TreeView:
         return status
 
     def _edge(self, name: str) -> mpb.EdgeStatus:
-        seen, inside = self._edges.get(name, Seen()), self.run.at_edges.get(name)
+        node, inside = self._edges.get(name, NodeRecord()), self.run.at_edges.get(name)
         status = mpb.EdgeStatus(
             name=name,
-            connected=seen.connected,
-            versions=seen.facts.get("versions") or {},
+            connected=node.connected,
+            versions=node.facts.get("versions") or {},
             window=self.run.window,
-            faults=seen.faults,
-            last_seen=seen.last_seen,
-            clients=len(seen.facts.get("clients") or ()),
+            faults=node.faults,
+            last_seen=node.last_seen,
+            clients=len(node.facts.get("clients") or ()),
         )
         if inside is not None:
             status.round = inside.round
@@ -160,28 +160,28 @@ class TreeView:
         return status
 
     def _client(self, name: str) -> mpb.ClientStatus:
-        seen = self._clients.get(name, Seen())
-        edge, state = self._place(name, seen)
+        node = self._clients.get(name, NodeRecord())
+        edge, state = self._place(name, node)
         status = mpb.ClientStatus(
             name=name,
-            edges=seen.facts.get("edges") or (),
+            edges=node.facts.get("edges") or (),
             edge=edge,
-            samples=int(seen.facts.get("samples") or 0),
+            samples=int(node.facts.get("samples") or 0),
             state=state,
-            last_seen=seen.last_seen,
-            device=str(seen.facts.get("device") or ""),
-            versions=seen.facts.get("versions") or {},
-            faults=seen.faults,
+            last_seen=node.last_seen,
+            device=str(node.facts.get("device") or ""),
+            versions=node.facts.get("versions") or {},
+            faults=node.faults,
         )
-        seconds, steps = seen.last_round.get("seconds"), seen.last_round.get("steps")
+        seconds, steps = node.last_round.get("seconds"), node.last_round.get("steps")
         if seconds and steps:
             status.steps_per_second = steps / seconds
-        loss = seen.last_round.get("loss")
+        loss = node.last_round.get("loss")
         if loss is not None:
             status.loss = loss
         return status
 
-    def _place(self, name: str, seen: Seen) -> tuple[str, str]:
+    def _place(self, name: str, node: NodeRecord) -> tuple[str, str]:
         """Return the edge at which a client is now, if it is planned, and its state."""
         for edge, inside in self.run.at_edges.items():
             if name in inside.training:
@@ -193,10 +193,10 @@ class TreeView:
             for part in (self.run.plan or [{}])[0].get("participants", [])
             if self.run.phase == "training"
         }
-        # Before an edge's first word, those whom its first round plans are on their way.
+        # Until an edge reports progress, the participants of its first round count as training.
         if name in planned and planned[name] not in self.run.at_edges:
             return planned[name], "training"
-        return "", "idle" if seen.connected else "lost"
+        return "", "idle" if node.connected else "lost"
 
     def _totals(self) -> mpb.Totals:
         run, totals = self.run, mpb.Totals()
@@ -215,7 +215,7 @@ class TreeView:
 
 
 def measures(event: Mapping[str, Any]) -> dict[str, float]:
-    """Return the figures of an "evaluation" or "accuracy" event that an onlooker is shown, by name."""
+    """Return the numbers of an "evaluation" or "accuracy" event that snapshots show, by name."""
     found: dict[str, Any] = {"frechet": event.get("frechet")}
     found |= {
         f"accuracy/{name}": score.get("accuracy") for name, score in (event.get("models") or {}).items()
