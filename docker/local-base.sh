@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Base images for a machine that cannot pull any: a Debian 12 from your apt mirror, and the same with your pip settings.
-# Usage: docker/local-base.sh [TAG]; makes TAG (BASE) and TAG-builder (BUILDER) of docker/Dockerfile.
+# Makes base images on a machine that cannot pull any: a Debian 12 from your apt mirror, and the same with your pip settings.
+# Usage: docker/local-base.sh [TAG]; makes TAG and TAG-builder, the BASE and BUILDER of docker/Dockerfile.
 set -euo pipefail
 tag=${1:-espalier-base}
 for tool in docker debootstrap; do
@@ -14,7 +14,7 @@ debootstrap --variant=minbase bookworm "$scratch/root" > "$scratch/debootstrap.l
 rm -rf "$scratch"/root/usr/share/{doc,info,locale,man}/* "$scratch"/root/var/{cache/apt,lib/apt/lists}/* "$scratch"/root/var/log/*.log
 tar -C "$scratch/root" -c . | docker import --change 'CMD ["bash"]' - "$tag" > /dev/null
 
-# pip's settings here, with the files and folders that they name. Indexes on this disk are left out.
+# The pip settings of this machine, with the files and folders that they name. Indexes on this disk are left out.
 mkdir "$scratch/builder"
 python3 - "$scratch/builder" "$tag" << 'PYTHON'
 import shutil, subprocess, sys
@@ -25,12 +25,12 @@ folder, tag = Path(sys.argv[1]), sys.argv[2]
 lines = [f"FROM {tag}"]
 listed = subprocess.run(["pip", "config", "list"], capture_output=True, text=True, check=True).stdout
 settings = dict(line.split("=", 1) for line in listed.splitlines())
-taken = {}
-for key, value in settings.items():  # the environment's come first and win
+values = {}
+for key, value in settings.items():  # those of the environment come first and have precedence
     name = key.rpartition(".")[2]
-    if name in taken or name not in SETTINGS:
+    if name in values or name not in SETTINGS:
         continue
-    taken[name] = []
+    values[name] = []
     for word in value.strip("'\"").replace("\\n", " ").split():
         if Path(word).is_absolute() and Path(word).exists():
             copy = f"{name}-{Path(word).name}"
@@ -38,9 +38,9 @@ for key, value in settings.items():  # the environment's come first and win
             lines.append(f"COPY {copy} /opt/pip/{copy}")
             word = f"/opt/pip/{copy}"
         if not word.startswith("file:"):
-            taken[name].append(word)
-    if taken[name]:
-        lines.append(f'ENV PIP_{name.upper().replace("-", "_")}="{" ".join(taken[name])}"')
+            values[name].append(word)
+    if values[name]:
+        lines.append(f'ENV PIP_{name.upper().replace("-", "_")}="{" ".join(values[name])}"')
 (folder / "Dockerfile").write_text("\n".join(lines) + "\n")
 PYTHON
 DOCKER_BUILDKIT=0 docker build --quiet --tag "$tag-builder" "$scratch/builder" > /dev/null

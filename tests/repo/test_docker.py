@@ -1,4 +1,4 @@
-"""The compose files and the image's parts: what they promise must not rot between two runs of `make test-docker`."""
+"""The compose files, build files and scripts of docker/, checked without docker; `make test-docker` checks the rest."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from tests.support.command_line import options
 from tests.support.paths import ROOT
 
 MACHINES = sorted((ROOT / "docker" / "machines").glob("*.yml"))
-STAYING = {"cloud", "edge-1", "edge-2", "client"}
+LONG_RUNNING = {"cloud", "edge-1", "edge-2", "client"}
 ONE_SHOT = {"certs", "run"}
 
 
@@ -47,7 +47,7 @@ def services() -> dict[str, Any]:
 
 
 def test_the_services(services: dict[str, Any]) -> None:
-    assert set(services) == STAYING | ONE_SHOT
+    assert set(services) == LONG_RUNNING | ONE_SHOT
 
 
 def test_clients_reach_edges_only_and_edges_the_cloud(services: dict[str, Any]) -> None:
@@ -71,7 +71,7 @@ def test_no_container_has_more_rights_than_it_needs(services: dict[str, Any]) ->
     assert tier["security_opt"] == ["no-new-privileges:true"]
     machines = {path.name: next(iter(load(path)["services"].values())) for path in MACHINES}
     for name, service in {**services, **machines}.items():
-        # Two services that build one tag at a time make compose v2 fail on a machine that has no image yet.
+        # compose v2 fails on a machine without the image if two services build the same tag concurrently.
         built = name == "certs" or name in machines
         assert service["extends"]["service"] == ("built" if built else "tier"), name
         assert not {"privileged", "cap_add", "pid", "ipc", "devices", "security_opt", "read_only"} & set(
@@ -85,13 +85,13 @@ def test_no_container_has_more_rights_than_it_needs(services: dict[str, Any]) ->
 
 
 def test_volumes_exist_and_keep_secrets_apart(services: dict[str, Any]) -> None:
-    held = {name: {v.split(":")[0] for v in service["volumes"]} for name, service in services.items()}
-    assert set().union(*held.values()) == set(load(ROOT / "docker-compose.yml")["volumes"])
-    assert [name for name, volumes in held.items() if "authority" in volumes] == ["certs"]
-    assert held["cloud"] == held["run"] == {"cloud", "runs"}
+    mounted = {name: {v.split(":")[0] for v in service["volumes"]} for name, service in services.items()}
+    assert set().union(*mounted.values()) == set(load(ROOT / "docker-compose.yml")["volumes"])
+    assert [name for name, volumes in mounted.items() if "authority" in volumes] == ["certs"]
+    assert mounted["cloud"] == mounted["run"] == {"cloud", "runs"}
     for name in ("edge-1", "edge-2"):
-        assert held[name] == {name}
-    assert held["client"] == {"clients"}
+        assert mounted[name] == {name}
+    assert mounted["client"] == {"clients"}
 
 
 def test_volumes_belong_to_the_user_of_the_image(services: dict[str, Any]) -> None:
@@ -175,7 +175,7 @@ def test_the_image_is_staged_portable_and_not_root() -> None:
     assert any("useradd --uid 10001" in line for line in lines)
 
 
-def test_the_build_is_given_all_packages_and_little_else() -> None:
+def test_the_build_context_has_all_packages_and_little_else() -> None:
     ignore = (ROOT / ".dockerignore").read_text(encoding="utf-8").splitlines()
     assert "*" in ignore
     let_in = {line[1:].split("/")[0] for line in ignore if line.startswith("!")}
@@ -202,7 +202,7 @@ def test_requirements_are_those_of_the_project() -> None:
         requirements.requirements(project, ["clouds"])
 
 
-def test_a_build_for_cuda_is_refused_where_a_cpu_is_meant() -> None:
+def test_a_cuda_build_of_torch_is_refused_in_an_image_for_cpus() -> None:
     requirements = script("requirements")
 
     def plan(*names: str) -> dict[str, Any]:
@@ -224,7 +224,7 @@ def test_every_container_takes_a_place_of_its_own(tmp_path: Path) -> None:
         place.take(tmp_path, 3)
 
 
-def test_shares_are_dealt_once_and_then_drawn_anew() -> None:
+def test_places_beyond_the_shares_use_another_partition_seed() -> None:
     place = script("place")
     env = {"DATA": "digits", "SCHEME": "similarity=100+rotate=4", "SHARES": "4"}
     shares = [place.share(number, env) for number in range(1, 10)]
@@ -243,16 +243,16 @@ def test_shares_are_dealt_once_and_then_drawn_anew() -> None:
 
 @pytest.fixture(scope="module")
 def tiers(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Volumes as the service `certs` fills them."""
+    """Return a folder of volumes that the service `certs` filled."""
     folder = tmp_path_factory.mktemp("tiers")
     for name in ("authority", "cloud", "edge-1", "edge-2", "clients"):
         (folder / name).mkdir()
-    made = script("provision").provision(folder, ["edge-1", "edge-2"], 3)
-    assert len(made) == 1 + 3 + 3  # an authority, certificates of three servers, keys of three clients
+    created = script("provision").provision(folder, ["edge-1", "edge-2"], 3)
+    assert len(created) == 1 + 3 + 3  # an authority, certificates of three servers, keys of three clients
     return folder
 
 
-def test_certs_makes_what_every_tier_reads(tiers: Path, services: dict[str, Any]) -> None:
+def test_certs_creates_the_files_that_the_commands_name(tiers: Path, services: dict[str, Any]) -> None:
     """Every file below /state that a command names is in that tier's volume."""
     for name, volume in {
         "cloud": "cloud",
@@ -280,7 +280,7 @@ def test_certs_admits_edges_and_clients_only(tiers: Path) -> None:
     assert secrets == {"authority"}
 
 
-def test_certs_keeps_what_is_there_and_renews_what_expires(
+def test_certs_keeps_existing_files_and_renews_expiring_certificates(
     tiers: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     provision = script("provision")
@@ -288,7 +288,7 @@ def test_certs_keeps_what_is_there_and_renews_what_expires(
     assert provision.provision(tiers, ["edge-1", "edge-2"], 3) == []
     assert (tiers / "edge-1" / "tls" / "server.pem").read_bytes() == before
     key = (tiers / "edge-1" / "tls" / "node.key").read_bytes()
-    monkeypatch.setattr(provision, "RENEW_DAYS", 400.0)  # more than a certificate lasts
+    monkeypatch.setattr(provision, "RENEW_DAYS", 400.0)  # more than a certificate's lifetime
     assert len(provision.provision(tiers, ["edge-1", "edge-2"], 3)) == 3
     assert (tiers / "edge-1" / "tls" / "server.pem").read_bytes() != before
     assert (tiers / "edge-1" / "tls" / "node.key").read_bytes() == key
