@@ -133,9 +133,8 @@ def last_pairs(run: TreeRun, generator: Generator, judge: nn.Module) -> list[Pai
     from espalier.wire import pairs as wire
 
     assert run.state is not None
-    arrays = run.state.tensors
     channels, size, _ = run.method.image_shape
-    received = wire.Pairs.received(arrays, (channels, size, size), "cloud")
+    received = wire.Pairs.received(run.state.section(wire.PAIRS), (channels, size, size), "cloud")
     if received is None:
         return []
     images, centroids = (torch.from_numpy(np.array(a)) for a in (received.floats(), received.centroids))

@@ -251,7 +251,6 @@ BAD_CLIENT = textwrap.dedent(
     from espalier_client import training
     from espalier_client.device import Device
     from espalier.wire import control
-    from espalier_proto import espalier_pb2 as pb
 
     app = ClientApp()
     app.query("espalier_inquiry")(ours.inquire)
@@ -265,14 +264,15 @@ BAD_CLIENT = textwrap.dedent(
             answer.level = 7.0
         return Message(control.control_content(answer), reply_to=message)
 
-    def misleading(device, plan, report, weights):
+    def misleading(device, plan, report, payload):
         \"\"\"Sign what does not fit.\"\"\"
         if report.run == "bad-cluster":
             report.metrics["cluster"] = 9
         if report.run == "bad-shapes":
-            report.layout.CopyFrom(pb.Layout(tensors=plan.architecture.tensors))
-            report.layout.tensors[0].shape[0] *= 2
-        return pack(device, plan, report, weights)
+            section = report.sections.add(name="model")
+            section.layout.tensors.extend(plan.architecture.tensors)
+            section.layout.tensors[0].shape[0] *= 2
+        return pack(device, plan, report, payload)
 
     training.pack_reply = misleading
     """

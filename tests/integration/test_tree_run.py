@@ -211,13 +211,16 @@ BAD_CLIENT = textwrap.dedent(
     import numpy as np
     from espalier_client import training
     from espalier_client.app import app
-    from espalier.wire.payload import Weights
+    from espalier.wire.sections import Payload
 
     pack = training.pack_reply
 
-    def poisoned(device, plan, report, weights):
-        bad = {d: np.full_like(b, np.nan if b.dtype.kind == "f" else 0) for d, b in weights.buffers.items()}
-        return pack(device, plan, report, Weights(weights.layout, bad))
+    def poisoned(device, plan, report, payload):
+        bad = {
+            section: {n: np.full_like(a, np.nan if a.dtype.kind == "f" else 0) for n, a in arrays.items()}
+            for section, arrays in payload.views().items()
+        }
+        return pack(device, plan, report, Payload.fill(payload.layouts, bad))
 
     training.pack_reply = poisoned
     """
