@@ -16,7 +16,8 @@ RUN python3 -m venv /opt/tools \
 COPY --from=wanted /constraints.txt /first.txt /rest.txt /
 ARG TORCH_INDEX=
 ENV PIP_NO_CACHE_DIR=1 PIP_PYTHON=/opt/bare/bin/python PIP_PROGRESS_BAR=off
-RUN /opt/tools/bin/pip install -r /first.txt -c /constraints.txt ${TORCH_INDEX:+--index-url "$TORCH_INDEX"} \
+RUN if [ -n "$TORCH_INDEX" ]; then set -- --index-url "$TORCH_INDEX"; else set -- -c /constraints.txt; fi \
+    && /opt/tools/bin/pip install -r /first.txt "$@" \
     && /opt/tools/bin/pip install -r /rest.txt -c /constraints.txt
 
 FROM ${BASE}

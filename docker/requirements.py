@@ -76,13 +76,13 @@ def check_cpu(plan: dict[str, object]) -> None:
 
 
 def main(command: str, *arguments: str) -> None:
-    """Run ``first PYPROJECT``, ``rest PYPROJECT EXTRAS`` or ``check-cpu`` (a report on stdin)."""
+    """Run ``first PYPROJECT EXTRAS``, ``rest PYPROJECT EXTRAS`` or ``check-cpu`` (a report on stdin)."""
     if command == "check-cpu":
         check_cpu(json.load(sys.stdin))
         return
-    pyproject, *extras = arguments
+    pyproject, extras = arguments
     project = tomllib.loads(Path(pyproject).read_text(encoding="utf-8"))["project"]
-    names = [name for text in extras for name in text.split(",") if name]
+    names = [name for name in extras.split(",") if name]
     print("\n".join(line for line in requirements(project, names) if is_first(line) == (command == "first")))
 
 

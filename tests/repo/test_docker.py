@@ -202,6 +202,28 @@ def test_requirements_are_those_of_the_project() -> None:
         requirements.requirements(project, ["clouds"])
 
 
+@pytest.mark.parametrize("extras", ["", "client", "cloud", "client,testbed"])
+def test_the_dockerfile_installs_torch_first_then_the_rest(
+    extras: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    dockerfile = (ROOT / "docker" / "Dockerfile").read_text(encoding="utf-8")
+    requirements = script("requirements")
+    installed = {}
+    for arguments, file in re.findall(r"requirements\.py (\S+ \S+(?: \S+)?) > (\S+)", dockerfile):
+        command, pyproject, *given = arguments.split()
+        requirements.main(
+            command, str(ROOT / pyproject), *(word.replace('"$EXTRAS"', extras) for word in given)
+        )
+        installed[file] = capsys.readouterr().out.split("\n")[:-1]
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    first, rest = installed["first.txt"], installed["rest.txt"]
+    assert [re.split(r"\W", line)[0] for line in first if line] == (
+        ["torch", "torchvision"] if extras else []
+    )
+    lines = requirements.requirements(project, [name for name in extras.split(",") if name])
+    assert sorted(line for line in first + rest if line) == sorted(lines)
+
+
 def test_a_cuda_build_of_torch_is_refused_in_an_image_for_cpus() -> None:
     requirements = script("requirements")
 
