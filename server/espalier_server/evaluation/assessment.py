@@ -1,4 +1,4 @@
-"""After a window: what its networks are worth, measured at the cloud and by the clients that use them."""
+"""Evaluation after a window: at the cloud, and at the clients on their own test images."""
 
 from __future__ import annotations
 
@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from espalier import lazy
+from espalier.data.imageset import to_float
 from espalier.errors import DataError
 from espalier.methods.base import Deployed, Method, build_model
 from espalier.models.presets import task_of
@@ -21,21 +23,23 @@ from espalier_server.window_outcome import WindowOutcome
 
 if TYPE_CHECKING:
     import torch
+else:
+    torch = lazy.load("torch")
 
 
 class Assessment:
-    """Measures the networks that a method deploys.
+    """Evaluates the networks that a method deploys.
 
     Parameters
     ----------
     method : Method
         The algorithm.
     strategy : WindowAggregator
-        Asks the clients.
+        Sends inquiries to the clients.
     evaluator : Evaluator or ClassifierEvaluator
-        Measures at the cloud.
+        Evaluates at the cloud.
     recorder : RunRecorder
-        Takes what is found.
+        Records the results.
     """
 
     def __init__(
@@ -51,7 +55,7 @@ class Assessment:
         self._payload: Payload | None = None
 
     def networks(self) -> list[Deployed]:
-        """Return the networks that users would run now; clients are asked for their part once for each model."""
+        """Return the networks that users would run now; clients receive an inquiry for them once per global state."""
         state = self.strategy.state
         if self._payload is not state.payload:
             self._payload = state.payload
@@ -59,12 +63,12 @@ class Assessment:
         return self._networks
 
     def measure(self) -> None:
-        """Measure, and enter what was found; a measure that fails is a fault and no reason to lose the run."""
+        """Evaluate the networks and record the results; a failed evaluation is recorded as a fault."""
         state, start = self.strategy.state, time.monotonic()
         self.strategy.outcome = WindowOutcome()
         images = self._client_samples()
         try:
-            found = self._found(images)
+            found = self._evaluate(images)
         except DataError as error:
             found = None
             fault = pb.Fault(tier="cloud", node="cloud", kind="evaluation", detail=str(error))
@@ -72,36 +76,37 @@ class Assessment:
             self.recorder.faults([fault])
         if found is not None:
             self.recorder.evaluation(found)
-        if foremost := next((n for n in self.networks() if n.at_cloud), None):
-            model = build_model(foremost.architecture, foremost.weights)
+        if network := next((n for n in self.networks() if n.at_cloud), None):
+            model = build_model(network.architecture, network.weights)
             self.evaluator.grid(model, self.recorder.grid_path(state.window))
         elif images is not None and isinstance(self.evaluator, Evaluator):
-            self.evaluator.keep(images, self.recorder.grid_path(state.window))
-        if (drawn := self.method.pictures(state)) is not None:
-            import torch
-
+            self.evaluator.save_grid(images, self.recorder.grid_path(state.window))
+        if (pictures := self.method.pictures(state)) is not None:
             path = self.recorder.grid_path(state.window)
             path.parent.mkdir(parents=True, exist_ok=True)
-            image_grid(torch.from_numpy(drawn)).save(path)
+            image_grid(torch.from_numpy(pictures)).save(path)
         self.recorder.record_inquiries(self.strategy.outcome)
         self.recorder.record_duration("evaluate", time.monotonic() - start)
 
-    def _found(self, images: torch.Tensor | None) -> Evaluation | AccuracyEntry | None:
+    def _evaluate(self, images: torch.Tensor | None) -> Evaluation | AccuracyEntry | None:
         state, settings = self.strategy.state, self.method.settings
         networks = self.networks()
         models = {n.label: build_model(n.architecture, n.weights) for n in networks if n.at_cloud}
-        asks = settings.eval_clients
         if isinstance(self.evaluator, Evaluator):
             if images is not None:
                 return self.evaluator.measure_images(images, state.window, state.round)
             return self.evaluator.measure(models, state.window, state.round)
         found = self.evaluator.measure(models, state.window, state.round)
-        if asks and task_of(settings.model) == "classification" and (clients := self._at_clients(networks)):
+        if (
+            settings.eval_clients
+            and task_of(settings.model) == "classification"
+            and (clients := self._client_accuracies(networks))
+        ):
             found = found or AccuracyEntry(window=state.window, round=state.round)
             found = found.model_copy(update={"clients": clients})
         return found
 
-    def _at_clients(self, networks: list[Deployed]) -> dict[str, float]:
+    def _client_accuracies(self, networks: list[Deployed]) -> dict[str, float]:
         """Return each client's accuracy on its own test images."""
         found: dict[str, float] = {}
         for network in networks:
@@ -116,25 +121,21 @@ class Assessment:
         return found
 
     def _keys(self) -> dict[str, str]:
-        """Return each client's view where it is asked about a network of its own."""
+        """Return the key of each client's view, for methods whose clients have models of their own."""
         if not self.method.own_models:
             return {}
         state, members = self.strategy.state, {m.name: m for m in self.strategy.tree.members()}
         return self.method.assign(state, sorted(members), members, max(state.round, 1))
 
     def _client_samples(self) -> torch.Tensor | None:
-        """Return what clients draw with their own networks, all together; float32 [N, C, H, W] in [-1, 1].
+        """Return the samples that clients draw with their own networks; float32 [N, C, H, W] in [-1, 1].
 
-        None where the cloud has a network to draw with, and where clients are not asked.
+        None if the cloud has a network to sample from, or if clients are not evaluated.
         """
         networks = self.networks()
-        asks = self.method.settings.eval_clients and isinstance(self.evaluator, Evaluator)
-        if not asks or any(n.at_cloud for n in networks):
+        at_clients = self.method.settings.eval_clients and isinstance(self.evaluator, Evaluator)
+        if not at_clients or any(n.at_cloud for n in networks):
             return None
-        import torch
-
-        from espalier.data.imageset import to_float
-
         drawn = []
         for network in networks:
             answers = self.strategy.ask("samples", network.architecture, network.payload, network.clients)

@@ -1,4 +1,4 @@
-"""What a network costs: parameters, and multiply-accumulate operations of one forward pass."""
+"""Size of a network: parameters, and multiply-accumulate operations of one forward pass."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ from espalier_proto import espalier_pb2 as pb
 def macs_and_params(model: nn.Module) -> tuple[int, int]:
     """Count a network's operations and parameters.
 
-    Operations are the multiply-accumulates for one image of the network's own size: each use of a weight of a
-    convolution or linear layer, and two an element of a normalisation (normalise, scale and shift). Biases,
-    activations and the products of queries, keys and values are left out: what FedPhD and Diff-Pruning
-    report as 6.06 GMACs for the paper's net leaves them out too.
+    Operations are the multiply-accumulates for one image of the network's image size: one per use of a weight of a
+    convolution or linear layer, and two per element of a normalisation (normalise, scale and shift). Biases,
+    activations and the products of queries, keys and values are not counted, as in the 6.06 GMACs that FedPhD and
+    Diff-Pruning report for the U-Net of DDPM on CIFAR-10.
 
     Parameters
     ----------
     model : nn.Module
-        A network of a registered family whose configuration has an image size; it is not run itself.
+        A network of a registered family whose configuration has an image size; a copy of it is run.
 
     Returns
     -------
@@ -33,12 +33,12 @@ def macs_and_params(model: nn.Module) -> tuple[int, int]:
 
 
 def spec_cost(spec: pb.ArchitectureSpec) -> tuple[int, int]:
-    """Count operations and parameters of a description; see :func:`macs_and_params`.
+    """Count operations and parameters of an architecture; see :func:`macs_and_params`.
 
     Raises
     ------
     ValueError
-        The description makes no sense or names no image size.
+        The description is invalid or has no image size.
     """
     model = build(spec).eval()
     inputs = FAMILIES[spec.family].inputs(model)
@@ -47,14 +47,14 @@ def spec_cost(spec: pb.ArchitectureSpec) -> tuple[int, int]:
     def count(module: nn.Module, inputs: tuple[Tensor, ...], output: Any) -> None:
         nonlocal macs
         if isinstance(module, nn.MultiheadAttention):
-            # It uses the weights of its output layer without calling that layer.
+            # The module uses its output layer's weights without calling the layer, so no hook counts them.
             weights = module.in_proj_weight.numel() + module.out_proj.weight.numel()
             macs += weights * (output[0].numel() // module.embed_dim)
         elif isinstance(module, nn.GroupNorm | nn.BatchNorm2d | nn.LayerNorm):
             macs += 2 * output.numel()
         else:
             weight = cast(Tensor, module.weight)
-            # Every output position meets every weight once (a grouped convolution has fewer weights).
+            # Each weight is used once per output position (a grouped convolution has fewer weights).
             macs += weight.numel() * (output.numel() // weight.shape[0])
 
     counted = (nn.Conv2d, nn.Linear, nn.GroupNorm, nn.BatchNorm2d, nn.LayerNorm, nn.MultiheadAttention)

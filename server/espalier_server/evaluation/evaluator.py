@@ -1,4 +1,4 @@
-"""What the cloud looks at after a window: samples and their distance to real images, or accuracies."""
+"""Evaluation at the cloud: quality of a diffusion model's samples, or accuracy of classifiers."""
 
 from __future__ import annotations
 
@@ -33,25 +33,25 @@ def create_evaluator(
     device: torch.device,
     cache: Path | None = None,
 ) -> Evaluator | ClassifierEvaluator:
-    """Return the evaluator of the model's task; parameters and errors as below."""
+    """Return the evaluator for the model's task, see :class:`Evaluator` and :class:`ClassifierEvaluator`."""
     if task_of(settings.model) == "classification":
         return ClassifierEvaluator(settings, image_shape, classes, device)
     return Evaluator(settings, image_shape, device, cache)
 
 
-def _reference(settings: RunSettings, image_shape: tuple[int, int, int]) -> ImageSet:
-    """Open the test split of `eval-data`, whose images must be as large as the clients'."""
+def _open_eval_data(settings: RunSettings, image_shape: tuple[int, int, int]) -> ImageSet:
+    """Open the test split of `eval-data`; raises ConfigError if its images do not have the clients' shape."""
     reference = open_data(settings.eval_data, split="test")
     if tuple(reference.shape) != tuple(image_shape):
         raise ConfigError(
             f"eval-data={settings.eval_data} holds images of {reference.shape}, the clients' are {image_shape}; "
-            "name data of the clients' shape"
+            "give data of the clients' shape"
         )
     return reference
 
 
 class Evaluator:
-    """Of diffusion models: samples and measures; without `eval-data` it only samples.
+    """Samples diffusion models and measures the quality of the samples; without `eval-data` it only samples.
 
     Parameters
     ----------
@@ -62,7 +62,7 @@ class Evaluator:
     device : torch.device
         Where to sample.
     cache : Path, optional
-        Folder in which a trained feature network is kept.
+        Folder in which a trained feature network is stored.
 
     Raises
     ------
@@ -80,7 +80,7 @@ class Evaluator:
         self.settings, self.device = settings, device
         self.quality: Quality | None = None
         if settings.eval_data:
-            reference = _reference(settings, image_shape)
+            reference = _open_eval_data(settings, image_shape)
             self.quality = Quality(
                 reference,
                 train=open_data(settings.eval_data, split="train"),
@@ -91,7 +91,7 @@ class Evaluator:
             )
 
     def grid(self, model: nn.Module, path: Path) -> None:
-        """Draw `sample-count` images, always from the same noise, so that grids over time compare."""
+        """Sample `sample-count` images, from the same initial noise each time, and write them as a grid."""
         s = self.settings.of(DiffusionSettings)
         images = sample(
             model.to(self.device),
@@ -100,22 +100,22 @@ class Evaluator:
             seed=seed_for(self.settings.seed, "cloud", 0, "grid"),
             settings=s,
         )
-        self.keep(images, path)
+        self.save_grid(images, path)
 
-    def keep(self, images: torch.Tensor, path: Path) -> None:
-        """Write `sample-count` of the images that somebody drew, spread over all of them, as a grid."""
+    def save_grid(self, images: torch.Tensor, path: Path) -> None:
+        """Write `sample-count` of the images, evenly spaced, as a grid; images [N, C, H, W] in [-1, 1]."""
         count = min(self.settings.of(DiffusionSettings).sample_count, len(images))
         chosen = [i * len(images) // count for i in range(count)]
         path.parent.mkdir(parents=True, exist_ok=True)
         image_grid(images[chosen]).save(path)
 
     def measure(self, models: Mapping[str, nn.Module], window: int, round_: int) -> Evaluation | None:
-        """Measure `eval-samples` images of the first model, None without `eval-data` or a model.
+        """Measure the quality of `eval-samples` samples of the first model; None without `eval-data` or a model.
 
         Raises
         ------
         DataError
-            If the images cannot be measured, e.g. because the model draws NaN.
+            If the samples cannot be measured, e.g. because they contain NaN.
         """
         model = next(iter(models.values()), None)
         if self.quality is None or model is None:
@@ -131,7 +131,7 @@ class Evaluator:
         return self.measure_images(images, window, round_)
 
     def measure_images(self, images: torch.Tensor, window: int, round_: int) -> Evaluation | None:
-        """Measure images that somebody drew, float32 [N, C, H, W] in [-1, 1]; else as `measure`."""
+        """Measure the quality of samples, float32 [N, C, H, W] in [-1, 1]; otherwise like `measure`."""
         if self.quality is None:
             return None
         start = time.monotonic()
@@ -144,13 +144,13 @@ class Evaluator:
             frechet=found.frechet,
             inception_score=found.inception_score,
             kid=found.kid,
-            **{name: Scores(**dataclasses.asdict(mark)) for name, mark in found.marks.items()},
+            **{name: Scores(**dataclasses.asdict(scores)) for name, scores in found.references.items()},
             seconds=time.monotonic() - start,
         )
 
 
 class ClassifierEvaluator:
-    """Of classifiers: top-1 accuracy and cross-entropy on the test split of `eval-data`.
+    """Measures top-1 accuracy and cross-entropy of classifiers on the test split of `eval-data`.
 
     Parameters
     ----------
@@ -179,26 +179,25 @@ class ClassifierEvaluator:
         self.device = device
         self.data: ImageSet | None = None
         if settings.eval_data:
-            self.data = _reference(settings, image_shape)
+            self.data = _open_eval_data(settings, image_shape)
             if tuple(self.data.classes) != tuple(classes):
                 raise ConfigError(
                     f"eval-data={settings.eval_data} has the classes {', '.join(self.data.classes)}, the "
-                    f"clients have {', '.join(classes)}; name data of the clients' classes, in their order"
+                    f"clients have {', '.join(classes)}; give data with the clients' classes, in their order"
                 )
 
     def grid(self, model: nn.Module, path: Path) -> None:
-        """Draw nothing: a classifier has no samples."""
+        """Do nothing: a classifier has no samples."""
 
     def measure(self, models: Mapping[str, nn.Module], window: int, round_: int) -> AccuracyEntry | None:
-        """Score every model; None without `eval-data` or a model.
+        """Measure every model; None without `eval-data` or a model.
 
-        A model whose outputs are not finite has wrong answers and a loss of None; it does not keep the others
-        from being measured.
+        Outputs that are not finite count as wrong predictions and make the model's loss None.
 
         Raises
         ------
         DataError
-            If a model knows fewer classes than the data have, or an image cannot be read.
+            If a model has fewer classes than the data, or an image cannot be read.
         """
         if self.data is None or not models:
             return None

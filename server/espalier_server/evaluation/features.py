@@ -1,4 +1,4 @@
-"""The feature networks that quality is measured in: a classifier of the data at hand, or Inception-v3."""
+"""Feature networks for quality measures: a classifier trained on the data set, or Inception-v3."""
 
 from __future__ import annotations
 
@@ -32,8 +32,8 @@ _BATCH = 256
 _MAX_TRAINING = 20_000
 _DIMS = 64
 _STEPS = (300, 600)
-_RECIPE = "classifier-1"
-"""Part of a cached classifier's key: another number for another network or training."""
+_CLASSIFIER_VERSION = "classifier-1"
+"""Part of a cached classifier's key; to be increased when the network or its training changes."""
 
 _INCEPTION_FILE = "weights-inception-2015-12-05-6726825d.pth"
 _INCEPTION_URL = f"https://github.com/toshas/torch-fidelity/releases/download/v0.2.0/{_INCEPTION_FILE}"
@@ -44,11 +44,11 @@ class Features(Protocol):
 
     @property
     def name(self) -> str:
-        """What the features are, for captions: "digits features", "Inception-v3 features"."""
+        """Name of the features for captions: "digits features", "Inception-v3 features"."""
 
     @property
     def is_inception(self) -> bool:
-        """Whether the Fréchet distance in these features is the published FID."""
+        """Whether the Fréchet distance of these features is the published FID."""
 
     def extract(self, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Map images [N, C, H, W] in [-1, 1] to features [N, D] and logits [N, K], float64 on the CPU."""
@@ -63,7 +63,7 @@ def open_features(
     cache: Path | None = None,
     download: bool | None = None,
 ) -> Features:
-    """Return the feature network of a kind; a classifier is trained when features are first asked for.
+    """Return the feature network of a kind; a classifier is trained when it is first used.
 
     Parameters
     ----------
@@ -76,9 +76,9 @@ def open_features(
     device : torch.device or str
         Where to compute.
     cache : Path, optional
-        Folder that keeps trained classifiers, by content of the images and seed.
+        Folder in which trained classifiers are stored, by a hash of the images and the seed.
     download : bool, optional
-        Whether missing Inception weights may be downloaded; unless given, only where ESPALIER_DOWNLOAD is 1.
+        Whether missing Inception weights may be downloaded; by default, if ESPALIER_DOWNLOAD is 1.
 
     Raises
     ------
@@ -101,14 +101,14 @@ class _Classifier(nn.Module):
     def __init__(self, channels: int, size: int, classes: int) -> None:
         super().__init__()
         layers: list[nn.Module] = []
-        wide, side = channels, size
-        # The first layer halves large images too, so that they cost little more than small ones.
+        inputs, side = channels, size
+        # The first layer halves large images, too, so that their cost is similar to that of small ones.
         while not layers or side > 4:
             width, stride = (64, 2) if layers else (32, 2 if side > 8 else 1)
-            layers += [nn.Conv2d(wide, width, 3, stride, padding=1), nn.GroupNorm(8, width), nn.SiLU()]
-            wide, side = width, -(-side // stride)
+            layers += [nn.Conv2d(inputs, width, 3, stride, padding=1), nn.GroupNorm(8, width), nn.SiLU()]
+            inputs, side = width, -(-side // stride)
         self.body = nn.Sequential(*layers, nn.AdaptiveAvgPool2d(4), nn.Flatten(), nn.Dropout(0.2))
-        self.features = nn.Sequential(nn.Linear(wide * 16, _DIMS), nn.SiLU())
+        self.features = nn.Sequential(nn.Linear(inputs * 16, _DIMS), nn.SiLU())
         self.head = nn.Linear(_DIMS, classes)
 
     def forward(self, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -117,18 +117,18 @@ class _Classifier(nn.Module):
 
 
 class ClassifierFeatures:
-    """Features of a small classifier trained on the data set at hand, when they are first asked for.
+    """Features of a small classifier, which is trained on the data set when they are first used.
 
     Parameters
     ----------
     train : ImageSet
-        Training images of at least two classes; of more than 20,000, a seeded choice is used.
+        Training images of at least two classes; at most 20,000 of them, drawn by seed, are used.
     seed : int
-        Seed of the initial weights and batches: same seed, images and machine, same network.
+        Seed of the initial weights and batches; it determines the network for given images and machine.
     device : torch.device or str
         Where to compute.
     cache : Path, optional
-        Folder that keeps the trained network.
+        Folder in which the trained network is stored.
 
     Raises
     ------
@@ -152,7 +152,7 @@ class ClassifierFeatures:
 
     @cached_property
     def model(self) -> nn.Module:
-        """The network: loaded, or trained now, which takes seconds that no client waits for before its training."""
+        """The network, loaded from the cache or trained upon first use, which takes seconds."""
         train, seed, cache = self._train, self._seed, self._cache
         chosen = np.arange(len(train), dtype=np.int64)
         if len(train) > _MAX_TRAINING:
@@ -164,7 +164,7 @@ class ClassifierFeatures:
         )
         labels = torch.from_numpy(train.labels[chosen])
         channels, size, _ = train.shape
-        with torch.random.fork_rng(devices=[]):  # a seed of our own, and nobody else's draws disturbed
+        with torch.random.fork_rng(devices=[]):  # torch's global generator is left as it was
             torch.manual_seed(seed_for(seed, train.name, 0, "features/init"))
             model = _Classifier(channels, size, len(train.classes)).to(self.device)
             file = cache / f"{_key(pixels, labels, len(train.classes), seed)}.safetensors" if cache else None
@@ -176,7 +176,7 @@ class ClassifierFeatures:
 
     def extract(self, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Map images [N, C, H, W] in [-1, 1] to features [N, 64] and logits [N, K], float64 on the CPU."""
-        model = self.model  # trained before inference mode begins
+        model = self.model  # trained here if necessary, outside inference mode
         return _extract(images, lambda part: model(part.to(self.device)))
 
 
@@ -209,7 +209,7 @@ class InceptionFeatures:
             ) from error
         file = _inception_file(download)
         try:
-            # torch-fidelity would unpickle whatever the file holds; this refuses all but tensors first.
+            # torch-fidelity unpickles the file without restrictions, so check first that it holds tensors only.
             torch.load(file, map_location="cpu", weights_only=True)
             model = FeatureExtractorInceptionV3(
                 "inception-v3-compat", ["2048", "logits_unbiased"], feature_extractor_weights_path=str(file)
@@ -240,9 +240,9 @@ def _extract(images: torch.Tensor, forward: _Forward) -> tuple[torch.Tensor, tor
     features, logits = [], []
     with torch.inference_mode():
         for part in torch.split(images, _BATCH):
-            one, other = forward(part)
-            features.append(one.double().cpu())
-            logits.append(other.double().cpu())
+            part_features, part_logits = forward(part)
+            features.append(part_features.double().cpu())
+            logits.append(part_logits.double().cpu())
     return torch.cat(features), torch.cat(logits)
 
 
@@ -258,10 +258,10 @@ def _fit(
     steps = min(_STEPS[1], max(_STEPS[0], 5 * len(labels) // batch))
     optimizer = torch.optim.Adam(model.parameters(), lr=2e-3)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
-    # Smoothed labels keep logits small, so that the Inception Score's exponentials stay finite.
+    # Label smoothing bounds the logits, so that the exponentials of the Inception Score stay finite.
     loss = nn.CrossEntropyLoss(label_smoothing=0.1)
     model.train()
-    for chosen in _endless_batches(len(labels), batch, steps, rng):
+    for chosen in _batches(len(labels), batch, steps, rng):
         images = to_float(pixels[chosen]).to(device)
         _, logits = model(images)
         optimizer.zero_grad()
@@ -270,7 +270,7 @@ def _fit(
         schedule.step()
 
 
-def _endless_batches(count: int, batch: int, steps: int, rng: np.random.Generator) -> Iterator[torch.Tensor]:
+def _batches(count: int, batch: int, steps: int, rng: np.random.Generator) -> Iterator[torch.Tensor]:
     order = np.empty(0, np.int64)
     for _ in range(steps):
         if len(order) < batch:
@@ -280,11 +280,11 @@ def _endless_batches(count: int, batch: int, steps: int, rng: np.random.Generato
 
 
 def _key(pixels: torch.Tensor, labels: torch.Tensor, classes: int, seed: int) -> str:
-    """Name a trained classifier by everything it depends on."""
-    digest = hashlib.sha256(f"{_RECIPE}/{tuple(pixels.shape)}/{classes}/{seed}".encode())
+    """Return the cache key of a classifier: a hash of everything that it depends on."""
+    digest = hashlib.sha256(f"{_CLASSIFIER_VERSION}/{tuple(pixels.shape)}/{classes}/{seed}".encode())
     digest.update(pixels.numpy().tobytes())
     digest.update(labels.numpy().tobytes())
-    return f"{_RECIPE}-{digest.hexdigest()[:16]}"
+    return f"{_CLASSIFIER_VERSION}-{digest.hexdigest()[:16]}"
 
 
 def _load(model: nn.Module, file: Path) -> bool:
@@ -293,7 +293,7 @@ def _load(model: nn.Module, file: Path) -> bool:
     try:
         model.load_state_dict(load_file(file))
     except (safetensors.SafetensorError, RuntimeError, OSError) as error:
-        log.warning("the classifier kept in %s cannot be read and is trained again (%s)", file, error)
+        log.warning("cannot read the cached classifier %s, training it again (%s)", file, error)
         return False
     return True
 
@@ -304,21 +304,21 @@ def _save(model: nn.Module, file: Path) -> None:
 
 
 def _inception_file(download: bool) -> Path:
-    kept = Path(torch.hub.get_dir()) / "checkpoints" / _INCEPTION_FILE
-    places = (default_root() / _INCEPTION_FILE, kept)
-    for place in places:
-        if place.is_file():
-            return place
+    hub_file = Path(torch.hub.get_dir()) / "checkpoints" / _INCEPTION_FILE
+    files = (default_root() / _INCEPTION_FILE, hub_file)
+    for file in files:
+        if file.is_file():
+            return file
     if not download:
         raise DataError(
-            f"features=inception needs {_INCEPTION_FILE} in {places[0].parent} or {kept.parent}: "
+            f"features=inception needs {_INCEPTION_FILE} in {files[0].parent} or {hub_file.parent}: "
             "put it there, set ESPALIER_DOWNLOAD=1 to download it, or set features=classifier"
         )
-    kept.parent.mkdir(parents=True, exist_ok=True)
+    hub_file.parent.mkdir(parents=True, exist_ok=True)
     try:
-        torch.hub.download_url_to_file(_INCEPTION_URL, str(kept), hash_prefix="6726825d", progress=False)
+        torch.hub.download_url_to_file(_INCEPTION_URL, str(hub_file), hash_prefix="6726825d", progress=False)
     except (OSError, RuntimeError) as error:
         raise DataError(
             f"the Inception-v3 weights could not be downloaded from {_INCEPTION_URL}: {error}"
         ) from error
-    return kept
+    return hub_file

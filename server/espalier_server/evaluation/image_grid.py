@@ -1,4 +1,4 @@
-"""Images side by side in one picture."""
+"""Arrangement of images in a grid."""
 
 from __future__ import annotations
 
@@ -8,31 +8,41 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from espalier import lazy
+
 if TYPE_CHECKING:
-    from PIL.Image import Image as Picture
+    from PIL import Image
+else:
+    Image = lazy.load("PIL.Image")
 
 
-def image_grid(images: Tensor, *, columns: int | None = None, smallest: int = 32, gap: int = 2) -> Picture:
-    """Lay images out in a grid.
+def image_grid(
+    images: Tensor, *, columns: int | None = None, smallest: int = 32, gap: int = 2
+) -> Image.Image:
+    """Arrange images in a grid.
 
     Parameters
     ----------
     images : Tensor
-        [N, C, H, W] in [-1, 1], N >= 1; one channel is grey, three are RGB, of others the first is shown.
+        [N, C, H, W] in [-1, 1], N >= 1; one channel is grey, three are RGB, otherwise the first is shown.
     columns : int, optional
-        Images per row; a square grid when left out.
+        Images per row; by default the grid is about square.
     smallest : int
-        Images with fewer pixels a side are enlarged by a whole factor, with hard edges, to at least this.
+        Smaller images are enlarged to at least this many pixels per side, by an integer factor without
+        interpolation.
     gap : int
-        Grey pixels between images and around them.
+        Width of the grey lines between and around the images, in pixels.
 
     Returns
     -------
     PIL.Image.Image
         In mode L or RGB.
-    """
-    from PIL import Image
 
+    Raises
+    ------
+    ValueError
+        The images have another shape, or there are none.
+    """
     if images.ndim != 4 or not len(images):
         raise ValueError(f"a grid needs images of shape [N, C, H, W], not {list(images.shape)}")
     images = images if images.shape[1] == 3 else images[:, :1]

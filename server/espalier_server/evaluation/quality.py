@@ -1,4 +1,4 @@
-"""How good generated images are: Fréchet distance, Inception Score and KID beside a floor and a ceiling."""
+"""Quality of generated images: Fréchet distance, Inception Score and KID, with reference values."""
 
 from __future__ import annotations
 
@@ -20,15 +20,15 @@ from espalier.seeds import rng_for, seed_for
 from espalier.torchvision_shim import import_torchvision
 from espalier_server.evaluation.features import Features, open_features
 
-_MAX_REAL = 10_000
+_MAX_REFERENCE = 10_000
 _KID_SUBSETS = 100
 _KID_SUBSET_SIZE = 1000
 _NO_METRICS = f"measuring quality needs torchmetrics; run: {install_command('cloud')}"
 
 
 @dataclasses.dataclass(frozen=True)
-class Mark:
-    """The three figures of a set of images that others are held against."""
+class Measures:
+    """The three quality measures of a set of images."""
 
     frechet: float
     inception_score: float
@@ -37,7 +37,7 @@ class Mark:
 
 @dataclasses.dataclass(frozen=True)
 class Scores:
-    """What was measured of a set of generated images, and what the figures are to be held against.
+    """The quality measures of a set of generated images, and reference values to compare them with.
 
     Attributes
     ----------
@@ -46,23 +46,23 @@ class Scores:
     inception_score : float
         Inception Score by the feature network's own classes, from 1 to their number; higher is better.
     kid : float
-        Kernel distance (KID), mean over subsets; about 0 for images like the reference, lower is better.
+        Kernel distance (KID), mean over subsets; about 0 for equal distributions, lower is better.
     features : str
-        The features all figures are in, such as "digits features".
+        Name of the features that all measures are computed on, such as "digits features".
     floor : float
-        Fréchet distance of as many training images to the reference: what real images reach.
+        Fréchet distance of as many training images: the value that real images reach.
     noise : float
-        Fréchet distance of as many images of uniform noise: the mark of a model that learnt nothing.
+        Fréchet distance of as many images of uniform noise: the value of an untrained model.
     gaussian : float
-        Fréchet distance of as many draws of a Gaussian fitted to the training pixels: the least to beat.
+        Fréchet distance of as many draws of a Gaussian fitted to the training pixels: a simple baseline.
     inception_score_real : float
         Inception Score of the reference images.
-    marks : dict of str to Mark
-        All three figures of "floor", "noise" and "gaussian", the images of the fields above.
+    references : dict of str to Measures
+        All measures of the image sets "floor", "noise" and "gaussian", which the fields above describe.
     samples : int
         Number of generated images.
     caption : str
-        Name of `frechet` for a figure: "FID" for Inception-v3 features only.
+        Name of `frechet` for captions: "FID" for Inception-v3 features only.
     """
 
     frechet: float
@@ -73,7 +73,7 @@ class Scores:
     noise: float
     gaussian: float
     inception_score_real: float
-    marks: dict[str, Mark]
+    references: dict[str, Measures]
     samples: int
     caption: str
 
@@ -83,32 +83,32 @@ class Scores:
 
 
 class Quality:
-    """Measures generated images against a reference set.
+    """Measures the quality of generated images with respect to a reference set.
 
-    What takes long, training a feature network above all, is put off to the first measurement: by then clients
-    have trained, who else would wait for it.
+    Costly preparations, such as training a feature network, are made in the first measurement, so that clients need not
+    wait for them before they can train.
 
     Parameters
     ----------
     reference : ImageSet
-        Real images to compare with, best held out of training; of more than 10,000, a seeded choice is used.
+        Real images to compare with, ideally not used for training; at most 10,000 of them, drawn by seed, are used.
     train : ImageSet
-        Training images: they train the feature network and give the floor and the Gaussian.
+        Training images, for the feature network, the floor and the Gaussian.
     features : {"classifier", "inception"}
         Feature network, see :func:`espalier_server.evaluation.features.open_features`.
     seed : int
-        Seed of the feature network and of every draw.
+        Seed of the feature network and of all random draws.
     device : torch.device or str
         Where the feature network computes.
     cache : Path, optional
-        Folder that keeps trained classifiers.
+        Folder in which trained classifiers are stored.
 
     Raises
     ------
     ConfigError
         The features are unknown, or torchmetrics is not installed.
     DataError
-        The sets differ in shape or are too small, or the feature network cannot be had.
+        The sets differ in shape or are too small, or the feature network is not available.
     """
 
     def __init__(
@@ -132,77 +132,77 @@ class Quality:
         self._train = train
         self.network: Features = open_features(features, train, seed=seed, device=device, cache=cache)
         self._reference = reference
-        self._marks: dict[int, dict[str, Mark]] = {}
+        self._references: dict[int, dict[str, Measures]] = {}
 
     @cached_property
     def _real(self) -> tuple[torch.Tensor, float]:
         """Features and Inception Score of the reference images."""
         data = self._reference
-        chosen = _choice(data, _MAX_REAL, rng_for(self._seed, data.name, 0, "quality/reference"))
+        chosen = _random_images(data, _MAX_REFERENCE, rng_for(self._seed, data.name, 0, "quality/reference"))
         features, logits = self.network.extract(chosen)
         return features, inception_score(logits, seed=self._draw_seed("score"))
 
     def measure(self, images: torch.Tensor) -> Scores:
-        """Score generated images.
+        """Measure the quality of generated images.
 
         Parameters
         ----------
         images : torch.Tensor
-            Shape [N, C, H, W], values in [-1, 1]; rounded to 8 bits as an image file would, since the real
-            images are.
+            Shape [N, C, H, W], values in [-1, 1]; rounded to 8 bits, since the real images are.
 
         Returns
         -------
         Scores
-            The figures, with floor and ceilings for the same N.
+            The measures, with reference values for the same N.
 
         Raises
         ------
         DataError
-            The images are fewer than 2, of another shape than the reference or not finite.
+            There are fewer than 2 images, or they have another shape than the reference or values that are not
+            finite.
         """
         if tuple(images.shape[1:]) != self._train.shape:
             raise DataError(f"generated images are {tuple(images.shape[1:])}, the data {self._train.shape}")
         if len(images) < 2:
             raise DataError(f"quality needs at least 2 generated images, not {len(images)}")
         if not torch.isfinite(images).all():
-            raise DataError("a generated image holds a value that is not finite")
+            raise DataError("a generated image has a value that is not finite")
         features, logits = self.network.extract(to_float(to_uint8(images.detach().cpu())))
-        marks = self._marks_for(len(images))
-        found = self._figures(features, logits)
+        references = self._references_for(len(images))
+        found = self._measures(features, logits)
         return Scores(
             frechet=found.frechet,
             inception_score=found.inception_score,
             kid=found.kid,
             features=self.network.name,
-            floor=marks["floor"].frechet,
-            noise=marks["noise"].frechet,
-            gaussian=marks["gaussian"].frechet,
+            floor=references["floor"].frechet,
+            noise=references["noise"].frechet,
+            gaussian=references["gaussian"].frechet,
             inception_score_real=self._real[1],
-            marks=marks,
+            references=references,
             samples=len(images),
             caption="FID" if self.network.is_inception else f"Fréchet distance ({self.network.name})",
         )
 
-    def _figures(self, features: torch.Tensor, logits: torch.Tensor) -> Mark:
-        return Mark(
+    def _measures(self, features: torch.Tensor, logits: torch.Tensor) -> Measures:
+        return Measures(
             frechet=frechet_distance(self._real[0], features),
             inception_score=inception_score(logits, seed=self._draw_seed("score")),
             kid=kernel_distance(self._real[0], features, seed=self._draw_seed("kid")),
         )
 
-    def _marks_for(self, count: int) -> dict[str, Mark]:
-        """Return floor, noise and Gaussian for a number of images: few samples raise a Fréchet distance."""
-        if count not in self._marks:
+    def _references_for(self, count: int) -> dict[str, Measures]:
+        """Return the reference values for `count` images; the Fréchet distance depends on their number."""
+        if count not in self._references:
             rng = rng_for(self._seed, self._train.name, 0, f"quality/marks/{count}")
-            floor = _choice(self._train, count, rng)
+            floor = _random_images(self._train, count, rng)
             noise = torch.from_numpy(rng.integers(0, 256, (count, *self._train.shape), np.uint8))
-            gaussian = gaussian_images(_choice(self._train, 5000, rng), count, rng)
+            gaussian = gaussian_images(_random_images(self._train, 5000, rng), count, rng)
             sets = {"floor": floor, "noise": to_float(noise), "gaussian": to_float(to_uint8(gaussian))}
-            self._marks[count] = {
-                name: self._figures(*self.network.extract(images)) for name, images in sets.items()
+            self._references[count] = {
+                name: self._measures(*self.network.extract(images)) for name, images in sets.items()
             }
-        return self._marks[count]
+        return self._references[count]
 
     def _draw_seed(self, purpose: str) -> int:
         return seed_for(self._seed, self._train.name, 0, f"quality/{purpose}")
@@ -227,7 +227,7 @@ def gaussian_images(images: torch.Tensor, count: int, rng: np.random.Generator) 
     """
     flat = images.reshape(len(images), -1)
     mean = flat.mean(dim=0)
-    # A standard normal mix of the centred images has their covariance, which itself is never formed.
+    # Standard normal combinations of the centred images have their covariance, without forming its matrix.
     mix = torch.from_numpy(rng.standard_normal((count, len(flat)), np.float32)) / max(1, len(flat) - 1) ** 0.5
     draws: torch.Tensor = mix @ (flat - mean) + mean
     return draws.clamp_(-1, 1).reshape(count, *images.shape[1:])
@@ -238,22 +238,24 @@ def frechet_distance(real: torch.Tensor, generated: torch.Tensor) -> float:
 
     d^2 = |mu_1 - mu_2|^2 + Tr(S_1 + S_2 - 2 (S_1 S_2)^(1/2)) (Dowson and Landau, 1982; Heusel et al., 2017).
     """
-    metric = _metrics().fid.FrechetInceptionDistance(feature=_Given(real.shape[1]))
+    metric = _metrics().fid.FrechetInceptionDistance(feature=_PrecomputedFeatures(real.shape[1]))
     metric.update(real.double(), real=True)
     metric.update(generated.double(), real=False)
-    return max(0.0, float(metric.compute()))  # rounding can leave equal sets just below zero
+    return max(0.0, float(metric.compute()))  # rounding errors may make it negative for equal sets
 
 
 def kernel_distance(real: torch.Tensor, generated: torch.Tensor, *, seed: int) -> float:
     """Return the kernel distance (KID; Binkowski et al., 2018) of two sets of features [N, D] and [M, D].
 
-    Cubic polynomial kernel, mean over 100 subsets of 1,000, or of all where there are fewer.
+    Cubic polynomial kernel; mean over 100 random subsets of 1,000 features, or of all if there are fewer.
     """
     size = min(_KID_SUBSET_SIZE, len(real), len(generated))
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", UserWarning)  # that features are kept in memory: they already are
+        warnings.simplefilter(
+            "ignore", UserWarning
+        )  # about the memory that features take: they are in memory already
         metric = _metrics().kid.KernelInceptionDistance(
-            feature=_Given(real.shape[1]), subsets=_KID_SUBSETS, subset_size=size
+            feature=_PrecomputedFeatures(real.shape[1]), subsets=_KID_SUBSETS, subset_size=size
         )
     metric.update(real.double(), real=True)
     metric.update(generated.double(), real=False)
@@ -266,12 +268,12 @@ def kernel_distance(real: torch.Tensor, generated: torch.Tensor, *, seed: int) -
 def inception_score(logits: torch.Tensor, *, seed: int) -> float:
     """Return the Inception Score (Salimans et al., 2016) of class logits [N, K].
 
-    exp E KL(p(y|x) || p(y)), mean over up to 10 splits of at least 500: smaller ones bias it down.
+    exp E KL(p(y|x) || p(y)), mean over up to 10 splits of at least 500 images: smaller splits bias it downwards.
     """
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)  # about memory, and the deviation of a single split
         metric = _metrics().inception.InceptionScore(
-            feature=_Given(logits.shape[1]), splits=max(1, min(10, len(logits) // 500))
+            feature=_PrecomputedFeatures(logits.shape[1]), splits=max(1, min(10, len(logits) // 500))
         )
         metric.update(logits.double())
         with torch.random.fork_rng(devices=[]):
@@ -280,8 +282,8 @@ def inception_score(logits: torch.Tensor, *, seed: int) -> float:
     return float(mean)
 
 
-class _Given(nn.Module):
-    """Stands where torchmetrics expects a feature network: the features are computed already."""
+class _PrecomputedFeatures(nn.Module):
+    """The identity, in place of the feature network that torchmetrics expects."""
 
     def __init__(self, dims: int) -> None:
         super().__init__()
@@ -292,7 +294,7 @@ class _Given(nn.Module):
 
 
 def _metrics() -> Any:
-    import_torchvision()  # torchmetrics imports it where it is installed
+    import_torchvision()  # torchmetrics imports torchvision if it is installed
     try:
         import torchmetrics.image.fid
         import torchmetrics.image.inception
@@ -302,7 +304,7 @@ def _metrics() -> Any:
     return torchmetrics.image
 
 
-def _choice(data: ImageSet, count: int, rng: np.random.Generator) -> torch.Tensor:
-    """Fetch `count` images at random, or all where there are no more."""
+def _random_images(data: ImageSet, count: int, rng: np.random.Generator) -> torch.Tensor:
+    """Return `count` random images, or all if there are fewer; [count, C, H, W] in [-1, 1]."""
     chosen = np.sort(rng.permutation(len(data))[:count])
     return torch.cat([data.fetch(part) for part in np.array_split(chosen, len(chosen) // 256 + 1)])

@@ -1,4 +1,4 @@
-"""Quality: the distances against closed forms, the feature networks, and marks that order as they should."""
+"""Quality: the distances against closed forms, the feature networks, and the order of the reference values."""
 
 from __future__ import annotations
 
@@ -127,10 +127,10 @@ def test_scores_order_as_eyes_do(quality: Quality, digits: tuple[TensorImages, T
     assert worst.frechet == pytest.approx(best.noise, rel=0.1)
     assert best.frechet == pytest.approx(best.floor, abs=1.0)
     # Every figure has its floor and ceiling beside it.
-    floor, ceiling = best.marks["floor"], best.marks["noise"]
+    floor, ceiling = best.references["floor"], best.references["noise"]
     assert (floor.frechet, ceiling.frechet) == (best.floor, best.noise)
-    assert floor.kid < best.marks["gaussian"].kid < ceiling.kid
-    assert floor.inception_score > best.marks["gaussian"].inception_score > ceiling.inception_score
+    assert floor.kid < best.references["gaussian"].kid < ceiling.kid
+    assert floor.inception_score > best.references["gaussian"].inception_score > ceiling.inception_score
     # One digit only looks real, and is found out.
     threes = train.fetch(np.flatnonzero(train.labels == 3)[:100])
     assert quality.measure(threes).frechet > best.gaussian
@@ -201,7 +201,7 @@ def test_a_classifier_is_the_same_by_seed_and_kept_by_content(
         file.write_bytes(b"damaged")
     mended = ClassifierFeatures(toy(), seed=1, cache=tmp_path)
     assert torch.equal(first.extract(images)[0], mended.extract(images)[0])
-    assert "trained again" in caplog.text
+    assert "training it again" in caplog.text
 
 
 def test_the_feature_network_is_trained_on_first_use(monkeypatch: pytest.MonkeyPatch) -> None:
