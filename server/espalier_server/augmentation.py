@@ -1,4 +1,4 @@
-"""FAug at the cloud: seeds in, a conditional GAN trained, the generator out to be used before any training."""
+"""FAug at the cloud (Jeong et al. 2018): a conditional GAN is trained on the clients' seed images before round 1."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from espalier.seeds import seed_for
 from espalier.wire.sections import Payload
 from espalier_proto import espalier_pb2 as pb
 from espalier_server.evaluation.image_grid import image_grid
+from espalier_server.generators.conditional_training import train_conditional
 from espalier_server.records.record import AugmentationEntry
 from espalier_server.window_aggregator import WindowAggregator
 
@@ -27,38 +28,36 @@ log = logging.getLogger("espalier.cloud")
 def augment(
     settings: RunSettings, strategy: WindowAggregator, classes: int, device: torch.device, samples: Path
 ) -> AugmentationEntry:
-    """Let clients fill up the labels they lack.
+    """Train a generator on the clients' seed images and let clients generate images of the labels that they lack.
 
     Parameters
     ----------
     settings : RunSettings
         The `faug-…` settings.
     strategy : WindowAggregator
-        Asks the clients.
+        Sends inquiries to the clients.
     classes : int
         Number of classes.
     device : torch.device
         Where the GAN is trained.
     samples : Path
-        Where a grid of its images goes.
+        File for a grid of generated images.
 
     Returns
     -------
     AugmentationEntry
-        Who uploaded and filled how much, and both privacy leakages by client.
+        Seed images, generated images and both privacy leakages by client.
     """
-    from espalier_server.generators.conditional_training import train_conditional
-
-    nothing = pb.ArchitectureSpec()
-    seeds = _sound(strategy.ask("seeds", nothing, Payload({})), classes, strategy)
+    no_network = pb.ArchitectureSpec()
+    seeds = _valid_seeds(strategy.ask("seeds", no_network, Payload({})), classes, strategy)
     entry = AugmentationEntry()
     pixels = [a.arrays[SEED_IMAGES] for a in seeds.values()]
-    labels = [a.arrays[SEED_LABELS] for a in seeds.values()]
-    marks = np.concatenate(labels) if labels else np.zeros(0, np.int64)
-    if not len(marks):
-        log.warning("no client lacks a label of which it has a seed; nothing is filled up")
+    parts = [a.arrays[SEED_LABELS] for a in seeds.values()]
+    labels = np.concatenate(parts) if parts else np.zeros(0, np.int64)
+    if not len(labels):
+        log.warning("no client lacks a label of which it has a seed; no images are generated")
         return entry
-    uploaded = len(np.unique(marks))
+    uploaded = len(np.unique(labels))
     for name, answer in sorted(seeds.items()):
         wanted, redundant = (int(answer.metrics.get(k, 0)) for k in ("targets", "redundant"))
         to_server, between = leakage(wanted, redundant, uploaded)
@@ -67,7 +66,7 @@ def augment(
     seed = seed_for(settings.seed, "cloud", 0, "conditional gan")
     generator = train_conditional(
         np.concatenate(pixels),
-        marks,
+        labels,
         classes,
         steps=settings.of(FAugSettings).faug_steps,
         seed=seed,
@@ -76,20 +75,20 @@ def augment(
     samples.parent.mkdir(parents=True, exist_ok=True)
     image_grid(generator.draw(np.repeat(np.arange(classes), 8), seed)).save(samples)
     entry.parameters = sum(p.numel() for p in generator.parameters())
-    filled = strategy.ask("fill", nothing, Payload.pack({GENERATOR: generator.arrays()}))
+    filled = strategy.ask("fill", no_network, Payload.pack({GENERATOR: generator.arrays()}))
     entry.filled = {n: int(a.metrics.get("filled", 0)) for n, a in sorted(filled.items())}
     return entry
 
 
-def _sound(seeds: dict[str, Answer], classes: int, strategy: WindowAggregator) -> dict[str, Answer]:
-    """Return the clients' seeds without those of classes that do not exist, whose senders are named."""
-    sound = {}
+def _valid_seeds(seeds: dict[str, Answer], classes: int, strategy: WindowAggregator) -> dict[str, Answer]:
+    """Return the clients' seeds; those with a label that does not exist are recorded as faults and left out."""
+    valid = {}
     for name, answer in sorted(seeds.items()):
-        marks = answer.arrays[SEED_LABELS]
-        if (wrong := marks[(marks < 0) | (marks >= classes)]).size:
-            detail = f"a seed image of label {wrong[0]}, there are {classes} classes"
+        labels = answer.arrays[SEED_LABELS]
+        if (wrong := labels[(labels < 0) | (labels >= classes)]).size:
+            detail = f"a seed image of label {wrong[0]}, but there are {classes} classes"
             strategy.outcome.faults.append(pb.Fault(tier="cloud", node=name, kind="refused", detail=detail))
             log.warning("%s refused: %s", name, detail)
             continue
-        sound[name] = answer
-    return sound
+        valid[name] = answer
+    return valid

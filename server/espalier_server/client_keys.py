@@ -1,4 +1,4 @@
-"""The clients' public keys as the cloud knows them: those a person registered, else the first that was seen."""
+"""The clients' public keys at the cloud: registered keys, or else the first key seen for each name."""
 
 from __future__ import annotations
 
@@ -10,18 +10,18 @@ from espalier.security.name_registry import CLIENT_NAMES, NameRegistry
 
 
 class ClientKeys:
-    """Whose signature counts.
+    """The keys whose signatures the cloud accepts.
 
-    Once there is a registry (`espalier clients add`), or where the cloud admits registered keys only, only its
-    keys do. Else, as on a loopback demo, the first key that comes with a name stays bound to it: an edge can make
-    a client up, but not speak for one that the cloud has met.
+    If there is a registry (`espalier clients add`), or if the cloud admits registered keys only, these are the
+    registered keys. Otherwise, e.g. in a demo on the loopback interface, the first key that is seen with a name is
+    bound to it: an edge can then invent a client, but cannot impersonate one that the cloud knows.
 
     Parameters
     ----------
     state : Path
         The cloud's state folder.
     keys_only : bool
-        Whether the cloud admits registered keys only: then a missing registry is an empty one.
+        Whether the cloud admits registered keys only; a missing registry then counts as empty.
     """
 
     def __init__(self, state: Path, *, keys_only: bool = False) -> None:
@@ -31,19 +31,19 @@ class ClientKeys:
 
     @property
     def registered(self) -> bool:
-        """Whether only registered keys count."""
+        """Whether only registered keys are accepted."""
         return self._keys_only or self._registry.path.exists()
 
     def claim(self, name: str, public_key: bytes) -> None:
-        """Check the key that an edge says a client proved to it.
+        """Check the key that a client proved to its edge, according to the edge.
 
         Raises
         ------
         WireError
-            If it is not the client's.
+            If it is missing, or not the key of the client of this name.
         """
         if not public_key:
-            raise WireError(name, "its edge does not say which node key it has")
+            raise WireError(name, "its edge did not report its node key")
         if self.registered and not self._registry.path.exists():
             raise WireError(
                 name, "no client's key is registered at the cloud; there: espalier clients add NAME KEY.pub"
@@ -51,7 +51,7 @@ class ClientKeys:
         (self._registry if self.registered else self._seen).claim(name, public_key)
 
     def in_force(self) -> dict[str, bytes]:
-        """Return the public keys that count now, by client."""
+        """Return the accepted public keys by client."""
         if self.registered:
             return {e.name: e.public_key for e in self._registry.entries() if not e.revoked}
         return {name: key for key, name in self._seen.owners().items()}

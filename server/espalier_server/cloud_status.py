@@ -1,4 +1,4 @@
-"""What the cloud tells those who look on: its newest run by the event log, its edges by the SuperLink."""
+"""Status snapshots of the cloud: the newest run from its event log, the edges from the SuperLink."""
 
 from __future__ import annotations
 
@@ -27,21 +27,21 @@ from espalier_server.tree_view import TreeView
 
 log = logging.getLogger("espalier.cloud")
 
-#: Where the live view is without `--monitor`; a free port if another process has this one.
+#: Default address of the monitoring server; if its port is in use, a free port is taken.
 DEFAULT_ADDRESS = "127.0.0.1:9094"
-#: In the cloud's state: which run its ServerApp began last.
+#: File in the cloud's state folder that names the run that was started last.
 RUN_FILE = "run.json"
-#: Seconds after which the SuperLink is asked again for its nodes, and that a snapshot waits for it.
+#: Seconds after which the list of nodes is requested again, and that a snapshot waits for it.
 NODES_AGE, NODES_WAIT = 4.0, 1.0
 
 
 def remember_run(state: Path, run: str, folder: Path) -> None:
-    """Note which run began last, for those who look on."""
+    """Write the run that was started last, for status snapshots."""
     write_json(state / RUN_FILE, {"run": run, "folder": str(folder)})
 
 
 class Nodes:
-    """The SuperLink's nodes, asked for in the background and only while somebody looks on."""
+    """The SuperLink's nodes, requested in the background when a snapshot is requested."""
 
     def __init__(self, ask: Callable[[], list[Node]]) -> None:
         self._ask = ask
@@ -51,7 +51,7 @@ class Nodes:
         self._nodes: list[Node] | None = None
 
     def get(self) -> list[Node] | None:
-        """Return the newest answer; None while there is none. A SuperLink that hangs is not waited for."""
+        """Return the newest list of nodes, None if there is none; wait at most `NODES_WAIT` seconds."""
         with self._lock:
             if not self._busy and time.monotonic() - self._asked > NODES_AGE:
                 self._busy, self._asked = True, time.monotonic()
@@ -72,12 +72,12 @@ class Nodes:
 
 
 class CloudSource:
-    """Makes the cloud's snapshots.
+    """Creates status snapshots of the cloud.
 
     Parameters
     ----------
     name, listen : str
-        What the cloud is called, and where it serves edges.
+        Name of the cloud, and the address at which it serves edges.
     state : Path
         Its state folder.
     """
@@ -93,7 +93,7 @@ class CloudSource:
         self._versions = distribution.versions("flwr")
 
     def __call__(self) -> mpb.TreeStatus:
-        """Return the tree as it is now."""
+        """Return a status snapshot of the tree."""
         nodes = self._nodes.get() if self.ready else None
         with self._lock:
             run = self._follow()
@@ -116,12 +116,12 @@ class CloudSource:
         return status
 
     def _follow(self) -> str:
-        """Read what the newest run wrote since the last look; return its id."""
+        """Read the events of the newest run since the last snapshot; return its id."""
         try:
             newest = json.loads((self.state / RUN_FILE).read_text(encoding="utf-8"))
             run, folder = str(newest["run"]), Path(newest["folder"])
         except (OSError, ValueError, TypeError, KeyError):
-            return ""  # no run has begun yet
+            return ""  # no run has started yet
         if folder != self._folder or run != self._view.run.run:
             self._view, self._folder, self._offset = TreeView(), folder, 0
             self._view.folder = str(folder)
@@ -131,10 +131,10 @@ class CloudSource:
                 self._view.feed(event)
         return run
 
-    def _waiting(self, begun: str) -> list[str]:
+    def _waiting(self, started: str) -> list[str]:
         if self.cloud is None:
             return []
-        return [s.run for s in runs.submissions(self.cloud) if s.run != begun and not s.ended]
+        return [s.run for s in runs.submissions(self.cloud) if s.run != started and not s.ended]
 
     def _list_nodes(self) -> list[Node]:
         if self.cloud is None:
@@ -142,7 +142,7 @@ class CloudSource:
         return list_nodes(self.cloud.control, self.cloud.root_certificates)
 
     def _add_nodes(self, status: mpb.TreeStatus, nodes: list[Node]) -> None:
-        """Enter which edges are connected, which the SuperLink knows best and also between runs."""
+        """Set which edges are connected according to the SuperLink, which knows it between runs, too."""
         try:
             owners = (
                 NameRegistry(self.state / EDGE_NAMES).owners() | KeyRegistry(self.state / EDGE_KEYS).owners()
@@ -166,14 +166,14 @@ class CloudSource:
 
 @contextlib.contextmanager
 def monitored(source: CloudSource, address: str, security: Security) -> Iterator[MonitorServer | None]:
-    """Serve a cloud's live view while the context lasts.
+    """Serve a cloud's status snapshots within the context.
 
     Parameters
     ----------
     address : str
-        HOST:PORT; "" for the default one, "none" for no live view.
+        HOST:PORT; "" for the default address, "none" for no monitoring server.
     security : Security
-        TLS files, the cloud's own.
+        The cloud's TLS files.
 
     Yields
     ------
@@ -183,7 +183,7 @@ def monitored(source: CloudSource, address: str, security: Security) -> Iterator
     Raises
     ------
     EspalierError
-        The address cannot be served, or not without TLS.
+        The address cannot be bound, or requires TLS.
     """
     if address == "none":
         yield None

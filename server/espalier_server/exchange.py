@@ -1,4 +1,4 @@
-"""One exchange with the edges: a plan and its tensors go down, what comes up is checked and read."""
+"""An exchange with the edges: sends a plan and its tensors, checks and reads the reports."""
 
 from __future__ import annotations
 
@@ -28,30 +28,30 @@ from espalier_server.window_outcome import WindowOutcome
 
 log = logging.getLogger("espalier.cloud")
 
-#: How often a window or an inquiry is sent before a reproducible run that lacks a participant's part is ended.
-TRIES = 3
+#: How often a reproducible run sends a window or an inquiry before it fails because of a missing participant.
+MAX_ATTEMPTS = 3
 
 
 @dataclass
 class Exchange:
-    """A plan at the edges that have a part in it: a window's or an inquiry's.
+    """The exchange of one plan, for a window or an inquiry, with the edges that have participants in it.
 
     Attributes
     ----------
     method : Method
         The algorithm.
     state : CloudState
-        The global state that the plan was made of.
+        The global state that the plan belongs to.
     tree : Tree
         Edges and clients.
     outcome : WindowOutcome
-        Where bytes, faults and signatures are entered.
+        Collects traffic, faults and signatures.
     plan : pb.WindowPlan
-        What is asked of the edges.
+        The plan that is sent to the edges.
     payload : Payload
-        The tensors that go with it.
+        The tensors that are sent with the plan.
     received : Payload
-        The tensors as the edges read them, which their reports may be differences to; known once they are sent.
+        The tensors as the edges decode them, which coded differences in reports refer to; set by `send`.
     """
 
     method: Method
@@ -69,13 +69,13 @@ class Exchange:
 
     @property
     def edges(self) -> list[str]:
-        """Edges that have a part in it, in the order of their names."""
+        """Names of the edges that have participants in the plan, sorted."""
         return sorted({p.edge for r in self.plan.rounds for p in r.participants})
 
     # --- down --------------------------------------------------------------------------------------
 
     def send(self) -> Iterator[Message]:
-        """Yield the message to each edge; all get one and the same content, so it is stored and hashed once."""
+        """Yield the message to each edge; all have the same content, which is stored and hashed once."""
         encoding = DownlinkEncoding(self.payload.layouts, self.plan.architecture, self.settings)
         coded, self.received = encoding.encode(self.payload)
         content = control.plan_content(self.plan, coded)
@@ -83,7 +83,7 @@ class Exchange:
         size, nodes = payload_bytes(content), self.tree.edges()
         for edge in self.edges:
             if edge not in nodes:
-                self._fault(edge, "lost", "went away before its part was sent")
+                self._fault(edge, "lost", "disconnected before the plan was sent")
                 continue
             self.outcome.ledger.add(EDGE_CLOUD, down_bytes=size, messages=1)
             yield Message(content, nodes[edge], kind, group_id=str(self.plan.window))
@@ -91,7 +91,7 @@ class Exchange:
     # --- up ----------------------------------------------------------------------------------------
 
     def named(self, replies: Iterable[Message]) -> Iterator[tuple[int, str, Message]]:
-        """Yield each reply with its node's id and its edge's name."""
+        """Yield each reply with the id and the name of its edge."""
         for reply in replies:
             node = reply.metadata.src_node_id
             yield node, self.tree.name_of(node), reply
@@ -102,7 +102,7 @@ class Exchange:
         Raises
         ------
         WireError
-            If it is no answer to this plan, or not valid; or one of `UNSOUND` if the method rejects the values.
+            If it is not a valid reply to this plan; or one of `UNSOUND` if the method rejects the values.
         """
         report = control.read_control(pb.EdgeReport, reply, name)
         if report.edge != name:
@@ -115,18 +115,18 @@ class Exchange:
         )
         report.up_bytes = payload_bytes(reply.content)
         payload = self._tensors(reply, layouts_from_proto(report.sections, name), name)
-        # Not only of those it lists: a method may want to know of an update that it left out (Phoenix).
-        given = {p.client for r in self.plan.rounds for p in r.participants if p.edge == name}
+        # Forwarded tensors may come from any planned participant: with Phoenix also from one not in the aggregate.
+        planned = {p.client for r in self.plan.rounds for p in r.participants if p.edge == name}
         forwarded = forwarded_in(payload)
-        if foreign := forwarded.keys() - given:
-            raise WireError(name, f"tensors of {sorted(foreign)[:3]}, which it was not given")
+        if foreign := forwarded.keys() - planned:
+            raise WireError(name, f"tensors of {sorted(foreign)[:3]}, which are not its participants")
         if not self.plan.inquiry:
             self.method.check_forwarded(forwarded, rows_in(payload), self.state)
         self.outcome.signatures.add(checked)
         return report, payload
 
     def _tensors(self, reply: Message, layouts: Layouts, name: str) -> Payload:
-        """Read a report's tensors; of the network's it may hold coded differences."""
+        """Read a report's tensors; with an `edge-codec`, those of the model are coded differences."""
         received, edge_codec = self.received, self.settings.of(CodecSettings).edge_codec
         if edge_codec == "none":
             return control.read_payload(reply, layouts, name)
@@ -135,10 +135,10 @@ class Exchange:
         payload = control.read_payload(reply, encoding.wire, name)
         return encoding.whole(payload, received.views(), name)
 
-    # --- what is entered ---------------------------------------------------------------------------
+    # --- outcome -----------------------------------------------------------------------------------
 
     def count(self, report: pb.EdgeReport) -> None:
-        """Enter a report's bytes, and the faults below its edge."""
+        """Add a report's traffic and faults to the outcome."""
         self.outcome.faults.extend(report.faults)
         down = report.client_edge
         self.outcome.ledger.add(
@@ -147,14 +147,14 @@ class Exchange:
         self.outcome.ledger.add(EDGE_CLOUD, up_bytes=report.up_bytes, messages=1)
 
     def refuse(self, reply: Message, name: str, error: Exception) -> None:
-        """Enter a reply that is not taken, and why."""
+        """Record a rejected reply as a fault with its reason."""
         self._fault(name, fault_kind(reply), error.fault if isinstance(error, WireError) else unsound(error))
 
-    def note_silent(self) -> None:
-        """Enter the edges that neither reported nor failed."""
-        for silent in self.edges:
-            if silent not in self.outcome.reports and silent not in {f.node for f in self.outcome.faults}:
-                self._fault(silent, "straggler", "no report of the window before its deadline")
+    def record_stragglers(self) -> None:
+        """Record the edges that neither reported nor failed as stragglers."""
+        for edge in self.edges:
+            if edge not in self.outcome.reports and edge not in {f.node for f in self.outcome.faults}:
+                self._fault(edge, "straggler", "no report of the window before its deadline")
 
     def _fault(self, node: str, kind: str, detail: str) -> None:
         window = self.state.window + 1

@@ -1,4 +1,4 @@
-"""Inquiries of the cloud to clients, sent through their edges, and their answers."""
+"""Inquiries of the cloud to clients through their edges, and the answers."""
 
 from __future__ import annotations
 
@@ -13,67 +13,67 @@ from espalier.methods.views import answer_layouts
 from espalier.wire.payload import Layout
 from espalier.wire.sections import Payload, difference
 from espalier_proto import espalier_pb2 as pb
-from espalier_server.exchange import TRIES, Exchange
+from espalier_server.exchange import MAX_ATTEMPTS, Exchange
 
-#: Inquiries whose answers are only reported.
-MEASURES = frozenset({"accuracy", "samples"})
+#: Inquiries whose answers are recorded only and do not affect training.
+EVALUATION_ONLY = frozenset({"accuracy", "samples"})
 
 
-def spread(members: Sequence[Member], clients: Collection[str] | None) -> dict[str, str]:
-    """Return the edge at which each client is asked; `clients` are all where it is None.
+def assign_edges(members: Sequence[Member], clients: Collection[str] | None) -> dict[str, str]:
+    """Return the edge through which each client receives an inquiry; `clients` None: all members.
 
-    Clients of several edges are spread over them by their place in the order of names.
+    Clients with several edges are distributed over them in turn, in the order of their names.
     """
-    reach = {m.name: m.edges for m in members if clients is None or m.name in clients}
-    return {name: edges[i % len(edges)] for i, (name, edges) in enumerate(sorted(reach.items()))}
+    edges_of = {m.name: m.edges for m in members if clients is None or m.name in clients}
+    return {name: edges[i % len(edges)] for i, (name, edges) in enumerate(sorted(edges_of.items()))}
 
 
-def ask(pose: Callable[[], Exchange]) -> dict[str, Answer]:
-    """Send an inquiry; in a reproducible run, again until all clients have answered what training depends on.
+def ask(create_exchange: Callable[[], Exchange]) -> dict[str, Answer]:
+    """Send an inquiry; in a reproducible run, repeat it until all clients have answered, unless it only evaluates.
 
     Parameters
     ----------
-    pose : callable
-        Returns the inquiry for the clients that are connected now.
+    create_exchange : callable
+        Returns the exchange of the inquiry with the clients that are connected now.
 
     Raises
     ------
     EspalierError
-        If a client did not answer it in a reproducible run in any of the tries.
+        If a client of a reproducible run did not answer in any attempt.
     """
-    for _ in range(TRIES):
-        exchange = pose()
+    for _ in range(MAX_ATTEMPTS):
+        exchange = create_exchange()
         kind, settings = exchange.plan.inquiry, exchange.settings
-        found, asked = put(exchange)
-        silent = sorted(asked - set(found))
-        if not (silent and settings.reproducible) or kind in MEASURES:
-            return found
+        answers, recipients = send_once(exchange)
+        unanswered = sorted(recipients - set(answers))
+        if not (unanswered and settings.reproducible) or kind in EVALUATION_ONLY:
+            return answers
         exchange.tree.gather(settings, lambda: False)
     raise EspalierError(
-        f"{', '.join(silent)} did not answer a question ({kind}) in {TRIES} tries, so the run is not "
-        "reproducible; see to them and resume it"
+        f"{', '.join(unanswered)} did not answer an inquiry ({kind}) in {MAX_ATTEMPTS} attempts, so the run is "
+        "not reproducible; restart them and resume it"
     )
 
 
-def put(exchange: Exchange) -> tuple[dict[str, Answer], set[str]]:
-    """Send an inquiry once; return the answers in the order of the clients' names, and the clients asked."""
+def send_once(exchange: Exchange) -> tuple[dict[str, Answer], set[str]]:
+    """Send an inquiry once; return the answers in the order of the clients' names, and all recipients."""
     found: dict[str, Answer] = {}
     deadline = exchange.settings.round_deadline + INQUIRY_MARGIN
     for _, name, reply in exchange.named(exchange.tree.grid.exchange(exchange.send(), deadline=deadline)):
         try:
             report, payload = exchange.read(reply, name)
-            answers = answers_in(exchange, report, payload)
+            answers = read_answers(exchange, report, payload)
         except (WireError, *UNSOUND) as error:
             exchange.refuse(reply, name, error)
             continue
         exchange.count(report)
         found |= answers
-    asked = {p.client for r in exchange.plan.rounds for p in r.participants}
-    return dict(sorted(found.items())), asked
+    recipients = {p.client for r in exchange.plan.rounds for p in r.participants}
+    return dict(sorted(found.items())), recipients
 
 
-def answers_in(exchange: Exchange, report: pb.EdgeReport, payload: Payload) -> dict[str, Answer]:
-    """Read the answers of an edge's clients; raises WireError naming the edge."""
+def read_answers(exchange: Exchange, report: pb.EdgeReport, payload: Payload) -> dict[str, Answer]:
+    """Return the answers in an edge's report by client; raises WireError that names the edge."""
     plan, tree = exchange.plan, exchange.tree
     forwarded = forwarded_in(payload)
     found = {}

@@ -1,4 +1,4 @@
-"""A run at the cloud: window after window, from hello to the last sample grid."""
+"""A run at the cloud: the loop over windows, from the first hello to the report."""
 
 from __future__ import annotations
 
@@ -26,11 +26,12 @@ from espalier.training.determinism import deterministic
 from espalier.training.device import resolve_device
 from espalier.training.privacy import PrivacySettings
 from espalier.wire.payload import Weights
+from espalier_server.augmentation import augment
 from espalier_server.client_keys import ClientKeys
 from espalier_server.ema import ema_update
 from espalier_server.evaluation.assessment import Assessment
 from espalier_server.evaluation.evaluator import create_evaluator
-from espalier_server.exchange import TRIES
+from espalier_server.exchange import MAX_ATTEMPTS
 from espalier_server.planning.tree import Tree
 from espalier_server.records.recorder import RunRecorder
 from espalier_server.records.resume import check_changes, existing_record
@@ -43,12 +44,12 @@ from espalier_server.window_outcome import CentralAggregate
 log = logging.getLogger("espalier.cloud")
 
 
-#: How often a window in which nobody trained is tried before the run goes on without it.
-ATTEMPTS = 3
+#: Number of times that a window without participants is planned before the run continues with the next window.
+MAX_WINDOW_ATTEMPTS = 3
 
 
-class StopRequested(Exception):  # noqa: N818 - no error, a wish
-    """Somebody asked for the end of the run."""
+class StopRequested(Exception):  # noqa: N818 - control flow, not an error
+    """The user requested to stop the run."""
 
 
 class TreeRun:
@@ -63,29 +64,29 @@ class TreeRun:
     out : Path
         The run's folder.
     state : Path
-        Folder of what the cloud knows beyond a run: which key owns which edge's or client's name.
+        The cloud's state folder, with the registries of edges and clients.
     """
 
     def __init__(self, settings: RunSettings, grid: TreeGrid, out: Path, state: Path) -> None:
         self.settings, self.grid, self.out = settings, grid, out
         self.run_id = settings.run_id or uuid.uuid4().hex[:12]
         self.method: Method = create_method(settings)
-        by_hand = self.method.has_levels and settings.of(LevelSettings).level_choice == "device"
-        smallest = min(settings.of(LevelSettings).shares) if by_hand else 0.0
+        set_by_devices = self.method.has_levels and settings.of(LevelSettings).level_choice == "device"
+        smallest_level = min(settings.of(LevelSettings).shares) if set_by_devices else 0.0
         names, keys = edge_names(state), ClientKeys(state, keys_only=bool(os.environ.get(KEYS_ONLY)))
         epsilon = settings.of(PrivacySettings).histogram_epsilon
-        self.tree = Tree(grid, names, self.run_id, epsilon, keys, smallest, settings.reproducible)
+        self.tree = Tree(grid, names, self.run_id, epsilon, keys, smallest_level, settings.reproducible)
         self.recorder = RunRecorder(settings, self.run_id, out)
         self.state: CloudState | None = None
         self.assessment: Assessment | None = None
 
     def run(self) -> None:
-        """Run all windows; whatever ends the run, what it made so far is left in its folder.
+        """Run all windows; however the run ends, its results so far are in its folder.
 
         Raises
         ------
         EspalierError
-            If the tree does not come together or the settings do not fit the data.
+            If too few edges or clients join, or the settings do not fit the data.
         """
         try:
             with bind(run=self.run_id), deterministic(self.settings.reproducible):
@@ -93,8 +94,8 @@ class TreeRun:
         except StopRequested:
             self._close("stopped", "stopped by `espalier stop`")
         except (*LINK_LOST, KeyboardInterrupt, SystemExit) as error:
-            # The SuperLink is gone, or Flower ends this process because it is. That is not the last
-            # word: the cloud's supervisor starts the SuperLink again and submits the run again.
+            # The SuperLink has ended, or Flower ends this process because of that. The cloud's supervisor will
+            # restart the SuperLink and resubmit the run.
             self.recorder.events.write("interrupted", reason=str(error) or type(error).__name__)
             raise
         except Exception as error:
@@ -107,13 +108,13 @@ class TreeRun:
         s = self.settings
         resumed = self.recorder.resume()
         if resumed is not None:
-            self.tree.settle(resumed.members)
-        import_ahead(s)  # while edges and clients are still on their way, and not once all of them wait
+            self.tree.freeze_members(resumed.members)
+        import_ahead(s)  # before edges and clients have joined, so that they do not wait for it
         self.tree.gather(s, self._stopping)
         self._check_stop()
         self.method.set_data_shape(self.tree.image_shape, len(self.tree.classes))
         if resumed is None:
-            self.tree.settle()
+            self.tree.freeze_members()
         state = self._initial_state() if resumed is None else resumed.state
         reached = {} if resumed is None else resumed.reached
         self.state = state
@@ -133,16 +134,17 @@ class TreeRun:
         self.assessment = Assessment(self.method, strategy, evaluator, self.recorder)
         while state.round < s.rounds:
             self._window(strategy, state)
-            self._after(strategy, state)
+            self._finish_window(strategy, state)
             self._check_stop()
-        self._keep_model()
+        self._save_model()
 
     def _augment(self, strategy: WindowAggregator) -> None:
-        """Let clients fill up the labels they lack, and enter what that cost and told."""
-        from espalier_server.augmentation import augment
-
-        samples, place = self.out / "samples" / "augmentation.png", resolve_device(self.settings.cloud_device)
-        entry = augment(self.settings, strategy, len(self.tree.classes), place, samples)
+        """Run FAug's augmentation, and record its traffic and privacy leakage."""
+        samples, device = (
+            self.out / "samples" / "augmentation.png",
+            resolve_device(self.settings.cloud_device),
+        )
+        entry = augment(self.settings, strategy, len(self.tree.classes), device, samples)
         self.recorder.augmented(entry, strategy.outcome)
 
     def _initial_state(self) -> CloudState:
@@ -153,9 +155,9 @@ class TreeRun:
         return state
 
     def _window(self, strategy: WindowAggregator, state: CloudState) -> None:
-        """Plan, train at the edges, aggregate; a window in which nobody trained is planned again."""
-        for attempt in range(ATTEMPTS):
-            strategy.may_repeat = attempt + 1 < ATTEMPTS
+        """Plan a window, train at the edges and aggregate; retry if there were no participants."""
+        for attempt in range(MAX_WINDOW_ATTEMPTS):
+            strategy.may_repeat = attempt + 1 < MAX_WINDOW_ATTEMPTS
             window = state.window
             self._try_window(strategy, state)
             if state.window > window:
@@ -164,7 +166,7 @@ class TreeRun:
     def _try_window(self, strategy: WindowAggregator, state: CloudState) -> None:
         s = self.settings
         start = time.monotonic()
-        self._meet()
+        self._await_members()
         members = self.tree.members()
         plan, window = strategy.draw(members).rounds, state.window + 1
         self.recorder.planned(strategy, window)
@@ -180,7 +182,7 @@ class TreeRun:
         faults = [*strategy.outcome.faults, *self.tree.faults]
         self.tree.faults.clear()
         if state.window < window:
-            log.warning("window %d had no participants; planning it again", window)
+            log.warning("window %d had no participants; retrying", window)
             self.recorder.ledger.merge(strategy.outcome.ledger)
             self.recorder.faults(faults)
             return
@@ -190,27 +192,27 @@ class TreeRun:
         self.recorder.window(strategy, time.monotonic() - start, planned, random)
         self.recorder.faults(faults)
 
-    def _meet(self, *, everyone: bool = False) -> None:
-        """Say hello; wait while nobody is there, or, in a reproducible run, not everybody."""
-        self.tree.greet(everyone=everyone)
+    def _await_members(self, *, all_edges: bool = False) -> None:
+        """Exchange hellos and wait until there is a member, or, in a reproducible run, all members are connected."""
+        self.tree.refresh(all_edges=all_edges)
         while not self.tree.members() or self.tree.absent():
             self.tree.gather(self.settings, self._stopping)
             self._check_stop()
 
     def _collect(self, strategy: WindowAggregator, window: int) -> tuple[CentralAggregate, int]:
-        """Send a window and add up its reports.
+        """Send a window's plan to the edges and aggregate their reports.
 
-        What came of a reproducible run's window without somebody is dropped, and the window sent again:
-        clients go back to the state that it names.
+        If a participant of a reproducible run is missing, the reports are discarded and the window is sent again:
+        clients return to the state version that the plan names.
 
         Raises
         ------
         EspalierError
-            If somebody's part was missing every time.
+            If a participant was missing in every attempt.
         """
         s = self.settings
         rounds = len(strategy.plan)
-        for _ in range(TRIES):
+        for _ in range(MAX_ATTEMPTS):
             with Watch(self.tree, self.recorder.events, window) as watch:
                 replies = self.grid.exchange(
                     strategy.send(),
@@ -218,21 +220,21 @@ class TreeRun:
                     cancelled=self._stopping,
                     lost=watch.lost,
                 )
-                found = strategy.collect(replies)
+                result = strategy.collect(replies)
             self._check_stop()
             missing = strategy.missing_clients()
             if not (s.reproducible and missing):
-                return found
+                return result
             self.recorder.faults(strategy.outcome.faults)
             strategy.reset_outcome()
-            self._meet(everyone=True)
+            self._await_members(all_edges=True)
         raise EspalierError(
-            f"window {window} lacked {'; '.join(missing[:5])} in {TRIES} tries, so the run is not "
-            "reproducible; see to them and resume it"
+            f"window {window} lacked {'; '.join(missing[:5])} in {MAX_ATTEMPTS} attempts, so the run is not "
+            "reproducible; restart them and resume it"
         )
 
-    def _after(self, strategy: WindowAggregator, state: CloudState) -> None:
-        """After an aggregation: moving average, measures, samples, the method's own step, checkpoint."""
+    def _finish_window(self, strategy: WindowAggregator, state: CloudState) -> None:
+        """Update the moving average, evaluate, call the method's `after_window`, and write a checkpoint."""
         s = self.settings
         if s.ema_decay > 0:
             own = state.weights.layout.only(t.name for t in state.architecture.tensors)
@@ -248,30 +250,30 @@ class TreeRun:
         if state.pruned and not pruned:
             self.recorder.pruned(state)
         start = time.monotonic()
-        self.recorder.checkpoint(Snapshot(state, strategy.reached, self.tree.settled))
-        # Only from now on may clients forget what came before this window.
+        self.recorder.checkpoint(Snapshot(state, strategy.reached, self.tree.frozen_members))
+        # From now on clients may delete their states of earlier versions.
         strategy.checkpoint_window = state.window
         self.recorder.record_duration("checkpoint", time.monotonic() - start)
 
     def _close(self, status: Literal["finished", "stopped", "failed"], reason: str) -> None:
-        """Let the edges go and leave the report behind; a run that was stopped leaves its model too."""
+        """Notify the edges and write the report; for a stopped run write the model, too."""
         try:
-            self.tree.dismiss()
+            self.tree.finish()
             self.grid.collect_late()
         except LINK_LOST as error:
-            log.warning("the edges were not told that the run is over: %s", error)
+            log.warning("cannot notify the edges of the end of the run: %s", error)
         try:
             self.recorder.faults(self.tree.faults)
             if status == "stopped":
-                self._keep_model()
+                self._save_model()
             self.recorder.close(status, reason)
         except StateError as error:
             if status != "failed":
                 raise
-            log.error("the run's last word could not be written: %s", error)
+            log.error("cannot write the final event of the run: %s", error)
 
-    def _keep_model(self) -> None:
-        """Write the foremost network; where every client has its own, the cloud has none to write."""
+    def _save_model(self) -> None:
+        """Write the first deployed network at the cloud, if the method has one there."""
         if self.assessment is None or self.state is None or not self.state.window:
             return
         if network := next((n for n in self.assessment.networks() if n.at_cloud), None):
@@ -286,25 +288,24 @@ class TreeRun:
 
 
 def run_folder(settings: RunSettings, flower_run: int) -> Path:
-    """Return the run's folder, made where it was not: `out`, or one below the cloud's state."""
+    """Return the run's folder, which is created if necessary: `out`, or a folder in the cloud's state."""
     out = (
         Path(settings.out) if settings.out else cloud_state() / "runs" / (settings.run_id or str(flower_run))
     )
     try:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise StateError(f"cannot make {out}: {error.strerror}; give another --out") from error
+        raise StateError(f"cannot create {out}: {error.strerror}; give another --out") from error
     return out
 
 
 def check_folder(settings: RunSettings, out: Path) -> None:
-    """Refuse a folder in which a run cannot begin, or not go on with these settings.
+    """Check that a run can begin in a folder, or be resumed in it with these settings.
 
     Raises
     ------
     EspalierError
-        It holds another run, or this one under settings that may not change; one of the same `run-id` goes
-        on there.
+        The folder holds another run, or the same run with settings that must not change.
     """
     record = existing_record(out)
     if record is None:
@@ -315,12 +316,12 @@ def check_folder(settings: RunSettings, out: Path) -> None:
 
 
 def edge_names(state: Path) -> Claims:
-    """Return what decides which edge may use which name: the registered keys, where the cloud admits only those."""
+    """Return the registry of edge names: the registered keys if the cloud admits only those, else the keys seen."""
     if os.environ.get(KEYS_ONLY):
         return KeyRegistry(state / EDGE_KEYS)
     return NameRegistry(state / EDGE_NAMES)
 
 
 def cloud_state() -> Path:
-    """Return the folder of the cloud this ServerApp runs in: `espalier cloud` names it in the environment."""
+    """Return the state folder of the cloud that runs this ServerApp, from the environment or the default."""
     return Path(os.environ.get("ESPALIER_STATE") or Path.home() / ".local/state/espalier/cloud")

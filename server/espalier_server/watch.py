@@ -1,4 +1,4 @@
-"""Beside a window: how far the edges are, which of them have lost it, and whether somebody asked for the end."""
+"""Polls the progress of the edges and detects restarted edges while a window runs; reads stop requests."""
 
 from __future__ import annotations
 
@@ -17,24 +17,23 @@ from espalier_server.superlink.grid import LINK_LOST
 
 log = logging.getLogger("espalier.cloud")
 
-#: Looks at a restarted edge that must find it without the window: at the first, its message may be on its way.
-LOOKS = 2
+#: Polls of a restarted edge without the window after which it has lost it; at the first, its message may be in transit.
+POLLS_UNTIL_LOST = 2
 
 
 class Watch:
-    """Looks after a window while it runs; a context manager around it.
+    """Observes a window while it runs; a context manager around it.
 
-    It writes "progress" events, and finds edges that were started again in the middle of the window. Such an
-    edge knows nothing of the window that its dead process had taken, and Flower delivers a message once, so
-    the cloud need not wait for it until the deadline.
+    It writes "progress" events and detects edges that restarted during the window. Flower delivers a message only once,
+    so a restarted edge does not have the window's plan, and the cloud need not wait for it until the deadline.
 
     Parameters
     ----------
     tree : Tree
-        Edges to ask. To see who is connected since when is one HTTP call; to ask the edges how far they are costs the
-        SuperLink seventeen, a window's largest part in its processor time, and is done more rarely.
+        The edges. Reading their connection times takes one HTTP request; requesting their progress takes seventeen,
+        most of the SuperLink's processor time in a window, and is done less often.
     events : EventLog
-        Where progress goes.
+        Log for "progress" events.
     window : int
         The window's number.
     """
@@ -42,8 +41,8 @@ class Watch:
     def __init__(self, tree: Tree, events: EventLog, window: int) -> None:
         self._tree, self._events, self._window = tree, events, window
         self._since: dict[int, str] = {}
-        self._without: dict[int, int] = {}
-        self._next_look = 0.0
+        self._polls_without: dict[int, int] = {}
+        self._next_poll = 0.0
         self._done = threading.Event()
         self._thread = threading.Thread(target=self._run, name="watch", daemon=True)
 
@@ -58,9 +57,9 @@ class Watch:
 
     def lost(self, node_id: int) -> str:
         """Return why an edge will not report on the window, or ""."""
-        if self._without.get(node_id, 0) < LOOKS:
+        if self._polls_without.get(node_id, 0) < POLLS_UNTIL_LOST:
             return ""
-        return "the edge was started again in the middle of the window"
+        return "the edge restarted during the window"
 
     def _run(self) -> None:
         while not self._done.wait(WATCH):
@@ -70,30 +69,30 @@ class Watch:
                 log.warning("%s", error)
 
     def tick(self) -> None:
-        """See who is connected; look at the edges if it is time, or if one of them was started again."""
+        """Read the edges' connection times; poll their progress if it is due or if an edge restarted."""
         since = self._tree.since()
-        again = any(since.get(node_id, at) != at for node_id, at in self._since.items())
-        if again or time.monotonic() >= self._next_look:
-            self._next_look = time.monotonic() + PROGRESS
-            self.look(since)
+        restarted = any(since.get(node_id, at) != at for node_id, at in self._since.items())
+        if restarted or time.monotonic() >= self._next_poll:
+            self._next_poll = time.monotonic() + PROGRESS
+            self.poll(since)
 
-    def look(self, since: Mapping[int, str]) -> None:
-        """Ask every edge how far it is, and note those that were started again and have no such window.
+    def poll(self, since: Mapping[int, str]) -> None:
+        """Poll the progress of all edges, and count the polls in which a restarted edge did not have the window.
 
         Parameters
         ----------
         since : mapping of int to str
-            Since when each node is connected.
+            The connection time of each node.
         """
         for node_id, progress in self._tree.progress(self._window).items():
-            has_it = progress.run == self._tree.run and progress.window == self._window
-            if since.get(node_id) == self._since.get(node_id) or has_it:
-                self._without.pop(node_id, None)
+            has_window = progress.run == self._tree.run and progress.window == self._window
+            if since.get(node_id) == self._since.get(node_id) or has_window:
+                self._polls_without.pop(node_id, None)
             else:
-                self._without[node_id] = self._without.get(node_id, 0) + 1
-            self._tell(progress)
+                self._polls_without[node_id] = self._polls_without.get(node_id, 0) + 1
+            self._write_event(progress)
 
-    def _tell(self, progress: pb.Progress) -> None:
+    def _write_event(self, progress: pb.Progress) -> None:
         self._events.write(
             "progress",
             edge=progress.edge,
@@ -111,5 +110,5 @@ class Watch:
 
 
 def stop_requested(out: Path) -> bool:
-    """Whether `espalier stop` left its file in the run's folder."""
+    """Whether `espalier stop` has requested to stop the run in a folder."""
     return (out / STOP_FILE).exists()

@@ -1,4 +1,4 @@
-"""Aggregation of a window at the cloud: the plan goes to the edges, their aggregates become the next state."""
+"""Planning and aggregation of windows at the cloud."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from espalier.methods.selection import Answer
 from espalier.wire.sections import GRADIENT, Payload, SectionId
 from espalier_proto import espalier_pb2 as pb
 from espalier_server.exchange import Exchange
-from espalier_server.inquiries import ask, spread
+from espalier_server.inquiries import ask, assign_edges
 from espalier_server.planning.plans import Version, WindowDraw, draw_window, inquiry_plan, window_plan
 from espalier_server.planning.tree import Tree
 from espalier_server.window_outcome import CentralAggregate, WindowOutcome
@@ -30,14 +30,14 @@ SELECTION = "selection"
 
 
 class WindowAggregator:
-    """Draws the clients of a window, sends its plan, and moves the global state by the edges' aggregates.
+    """Plans windows, sends their plans to the edges, and updates the global state with the edges' aggregates.
 
     Parameters
     ----------
     method : Method
         The algorithm.
     state : CloudState
-        The global state; `advance` moves it.
+        The global state, which `advance` updates.
     tree : Tree
         Edges and clients.
     run : str
@@ -58,7 +58,7 @@ class WindowAggregator:
         self.settings = method.settings
         self.reached: dict[str, Version] = dict(reached or {})
         self.checkpoint_window = state.window
-        #: Whether a window in which no client trained leaves the state as it was, to be tried again.
+        #: Whether a window without training samples leaves the state unchanged, so that it can be repeated.
         self.may_repeat = False
         self.drawn = WindowDraw()
         self.outcome = WindowOutcome()
@@ -79,34 +79,34 @@ class WindowAggregator:
     # --- down --------------------------------------------------------------------------------------
 
     def draw(self, members: Sequence[Member] | None = None) -> WindowDraw:
-        """Draw the next window: who trains in each of its rounds, and at which edge.
+        """Draw the next window: the participants of each round and their edges.
 
         Parameters
         ----------
         members : sequence of Member, optional
-            Clients that can take part; by default those that are connected now.
+            Clients that can participate; by default those that are connected.
         """
         self.outcome = WindowOutcome()
-        self._grow(self.tree.population)
+        self._update_population(self.tree.population)
         members = self.tree.members() if members is None else members
         self.drawn = draw_window(self.method, self.selection, self.state, members, self.ask)
         return self.drawn
 
-    def _grow(self, population: int) -> None:
-        """Count clients that joined: in a mean over all N clients they are zeros."""
+    def _update_population(self, population: int) -> None:
+        """Rescale means over all N clients after N has changed; clients that have not trained count as zeros."""
         before, now = self.state.population, max(population, 1)
         if now != before and self.state.window:
             factor = before / now
-            grown = {
+            scaled = {
                 section: {n: v * v.dtype.type(factor) for n, v in arrays.items()}
                 for section, arrays in self.state.payload.views().items()
                 if section.name in self.method.mean_sections
             }
-            self.state.assign(grown)
+            self.state.assign(scaled)
         self.state.population = now
 
     def send(self) -> Iterator[Message]:
-        """Yield the message to every edge that has a part in the window: the plan and the state's tensors."""
+        """Yield the message to every edge with participants: the window plan and the state's tensors."""
         plan = window_plan(
             self.method, self.state, self.run, self.drawn, self.reached, self.checkpoint_window
         )
@@ -119,26 +119,25 @@ class WindowAggregator:
     # --- up ----------------------------------------------------------------------------------------
 
     def collect(self, replies: Iterable[Message]) -> tuple[CentralAggregate, int]:
-        """Merge the edges' aggregates as they arrive; the state stays as it is.
+        """Merge the edges' aggregates as they arrive, without changing the state.
 
-        A reply that is not valid is refused by name, and the window goes on without it.
-
-        In a reproducible run they are merged in the order of the edges' names, see `in_order`.
+        An invalid reply is recorded as a fault of its edge. In a reproducible run the aggregates are merged in the
+        order of the edges' names, see `in_order`.
 
         Returns
         -------
         CentralAggregate
-            The sums.
+            The merged aggregates.
         int
-            Training samples behind them.
+            Number of training samples.
         """
         exchange = self._exchange
         merged = CentralAggregate(self.state.payload.layouts, self.method.newest_only)
         samples = 0
-        found: Iterable[tuple[int, str, Message]] = exchange.named(replies)
+        named: Iterable[tuple[int, str, Message]] = exchange.named(replies)
         if self.settings.reproducible:
-            found = in_order(((name, (node, name, reply)) for node, name, reply in found), exchange.edges)
-        for node, name, reply in found:
+            named = in_order(((name, (node, name, reply)) for node, name, reply in named), exchange.edges)
+        for node, name, reply in named:
             try:
                 report, payload = exchange.read(reply, name)
                 labels = self._labels(report, name)
@@ -153,22 +152,22 @@ class WindowAggregator:
             if report.samples:
                 samples += report.samples
                 self.outcome.mu[name] = sh_score(labels, self.settings.of(ScoreSettings).homogeneity_form)
-        exchange.note_silent()
+        exchange.record_stragglers()
         return merged, samples
 
     def missing_clients(self) -> list[str]:
-        """Return the nodes that the window's reports lack for reasons that may not recur, with the reason."""
+        """Return the nodes that are missing from the reports for a transient reason, as "NAME (REASON)"."""
         transient = {"lost", "straggler", "error"}
         return sorted({f"{f.node} ({f.detail})" for f in self.outcome.faults if f.kind in transient})
 
     def reset_outcome(self) -> None:
-        """Drop the reports of the window; the bytes stay counted."""
+        """Discard the reports of the window, but not its traffic."""
         self.outcome = WindowOutcome(ledger=self.outcome.ledger)
 
     def advance(self, merged: CentralAggregate, samples: int) -> None:
-        """Move the global state by the window that was collected.
+        """Update the global state with the merged aggregates of a window.
 
-        If no edge has a sample the model stays as it was, and so does the window where it may be repeated.
+        Without training samples the model is unchanged, and with `may_repeat` the window number, too.
         """
         if not samples and self.may_repeat:
             return
@@ -184,23 +183,23 @@ class WindowAggregator:
         if samples:
             self.method.central_step(self.state, aggregate)
         self._observe(aggregate)
-        # What the selection has forgotten must not come back from a checkpoint.
-        kept = {s: arrays for s, arrays in self.state.memory.items() if s.name != SELECTION}
+        # Replaced as a whole: entries that the sampler has dropped must not return from a checkpoint.
+        others = {s: arrays for s, arrays in self.state.memory.items() if s.name != SELECTION}
         stored = {SectionId(SELECTION, part): dict(arrays) for part, arrays in self.selection.state().items()}
-        self.state.memory = kept | stored
+        self.state.memory = others | stored
 
     def _client_means(self) -> dict[str, float]:
-        """Return the mean over clients of what they measured in the window's last round."""
+        """Return the means over clients of the losses that they measured in the window's last round."""
         last = self.first_round + len(self.plan) - 1
-        found: dict[str, list[float]] = {}
+        values: dict[str, list[float]] = {}
         for report in self.outcome.reports.values():
             for client in (c for r in report.rounds if r.round == last for c in r.clients):
                 for name, value in client.metrics.items():
-                    found.setdefault(name, []).append(value)
-        return {name: float(np.mean(values)) for name, values in found.items() if name.endswith("-loss")}
+                    values.setdefault(name, []).append(value)
+        return {name: float(np.mean(found)) for name, found in values.items() if name.endswith("-loss")}
 
     def _observe(self, aggregate: Aggregate) -> None:
-        """Tell the selection what the window's participants reported."""
+        """Pass the metrics and gradients of the window's participants to the sampler."""
         gradients = {
             client: sections[GRADIENT]
             for client, sections in aggregate.forwarded.items()
@@ -220,7 +219,8 @@ class WindowAggregator:
         classes, counts = len(self.tree.classes), report.labels.counts
         if len(counts) not in (0, classes) or not all(np.isfinite(c) and c >= 0 for c in counts):
             raise WireError(
-                name, f"a label distribution of {len(counts)} counts for {classes} classes, or a bad count"
+                name,
+                f"a label distribution of {len(counts)} counts for {classes} classes, or an invalid count",
             )
         if report.samples and not counts:
             raise WireError(name, "samples without a label distribution")
@@ -242,7 +242,7 @@ class WindowAggregator:
         clients: Sequence[str] | None = None,
         keys: Mapping[str, str] | None = None,
     ) -> dict[str, Answer]:
-        """Ask clients about a network, through their edges; clients that do not answer are left out.
+        """Send an inquiry about a network to clients through their edges; return the answers that arrive, by client.
 
         Parameters
         ----------
@@ -251,19 +251,19 @@ class WindowAggregator:
         architecture : pb.ArchitectureSpec
             The network.
         payload : Payload
-            Its tensors, and sections of the method that clients need.
+            The network's tensors, and the method's sections that clients need.
         clients : sequence of str, optional
-            The clients to ask; None: all.
+            The clients that receive the inquiry; None: all.
         keys : mapping of str to str, optional
-            Client -> key of the view it is asked about, where that is not the whole.
+            Client -> key of its view, for clients with a sub-model.
 
         Raises
         ------
         EspalierError
-            Like `inquiries.ask`, in a reproducible run.
+            In a reproducible run, if clients do not answer; see `inquiries.ask`.
         """
 
-        def pose() -> Exchange:
+        def create_exchange() -> Exchange:
             plan = inquiry_plan(
                 self.method,
                 self.state,
@@ -271,11 +271,11 @@ class WindowAggregator:
                 kind,
                 architecture,
                 payload.layouts,
-                spread(self.tree.members(), clients),
+                assign_edges(self.tree.members(), clients),
                 keys or {},
                 self.reached,
                 self.checkpoint_window,
             )
             return self._exchange_of(plan, payload)
 
-        return ask(pose)
+        return ask(create_exchange)

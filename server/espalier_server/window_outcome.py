@@ -1,4 +1,4 @@
-"""What came of a window at the cloud: the edges' reports, and their aggregates merged."""
+"""The outcome of a window at the cloud: the edges' reports and the merge of their aggregates."""
 
 from __future__ import annotations
 
@@ -9,27 +9,27 @@ from espalier.methods.aggregate import NOMINAL, Aggregate
 from espalier.wire.sections import Layouts, Payload
 from espalier.wire.traffic import Ledger
 from espalier_proto import espalier_pb2 as pb
-from espalier_server.contributions import Checked
+from espalier_server.contributions import SignatureCounts
 
 
 @dataclass
 class WindowOutcome:
-    """What the reports of a window said.
+    """The results of a window, from the reports of the edges.
 
     Attributes
     ----------
     reports : dict[str, pb.EdgeReport]
-        By edge name; only reports that were accepted.
+        Accepted reports by edge name.
     rho : dict[str, float]
         Each edge's share in the central aggregation.
     mu : dict[str, float]
-        SH score of the labels each edge trained on.
+        Homogeneity score of the labels that each edge trained on.
     ledger : Ledger
         Payload bytes of this window.
     faults : list[pb.Fault]
         The edges' faults and the cloud's.
-    signatures : Checked
-        What the clients' signatures came to, those under answers to inquiries too.
+    signatures : SignatureCounts
+        The clients' signatures, including those of answers to inquiries.
     """
 
     reports: dict[str, pb.EdgeReport] = field(default_factory=dict)
@@ -37,20 +37,20 @@ class WindowOutcome:
     mu: dict[str, float] = field(default_factory=dict)
     ledger: Ledger = field(default_factory=Ledger)
     faults: list[pb.Fault] = field(default_factory=list)
-    signatures: Checked = field(default_factory=Checked)
+    signatures: SignatureCounts = field(default_factory=SignatureCounts)
 
 
 class CentralAggregate:
-    """The edges' aggregates merged, each edge at its own share where the method has one.
+    """The merge of the edges' aggregates, weighted by the shares that the method gives the edges, if it does.
 
-    Edges of share 0 count, as their clients weigh, only if every edge's share is 0.
+    Edges with a share of 0 count only if all shares are 0; they are then weighted by their clients' weights.
 
     Parameters
     ----------
     layouts : mapping of SectionId to Layout
-        The cloud's tensors.
+        Layouts of the cloud's sections.
     newest_only : bool
-        Whether an edge counts only if no other one's newest round is newer.
+        Whether only the edges with the newest round count.
     """
 
     def __init__(self, layouts: Layouts, newest_only: bool = False) -> None:
@@ -60,7 +60,7 @@ class CentralAggregate:
     def _reset(self) -> None:
         self._main, self._fallback = Aggregate(self._layouts), Aggregate(self._layouts)
         self._shares: dict[str, float] = {}
-        self._natural: dict[str, float] = {}
+        self._fallback_shares: dict[str, float] = {}
 
     def absorb(
         self,
@@ -70,7 +70,7 @@ class CentralAggregate:
         share: float | None,
         newest: int = 0,
     ) -> None:
-        """Merge one edge's aggregate, whose newest round that counted is `newest`.
+        """Merge one edge's aggregate; `newest` is the number of its newest round with participants.
 
         Raises
         ------
@@ -80,7 +80,9 @@ class CentralAggregate:
         if self._newest_only and newest != self._newest:
             if newest < self._newest:
                 return
-            Aggregate(self._layouts).absorb(payload, scalars)  # a refused one must not undo what is merged
+            Aggregate(self._layouts).absorb(
+                payload, scalars
+            )  # raises before the previous aggregates are dropped
             self._newest = newest
             self._reset()
         nominal = scalars.get(NOMINAL, 0.0)
@@ -92,11 +94,11 @@ class CentralAggregate:
             self._shares[name] = share
         elif not any(self._shares.values()):
             self._fallback.absorb(payload, scalars)
-            self._natural[name] = nominal
+            self._fallback_shares[name] = nominal
 
     def result(self) -> tuple[Aggregate, dict[str, float]]:
-        """Return the merged aggregate, and each edge's share of its means."""
+        """Return the merged aggregate, and the weight of each edge in its means."""
         counted = any(self._shares.values())
-        aggregate, shares = (self._main, self._shares) if counted else (self._fallback, self._natural)
+        aggregate, shares = (self._main, self._shares) if counted else (self._fallback, self._fallback_shares)
         total = sum(shares.values())
         return (aggregate if total else self._main), {n: s / total for n, s in shares.items() if s}

@@ -21,7 +21,7 @@ from espalier_edge.roster import Known, Roster
 from espalier_edge.rounds import EdgeProgress, EdgeWindow
 from espalier_proto import espalier_pb2 as pb
 from espalier_server.exchange import Exchange
-from espalier_server.inquiries import put
+from espalier_server.inquiries import send_once
 from espalier_server.window_aggregator import WindowAggregator
 from espalier_server.window_outcome import WindowOutcome
 
@@ -182,7 +182,9 @@ class InquiryScene:
         replies = self.replies | ({node: content} if node else {})
         tree.grid = cast(Any, Answers(replies, self.tree.grid))
         # The same plan, for the answers are signed for it.
-        found, _ = put(replace(self.exchange, tree=tree, state=copy.deepcopy(self.state), outcome=outcome))
+        found, _ = send_once(
+            replace(self.exchange, tree=tree, state=copy.deepcopy(self.state), outcome=outcome)
+        )
         return outcome, found
 
 
@@ -261,7 +263,7 @@ def record(folder: Path, **settings: Any) -> Recording:
                 yield reply
 
         with mock.patch.object(tree.grid, "exchange", listen):
-            return put(exchange)
+            return send_once(exchange)
 
     whole: dict[str, Any] = {
         "model": "mlp",
@@ -275,7 +277,7 @@ def record(folder: Path, **settings: Any) -> Recording:
     with (
         mock.patch.object(EdgeWindow, "run", run),
         mock.patch.object(WindowAggregator, "collect", collected),
-        mock.patch("espalier_server.inquiries.put", asked),
+        mock.patch("espalier_server.inquiries.send_once", asked),
     ):
         tree.run("fuzz", whole)
     return found

@@ -181,7 +181,7 @@ def edge_hello_case(recording: Recording) -> Case:
         )
         twin.grid = cast(Any, Answers({node: message.content}, tree.grid))
         before = len(twin.faults)
-        twin.greet(everyone=True)
+        twin.refresh(all_edges=True)
         twin.members(), twin.roster()
         if len(twin.faults) > before and twin.faults[-1].tier == "cloud":
             raise WireError(twin.faults[-1].node, twin.faults[-1].detail)

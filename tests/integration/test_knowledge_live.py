@@ -154,7 +154,7 @@ def test_a_client_with_other_classes_is_refused(live: Processes, tmp_path: Path)
     def between(run: TreeRun) -> None:
         if run.recorder.record.windows[-1].window == 1:
             live.start("stranger", str(tmp_path))
-            run.tree.greet(everyone=True)
+            run.tree.refresh(all_edges=True)
 
     record = live.tree.run_flat("strange", {**SHORT, "method": "fd"}, between).recorder.record
     [fault] = record.faults

@@ -194,7 +194,7 @@ class Wanderer:
         self.start([other])
 
         def moved() -> bool:
-            run.tree.greet(everyone=True)
+            run.tree.refresh(all_edges=True)
             return [m.edges for m in run.tree.members() if m.name == self.name] == [(other,)]
 
         wait_until(moved, 60, "the move")

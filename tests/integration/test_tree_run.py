@@ -258,16 +258,16 @@ def test_two_runs_do_not_mix(tree: LiveTree) -> None:
         names, keys = NameRegistry(tree.folder / "cloud" / "edges.json"), ClientKeys(tree.folder / "cloud")
         first = Tree(TreeGrid(grid), names, "first", 0.0, keys)
         second = Tree(TreeGrid(grid), names, "second", 0.0, keys)
-        first.greet()
+        first.refresh()
         assert len(first.edges()) == 2
-        second.greet()
+        second.refresh()
         assert second.edges() == {}
         with pytest.raises(EspalierError, match="edge-1 serves run first"):
             second.gather(RunConfig.from_flat({"hello-timeout": 0.1}), lambda: False)
-        first.dismiss()
-        second.greet(everyone=True)
+        first.finish()
+        second.refresh(all_edges=True)
         assert len(second.edges()) == 2
-        second.dismiss()
+        second.finish()
 
 
 def test_message_without_a_plan_and_unknown_type(tree: LiveTree) -> None:

@@ -16,13 +16,13 @@ from espalier_proto import espalier_pb2 as pb
 
 Version = tuple[int, int]
 
-#: Of what makes a plan unlike every other one.
+#: Length of the random bytes that make each plan unique.
 NONCE_BYTES = 16
 
 
 @dataclass
 class WindowDraw:
-    """A window as it was drawn.
+    """The participants of a window and their sub-models.
 
     Attributes
     ----------
@@ -31,11 +31,11 @@ class WindowDraw:
     rounds : list[Round]
         Client -> edge, for each round.
     keeps : list[int]
-        How many of a round's clients train, where the edges choose; 0: all.
+        Number of a round's clients that train, if the edges select them; 0: all.
     keys : list[dict[str, str]]
         Client -> key of its view, for each round.
     views : dict[str, pb.View]
-        What the keys mean.
+        The view of each key.
     """
 
     first_round: int = 0
@@ -59,21 +59,21 @@ def draw_window(
 ) -> WindowDraw:
     """Draw the participants of the next window.
 
-    The clients of its first round are chosen here, by what they answer about the global model where the
-    selection wants to know; for its further rounds the edges ask.
+    Samplers that rank clients send an inquiry about the global model for the first round. In the further rounds of the
+    window, the edges rank the candidates.
 
     Parameters
     ----------
     method : Method
         The algorithm.
     selection : Selection
-        Who trains.
+        The sampler.
     state : CloudState
         The global state.
     members : sequence of Member
-        Clients that can take part.
+        Clients that can participate.
     ask : Inquiry
-        Asks clients about a network.
+        Sends an inquiry about a network to clients.
     """
     s = method.settings
     first, count = state.round + 1, min(s.rg, s.rounds - state.round)
@@ -154,12 +154,12 @@ def inquiry_plan(
     kind: str,
     architecture: pb.ArchitectureSpec,
     layouts: Layouts,
-    where: Mapping[str, str],
+    assignment: Mapping[str, str],
     keys: Mapping[str, str],
     reached: Mapping[str, Version],
     checkpoint_window: int,
 ) -> pb.WindowPlan:
-    """Return a plan with an inquiry to clients (client -> edge), which is sent to all edges."""
+    """Return a plan with an inquiry, which is sent to all edges; `assignment` maps clients to edges."""
     s = method.settings
     plan = pb.WindowPlan(
         schema=control.SCHEMA,
@@ -175,7 +175,7 @@ def inquiry_plan(
         nonce=secrets.token_bytes(NONCE_BYTES),
     )
     schedule = plan.rounds.add(round=state.round + 1)
-    for client, edge in where.items():
+    for client, edge in assignment.items():
         at = reached.get(client, (0, 0))
         version, key = pb.Version(window=at[0], round=at[1]), keys.get(client, "")
         schedule.participants.add(client=client, edge=edge, start=version, view=key)

@@ -1,18 +1,17 @@
-"""The members of a run as the cloud knows them: its edges, and the clients of each."""
+"""The edges and clients of a run: who is connected, and who is a member."""
 
 from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Protocol
 
 import numpy as np
-from flwr.app import ConfigRecord, Message, RecordDict
 
 from espalier.config.run_settings import RunSettings
-from espalier.config.timeouts import EDGE_HELLO, EDGE_REFUSAL, RETURN_HELLO, WATCH_CALL
+from espalier.config.timeouts import EDGE_HELLO, RETURN_HELLO
 from espalier.errors import EspalierError, WireError
 from espalier.methods.planning import Member
 from espalier.names import check_sender
@@ -21,16 +20,26 @@ from espalier.wire import control
 from espalier.wire.hello import check_client_hello, version_mismatch
 from espalier_proto import espalier_pb2 as pb
 from espalier_server.client_keys import ClientKeys
+from espalier_server.planning.edge_messages import (
+    hello_messages,
+    request_progress,
+    send_done,
+    send_refusals,
+)
+from espalier_server.planning.members import (
+    FrozenMember,
+    check_level,
+    check_reproducible,
+    check_same_data_shape,
+)
 from espalier_server.superlink.grid import TreeGrid
 
 log = logging.getLogger("espalier.cloud")
 
 #: Seconds between checks for edges and clients that have not joined yet.
-PATIENCE = 0.5
-#: Seconds between polls for replies outside a window.
-UNHURRIED = 0.3
+JOIN_INTERVAL = 0.5
 #: Seconds for which an edge's client list is considered fresh; a client that joins later waits for the next window.
-HEARD = 5.0
+ROSTER_AGE = 5.0
 
 
 class Node(Protocol):
@@ -39,25 +48,6 @@ class Node(Protocol):
     node_id: int
     public_key: bytes
     last_activated_at: str
-
-
-@dataclass(frozen=True)
-class SettledMember:
-    """The properties of a client that must not change in a reproducible run: its edges and its data."""
-
-    edges: tuple[str, ...]
-    samples: int
-    labels: tuple[float, ...]
-
-    @classmethod
-    def of(cls, member: Member) -> SettledMember:
-        """Return the properties of a member."""
-        return cls(member.edges, member.samples, tuple(member.labels.tolist()))
-
-    def difference(self, hello: pb.ClientHello) -> str:
-        """Return how a hello differs from these properties, "" if it does not."""
-        same = (self.samples, list(self.labels)) == (hello.samples, list(hello.histogram.counts))
-        return "" if same else "its images or labels are not those it had when the run began"
 
 
 @dataclass
@@ -69,17 +59,19 @@ class Tree:
     grid : TreeGrid
         The run's grid.
     names : Claims
-        Which node key owns which edge name.
+        Node key of each edge name.
     run : str
         Espalier's run id.
     histogram_epsilon : float
-        Epsilon of the Laplace noise that clients are asked to put on their label counts; 0: none.
+        Epsilon of the Laplace noise that clients add to their label counts; 0: none.
     keys : ClientKeys
-        Which node key is which client's.
+        Node key of each client name.
     smallest_level : float
-        Smallest sub-model of the run, where levels are set at the devices.
+        Level of the smallest sub-model of the run, if devices set their levels; else 0.
     reproducible : bool
-        Whether who takes part is settled when the run begins, so that nobody's coming or going matters.
+        Whether the members are fixed when the run begins, so that later joins and departures do not change results.
+    faults : list of pb.Fault
+        Faults of hellos since the list was last cleared.
     """
 
     grid: TreeGrid
@@ -93,19 +85,19 @@ class Tree:
     _edges: dict[int, pb.EdgeHello] = field(default_factory=dict)
     _clients: dict[str, pb.ClientHello] = field(default_factory=dict)
     _links: dict[str, dict[str, float]] = field(default_factory=dict)
-    _noted: set[tuple[str, str]] = field(default_factory=set)
+    _reported: set[tuple[str, str]] = field(default_factory=set)
     _since: dict[int, str] = field(default_factory=dict)
-    _heard: dict[int, float] = field(default_factory=dict)
-    _silent: set[int] = field(default_factory=set)
-    _untold: dict[int, dict[str, str]] = field(default_factory=dict)
-    _settled: dict[str, SettledMember] = field(default_factory=dict)
+    _last_hello: dict[int, float] = field(default_factory=dict)
+    _unresponsive: set[int] = field(default_factory=set)
+    _unsent_refusals: dict[int, dict[str, str]] = field(default_factory=dict)
+    _frozen: dict[str, FrozenMember] = field(default_factory=dict)
 
     # --- members -----------------------------------------------------------------------------------
 
     def edges(self) -> dict[str, int]:
         """Return the node id of every edge that is connected, serves this run and answers, by name."""
-        there = set(self.grid.get_node_ids()) - self._silent
-        return {e.name: n for n, e in sorted(self._edges.items()) if n in there and not e.busy_with}
+        connected = set(self.grid.get_node_ids()) - self._unresponsive
+        return {e.name: n for n, e in sorted(self._edges.items()) if n in connected and not e.busy_with}
 
     def name_of(self, node_id: int) -> str:
         """Return the name of a node, or "node ID" if it has not sent a hello."""
@@ -118,10 +110,10 @@ class Tree:
     def members(self) -> list[Member]:
         """Return the clients that can participate now, each with the edges that it is connected to.
 
-        In a reproducible run these are the settled ones, here or not: what is sent to one that is away
-        fails, and is sent again.
+        In a reproducible run these are the fixed members, connected or not: a message to one that is not connected
+        fails and is sent again.
         """
-        reach = {name: list(known.edges) for name, known in self._settled.items()} or self._reach()
+        edges_of = {name: list(m.edges) for name, m in self._frozen.items()} or self._connected_clients()
         return [
             Member(
                 name=name,
@@ -134,45 +126,46 @@ class Tree:
                 speed=self._clients[name].facts.speed,
                 links=self._links.get(name, {}),
             )
-            for name, edges in sorted(reach.items())
+            for name, edges in sorted(edges_of.items())
             if name in self._clients
         ]
 
-    def _reach(self) -> dict[str, list[str]]:
-        reach: dict[str, list[str]] = {}
+    def _connected_clients(self) -> dict[str, list[str]]:
+        """Return the edges of each client that is connected and whose key is valid."""
+        edges_of: dict[str, list[str]] = {}
         keys = self.keys.in_force()  # a client may have been revoked since its hello
         for edge, node in self.edges().items():
             for client in self._edges[node].clients:
                 if client.name in keys:
-                    reach.setdefault(client.name, []).append(edge)
-        return reach
+                    edges_of.setdefault(client.name, []).append(edge)
+        return edges_of
 
     @property
     def population(self) -> int:
         """Number of clients that have joined this run (N), whether or not they are connected now."""
-        return len(self._settled or self._clients)
+        return len(self._frozen or self._clients)
 
     # --- members of a reproducible run -------------------------------------------------------------
 
-    def settle(self, members: Mapping[str, SettledMember] | None = None) -> None:
+    def freeze_members(self, members: Mapping[str, FrozenMember] | None = None) -> None:
         """Fix the members from now on; None fixes the current ones if the run is reproducible."""
         if members is None:
-            members = {m.name: SettledMember.of(m) for m in self.members()} if self.reproducible else {}
-        self._settled = dict(members)
+            members = {m.name: FrozenMember.of(m) for m in self.members()} if self.reproducible else {}
+        self._frozen = dict(members)
 
     @property
-    def settled(self) -> dict[str, SettledMember]:
+    def frozen_members(self) -> dict[str, FrozenMember]:
         """The fixed members by name, if they are fixed."""
-        return dict(self._settled)
+        return dict(self._frozen)
 
     def absent(self) -> list[str]:
-        """Return which fixed members, or connections of them to edges, are missing now."""
-        reach = self._reach()
+        """Return the fixed members that are not connected to all of their edges, as "CLIENT at EDGE"."""
+        edges_of = self._connected_clients()
         return [
             f"{name} at {edge}"
-            for name, known in sorted(self._settled.items())
-            for edge in known.edges
-            if edge not in reach.get(name, [])
+            for name, member in sorted(self._frozen.items())
+            for edge in member.edges
+            if edge not in edges_of.get(name, [])
         ]
 
     def hello_of(self, client: str) -> pb.ClientHello:
@@ -195,27 +188,26 @@ class Tree:
     def gather(self, settings: RunSettings, cancelled: Callable[[], bool]) -> None:
         """Wait until `min-edges` edges and `min-clients` clients have joined.
 
-        In a reproducible run, until everybody who takes part is here, each client at all of its edges.
+        In a reproducible run, wait until all members are connected, each client to all of its edges.
 
         Raises
         ------
         EspalierError
-            If they have not within `hello-timeout` seconds; it says who has, and who is busy. Also if there are
-            more than a reproducible run expects.
+            Too few joined within `hello-timeout` seconds, or more than a reproducible run expects.
         """
-        end = time.monotonic() + settings.hello_timeout
+        deadline = time.monotonic() + settings.hello_timeout
         while not cancelled():
-            self.greet(everyone=True)
+            self.refresh(all_edges=True)
             edges, members = self.edges(), self.members()
             missing = self._missing(settings) if self.reproducible else []
             if len(edges) >= settings.min_edges and len(members) >= settings.min_clients and not missing:
                 return
-            if time.monotonic() > end and missing:
+            if time.monotonic() > deadline and missing:
                 raise EspalierError(
-                    f"a reproducible run waits for everybody, and lacks {', '.join(missing[:5])} after "
+                    f"a reproducible run needs all of its members, and {', '.join(missing[:5])} did not join within "
                     f"{settings.hello_timeout:g} s; start what is missing and resume the run"
                 )
-            if time.monotonic() > end:
+            if time.monotonic() > deadline:
                 busy = [f"{e.name} serves run {e.busy_with}" for e in self._edges.values() if e.busy_with]
                 raise EspalierError(
                     f"{len(edges)} of {settings.min_edges} edges and {len(members)} of "
@@ -223,55 +215,61 @@ class Tree:
                     + (f"; {'; '.join(busy)}" if busy else "")
                     + "; start the missing ones or lower min-edges and min-clients"
                 )
-            time.sleep(PATIENCE)
+            time.sleep(JOIN_INTERVAL)
 
     def _missing(self, settings: RunSettings) -> list[str]:
         """Return what a reproducible run still waits for; raises EspalierError if more joined than expected."""
-        if self._settled:
+        if self._frozen:
             return self.absent()
-        reach, edges = self._reach(), self.edges()
+        edges_of, edges = self._connected_clients(), self.edges()
         for found, expected, what in (
             (len(edges), settings.min_edges, "edges"),
-            (len(reach), settings.min_clients, "clients"),
+            (len(edges_of), settings.min_clients, "clients"),
         ):
             if found > expected:
                 raise EspalierError(
-                    f"{found} {what} joined, and min-{what}={expected}; in a reproducible run give their exact "
-                    "number, or chance decides who takes part"
+                    f"{found} {what} joined, and min-{what}={expected}; a reproducible run needs their exact "
+                    "number"
                 )
-        homes = {name: max(self._clients[name].homes, 1) for name in reach}
-        return [f"{n} at {homes[n] - len(e)} of its edges" for n, e in reach.items() if len(e) < homes[n]]
+        expected_edges = {name: max(self._clients[name].homes, 1) for name in edges_of}
+        return [
+            f"{name} at {expected_edges[name] - len(found)} of its edges"
+            for name, found in edges_of.items()
+            if len(found) < expected_edges[name]
+        ]
 
-    def greet(self, *, everyone: bool = False) -> None:
+    def refresh(self, *, all_edges: bool = False) -> None:
         """Exchange hellos with the edges, which list their clients.
 
-        An edge that was asked and does not answer gets no part in a window until it does.
+        An edge that does not reply is not assigned participants until it does.
 
         Parameters
         ----------
-        everyone : bool
-            Ask all edges; else those that said so within the last seconds, in a hello or with a report, are asked only
-            if they were started again since.
+        all_edges : bool
+            Request hellos from all edges; otherwise only from those that restarted, or whose client list, from a hello
+            or a report, is older than `ROSTER_AGE`.
         """
         nodes = {n.node_id: n for n in self.grid.get_nodes()}
-        asked = [i for i in nodes if everyone or not self._is_known(nodes[i])]
-        known = [i for i in asked if i in self._edges and not self._edges[i].busy_with and not everyone]
-        self._say_hello([i for i in asked if i not in known], nodes, EDGE_HELLO)
-        self._say_hello(known, nodes, RETURN_HELLO)
+        outdated = [i for i in nodes if all_edges or not self._is_fresh(nodes[i])]
+        known = [i for i in outdated if i in self._edges and not self._edges[i].busy_with and not all_edges]
+        self._exchange_hellos([i for i in outdated if i not in known], nodes, EDGE_HELLO)
+        self._exchange_hellos(known, nodes, RETURN_HELLO)
 
-    def _is_known(self, node: Node) -> bool:
+    def _is_fresh(self, node: Node) -> bool:
+        """Whether the client list of an edge is recent and the edge has not restarted since."""
         edge = self._edges.get(node.node_id)
         return (
             edge is not None
             and not edge.busy_with
-            and time.monotonic() - self._heard[node.node_id] < HEARD
-            and node.node_id not in self._silent
+            and time.monotonic() - self._last_hello[node.node_id] < ROSTER_AGE
+            and node.node_id not in self._unresponsive
             and self._since.get(node.node_id) == node.last_activated_at
         )
 
-    def _say_hello(self, asked: list[int], nodes: Mapping[int, Node], deadline: float) -> None:
-        self._silent.update(i for i in asked if i in self._edges)
-        for reply in self.grid.exchange(self._hellos(asked), deadline=deadline):
+    def _exchange_hellos(self, node_ids: list[int], nodes: Mapping[int, Node], deadline: float) -> None:
+        self._unresponsive.update(i for i in node_ids if i in self._edges)
+        messages = hello_messages(self.run, self.histogram_epsilon, node_ids)
+        for reply in self.grid.exchange(messages, deadline=deadline):
             node_id = reply.metadata.src_node_id
             try:
                 hello = control.read_control(pb.EdgeHello, reply, f"node {node_id}")
@@ -282,87 +280,56 @@ class Tree:
                 continue
             self._since[node_id] = nodes[node_id].last_activated_at
             self.learn(node_id, hello)
-        self._tell()
+        refusals, self._unsent_refusals = self._unsent_refusals, {}
+        send_refusals(self.grid, self.run, refusals)
 
     def learn(self, node_id: int, hello: pb.EdgeHello) -> None:
         """Store an edge's list of clients.
 
-        A client whose hello is not sound, whose node key is another's or does not count, that can train none
-        of the run's sub-models, or whose classes or image shape are not those of the clients before it, is
-        left out and reported.
+        A client is refused and reported as a fault if its hello or node key is invalid, if it cannot train any
+        sub-model of the run, or if its classes or image shape differ from those of the other clients.
         """
         # An edge that reconnected under a new node id replaces its previous entry.
         self._edges = {i: e for i, e in self._edges.items() if e.name != hello.name}
-        self._heard[node_id] = time.monotonic()
-        self._edges[node_id] = sound = pb.EdgeHello()
-        sound.CopyFrom(hello)
-        sound.ClearField("clients")
-        self._silent.discard(node_id)
+        self._last_hello[node_id] = time.monotonic()
+        self._edges[node_id] = accepted = pb.EdgeHello()
+        accepted.CopyFrom(hello)
+        accepted.ClearField("clients")
+        self._unresponsive.discard(node_id)
         if fault := version_mismatch(hello.facts.versions):
-            self._note(hello.name, "version", fault)
+            self._report(hello.name, "version", fault)
         self.faults.extend(hello.faults)
         for client in hello.clients:
             try:
-                check_client_hello(client, client.name)
-                check_sender(client.name)
-                self.keys.claim(client.name, client.public_key)
-                self._agree(client)
+                self._check(client)
             except WireError as error:
-                if (error.sender, error.fault) not in self._noted:
-                    self._untold.setdefault(node_id, {})[client.name] = error.fault
+                if (error.sender, error.fault) not in self._reported:
+                    self._unsent_refusals.setdefault(node_id, {})[client.name] = error.fault
                 self._refuse(error.sender, error.fault)
                 continue
-            sound.clients.append(client)
+            accepted.clients.append(client)
             self._clients[client.name] = client
             self._links.setdefault(client.name, {})[hello.name] = client.link_seconds
 
-    def _agree(self, client: pb.ClientHello) -> None:
-        if 0 < client.level < self.smallest_level:
-            raise WireError(
-                client.name,
-                f"its level {client.level:g} is below the smallest of levels ({self.smallest_level:g}); "
-                "add a smaller one there or raise the client's --level",
-            )
-        if self.reproducible and client.facts.device != "cpu":
-            raise WireError(
-                client.name,
-                f"it trains on {client.facts.device}, and reproducible=true is for CPUs; "
-                "start it with --device cpu",
-            )
-        if self._settled and client.name not in self._settled:
-            raise WireError(
-                client.name, "it came after a reproducible run had begun; it waits for the next one"
-            )
-        if self._settled and (fault := self._settled[client.name].difference(client)):
-            raise WireError(client.name, f"{fault}; bring its data back, or start a new run")
+    def _check(self, client: pb.ClientHello) -> None:
+        """Check a client's hello, its node key, and that it can be a member of the run; raises WireError."""
+        check_client_hello(client, client.name)
+        check_sender(client.name)
+        self.keys.claim(client.name, client.public_key)
+        check_level(client, self.smallest_level)
+        if self.reproducible:
+            check_reproducible(client, self._frozen)
         other = next((c for n, c in self._clients.items() if n != client.name), None)
-        if other is None:
-            return
-        if list(client.classes) != list(other.classes):
-            raise WireError(
-                client.name,
-                f"its classes {list(client.classes)[:5]}… are not those of {other.name} "
-                f"({list(other.classes)[:5]}…); name its data folders alike",
-            )
-        if list(client.image_shape) != list(other.image_shape):
-            raise WireError(
-                client.name,
-                f"its images are {list(client.image_shape)}, those of {other.name} "
-                f"{list(other.image_shape)} (channels, height, width)",
-            )
-
-    def _hellos(self, nodes: list[int]) -> Iterator[Message]:
-        request = ConfigRecord({"run": self.run, "histogram-epsilon": self.histogram_epsilon})
-        for node_id in nodes:
-            yield Message(RecordDict({control.CONFIG: request}), node_id, control.HELLO)
+        if other is not None:
+            check_same_data_shape(client, other)
 
     def _refuse(self, sender: str, fault: str) -> None:
-        self._note(sender, "refused", fault)
+        self._report(sender, "refused", fault)
 
-    def _note(self, sender: str, kind: str, fault: str) -> None:
+    def _report(self, sender: str, kind: str, fault: str) -> None:
         """Report a fault of an edge or client, once."""
-        if (sender, fault) not in self._noted:
-            self._noted.add((sender, fault))
+        if (sender, fault) not in self._reported:
+            self._reported.add((sender, fault))
             log.warning("%s: %s: %s", sender, kind, fault)
             self.faults.append(pb.Fault(tier="cloud", node=sender, kind=kind, detail=fault))
 
@@ -386,45 +353,13 @@ class Tree:
             }
         return {"edges": edges, "clients": clients}
 
-    def _tell(self) -> None:
-        """Send excluded clients the reason, through one edge each, so that it appears in their logs."""
-        untold, self._untold = self._untold, {}
-        messages = []
-        for node, faults in untold.items():
-            record = ConfigRecord({"run": self.run, "clients": list(faults), "faults": list(faults.values())})
-            messages.append(Message(RecordDict({control.CONFIG: record}), node, control.REFUSAL))
-        for reply in self.grid.exchange(messages, deadline=EDGE_REFUSAL) if messages else ():
-            if reply.has_error():
-                log.warning(
-                    "node %s passed no refusal on: %s", reply.metadata.src_node_id, reply.error.reason
-                )
-
-    # --- during a window ---------------------------------------------------------------------------
+    # --- messages outside a window -----------------------------------------------------------------
 
     def progress(self, window: int) -> dict[int, pb.Progress]:
-        """Return the progress of every edge by node; an edge still at an earlier window abandons that window."""
-        about = ConfigRecord({"run": self.run, "window": window})
-        messages = [
-            Message(RecordDict({control.CONFIG: about}), n, control.PROGRESS) for n in self.edges().values()
-        ]
-        found = {}
-        for reply in self.grid.exchange(messages, deadline=WATCH_CALL, first_wait=UNHURRIED):
-            node_id = reply.metadata.src_node_id
-            if reply.has_error():
-                continue
-            try:
-                found[node_id] = control.read_control(pb.Progress, reply, self.name_of(node_id))
-            except WireError as error:  # the replies of other edges remain valid
-                log.warning("%s", error)
-        return found
+        """Return the progress of each edge by node id; an edge that is still at an earlier window abandons it."""
+        nodes = list(self.edges().values())
+        return request_progress(self.grid, self.run, window, nodes, self.name_of)
 
-    def dismiss(self) -> None:
-        """Notify every edge that the run has ended."""
-        messages = [Message(RecordDict(), n, control.DONE) for n in self.edges().values()]
-        for reply in self.grid.exchange(messages, deadline=10.0):
-            if reply.has_error():
-                log.warning(
-                    "node %s did not take the end of the run: %s",
-                    reply.metadata.src_node_id,
-                    reply.error.reason,
-                )
+    def finish(self) -> None:
+        """Notify the edges that the run has ended."""
+        send_done(self.grid, list(self.edges().values()))

@@ -1,4 +1,4 @@
-"""Everything a run goes on from, to and from a checkpoint."""
+"""The cloud's state between two windows, and its conversion to and from a checkpoint."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from espalier.methods.base import CloudState
 from espalier.wire.payload import Layout, Weights
 from espalier.wire.sections import MODEL, Payload, SectionId, Sections
 from espalier_proto import espalier_pb2 as pb
+from espalier_server.planning.members import FrozenMember
 from espalier_server.planning.plans import Version
-from espalier_server.planning.tree import SettledMember
 from espalier_server.records.schema_1 import from_schema_1
 
 
 @dataclass(frozen=True)
 class Snapshot:
-    """The cloud's state between two windows, and what it knows of the tree.
+    """The cloud's state between two windows.
 
     Edges store nothing between windows, and all randomness derives from the run's seed; so this and the clients'
     own states are the whole state of a run.
@@ -29,17 +29,17 @@ class Snapshot:
     state : CloudState
         Sections of tensors, moving average, the memory of method and selection.
     reached : dict[str, Version]
-        Newest state version of each client; a client goes back to it.
-    members : dict[str, SettledMember]
-        Who takes part in a reproducible run; empty otherwise.
+        Newest state version of each client, which it starts from.
+    members : dict[str, FrozenMember]
+        The members of a reproducible run; empty otherwise.
     """
 
     state: CloudState
     reached: dict[str, Version] = field(default_factory=dict)
-    members: dict[str, SettledMember] = field(default_factory=dict)
+    members: dict[str, FrozenMember] = field(default_factory=dict)
 
     def pack(self) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
-        """Return it as tensors, and what JSON can hold."""
+        """Return the snapshot as tensors and JSON-compatible metadata."""
         state = self.state
         tensors = _joined(state.payload.views())
         if state.ema:
@@ -63,7 +63,7 @@ class Snapshot:
 
     @classmethod
     def unpack(cls, tensors: Mapping[str, np.ndarray], meta: Mapping[str, Any]) -> Snapshot:
-        """Rebuild it from what `pack` returned."""
+        """Return the snapshot of the tensors and metadata that `pack` returned; schema 1 is read, too."""
         architecture = pb.ArchitectureSpec.FromString(bytes.fromhex(meta["architecture"]))
         if "sections" in meta:
             layouts = {SectionId(name, member): _layout(text) for name, member, text in meta["sections"]}
@@ -93,14 +93,14 @@ class Snapshot:
             memory=memory,
         )
         members = {
-            name: SettledMember(tuple(m["edges"]), m["samples"], tuple(m["labels"]))
+            name: FrozenMember(tuple(m["edges"]), m["samples"], tuple(m["labels"]))
             for name, m in meta.get("members", {}).items()
         }
         return cls(state, {name: (at[0], at[1]) for name, at in meta["reached"].items()}, members)
 
 
 def _joined(sections: Sections) -> dict[str, np.ndarray]:
-    """Return all arrays by keys for a file; the meta data list sections and names, so no key is taken apart."""
+    """Return all arrays under "SECTION/NAME"; the metadata lists sections and names, so keys are never parsed."""
     return {f"{section}/{name}": a for section, arrays in sections.items() for name, a in arrays.items()}
 
 

@@ -17,7 +17,7 @@ from espalier.wire import control
 from espalier_edge.rounds import EdgeProgress
 from espalier_proto import espalier_pb2 as pb
 from espalier_server.client_keys import ClientKeys
-from espalier_server.planning.tree import HEARD, Tree
+from espalier_server.planning.tree import ROSTER_AGE, Tree
 from espalier_server.records.events import EventLog, read_events
 from espalier_server.watch import Watch
 
@@ -64,7 +64,7 @@ class FakeGrid:
 @pytest.fixture
 def tree(tmp_path: Path) -> Tree:
     made = Tree(cast(Any, FakeGrid()), NameRegistry(tmp_path / "edges.json"), RUN, 0.0, ClientKeys(tmp_path))
-    made.greet()
+    made.refresh()
     assert made.edges() == {"edge-1": 1, "edge-2": 2}
     grid_of(made).hellos.clear()
     return made
@@ -87,35 +87,35 @@ def later(monkeypatch: pytest.MonkeyPatch) -> Callable[[float], None]:
 
 
 def test_who_has_just_been_heard_of_is_not_asked_again(later: Callable[[float], None], tree: Tree) -> None:
-    later(HEARD - 0.1)
-    tree.greet()
+    later(ROSTER_AGE - 0.1)
+    tree.refresh()
     assert grid_of(tree).hellos == []
     # Edge 2 reports; edge 1, which has no part in the window, may have new clients.
     tree.learn(2, pb.EdgeHello(name="edge-2"))
     later(0.2)
-    tree.greet()
+    tree.refresh()
     assert grid_of(tree).hellos == [1]
-    tree.greet(everyone=True)
+    tree.refresh(all_edges=True)
     assert grid_of(tree).hellos == [1, 1, 2]
 
 
 def test_an_edge_that_was_started_again_says_hello_again(tree: Tree) -> None:
     grid_of(tree).since[2] = "tuesday"
-    tree.greet()
+    tree.refresh()
     assert grid_of(tree).hellos == [2]
-    tree.greet()
+    tree.refresh()
     assert grid_of(tree).hellos == [2]
 
 
 def test_a_silent_edge_gets_no_part_until_it_answers(later: Callable[[float], None], tree: Tree) -> None:
     grid_of(tree).mute.add(1)
-    later(HEARD)
-    tree.greet()
+    later(ROSTER_AGE)
+    tree.refresh()
     assert tree.edges() == {"edge-2": 2}
-    tree.greet()
+    tree.refresh()
     assert tree.edges() == {"edge-2": 2}
     grid_of(tree).mute.clear()
-    tree.greet()
+    tree.refresh()
     assert tree.edges() == {"edge-1": 1, "edge-2": 2}
     assert tree.name_of(1) == "edge-1"
     assert tree.name_of(9) == "node 9"
@@ -127,10 +127,10 @@ def test_an_edge_that_lost_its_window_is_found(tree: Tree, tmp_path: Path) -> No
     with watch:
         grid = grid_of(tree)
         grid.since[2], grid.windows[2] = "tuesday", 0
-        watch.look(tree.since())
+        watch.poll(tree.since())
         assert watch.lost(2) == ""  # its message may be on its way
-        watch.look(tree.since())
-        assert "started again" in watch.lost(2)
+        watch.poll(tree.since())
+        assert "restarted" in watch.lost(2)
         assert watch.lost(1) == ""
     assert {e["edge"] for e in read_events(tmp_path / "events.jsonl")} == {"edge-1", "edge-2"}
 
@@ -140,15 +140,15 @@ def test_a_restarted_edge_with_the_window_is_waited_for(tree: Tree, tmp_path: Pa
     with watch:
         grid = grid_of(tree)
         grid.since[2], grid.windows[2] = "tuesday", 2
-        watch.look(tree.since())
+        watch.poll(tree.since())
         grid.windows[2] = 3
         for _ in range(3):
-            watch.look(tree.since())
+            watch.poll(tree.since())
         assert watch.lost(2) == ""
         # One that is slow to begin, without a restart, is no less waited for.
         grid.windows[1] = 0
         for _ in range(3):
-            watch.look(tree.since())
+            watch.poll(tree.since())
         assert watch.lost(1) == ""
 
 
@@ -170,7 +170,7 @@ def test_edges_are_polled_and_at_once_after_a_restart(
         watch.tick()
         watch.tick()
         assert grid.asked == 8
-        assert "started again" in watch.lost(2)
+        assert "restarted" in watch.lost(2)
         del grid.since[2]  # away, and not back: its lease will tell
         watch.tick()
         assert grid.asked == 8

@@ -171,9 +171,9 @@ def test_reports_become_the_next_model() -> None:
         ({"run": "other"}, "a reply to run 'other'"),
         ({"window": 1}, "window 1"),
         ({"roster": "west"}, "a list of clients in the name of 'west'"),
-        ({"client": "b"}, "an update of 'b' in round 3, who was not planned there"),
+        ({"client": "b"}, "an update of 'b' in round 3, which was not planned there"),
         ({"counts": [1.0, 2.0, 3.0]}, "a label distribution of 3 counts for 2 classes"),
-        ({"counts": [-1.0, 2.0]}, "a bad count"),
+        ({"counts": [-1.0, 2.0]}, "an invalid count"),
         ({"counts": []}, "samples without a label distribution"),
         ({"sections": {MODEL: {"w": np.array([0, np.nan, 0], np.float32)}}}, "not finite"),
         ({"flat": Payload.pack({MODEL: {"w": np.zeros(2, np.float32)}})}, "shape (2,), expected (3,)"),
@@ -207,7 +207,7 @@ def test_reports_become_the_next_model() -> None:
         ),
         (
             {"sections": {forwarded(GRADIENT, "b"): {"w": np.ones(3, np.float32)}}},
-            "tensors of ['b'], which it was not given",
+            "tensors of ['b'], which are not its participants",
         ),
         ({"metrics": {NOMINAL: -1.0}}, "the aggregation weight -1.0"),
         ({"metrics": {NOMINAL: float("nan")}}, "the aggregation weight nan"),
@@ -337,7 +337,7 @@ def test_asking_reaches_clients_through_their_edges() -> None:
 @pytest.mark.parametrize(
     ("losses", "changes", "fault"),
     [
-        ({"b": 1.0}, {}, "an update of 'b' in round 3, who was not planned there"),
+        ({"b": 1.0}, {}, "an update of 'b' in round 3, which was not planned there"),
         ({"a": 1.0}, {"sections": {}}, "an answer of a: section gradient: tensor 'w' is missing"),
         (
             {"a": 1.0},

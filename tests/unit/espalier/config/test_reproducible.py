@@ -91,7 +91,7 @@ def run(folder: Path, settings: Flat, name: str = "r") -> TreeRun:
 def bits(run: TreeRun) -> dict[str, bytes]:
     """Return everything that the run's end is made of: the cloud's state, the kept model, the clients' states."""
     assert run.state is not None
-    tensors, meta = Snapshot(run.state, members=run.tree.settled).pack()
+    tensors, meta = Snapshot(run.state, members=run.tree.frozen_members).pack()
     found = {name: array.tobytes() for name, array in tensors.items()}
     found |= {
         name: repr(meta[name]).encode() for name in ("window", "round", "architecture", "layout", "members")

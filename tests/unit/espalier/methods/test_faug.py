@@ -202,7 +202,7 @@ def test_seeds_with_bad_labels_are_refused_by_name(
     run = run_tree(faug_tree(tmp_path), "fedavg", 4, **SETTINGS, rounds=1, model="logistic")
     [found] = run.recorder.record.faults
     assert (found.node, found.kind) == ("c1", "refused")
-    assert f"a seed image of label {label}, there are 10 classes" in found.detail
+    assert f"a seed image of label {label}, but there are 10 classes" in found.detail
     entry = run.recorder.record.augmentation
     assert entry is not None
     assert set(entry.seeds) == {"c0", "c2", "c3"}

@@ -338,13 +338,13 @@ def strip_a_signature(told: Told) -> None:
 
 EDGE_ATTACKS: list[tuple[Callable[[Told], None], str]] = [
     (lambda told: None, ""),
-    (invent_a_client, "an update of 'ghost' in round 2, who was not planned there"),
-    (claim_a_client_of_another_edge, "an update of 'c0' in round 3, who was not planned there"),
+    (invent_a_client, "an update of 'ghost' in round 2, which was not planned there"),
+    (claim_a_client_of_another_edge, "an update of 'c0' in round 3, which was not planned there"),
     (count_a_client_twice, "an update of 'c2' in round 4 a second time"),
     (speak_for_a_client_that_is_away, "an update of 'c2': its signature is for window 1, this is window 5"),
     (sign_in_its_name, "an update of 'c2' with a signature that is not its node key's"),
     (raise_its_samples, "an update of 'c2': its signature is for samples 48, this is samples 1048"),
-    (raise_the_sum, "1096 samples, its clients' updates stand for 96"),
+    (raise_the_sum, "1096 samples, but its clients' updates have 96"),
     (lower_its_loss, "an update of 'c2': its signature is for another report"),
     (strip_a_signature, "an update of 'c2' in round 10 that c2 did not sign"),
 ]
@@ -388,7 +388,7 @@ def test_the_first_key_of_a_client_stays_bound_to_it(tmp_path: Path) -> None:
     other = public(ec.generate_private_key(ec.SECP256R1()))
     with pytest.raises(WireError, match="another node key owns this name"):
         ClientKeys(tmp_path).claim("c", other)
-    with pytest.raises(WireError, match="does not say which node key"):
+    with pytest.raises(WireError, match="did not report its node key"):
         keys.claim("d", b"")
     assert ClientKeys(tmp_path).in_force() == {"c": public(STRANGER)}
 

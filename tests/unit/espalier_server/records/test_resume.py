@@ -327,7 +327,7 @@ def test_a_client_killed_before_its_reply_changes_nothing(method: str, tmp_path:
 def test_a_lost_client_state_ends_a_reproducible_run(tmp_path: Path) -> None:
     run(tmp_path, reproducible=True)
     shutil.rmtree(tmp_path / "clients" / "c1" / "rounds")
-    with pytest.raises(EspalierError, match=r"c1 .*lacks the state of window 3, round 3.*in 3 tries"):
+    with pytest.raises(EspalierError, match=r"c1 .*lacks the state of window 3, round 3.*in 3 attempts"):
         run(tmp_path, reproducible=True, rounds=4)
     run_ = tmp_path / "runs" / "r"
     assert Checkpoints(run_ / "checkpoints").latest() == 3
@@ -349,13 +349,13 @@ def test_a_reproducible_run_admits_no_new_client_or_data(tmp_path: Path) -> None
     more = [*CLIENTS, LocalClient("c9", "digits:9/64", (0, 1), {"homes": 2})]
     done = LocalTree(tmp_path, more, 2).run("r", SETTINGS | {"reproducible": True, "rounds": 4})
     assert sorted({p for w in done.recorder.record.windows for p in w.participants}) == ["c0", "c1"]
-    assert any(f.node == "c9" and "next one" in f.detail for f in done.recorder.record.faults)
+    assert any(f.node == "c9" and "next run" in f.detail for f in done.recorder.record.faults)
     other = [CLIENTS[0], LocalClient("c1", "digits:5/64", (0, 1), {"homes": 2})]
     device._device.cache_clear()
     changes: dict[str, Any] = {"reproducible": True, "rounds": 5, "hello-timeout": 0.01}
     with pytest.raises(EspalierError, match="lacks c1 at edge-1"):
         LocalTree(tmp_path, other, 2).run("r", SETTINGS | changes)
-    assert "bring its data back" in json.dumps([f.detail for f in _faults(tmp_path)])
+    assert "restore its data" in json.dumps([f.detail for f in _faults(tmp_path)])
 
 
 def _faults(folder: Path) -> list[Any]:
@@ -367,7 +367,7 @@ def test_everything_in_a_snapshot_comes_back(tmp_path: Path) -> None:
     checkpoints = Checkpoints(done.out / "checkpoints")
     found = Snapshot.unpack(*checkpoints.load(3))
     assert done.state is not None
-    kept = Snapshot(done.state, found.reached, done.tree.settled).pack()
+    kept = Snapshot(done.state, found.reached, done.tree.frozen_members).pack()
     again = found.pack()
     assert again[1] == kept[1]
     assert {n: a.tobytes() for n, a in again[0].items()} == {n: a.tobytes() for n, a in kept[0].items()}
