@@ -35,7 +35,7 @@ from espalier.wire.payload import Weights
 from espalier.wire.sections import Payload
 from espalier.wire.uplink import UplinkEncoding
 from espalier_client.device import Device
-from espalier_client.replicas import AT_ONCE, LINES, Replicas
+from espalier_client.replicas import CHANNELS_PER_CONNECTION, EXEMPT_TYPES, Replicas
 from espalier_client.reply import pack_reply
 from espalier_proto import espalier_pb2 as pb
 
@@ -132,7 +132,7 @@ def main() -> None:
     folder, count, edges = Path(sys.argv[1]), int(sys.argv[2]), sys.argv[3:]
     stopped: queue.SimpleQueue[None] = queue.SimpleQueue()
     stop_on_signals(lambda: stopped.put(None))
-    resources = NodeResources(LINES, exclusive=True, exempt=AT_ONCE)
+    resources = NodeResources(CHANNELS_PER_CONNECTION, exclusive=True, exempt=EXEMPT_TYPES)
     nodes = []
     for number in range(count):
         state = folder / f"{number:04d}"

@@ -1,4 +1,4 @@
-"""The ClientApp: one for our resident client and for a stock flower-supernode alike."""
+"""The ClientApp of `espalier client` and of a stock flower-supernode."""
 
 from __future__ import annotations
 
@@ -18,15 +18,15 @@ from espalier_proto import espalier_pb2 as pb
 
 log = logging.getLogger("espalier.client")
 
-#: Characters of a refusal that are worth a line of the log.
-MOST_OF_A_FAULT = 500
+#: Maximum number of characters of a refusal that are logged.
+MAX_FAULT_LENGTH = 500
 
 app = ClientApp()
 
 
 @app.query("espalier_hello")
 def hello(message: Message, context: Context) -> Message:
-    """Introduce this device to its edge."""
+    """Return this device's hello to an edge."""
     device = Device.from_node_config(context.node_config)
     request = control.config_of(message, control.CONFIG) or ConfigRecord()
     epsilon = request.get("histogram-epsilon", 0.0)
@@ -38,10 +38,10 @@ def hello(message: Message, context: Context) -> Message:
 
 @app.query("espalier_refusal")
 def refused(message: Message, context: Context) -> Message:
-    """Take note that the cloud leaves this device out of a run, and why."""
+    """Log that the cloud excludes this device from a run, and why."""
     request = control.config_of(message, control.CONFIG) or ConfigRecord()
     run, fault = (
-        "".join(c if c.isprintable() else "?" for c in str(request.get(key, "")))[:MOST_OF_A_FAULT]
+        "".join(c if c.isprintable() else "?" for c in str(request.get(key, "")))[:MAX_FAULT_LENGTH]
         for key in ("run", "fault")
     )
     log.error("left out of run %s: %s", run, fault)
@@ -50,7 +50,7 @@ def refused(message: Message, context: Context) -> Message:
 
 @app.query("espalier_inquiry")
 def inquire(message: Message, context: Context) -> Message:
-    """Answer an edge's question about a network."""
+    """Answer an edge's inquiry."""
     device = Device.from_node_config(context.node_config)
     plan = control.decode(pb.RoundPlan, control.plan_bytes(message), "edge")
     return Message(answer(device, plan, message), reply_to=message)
@@ -58,7 +58,7 @@ def inquire(message: Message, context: Context) -> Message:
 
 @app.train()
 def train(message: Message, context: Context) -> Message:
-    """Train one round: by the edge's plan, or for a plain Flower ServerApp by the run config."""
+    """Train one round as an edge's plan says, or for a stock Flower ServerApp as the run config says."""
     device = Device.from_node_config(context.node_config)
     data = control.plan_bytes(message)
     if data is not None:
@@ -74,7 +74,7 @@ def train(message: Message, context: Context) -> Message:
 
 @app.evaluate()
 def evaluate(message: Message, context: Context) -> Message:
-    """Measure a plain Flower ServerApp's model: the training loss on this device's images."""
+    """Return the training loss of a stock Flower ServerApp's model on this device's images."""
     device = Device.from_node_config(context.node_config)
     metrics: MetricRecord = evaluate_plain(device, *_plain(message), context.run_config)
     return Message(RecordDict({control.METRICS: metrics}), reply_to=message)

@@ -1,4 +1,4 @@
-"""FAug at a client: what it uploads as seeds, and how it fills up the labels it lacks."""
+"""FAug at a client: uploads seed images, and generates images of the labels that the client lacks."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from flwr.app import Message
 from espalier.config.run_settings import RunSettings
 from espalier.data.imageset import to_uint8
 from espalier.errors import WireError
+from espalier.generators.conditional import ConditionalGenerator
 from espalier.methods.faug import (
     GENERATOR,
     SEED_IMAGES,
@@ -29,12 +30,12 @@ from espalier_proto import espalier_pb2 as pb
 def answer_augmentation(
     device: Device, plan: pb.RoundPlan, message: Message
 ) -> tuple[pb.ClientReport, Payload]:
-    """Answer FAug's two inquiries: "seeds", and "fill" with the generator's tensors in the payload.
+    """Answer FAug's inquiries: "seeds", and "fill", whose payload has the generator's tensors.
 
     Raises
     ------
     WireError
-        If the plan is another client's, or its settings or generator do not fit.
+        If the plan is for another client, or its settings or generator are invalid.
     """
     check_address(device, plan)
     settings = settings_of(plan)
@@ -45,7 +46,7 @@ def answer_augmentation(
 
 
 def _seeds(device: Device, settings: RunSettings, report: pb.ClientReport) -> Payload:
-    """Return a few images of the labels this client lacks, and of some it does not, to hide which."""
+    """Return some images of the client's scarce labels, and of other labels so that servers cannot tell which."""
     rng = rng_for(settings.seed, device.name, 0, "seed images")
     wanted, redundant = seed_labels(device.labels, settings, rng)
     chosen = []
@@ -53,22 +54,20 @@ def _seeds(device: Device, settings: RunSettings, report: pb.ClientReport) -> Pa
         own = np.flatnonzero(device.images.labels == label)
         chosen.append(np.sort(rng.permutation(own)[: settings.of(FAugSettings).faug_seeds]))
     indices = np.concatenate(chosen) if chosen else np.zeros(0, np.int64)
-    images = to_uint8(device.images.fetch(indices)).numpy() if len(indices) else _nothing(device)
+    images = to_uint8(device.images.fetch(indices)).numpy() if len(indices) else _no_images(device)
     report.metrics.update({"seeds": len(indices), "targets": len(wanted), "redundant": len(redundant)})
     labels = device.images.labels[indices].astype(np.int64)
     return Payload.pack({SEEDS: {SEED_IMAGES: images, SEED_LABELS: labels}})
 
 
-def _nothing(device: Device) -> np.ndarray:
+def _no_images(device: Device) -> np.ndarray:
     return np.zeros((0, *device.images.shape), np.uint8)
 
 
 def _fill(
     device: Device, settings: RunSettings, plan: pb.RoundPlan, message: Message, report: pb.ClientReport
 ) -> Payload:
-    """Draw images of the labels this client lacks until it has as many as of the others."""
-    from espalier.generators.conditional import ConditionalGenerator
-
+    """Generate images of the scarce labels until the client has as many of them as of the others."""
     arrays = read_downlink(message, plan, settings, plan.edge).views().get(GENERATOR, {})
     try:
         generator = ConditionalGenerator.of(arrays, len(device.images.classes), device.images.shape)
@@ -78,6 +77,6 @@ def _fill(
     labels = np.repeat(np.arange(len(missing)), missing).astype(np.int64)
     if len(labels):
         seed = seed_for(settings.seed, device.name, 0, "fill")
-        device.keep_filled(plan.run, to_uint8(generator.draw(labels, seed)).numpy(), labels)
+        device.store_generated(plan.run, to_uint8(generator.draw(labels, seed)).numpy(), labels)
     report.metrics["filled"] = len(labels)
     return Payload({})

@@ -1,4 +1,4 @@
-"""What is local to a device: its data, its state on disk and its processor, opened once a process."""
+"""The resources of a device: its data, state folder, node key and processor, opened once per process."""
 
 from __future__ import annotations
 
@@ -20,10 +20,11 @@ from espalier.models.presets import classifiers
 from espalier.names import check_name, is_name
 from espalier.seeds import seed_for
 from espalier.storage.tensor_file import read_tensors, write_tensors
+from espalier.training.device import resolve_device
 from espalier.wire import control
 from espalier.wire.hello import device_facts
-from espalier_client.budget import Budget
 from espalier_client.histogram import label_histogram
+from espalier_client.privacy_ledger import PrivacyLedger
 from espalier_client.speed import measured_speed
 from espalier_client.state import StateStore
 from espalier_proto import espalier_pb2 as pb
@@ -37,7 +38,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Device:
-    """A device's own settings.
+    """The settings of a device, and the resources that they name.
 
     Attributes
     ----------
@@ -48,20 +49,20 @@ class Device:
     device : str
         "auto", "cpu", "cuda" or "cuda:N".
     state : Path or None
-        Folder of what outlives the process; without one the device starts every round afresh.
+        State folder; without one the device has no state between rounds.
     level : float
-        Size of sub-model set by hand, a share in (0, 1]; 0: not set.
-    model: str
-        The network that the owner chose for it in runs of unlike models; "": the run's choice.
+        Sub-model size that the owner sets, a share in (0, 1]; 0: not set.
+    model : str
+        The network that the owner sets for runs of heterogeneous models; "": the run's choice.
     key : Path or None
-        Private key of the node it runs in; without it the device cannot sign what it sends.
+        File of the node's private key; without it the device does not sign its replies.
     privacy_budget : float
-        Largest epsilon, over all runs, that its owner grants (`espalier_client.budget`); 0: no limit.
+        Largest epsilon over all runs that the owner allows (`espalier_client.privacy_ledger`); 0: no limit.
     noise_seed : int or None
-        Seed of the noise that protects the images, for tests alone: who knows it can subtract the noise.
-        None draws it from the operating system.
+        Seed of the differential-privacy noise, for tests only: the noise can be subtracted by anyone who knows the
+        seed. None seeds it from the operating system.
     homes : int
-        How many edges it was given; 0: not known.
+        Number of edges that the client was started with; 0: unknown.
     """
 
     name: str
@@ -77,13 +78,13 @@ class Device:
 
     @classmethod
     def from_node_config(cls, config: Mapping[str, object]) -> Device:
-        """Read the settings from Flower's node config, where our client and a stock SuperNode put them.
+        """Read the settings from Flower's node config.
 
         Raises
         ------
         ConfigError
-            If name or data is missing, the level is no share in (0, 1], the model no classifier's name, or
-            the privacy budget no number above 0.
+            If name or data is missing, the level is outside (0, 1], the model is not a classifier, or the privacy
+            budget is not a number above 0.
         """
         missing = [key for key in ("name", "data") if not config.get(key)]
         if missing:
@@ -112,7 +113,7 @@ class Device:
 
     @cached_property
     def test_images(self) -> ImageSet | None:
-        """The device's own test images, None where its data has none."""
+        """The device's own test images; None if its data has no test split."""
         return open_test(self.data)
 
     @cached_property
@@ -122,27 +123,25 @@ class Device:
 
     @cached_property
     def torch_device(self) -> torch.device:
-        """Where the device trains."""
-        from espalier.training.device import resolve_device
-
+        """The torch device that the client trains on."""
         return resolve_device(self.device)
 
     @cached_property
     def node_key(self) -> EllipticCurvePrivateKey | None:
-        """The key that signs what the device sends; None where its node config names none."""
+        """The key that signs replies; None if the node config names none."""
         return load_key(self.key) if self.key else None
 
-    def keep_filled(self, run: str, pixels: np.ndarray, labels: np.ndarray) -> None:
-        """Keep images that were made for a run (FAug), beside the device's own."""
+    def store_generated(self, run: str, pixels: np.ndarray, labels: np.ndarray) -> None:
+        """Store images that were generated for a run (FAug); `images_for` adds them to the device's own."""
         self._filled[run] = (pixels, labels)
         if self.state:
             write_tensors(self._filled_path(run), {"pixels": pixels, "labels": labels})
 
     def images_for(self, run: str) -> ImageSet:
-        """Return what the device trains on in a run: its own images, and those made for the run."""
+        """Return the training images of a run: the device's own and those that were generated for the run."""
         if run not in self._filled and self.state and is_name(run) and self._filled_path(run).exists():
-            kept = read_tensors(self._filled_path(run))
-            self._filled[run] = (kept["pixels"], kept["labels"])
+            stored = read_tensors(self._filled_path(run))
+            self._filled[run] = (stored["pixels"], stored["labels"])
         return with_pixels(self.images, *self._filled[run]) if run in self._filled else self.images
 
     def _filled_path(self, run: str) -> Path:
@@ -155,7 +154,7 @@ class Device:
         return {}
 
     def load_state(self, run: str, start: pb.Version, *, exact: bool = False) -> dict[str, np.ndarray]:
-        """Return the device's own state of a run at a version, {} where it has none.
+        """Return the device's state of a run at a version; empty if there is none.
 
         Raises
         ------
@@ -165,39 +164,38 @@ class Device:
         return self._store.load(run, (start.window, start.round), exact=exact) if self._store else {}
 
     def save_state(self, plan: pb.RoundPlan, state: Mapping[str, np.ndarray]) -> None:
-        """Keep the state that training in a round left."""
+        """Write the state after a round of training."""
         if self._store:
             self._store.save(
                 plan.run, (plan.window, plan.round), state, checkpoint_window=plan.checkpoint_window
             )
 
     def hello(self, run: str, histogram_epsilon: float) -> pb.ClientHello:
-        """Introduce the device: samples, label counts, facts; never an image.
+        """Return the device's hello: samples, label counts and hardware; it contains no image.
 
         Parameters
         ----------
         run : str
             Espalier's run id.
         histogram_epsilon : float
-            Epsilon of Laplace noise on the label counts; 0 for none.
+            Epsilon of the Laplace noise on the label counts; 0: no noise.
 
         Raises
         ------
         ConfigError
-            The noise cannot be kept, or the owner's budget does not allow this answer.
+            The noisy counts cannot be stored, or the owner's privacy budget does not allow this answer.
         """
         counts = self.labels
         if histogram_epsilon > 0:
             rng = self.private_rng(0, f"histogram {run}")
-            counts = self.budget.histogram(run, counts, histogram_epsilon, rng)
+            counts = self.privacy_ledger.histogram(run, counts, histogram_epsilon, rng)
         elif self.privacy_budget:
             raise ConfigError(
-                f"the owner of {self.name} grants a privacy budget, so its exact label counts stay at home; "
+                f"the owner of {self.name} limits its privacy budget, so its exact label counts are not sent; "
                 "set histogram-epsilon in the run"
             )
-        place = self.torch_device
-        facts = device_facts(str(place))
-        facts.speed = measured_speed(place)
+        facts = device_facts(str(self.torch_device))
+        facts.speed = measured_speed(self.torch_device)
         return pb.ClientHello(
             schema=control.SCHEMA,
             name=self.name,
@@ -217,35 +215,35 @@ class Device:
         return StateStore(self.state / "rounds") if self.state else None
 
     @cached_property
-    def budget(self) -> Budget:
-        """The ledger of what was spent.
+    def privacy_ledger(self) -> PrivacyLedger:
+        """The device's privacy ledger.
 
         Raises
         ------
         ConfigError
-            The device has no folder to keep it in.
+            The device has no state folder.
         """
         if self.state is None:
             raise ConfigError(
-                f"{self.name} has no state folder, so it would forget what privacy it spent; give it one, "
+                f"{self.name} has no state folder for its privacy ledger; give it one, "
                 'e.g. --state DIR, or state="/var/lib/espalier" in a node config'
             )
-        return Budget(self.state / "privacy.json", self.privacy_budget)
+        return PrivacyLedger(self.state / "privacy.json", self.privacy_budget)
 
     def private_seed(self, round_: int, purpose: str) -> int:
-        """Return a fresh 63-bit secret seed of noise; the run's own seed is known to every server."""
+        """Return a new secret seed of 63 bits for noise; every server knows the run's seed, so it cannot serve."""
         if self.noise_seed is not None:
             return seed_for(self.noise_seed, self.name, round_, purpose)
         return secrets.randbits(63)
 
     def private_rng(self, round_: int, purpose: str) -> np.random.Generator:
-        """Return a fresh generator of noise, seeded by 128 secret bits of the operating system."""
+        """Return a new noise generator, seeded with 128 secret bits from the operating system."""
         if self.noise_seed is not None:
             return np.random.default_rng(self.private_seed(round_, purpose))
         return np.random.default_rng(secrets.randbits(128))
 
 
-@cache  # as many as the process has clients
+@cache  # the process has few clients, and each opens its data once
 def _device(
     name: str,
     data: str,
@@ -262,32 +260,32 @@ def _device(
 
 
 def _level(value: object) -> float:
-    """Read the level of a node config: a number, or the text of one; None where it is left open."""
+    """Parse the level of a node config, a number or its text; None: not set."""
     if value is None:
         return 0.0
     level = _number(value)
     if not 0 < level <= 1:  # NaN fails here, too
         raise ConfigError(
-            f"level={value} is no share in (0, 1]; give the largest sub-model this device can train, "
+            f"level={value} is not in (0, 1]; give the largest sub-model that this device can train, "
             "e.g. --level 0.5, or level=0.5 in a node config"
         )
     return level
 
 
 def _model(value: object) -> str:
-    """Read the model of a node config; None where it is left open."""
+    """Check the model of a node config; None: not set."""
     if value is None:
         return ""
     if value not in classifiers():
         raise ConfigError(
-            f"model={value} is no classifier; give one of {', '.join(classifiers())}, "
+            f"model={value} is not a classifier; give one of {', '.join(classifiers())}, "
             "e.g. --model resnet10, or model=resnet10 in a node config"
         )
     return str(value)
 
 
 def _number(value: object) -> float:
-    """Read a number, or the text of one; NaN where it is neither."""
+    """Parse a number or its text; NaN if it is neither."""
     try:
         return math.nan if isinstance(value, bool) else float(str(value))
     except ValueError:
@@ -295,13 +293,13 @@ def _number(value: object) -> float:
 
 
 def _budget(value: object) -> float:
-    """Read the privacy budget of a node config; None where there is no limit."""
+    """Parse the privacy budget of a node config; None: no limit."""
     if value is None:
         return 0.0
     budget = _number(value)
     if not 0 < budget < math.inf:
         raise ConfigError(
-            f"privacy-budget={value} is no number above 0; give the largest epsilon that this device may spend, "
+            f"privacy-budget={value} is not a number above 0; give the largest epsilon that this device may spend, "
             "e.g. --privacy-budget 8"
         )
     return budget
@@ -309,5 +307,5 @@ def _budget(value: object) -> float:
 
 def _noise_seed(value: object) -> int | None:
     if value is not None and (isinstance(value, bool) or not isinstance(value, int)):
-        raise ConfigError(f"noise-seed={value} is no whole number; leave it out but in tests")
+        raise ConfigError(f"noise-seed={value} is not an integer; it is for tests, otherwise leave it out")
     return value

@@ -1,4 +1,4 @@
-"""DP-SGD: local training of which no single image can be told (Abadi et al., CCS 2016, arXiv 1607.00133)."""
+"""Differentially private local training, DP-SGD (Abadi et al., CCS 2016, arXiv 1607.00133)."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from espalier_client.trainer import seeded
 if TYPE_CHECKING:
     from espalier.data.imageset import ImageSet
 
-#: Largest relative difference between the mean of the images' gradients and autograd's gradient of the batch.
+#: Maximum relative difference between the mean of the per-image gradients and autograd's gradient of the batch.
 _TOLERANCE = 1e-3
 
 
@@ -36,41 +36,41 @@ def train_private(
 ) -> LocalResult:
     """Train a client's model in one round with DP-SGD, in place.
 
-    Each step's batch is a Poisson sample: every image is in it with probability q, whatever the others do.
-    Each image's gradient is clipped to ``clip-norm`` in L2, Gaussian noise of standard deviation ``noise *
-    clip-norm`` is added to their sum, and the sum is divided by the expected size of a batch.
-    Terms that no image enters (a proximal term, control variates) act on the noised gradient. What the
-    optimiser makes of it, Adam's moments included, costs no further privacy.
+    Each step's batch is a Poisson sample: every image is in it with probability q, independently of the others. Each
+    image's gradient is clipped to ``clip-norm`` in L2, Gaussian noise of standard deviation ``noise * clip-norm`` is
+    added to their sum, and the sum is divided by the expected batch size. Terms that do not depend on the images (a
+    proximal term, control variates) are added to the noised gradient. What the optimiser computes from it, including
+    Adam's moments, is post-processing and spends no further privacy.
 
-    A batch is computed in pieces of at most ``batch-size`` images, so a chance large one needs no more memory.
+    A batch is computed in chunks of at most ``batch-size`` images, which bounds the memory of a large sample.
 
     Parameters
     ----------
     model : nn.Module
-        Holds the received weights; moved to `device` and trained in place.
+        The network with the received weights; moved to `device` and trained in place.
     objective : Objective
-        What to minimise; each term depends on images one by one or on none.
+        The loss; each of its terms is a mean over images or does not depend on them.
     data : ImageSet
         The client's own images.
     local : LocalRound
-        Settings and state; the state is replaced at the end, and only if training went well.
+        Settings and state; the state is replaced after training without an error.
     mechanism : Mechanism
         Noise, rate and steps. Noise 0 gives no privacy; it is for tests.
     seed : int
-        Seed of batches, noise and dropout. It must be a secret of the device: who knows it can
-        subtract the noise.
+        Seed of batches, noise and dropout. It must be a secret of the device, as the noise can be subtracted by
+        anyone who knows it.
     device : torch.device or str
-        Where to train, in single precision.
+        The device to train on, in single precision.
 
     Returns
     -------
     LocalResult
-        As of `train_local`; the loss is exact and must not leave the client.
+        See `train_local`; the loss is exact and must not leave the client.
 
     Raises
     ------
     TrainingError
-        The client has no images, the network or a term mixes images, or the loss is not finite.
+        The client has no images, the network or a term combines several images, or the loss is not finite.
     ConfigError
         Opacus is not installed.
     """
@@ -79,7 +79,7 @@ def train_private(
         raise TrainingError(f"round {local.round}: this client has no images to train on")
     device = torch.device(device)
     model.to(device).train()
-    started, worked = time.perf_counter(), time.process_time()
+    start, cpu_start = time.perf_counter(), time.process_time()
     generator = torch.Generator(device=device).manual_seed(seed)
     sampling = np.random.default_rng((seed, 1))
     labels = np.asarray(data.labels)
@@ -87,11 +87,9 @@ def train_private(
     loss_sum, lr_sum, seen = 0.0, 0.0, 0
     with seeded(seed, device):
         objective.begin(model, local)
-        per_image, free = split_terms(objective)
+        per_image, data_free = split_terms(objective)
         if own := list(objective.parameters()):
-            raise TrainingError(
-                f"a term brings {len(own)} parameters of its own, which DP-SGD does not cover"
-            )
+            raise TrainingError(f"a term has {len(own)} parameters of its own, which DP-SGD does not support")
         optimizer = create_optimizer(parameters, local)
         expected = min(settings.batch_size, count)
         gradients = PrivateGradients(
@@ -100,18 +98,18 @@ def train_private(
         try:
             for _ in range(mechanism.steps):
                 chosen = np.flatnonzero(sampling.random(count) < mechanism.rate)
-                for piece in _pieces(chosen, settings.batch_size):
-                    images = data.fetch(piece).to(device, non_blocking=True)
+                for chunk in _chunks(chosen, settings.batch_size):
+                    images = data.fetch(chunk).to(device, non_blocking=True)
                     if settings.flip:
-                        mirrored = torch.rand(len(piece), generator=generator, device=device) < 0.5
+                        mirrored = torch.rand(len(chunk), generator=generator, device=device) < 0.5
                         images = torch.where(mirrored[:, None, None, None], images.flip(-1), images)
-                    batch_labels = torch.from_numpy(labels[piece]).to(device, non_blocking=True)
+                    batch_labels = torch.from_numpy(labels[chunk]).to(device, non_blocking=True)
                     loss = per_image.loss(model, images, batch_labels, generator)
-                    gradients.add(loss, len(piece))
-                    loss_sum += float(loss.detach()) * len(piece)
-                    seen += len(piece)
+                    gradients.add(loss, len(chunk))
+                    loss_sum += float(loss.detach()) * len(chunk)
+                    seen += len(chunk)
                 gradients.release()
-                _add_gradient(free, model, parameters, generator)
+                _add_gradient(data_free, model, parameters, generator)
                 objective.after_backward(model)
                 lr_sum += optimizer.step()
                 if not math.isfinite(loss_sum):
@@ -126,49 +124,58 @@ def train_private(
         samples=count,
         loss=loss_sum / seen if seen else math.nan,
         lr_sum=lr_sum,
-        seconds=time.perf_counter() - started,
-        cpu_seconds=time.process_time() - worked,
+        seconds=time.perf_counter() - start,
+        cpu_seconds=time.process_time() - cpu_start,
     )
 
 
 def split_terms(objective: Objective) -> tuple[Objective, Objective]:
-    """Return the sum of the terms that images enter one by one, and of those that no image enters.
+    """Return the sum of the terms that are means over images, and of those that do not depend on the images.
 
     Raises
     ------
     TrainingError
-        A term is neither.
+        A term depends on a batch as a whole, or none depends on the images.
     """
     terms = objective.terms if isinstance(objective, Sum) else (objective,)
     if mixed := [type(t).__name__ for t in terms if t.depends_on == "batch"]:
-        raise TrainingError(f"DP-SGD cannot bound what one image gives to {', '.join(mixed)}; use fedavg")
+        raise TrainingError(
+            f"DP-SGD cannot bound the contribution of one image to {', '.join(mixed)}; use fedavg"
+        )
     per_image = [t for t in terms if t.depends_on == "images"]
     if not per_image:
-        raise TrainingError("no term of this loss depends on the images; DP-SGD has nothing to do")
+        raise TrainingError("no term of this loss depends on the images, so DP-SGD does not apply")
     return Sum(per_image), Sum([t for t in terms if t.depends_on == "weights"])
 
 
 class PrivateGradients:
     """The noised sums of clipped per-image gradients of one round, computed by Opacus.
 
-    The gradient of each layer is taken by functional autograd rather than by Opacus' own rule for the layer:
-    its rule for convolutions reads the input as if it lay in memory channels first, and behind a U-Net's attention it
-    does not (Opacus 1.6.0 then returns zeros). The first batch is checked against autograd all the same.
+    The per-image gradients of every layer come from functional autograd, not from Opacus' rules for layer types: the
+    rule for convolutions requires an input in channels-first memory layout, which the output of a U-Net's attention is
+    not (Opacus 1.6.0 then returns zeros). The first batch is checked against autograd nevertheless.
 
     Parameters
     ----------
     model : nn.Module
-        The network, on its device; the caller trains it as it is.
+        The network, on its device.
     parameters : sequence of nn.Parameter
-        What is trained.
+        The trained parameters.
     clip : float
-        Largest L2 norm of an image's gradient.
+        Maximum L2 norm of an image's gradient.
     expected : int
-        Size that sums are divided by, the expected size of a batch.
+        Expected batch size, by which sums are divided.
     noise : float
-        Standard deviation of the noise over `clip`.
+        Standard deviation of the noise as a multiple of `clip`.
     generator : torch.Generator
         Source of the noise, on the network's device.
+
+    Raises
+    ------
+    ConfigError
+        Opacus is not installed.
+    TrainingError
+        The network has batch normalisation.
     """
 
     def __init__(
@@ -188,13 +195,13 @@ class PrivateGradients:
             (n for n, m in model.named_modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)), None
         ):
             raise TrainingError(
-                f"batch normalisation ({mixing}) mixes the images of a batch; DP-SGD needs a model without it, "
+                f"batch normalisation ({mixing}) combines the images of a batch; DP-SGD needs a model without it, "
                 "e.g. model=cnn"
             )
-        # Opacus hangs `grad_sample` and `summed_grad` on them.
+        # Opacus adds the attributes `grad_sample` and `summed_grad` to them.
         self._parameters: Sequence[Any] = parameters
         self._module = GradSampleModule(model, loss_reduction="mean", strict=True, force_functorch=True)
-        # Only its gradients are used; the step is the caller's.
+        # Only its gradients are used; the caller's optimiser takes the step.
         self._optimizer = DPOptimizer(
             torch.optim.SGD(parameters, lr=0.0),
             noise_multiplier=noise,
@@ -205,11 +212,11 @@ class PrivateGradients:
             secure_mode=True,
         )
         self._checked = False
-        # The first layer's inputs are images, which need no gradient; Opacus does not use it.
+        # Torch warns that the first layer's inputs (images) need no gradient; Opacus does not use that gradient.
         warnings.filterwarnings("ignore", message="Full backward hook is firing when gradients")
 
     def add(self, loss: Tensor, images: int) -> None:
-        """Add the clipped gradients of a piece of the batch, of which `loss` is the mean over its images."""
+        """Add the clipped gradients of a chunk of the batch, whose mean loss is `loss`."""
         loss.backward()  # type: ignore[no-untyped-call]
         for parameter in self._parameters:
             if parameter.grad_sample is None:  # the loss does not depend on it
@@ -221,7 +228,7 @@ class PrivateGradients:
         self._optimizer.zero_grad(set_to_none=True)
 
     def release(self) -> None:
-        """Put the noised mean gradient of the batch, which may have been empty, into the parameters' ``grad``."""
+        """Set the parameters' ``grad`` to the noised mean gradient of the batch, which may be empty."""
         for parameter in self._parameters:
             parameter.grad_sample = parameter.new_zeros((0, *parameter.shape))
         self._optimizer.signal_skip_step(False)
@@ -230,30 +237,30 @@ class PrivateGradients:
             parameter.grad_sample = parameter.summed_grad = None
 
     def close(self) -> None:
-        """Take Opacus' hooks off the network again."""
+        """Remove Opacus' hooks from the network."""
         self._module.to_standard_module()
 
     def _check(self) -> None:
-        """Compare the mean over the images with what autograd says of the whole piece.
+        """Compare the mean of the per-image gradients with autograd's gradient of the chunk.
 
         Raises
         ------
         TrainingError
-            They differ: the gradients of some layer are wrong.
+            They differ: the per-image gradients of some layer are wrong.
         """
         self._checked = True
-        off, size = 0.0, 0.0
+        error, size = 0.0, 0.0
         for parameter in self._parameters:
-            whole = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
-            off += float((parameter.grad_sample.mean(0) - whole).square().sum())
-            size += float(whole.square().sum())
-        if off > _TOLERANCE**2 * size:
+            expected = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+            error += float((parameter.grad_sample.mean(0) - expected).square().sum())
+            size += float(expected.square().sum())
+        if error > _TOLERANCE**2 * size:
             raise TrainingError(
-                "the images' gradients do not add up to the batch's: this network cannot be trained with DP-SGD"
+                "the per-image gradients do not add up to the batch's: this network cannot be trained with DP-SGD"
             )
 
 
-def _pieces(chosen: np.ndarray, size: int) -> Iterator[np.ndarray]:
+def _chunks(chosen: np.ndarray, size: int) -> Iterator[np.ndarray]:
     for start in range(0, len(chosen), size):
         yield chosen[start : start + size]
 
@@ -261,14 +268,15 @@ def _pieces(chosen: np.ndarray, size: int) -> Iterator[np.ndarray]:
 def _add_gradient(
     term: Objective, model: nn.Module, parameters: Sequence[nn.Parameter], generator: torch.Generator
 ) -> None:
-    """Add the gradient of terms that no image enters to the parameters' ``grad``."""
+    """Add the gradient of the terms that do not depend on the images to the parameters' ``grad``."""
     if not isinstance(term, Sum) or not term.terms:
         return
-    nothing = torch.zeros((0, 1, 1, 1), device=parameters[0].device)
-    value = term.loss(model, nothing, torch.zeros(0, dtype=torch.int64, device=nothing.device), generator)
+    no_images = torch.zeros((0, 1, 1, 1), device=parameters[0].device)
+    no_labels = torch.zeros(0, dtype=torch.int64, device=no_images.device)
+    value = term.loss(model, no_images, no_labels, generator)
     if not value.requires_grad:
         return
-    found = torch.autograd.grad(value, list(parameters), allow_unused=True)
-    for parameter, gradient in zip(parameters, found, strict=True):
+    gradients = torch.autograd.grad(value, list(parameters), allow_unused=True)
+    for parameter, gradient in zip(parameters, gradients, strict=True):
         if gradient is not None and parameter.grad is not None:
             parameter.grad += gradient

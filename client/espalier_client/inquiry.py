@@ -1,4 +1,4 @@
-"""A client's answers to inquiries: losses, gradients, accuracy, statistics, samples."""
+"""Answers inquiries at a client: losses, gradients, accuracy, batch statistics and samples."""
 
 from __future__ import annotations
 
@@ -6,8 +6,11 @@ import numpy as np
 import torch
 from flwr.app import Message, RecordDict
 
+from espalier.data.imageset import to_uint8
 from espalier.errors import WireError
 from espalier.methods.views import IMAGES, INQUIRIES, SAMPLES, STATISTICS, answer_layouts
+from espalier.models.sampling import sample
+from espalier.models.statistics import batch_statistics
 from espalier.seeds import rng_for, seed_for
 from espalier.tasks.base import base_objective, dataset_gradient, dataset_loss
 from espalier.tasks.diffusion_settings import DiffusionSettings
@@ -15,8 +18,8 @@ from espalier.training.scoring import accuracy
 from espalier.wire.sections import GRADIENT, Payload, SectionId
 from espalier_client.augmentation import answer_augmentation
 from espalier_client.device import Device
-from espalier_client.privacy import check_plan
 from espalier_client.reply import new_report, pack_reply
+from espalier_client.round_privacy import check_plan
 from espalier_client.training import Task, arithmetic, read_task, settings_of
 from espalier_proto import espalier_pb2 as pb
 
@@ -25,16 +28,16 @@ Answer = dict[SectionId, dict[str, np.ndarray]]
 
 
 def answer(device: Device, plan: pb.RoundPlan, message: Message) -> RecordDict:
-    """Answer an inquiry about the received network; nothing of the device's state changes.
+    """Answer an inquiry about the received network; the device's state does not change.
 
-    ``loss`` is F_k(w) over all of the device's images, ``batch-loss`` over one random mini-batch,
-    ``gradient`` the full-batch gradient, ``accuracy`` counts right answers on the device's own test
-    images, ``statistics`` are the batch statistics of a network with static batch normalisation.
+    ``loss`` is F_k(w) over all of the device's images, ``batch-loss`` over one random mini-batch, ``gradient`` is the
+    full-batch gradient, ``accuracy`` counts correct predictions on the device's own test images, and ``statistics``
+    are the batch statistics of a network with static batch normalisation (HeteroFL).
 
     Raises
     ------
     WireError
-        If the plan is another client's, makes no sense, or asks for something unknown.
+        If the plan is for another client or invalid, or the inquiry is unknown.
     """
     if plan.inquiry not in INQUIRIES:
         raise WireError(plan.edge, f"the unknown inquiry {plan.inquiry!r}")
@@ -69,21 +72,21 @@ def _batch_loss(device: Device, task: Task, report: pb.ClientReport) -> Answer:
 
 
 def _mean_loss(device: Device, task: Task, indices: np.ndarray | None = None) -> float:
-    settings, place = task.local.settings, device.torch_device
+    settings, target = task.local.settings, device.torch_device
     images = device.images if indices is None else device.images.subset(indices)
     objective = base_objective(settings)
-    objective.begin(task.model.to(place), task.local)
-    return dataset_loss(task.model, objective, images, place, settings.batch_size, _generator(device, task))
+    objective.begin(task.model.to(target), task.local)
+    return dataset_loss(task.model, objective, images, target, settings.batch_size, _generator(device, task))
 
 
 def _gradient(device: Device, task: Task, report: pb.ClientReport) -> Answer:
-    settings, place = task.local.settings, device.torch_device
+    settings, target = task.local.settings, device.torch_device
     objective = base_objective(settings)
-    objective.begin(task.model.to(place), task.local)
-    found = dataset_gradient(
-        task.model, objective, device.images, place, settings.batch_size, _generator(device, task)
+    objective.begin(task.model.to(target), task.local)
+    gradient = dataset_gradient(
+        task.model, objective, device.images, target, settings.batch_size, _generator(device, task)
     )
-    return {GRADIENT: found}
+    return {GRADIENT: gradient}
 
 
 def _accuracy(device: Device, task: Task, report: pb.ClientReport) -> Answer:
@@ -99,8 +102,6 @@ def _accuracy(device: Device, task: Task, report: pb.ClientReport) -> Answer:
 
 
 def _statistics(device: Device, task: Task, report: pb.ClientReport) -> Answer:
-    from espalier.models.statistics import batch_statistics
-
     size = task.local.settings.batch_size
     starts = range(0, len(device.images), size)
     batches = (
@@ -116,9 +117,6 @@ def _statistics(device: Device, task: Task, report: pb.ClientReport) -> Answer:
 
 
 def _samples(device: Device, task: Task, report: pb.ClientReport) -> Answer:
-    from espalier.data.imageset import to_uint8
-    from espalier.models.sampling import sample
-
     local = task.local
     layouts = answer_layouts("samples", task.plan.architecture, local.settings, task.plan.population)
     settings = local.settings.of(DiffusionSettings)

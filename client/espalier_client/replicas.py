@@ -1,4 +1,4 @@
-"""Many clients in one process, for test beds: each its own node, all sharing imports, data and connections."""
+"""Several clients in one process, for testbeds: one node each, which share imports, data and connections."""
 
 from __future__ import annotations
 
@@ -27,17 +27,17 @@ from espalier_client.service import open_device
 
 log = logging.getLogger("espalier.client")
 
-#: Lines to a server that share a connection; a node has two.
-LINES = 100
-#: Nodes that leave their servers at a time.
-LEAVING = 32
-#: Answered while another replica trains, as another process would.
-AT_ONCE = frozenset({control.HELLO, control.REFUSAL})
+#: Channels to a server that share a connection; a node has two.
+CHANNELS_PER_CONNECTION = 100
+#: Number of nodes that leave their servers in parallel.
+PARALLEL_LEAVES = 32
+#: Message types that are answered while another replica trains, as separate processes would.
+EXEMPT_TYPES = frozenset({control.HELLO, control.REFUSAL})
 
 
 @dataclass(frozen=True)
 class Replica:
-    """One of the clients: its name, its data SPEC, its state folder."""
+    """One of the clients: its name, data SPEC and state folder."""
 
     name: str
     data: str
@@ -45,19 +45,19 @@ class Replica:
 
 
 def plan_replicas(name: str, data: str, state: Path, count: int) -> list[Replica]:
-    """Name the clients and deal them their data.
+    """Return the clients with their names, shares of the data and state folders.
 
     Parameters
     ----------
     name : str
-        Client i is NAME-i, in three digits or more.
+        Client i is NAME-i, with at least three digits.
     data : str
-        Data SPEC. Of ``SOURCE:I/N:SCHEME`` the first client gets share I, the next one I + 1; without ``I/N`` they
-        share the whole.
+        Data SPEC. For ``SOURCE:I/N:SCHEME`` client i gets share I + i; without ``I/N`` the data set is split among
+        the clients.
     state : Path
-        Client i's folder is NAME-i below it.
+        Client i's folder is its subfolder NAME-i.
     count : int
-        How many.
+        Number of clients.
 
     Raises
     ------
@@ -69,14 +69,16 @@ def plan_replicas(name: str, data: str, state: Path, count: int) -> list[Replica
     digits = max(3, len(str(count - 1)))
     names = [f"{name}-{i:0{digits}d}" for i in range(count)]
     if not is_name(names[-1]):
-        raise ConfigError(f"--name {name!r} is no name for {count} clients ({names[-1]}); give a shorter one")
+        raise ConfigError(
+            f"--name {name!r} is not a valid name for {count} clients ({names[-1]}); give a shorter one"
+        )
     spec = parse_spec(data)
     shares, first = spec.clients, spec.index
     if shares == 1:
         shares, first = count, 0
     if first + count > shares:
         raise ConfigError(
-            f"--data {data!r}: {count} clients from share {first} on need {first + count} shares, not {shares}; "
+            f"--data {data!r}: {count} clients from share {first} need {first + count} shares, not {shares}; "
             f"give e.g. {spec.source}:0/{count}"
         )
     marker = f":{spec.index}/{spec.clients}"
@@ -88,18 +90,18 @@ def plan_replicas(name: str, data: str, state: Path, count: int) -> list[Replica
 
 
 class Replicas:
-    """Nodes that serve together; a context manager from their start to their end.
+    """A context manager that starts the nodes of the replicas and closes them.
 
     Parameters
     ----------
     nodes : sequence of ResidentNode
-        Made with `resources`.
+        The nodes, constructed with `resources`.
     resources : NodeResources
-        What they share.
+        The resources that they share.
     """
 
     def __init__(self, nodes: Sequence[ResidentNode], resources: NodeResources) -> None:
-        self._nodes, self._crew = nodes, resources
+        self._nodes, self._resources = nodes, resources
 
     def __enter__(self) -> Replicas:
         for node in self._nodes:
@@ -107,9 +109,9 @@ class Replicas:
         return self
 
     def __exit__(self, *_: object) -> None:
-        with ThreadPoolExecutor(LEAVING) as pool:
+        with ThreadPoolExecutor(PARALLEL_LEAVES) as pool:
             list(pool.map(ResidentNode.close, self._nodes))
-        self._crew.stop()
+        self._resources.stop()
 
 
 def run_replicas(
@@ -120,27 +122,27 @@ def run_replicas(
     security: Security,
     threads: int | None = None,
 ) -> None:
-    """Run clients until SIGTERM or Ctrl-C, one training at a time.
+    """Run clients until SIGTERM or Ctrl-C; one of them trains at a time.
 
     Parameters
     ----------
     replicas : sequence of Replica
         The clients.
     edges : sequence of str
-        HOST:PORT of every edge they may serve.
+        HOST:PORT of every edge that they connect to.
     device : str
         "auto", "cpu", "cuda" or "cuda:N".
     node_config : mapping
-        Further entries of everybody's node config.
+        Additional entries of every node config.
     security : Security
         Certificates of the links.
     threads : int, optional
-        Processor threads to train with; by default torch's own choice.
+        CPU threads to train with; by default torch's own choice.
 
     Raises
     ------
     EspalierError
-        If data, addresses or a state cannot be used.
+        If the data, an address or a state folder cannot be used.
     """
     import torch
 
@@ -161,15 +163,16 @@ def run_replicas(
         config = own | dict(node_config)
         open_device(config)
         admit = f"espalier clients add {replica.name} {replica.state / 'node.pub'} --state DIR"
-        told = event_logger(log.getChild(replica.name), admit)
-        statuses.append(NodeStatus(replica.state, list(edges), told, alone=False))
+        log_event = event_logger(log.getChild(replica.name), admit)
+        statuses.append(NodeStatus(replica.state, list(edges), log_event, alone=False))
         return ResidentNode(
             app, upstreams, replica.state, node_config=config, resources=resources, on_event=statuses[-1]
         )
 
-    asked: queue.SimpleQueue[None] = queue.SimpleQueue()
-    stop_on_signals(lambda: asked.put(None))
-    resources = NodeResources(LINES, exclusive=True, exempt=AT_ONCE)
+    # Not an Event: a signal handler that runs while this thread holds the Event's internal lock would deadlock.
+    stop_requested: queue.SimpleQueue[None] = queue.SimpleQueue()
+    stop_on_signals(lambda: stop_requested.put(None))
+    resources = NodeResources(CHANNELS_PER_CONNECTION, exclusive=True, exempt=EXEMPT_TYPES)
     with sharing_sources():
         nodes = [node_of(replica, app, resources) for replica in replicas]
         log.info("%d clients, %s to %s", len(nodes), replicas[0].name, replicas[-1].name)
@@ -180,7 +183,7 @@ def run_replicas(
             ticks = 0
             while True:
                 with suppress(queue.Empty):
-                    asked.get(timeout=1.0)
+                    stop_requested.get(timeout=1.0)
                     break
                 ticks += 1
                 if ticks % SIGN_OF_LIFE == 0:

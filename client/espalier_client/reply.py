@@ -12,7 +12,7 @@ from espalier_proto import espalier_pb2 as pb
 
 
 def new_report(device: Device, plan: pb.RoundPlan) -> pb.ClientReport:
-    """Return the report of a reply to a plan, with what every report says."""
+    """Return the report of a reply to a plan, with the fields that every report has."""
     return pb.ClientReport(
         schema=control.SCHEMA,
         run=plan.run,
@@ -31,9 +31,9 @@ def pack_reply(device: Device, plan: pb.RoundPlan, report: pb.ClientReport, payl
     device : Device
         This device.
     plan : pb.RoundPlan
-        The plan that is answered.
+        The plan that is replied to.
     report : pb.ClientReport
-        The report; its `signed` is filled in.
+        The report; its field `signed` is set.
     payload : Payload
         The tensors.
     """

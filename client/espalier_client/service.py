@@ -44,34 +44,34 @@ def run_client(
     name : str
         The client's name.
     edges : list of str
-        HOST:PORT of every edge it may serve.
+        HOST:PORT of every edge that it connects to.
     data : str
-        Data SPEC; checked before the first connection. May be empty with `app`.
+        Data SPEC; opened before the first connection. May be empty with `app`.
     device : str
         "auto", "cpu", "cuda" or "cuda:N".
     state : Path
-        Folder for the node key and training state; held by one process at a time.
+        Folder for the node key and training state; locked by one process at a time.
     key : Path or None
         Private node key; by default one below `state`.
     app : str or None
-        A user's ClientApp as module:object; None for ours.
+        A user's ClientApp as module:object; None for Espalier's.
     node_config : mapping
-        Further entries of the app's node config.
+        Additional entries of the app's node config.
     security : Security
         Certificates of the links.
     threads : int, optional
-        Processor threads to train with; by default torch's own choice.
+        CPU threads to train with; by default torch's own choice.
     metrics : Address, optional
-        Where to answer Prometheus.
+        Address to serve Prometheus metrics at.
 
     Raises
     ------
     EspalierError
-        If the name, data, app, addresses or state cannot be used.
+        If the name, data, app, an address or the state folder cannot be used.
     """
     retain_freed_blocks()
     if not is_name(name):
-        raise ConfigError(f"--name {name!r} is no name for a client; use letters, digits, '.', '-', '_'")
+        raise ConfigError(f"--name {name!r} is not a valid client name; use letters, digits, '.', '-', '_'")
     own_key = key or state / "node.key"
     own: dict[str, bool | int | float | str] = {"name": name, "data": data, "device": device}
     own |= {"state": str(state), "key": str(own_key), "homes": len(set(edges))}
@@ -95,10 +95,10 @@ def run_client(
 
 
 def own_app(config: Mapping[str, bool | int | float | str], threads: int | None) -> ClientApp:
-    """Return our ClientApp with its data opened."""
+    """Return Espalier's ClientApp, after opening the data."""
     import torch
 
-    from espalier_client.app import app
+    from espalier_client.app import app  # imports torch, which a user's app may not need
 
     leave_out_optional()
     if threads:
@@ -108,14 +108,14 @@ def own_app(config: Mapping[str, bool | int | float | str], threads: int | None)
 
 
 def open_device(config: Mapping[str, bool | int | float | str]) -> None:
-    """Open a device's data and measure its speed: a fault shows before a round is lost to it."""
+    """Open a device's data and measure its speed, so that errors occur at the start and not in a round."""
     from espalier_client.device import Device
     from espalier_client.speed import measured_speed
 
     device = Device.from_node_config(config)
     log.info("%d images, labels %s", len(device.images), device.labels.astype(int).tolist())
-    # Now and not in the first hello, whose round trip the edge measures.
-    log.info("%.1f x 1e9 multiply-adds a second", measured_speed(device.torch_device))
+    # Measured now, as the edge measures the round trip of the first hello.
+    log.info("%.1f x 1e9 multiply-adds per second", measured_speed(device.torch_device))
 
 
 def load_app(reference: str) -> ClientApp:
@@ -124,12 +124,12 @@ def load_app(reference: str) -> ClientApp:
     Raises
     ------
     ConfigError
-        If it cannot be found or is no ClientApp.
+        If it cannot be imported or is not a ClientApp.
     """
     module_name, _, attribute = reference.partition(":")
     if not module_name or not attribute:
         raise ConfigError(f"--app {reference!r} is not of the form module:object, e.g. myapp.client_app:app")
-    # First, so that the app's modules go before installed ones of the same names. Ours begin with "espalier".
+    # First in the path, so that the app's modules take precedence over installed ones of the same names.
     sys.path.insert(0, str(Path.cwd()))
     try:
         found = getattr(importlib.import_module(module_name), attribute)

@@ -1,4 +1,4 @@
-"""How fast this device computes: one short measurement a process, by which `level-choice=speed` ranks clients."""
+"""Measures how fast this device computes, once per process; `level-choice=speed` ranks clients by it."""
 
 from __future__ import annotations
 
@@ -6,46 +6,47 @@ import time
 from functools import lru_cache
 from typing import TYPE_CHECKING
 
+from espalier import lazy
+
 if TYPE_CHECKING:
     import torch
+else:
+    torch = lazy.load("torch")
 
-#: Rows of the square matrices that are multiplied: a processor's caches hold the small ones, and a GPU is
-#: busy for longer with the large ones than a call takes.
-_SIZE = {"cpu": 256}
-_ACCELERATOR_SIZE = 2048
-#: Seconds after which no further product is begun, and the most products.
-_LIMIT, _PRODUCTS = 0.03, 16
+#: Rows of the square matrices that are multiplied: small ones fit into a CPU's caches; large ones take a GPU longer
+#: than the overhead of a call.
+_CPU_SIZE, _ACCELERATOR_SIZE = 256, 2048
+#: Seconds after which no further product is started, and the maximum number of products.
+_MAX_SECONDS, _MAX_PRODUCTS = 0.03, 16
 
 
 @lru_cache(maxsize=8)
-def measured_speed(place: torch.device) -> float:
-    """Return 1e9 multiply-adds a second of float32 matrix products, measured in the first call of a process.
+def measured_speed(device: torch.device) -> float:
+    """Return the speed of float32 matrix products in 1e9 multiply-adds per second; later calls return the first result.
 
-    The quickest of a few products counts: whatever else the machine does can only make one slower.
+    The fastest of a few products counts, as other work on the machine can only slow one down.
 
     Parameters
     ----------
-    place : torch.device
-        Where the device trains.
+    device : torch.device
+        The device to measure.
     """
-    import torch
-
-    size = _SIZE.get(place.type, _ACCELERATOR_SIZE)
+    size = _CPU_SIZE if device.type == "cpu" else _ACCELERATOR_SIZE
     generator = torch.Generator().manual_seed(0)
-    matrix = torch.rand((size, size), generator=generator).to(place)
+    matrix = torch.rand((size, size), generator=generator).to(device)
     product = torch.empty_like(matrix)
 
     def seconds() -> float:
         start = time.perf_counter()
         torch.mm(matrix, matrix, out=product)
-        if place.type != "cpu":
-            torch.accelerator.synchronize(place)
+        if device.type != "cpu":
+            torch.accelerator.synchronize(device)
         return time.perf_counter() - start
 
-    seconds()  # loads the kernels
-    end, quickest = time.perf_counter() + _LIMIT, float("inf")
-    for _ in range(_PRODUCTS):
-        quickest = min(quickest, seconds())
+    seconds()  # warm-up: loads the kernels
+    end, fastest = time.perf_counter() + _MAX_SECONDS, float("inf")
+    for _ in range(_MAX_PRODUCTS):
+        fastest = min(fastest, seconds())
         if time.perf_counter() > end:
             break
-    return size**3 / quickest / 1e9
+    return size**3 / fastest / 1e9

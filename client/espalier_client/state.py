@@ -1,4 +1,4 @@
-"""State a client or edge keeps between rounds, versioned so that it can follow a cloud that goes back."""
+"""The versioned state of a client between rounds, which a cloud that resumes from a checkpoint can roll back."""
 
 from __future__ import annotations
 
@@ -16,19 +16,19 @@ from espalier.names import NAME_RULE, is_name
 from espalier.storage.tensor_file import read_tensors, write_tensors
 
 Version = tuple[int, int]
-"""(window, round); (0, 0) is the state before anything was trained."""
+"""(window, round); (0, 0) is the state before any training."""
 
-#: Bytes of states, over all stores of a process, that stay in memory beside their files.
-IN_MEMORY = 64 << 20
+#: Maximum bytes of states that the process caches in memory, over all stores.
+CACHE_BYTES = 64 << 20
 
 _FILE = re.compile(r"w(\d+)-r(\d+)\.safetensors")
 
 
-class _Newest:
-    """States just written, each for the one that loads it next: a client goes on from what its last round left.
+class _StateCache:
+    """A cache of the states written last, as a client's next round usually loads the state that its last one wrote.
 
-    Whoever takes a state has it alone, and its file is what is left. So nothing is shared between two rounds, and a
-    round that fails goes back to the file.
+    Taking a state removes it from the cache, so two rounds never share arrays, and a round that fails falls back to
+    the file.
     """
 
     def __init__(self, limit: int) -> None:
@@ -37,30 +37,30 @@ class _Newest:
         self._lock = threading.Lock()
 
     def put(self, path: Path, tensors: Mapping[str, np.ndarray]) -> None:
-        """Hold what was written to a file, and let go of the oldest where it is too much."""
+        """Cache the tensors that were written to a file; evict the oldest entries beyond the limit."""
         with self._lock:
             self._held.pop(path, None)
-            # As a file would give them back, or a sum might add up in another order.
+            # C-contiguous, as when read from a file: NumPy sums in memory order, so another layout rounds differently.
             whole = {n: np.ascontiguousarray(a).reshape(np.shape(a)) for n, a in tensors.items()}
             self._held[path] = (_mark(path), whole)
             while sum(_size(held) for _, held in self._held.values()) > self._limit:
                 self._held.pop(next(iter(self._held)))
 
     def take(self, path: Path) -> dict[str, np.ndarray] | None:
-        """Return what was written to a file; None where it is not held, or somebody else wrote the file since."""
+        """Remove and return the tensors of a file; None if they are not cached or the file has changed since."""
         with self._lock:
             mark, tensors = self._held.pop(path, ((), {}))
         return tensors if mark and mark == _mark(path) else None
 
     def drop(self, folder: Path) -> None:
-        """Let go of what belongs to a path, or to a folder."""
+        """Remove the entries of a file, or of all files in a folder."""
         with self._lock:
             for path in [p for p in self._held if p == folder or p.parent == folder]:
                 del self._held[path]
 
 
 def _mark(path: Path) -> tuple[int, ...]:
-    """Return what changes when a file is written or replaced; () where there is none."""
+    """Return the inode, size and modification time of a file, which detect a change; () if it does not exist."""
     try:
         found = os.stat(path)
     except OSError:
@@ -72,18 +72,18 @@ def _size(tensors: Mapping[str, np.ndarray]) -> int:
     return sum(array.nbytes for array in tensors.values())
 
 
-_newest = _Newest(IN_MEMORY)
+_cache = _StateCache(CACHE_BYTES)
 
 
 class StateStore:
-    """Named arrays per run and version, as files ``ROOT/RUN/wWINDOW-rROUND.safetensors``.
+    """Stores named arrays per run and version, in files ``ROOT/RUN/wWINDOW-rROUND.safetensors``.
 
     Parameters
     ----------
     root : Path
-        Folder of the store; made when first written to.
+        Folder of the store; created on the first write.
     keep_runs : int
-        Runs kept; saving a further one forgets the run that was written to longest ago.
+        Maximum number of runs; saving another one deletes the least recently written run.
     """
 
     def __init__(self, root: Path, *, keep_runs: int = 4) -> None:
@@ -93,28 +93,28 @@ class StateStore:
         self.keep_runs = keep_runs
 
     def load(self, run: str, start: Version, *, exact: bool = False) -> dict[str, np.ndarray]:
-        """Return the newest state that is not newer than `start`, and forget newer ones.
+        """Return the newest state that is not newer than `start`, and delete newer ones.
 
-        What is newer belongs to rounds that the cloud no longer knows: replies it dropped, or windows after
-        the checkpoint it resumed from.
+        Newer states belong to rounds that the cloud has discarded: replies that it dropped, or windows after the
+        checkpoint that it resumed from.
 
         Returns
         -------
         dict of str to array
-            Empty when there is no such state.
+            Empty if there is no such state.
 
         Raises
         ------
         StateError
-            The file is damaged (it is named), the folder cannot be used, or `run` is no run id. With `exact`,
-            also if the state of just that version is not there; then nothing is forgotten.
+            The file is damaged (the message names it), the folder cannot be used, or `run` is not a run id. With
+            `exact`, also if there is no state of exactly that version; then nothing is deleted.
         """
         versions = self.versions(run)
         if exact and start > (0, 0) and start not in versions:
             held = ", ".join(f"{w}/{r}" for w, r in versions) or "none"
             raise StateError(
-                f"{self._folder(run)} lacks the state of window {start[0]}, round {start[1]}, which the run goes "
-                f"on from (there: {held}); bring the folder back, or start a new run"
+                f"{self._folder(run)} lacks the state of window {start[0]}, round {start[1]}, from which the run "
+                f"continues (found: {held}); restore the folder, or start a new run"
             )
         for version in versions:
             if version > start:
@@ -123,30 +123,30 @@ class StateStore:
         if not usable:
             return {}
         path = self._path(run, usable[-1])
-        newest = _newest.take(path)
-        return read_tensors(path) if newest is None else newest
+        cached = _cache.take(path)
+        return read_tensors(path) if cached is None else cached
 
     def save(
         self, run: str, version: Version, tensors: Mapping[str, np.ndarray], *, checkpoint_window: int
     ) -> None:
-        """Write a version, whole or not at all, and remove those nobody can ask for any more.
+        """Write a version atomically, and delete the versions that no plan can start from any more.
 
-        Kept are this version, the one before it (a straggler whose reply was dropped goes back by one), the
-        newest one of `checkpoint_window` or earlier (a cloud that resumes goes back to it) and the newest one
-        before that window (to which it goes back if that checkpoint turns out to be damaged).
+        The remaining versions are this one, the previous one (a straggler whose reply was dropped goes back by one),
+        the newest of `checkpoint_window` or earlier (a cloud that resumes goes back to it) and the newest before that
+        window (for the case that this checkpoint is damaged).
 
         Raises
         ------
         StateError
-            The folder cannot be written to, or `run` is no run id.
+            The folder cannot be written to, or `run` is not a run id.
         """
         if version <= (0, 0) or min(version) < 0:
             raise ValueError(f"version {version} is not after (0, 0)")
         path = self._path(run, version)
         write_tensors(path, tensors)
-        # Nobody goes on from an older version but who is told to go back, and then the file will do.
-        _newest.drop(path.parent)
-        _newest.put(path, tensors)
+        # Older versions are loaded only after a rollback, which is rare: then the file is read.
+        _cache.drop(path.parent)
+        _cache.put(path, tensors)
         versions = self.versions(run)
         older = [other for other in versions if other < version]
         keep = {version, *older[-1:]}
@@ -155,11 +155,11 @@ class StateStore:
         for other in versions:
             if other not in keep:
                 self._remove(run, other)
-        for forgotten in self.runs()[: -self.keep_runs]:
-            self.forget(forgotten)
+        for old_run in self.runs()[: -self.keep_runs]:
+            self.forget(old_run)
 
     def versions(self, run: str) -> list[Version]:
-        """Return the versions held of `run`, oldest first."""
+        """Return the stored versions of a run, oldest first."""
         folder = self._folder(run)
         try:
             matches = [_FILE.fullmatch(path.name) for path in folder.iterdir()] if folder.is_dir() else []
@@ -168,17 +168,17 @@ class StateStore:
         return sorted((int(match[1]), int(match[2])) for match in matches if match)
 
     def runs(self) -> list[str]:
-        """Return the runs held, the one written to longest ago first."""
+        """Return the stored runs, the least recently written first."""
         if not self.root.is_dir():
             return []
         folders = [path for path in self.root.iterdir() if path.is_dir() and is_name(path.name)]
         return [path.name for path in sorted(folders, key=lambda path: (path.stat().st_mtime_ns, path.name))]
 
     def forget(self, run: str) -> None:
-        """Remove everything of a run; nothing happens when there is nothing."""
+        """Delete all states of a run, if there are any."""
         folder = self._folder(run)
         try:
-            _newest.drop(folder)
+            _cache.drop(folder)
             if folder.is_dir():
                 shutil.rmtree(folder)
         except OSError as error:
@@ -194,7 +194,7 @@ class StateStore:
 
     def _remove(self, run: str, version: Version) -> None:
         path = self._path(run, version)
-        _newest.drop(path)
+        _cache.drop(path)
         try:
             path.unlink(missing_ok=True)
         except OSError as error:

@@ -1,4 +1,4 @@
-"""Local training on a device: from a plan and a payload to an update."""
+"""Local training on a device: reads a plan and its payload, trains, and returns the update."""
 
 from __future__ import annotations
 
@@ -36,22 +36,23 @@ from espalier.wire.downlink import read_downlink
 from espalier.wire.sections import MODEL, Layouts, Payload, Sections
 from espalier.wire.uplink import UplinkEncoding
 from espalier_client.device import Device
-from espalier_client.privacy import RoundPrivacy, check_plan
+from espalier_client.dp_sgd import train_private
 from espalier_client.privacy_accounting import Mechanism
 from espalier_client.reply import new_report, pack_reply
+from espalier_client.round_privacy import RoundPrivacy, check_plan
 from espalier_client.trainer import train_local
 from espalier_proto import espalier_pb2 as pb
 
 if TYPE_CHECKING:
     from torch import nn
 
-#: Record of `Context.state` that holds a client's own state in a plain run.
+#: Record of `Context.state` that holds a client's state in the run of a stock Flower ServerApp.
 STATE = "espalier.state"
 
 
 @dataclass
 class Task:
-    """A validated plan with the network that it is about.
+    """A validated plan with its payload and network.
 
     Attributes
     ----------
@@ -62,9 +63,9 @@ class Task:
     received : Payload
         The payload.
     local : LocalRound
-        What training or an answer starts from; `local.state` is the device's own.
+        The inputs of the training or inquiry; `local.state` is the device's own state.
     model : nn.Module
-        The network, with the tensors it starts from.
+        The network, with the tensors that it starts from.
     """
 
     plan: pb.RoundPlan
@@ -80,7 +81,7 @@ def read_task(device: Device, plan: pb.RoundPlan, message: Message) -> Task:
     Raises
     ------
     WireError
-        If the plan is another client's, or its settings, architecture or payload do not fit.
+        If the plan is for another client, or its settings, architecture or payload are invalid.
     """
     check_address(device, plan)
     settings = settings_of(plan)
@@ -88,8 +89,8 @@ def read_task(device: Device, plan: pb.RoundPlan, message: Message) -> Task:
     received = read_downlink(message, plan, settings, plan.edge)
     sent = received.layouts.get(MODEL)
     known = {*(sent.names if sent else ()), *(t.name for t in plan.architecture.tensors)}
-    if strange := set(plan.returns) - known:  # before anything is trained, or spent
-        raise WireError(plan.edge, f"the tensor {min(strange)!r} is to come back, and was not sent")
+    if unknown := set(plan.returns) - known:  # checked before any training and before any privacy is spent
+        raise WireError(plan.edge, f"a plan that returns the tensor {min(unknown)!r}, which was not sent")
     state = device.load_state(plan.run, plan.start, exact=settings.reproducible)
     local = local_round(device, settings, plan.round, received.views(), state)
     local.data = device.images_for(plan.run)
@@ -104,7 +105,13 @@ def read_task(device: Device, plan: pb.RoundPlan, message: Message) -> Task:
 
 
 def check_address(device: Device, plan: pb.RoundPlan) -> None:
-    """Raise WireError where a plan is another client's, or the name of its run is none, for it may name a file."""
+    """Check that a plan is for this client and that its run id, which names files, is a valid name.
+
+    Raises
+    ------
+    WireError
+        If not.
+    """
     if plan.client != device.name:
         raise WireError(plan.edge, f"a plan for client {plan.client!r}, this is {device.name!r}")
     if not is_name(plan.run):
@@ -112,11 +119,11 @@ def check_address(device: Device, plan: pb.RoundPlan) -> None:
 
 
 def settings_of(plan: pb.RoundPlan) -> RunConfig:
-    """Return a plan's settings; raises WireError where they are not this client's."""
+    """Return a plan's settings; raises WireError if this client rejects them."""
     try:
         return RunConfig.from_struct(plan.settings)
     except ConfigError as error:
-        raise WireError(plan.edge, f"settings this client does not take ({error})") from error
+        raise WireError(plan.edge, f"settings that this client rejects ({error})") from error
 
 
 def train_round(device: Device, plan: pb.RoundPlan, message: Message) -> RecordDict:
@@ -127,9 +134,9 @@ def train_round(device: Device, plan: pb.RoundPlan, message: Message) -> RecordD
     device : Device
         This device.
     plan : pb.RoundPlan
-        What to do.
+        The round's plan.
     message : Message
-        The message it came in, with the payload.
+        The message that carried the plan and its payload.
 
     Returns
     -------
@@ -139,7 +146,7 @@ def train_round(device: Device, plan: pb.RoundPlan, message: Message) -> RecordD
     Raises
     ------
     WireError
-        If the plan is another client's, or its settings, architecture or payload do not fit.
+        If the plan is for another client, or its settings, architecture or payload are invalid.
     """
     with arithmetic(device, plan):
         return _train_round(device, read_task(device, plan, message))
@@ -147,12 +154,12 @@ def train_round(device: Device, plan: pb.RoundPlan, message: Message) -> RecordD
 
 @contextlib.contextmanager
 def arithmetic(device: Device, plan: pb.RoundPlan) -> Iterator[None]:
-    """Compute as a plan's run wants it: in a reproducible one with one thread, and on the CPU only.
+    """Compute deterministically in a reproducible run: with one thread and on the CPU only.
 
     Raises
     ------
     WireError
-        If such a run calls a device that trains elsewhere.
+        If a reproducible run calls a client that trains on another device.
     """
     wanted = is_reproducible(plan.settings)
     if wanted and device.torch_device.type != "cpu":
@@ -179,8 +186,7 @@ def _train_round(device: Device, task: Task) -> RecordDict:
     arrays = privacy.noised(arrays, received, encoding.keys, buffers_of(plan.architecture))
     rng = rng_for(local.settings.seed, device.name, plan.round, "codec")
     payload, decoded = encoding.encode(arrays, received, rng)
-    further = objective.end(task.model, result, as_read(task.model, decoded, received))
-    report.metrics.update(further)
+    report.metrics.update(objective.end(task.model, result, as_read(task.model, decoded, received)))
     privacy.describe(report)
     device.save_state(plan, local.state)
     if privacy.training is None:  # DP-SGD wraps the layers
@@ -200,10 +206,10 @@ def uplink_encoding(
 
 
 def as_read(model: nn.Module, decoded: Sections, received: Sections) -> dict[str, torch.Tensor]:
-    """Return the network's tensors as the servers read them.
+    """Return the network's tensors as the servers decode them.
 
-    A tensor that a codec rounded is the decoded one; one that left in a section of its own (a cluster's) is found
-    there; one that did not leave is the trained one.
+    A tensor in the reply is the decoded one, in whichever section it was sent (the model's or a cluster's); a tensor
+    that was not sent is the trained one.
     """
     coded = [decoded[section] for section in sorted(decoded, key=lambda s: s != MODEL) if section in received]
     tensors = {}
@@ -214,28 +220,30 @@ def as_read(model: nn.Module, decoded: Sections, received: Sections) -> dict[str
 
 
 def train_plain(
-    device: Device, record: ArrayRecord, round_: int, run_config: Mapping[str, Any], kept: RecordDict
+    device: Device, record: ArrayRecord, round_: int, run_config: Mapping[str, Any], context_state: RecordDict
 ) -> tuple[ArrayRecord, MetricRecord]:
-    """Train one round for a plain Flower ServerApp: named tensors in and out, settings from the run config.
+    """Train one round for a stock Flower ServerApp: named tensors in and out, settings from the run config.
 
-    With the same settings, client names and rounds this is exactly what a plan of the tree trains. What
-    the client keeps between rounds is in Flower's `Context.state`, because a plain run has no versions.
+    With the same settings, client names and rounds the result equals that of a round plan. The client's state between
+    rounds is in Flower's `Context.state` (`context_state`), because such a run has no versions.
     """
     settings, model = _plain_model(device, record, run_config)
     if settings.of(PrivacySettings).private or device.privacy_budget:
         raise ConfigError(
-            "differential privacy needs the plans of an Espalier run, which count what was spent; submit one, or "
-            "give DP-SGD and update noise to your own ClientApp"
+            "differential privacy needs an Espalier run, whose plans account for the privacy spent; submit one, or "
+            "add DP-SGD and update noise to your own ClientApp"
         )
-    before = kept.get(STATE)
-    arrays = before if isinstance(before, ArrayRecord) else ArrayRecord()
+    stored = context_state.get(STATE)
+    arrays = stored if isinstance(stored, ArrayRecord) else ArrayRecord()
     state = {name: np.array(numpy_view(array)) for name, array in arrays.items()}
     method = create_method(settings)
     local = local_round(device, settings, round_, {MODEL: model_arrays(model)}, state)
     local.architecture = describe(model)
     objective, result = train(device, method, model, local)
     objective.end(model, result, {n: t.detach().cpu() for n, t in model.state_dict().items()})
-    kept[STATE] = ArrayRecord({name: array_from_numpy(np.asarray(value)) for name, value in state.items()})
+    context_state[STATE] = ArrayRecord(
+        {name: array_from_numpy(np.asarray(value)) for name, value in state.items()}
+    )
     trained = ArrayRecord({n: array_from_numpy(a) for n, a in model_arrays(model).items()})
     return trained, MetricRecord({control.NUM_EXAMPLES: result.samples, "loss": result.loss})
 
@@ -243,7 +251,7 @@ def train_plain(
 def evaluate_plain(
     device: Device, record: ArrayRecord, round_: int, run_config: Mapping[str, Any]
 ) -> MetricRecord:
-    """Return the mean training objective of a plain Flower model over this device's images."""
+    """Return the mean training objective of a stock ServerApp's model over this device's images."""
     settings, model = _plain_model(device, record, run_config)
     objective = base_objective(settings)
     objective.begin(model, local_round(device, settings, round_, {}, {}))
@@ -259,13 +267,11 @@ def train(
 ) -> tuple[Objective, LocalResult]:
     """Train a model in place; all randomness derives from (run seed, client name, round, purpose).
 
-    With a mechanism of DP-SGD it derives from a secret of the device instead: servers know the run's seed and could
-    compute the noise.
+    With DP-SGD it derives from a secret of the device instead, as servers know the run's seed and could compute the
+    noise.
     """
     objective = method.objective_for(local)
     if private is not None:
-        from espalier_client.dp_sgd import train_private
-
         seed = device.private_seed(local.round, "train")
         data = method.data(local)
         result = train_private(model, objective, data, local, private, seed=seed, device=device.torch_device)
@@ -288,7 +294,7 @@ def local_round(
     received: Sections,
     state: dict[str, np.ndarray],
 ) -> LocalRound:
-    """Return the inputs of a training or an answer; the round owns the arrays of `state`."""
+    """Return the inputs of a training or an inquiry; the arrays of `state` are modified in place."""
     return LocalRound(
         settings=settings,
         round=round_,
@@ -311,7 +317,7 @@ def _plain_model(
     model = initial_model(settings, device.images.shape, classes=len(device.images.classes))
     try:
         tensors = {name: to_tensor(numpy_view(array)) for name, array in record.items()}
-    except (ValueError, TypeError) as error:  # no array, or of a dtype that torch does not have
+    except (ValueError, TypeError) as error:  # not an array, or a dtype that torch lacks
         raise WireError("server", f"tensors that cannot be read ({error})") from error
     # A strategy such as FedAdam computes in float64; the model keeps its own dtypes.
     own = model.state_dict()

@@ -277,7 +277,9 @@ def test_a_tensor_that_is_to_come_back_and_was_not_sent(monkeypatch: pytest.Monk
     plan = made.plan()
     plan.returns.extend([*made.sent[MODEL].layout.names, "\u202e"])
     monkeypatch.setattr("espalier_client.training.train", lambda *_, **__: pytest.fail("it trains"))
-    with pytest.raises(WireError, match=r"'edge-1' refused: the tensor .+ and was not sent"):
+    with pytest.raises(
+        WireError, match=r"'edge-1' refused: a plan that returns the tensor .+, which was not sent"
+    ):
         train_round(made.device, plan, made.message(plan, control.TRAIN))
 
 

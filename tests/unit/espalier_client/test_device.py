@@ -30,7 +30,7 @@ def test_level_of_a_stock_node_config_may_be_text() -> None:
 
 @pytest.mark.parametrize("level", [0, -1, 1.5, "half", "nan", True, ""])
 def test_a_level_that_is_no_share(level: object) -> None:
-    with pytest.raises(ConfigError, match=r"level=.* is no share in \(0, 1\]"):
+    with pytest.raises(ConfigError, match=r"level=.* is not in \(0, 1\]"):
         Device.from_node_config(CONFIG | {"level": level})
 
 
@@ -48,7 +48,7 @@ def test_hello_carries_the_owners_model() -> None:
 
 @pytest.mark.parametrize("model", ["", "unet-tiny", "HtFE-img-2", "cnn,mlp", 4, True])
 def test_a_model_that_is_no_classifier(model: object) -> None:
-    with pytest.raises(ConfigError, match=r"model=.* is no classifier; give one of .*resnet10"):
+    with pytest.raises(ConfigError, match=r"model=.* is not a classifier; give one of .*resnet10"):
         Device.from_node_config(CONFIG | {"model": model})
 
 

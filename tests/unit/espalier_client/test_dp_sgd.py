@@ -209,11 +209,11 @@ def test_a_diffusion_model_is_trained() -> None:
     ("preset", "objective", "words"),
     [
         ("cnn-bn", CrossEntropy, "batch normalisation .* model=cnn"),
-        ("cnn", MaskedCrossEntropy, "what one image gives to MaskedCrossEntropy"),
+        ("cnn", MaskedCrossEntropy, "the contribution of one image to MaskedCrossEntropy"),
         (
             "cnn",
             lambda: CrossEntropy() + ModelContrastiveTerm(1.0, 0.5),
-            "what one image gives to ModelContrastiveTerm",
+            "the contribution of one image to ModelContrastiveTerm",
         ),
         ("cnn", lambda: ProximalTerm(1.0), "no term of this loss depends on the images"),
     ],

@@ -141,7 +141,7 @@ def read_files(monkeypatch: pytest.MonkeyPatch) -> list[Path]:
         found.append(path)
         return read_tensors(path)
 
-    monkeypatch.setattr(state, "_newest", state._Newest(1000))
+    monkeypatch.setattr(state, "_cache", state._StateCache(1000))
     monkeypatch.setattr(state, "read_tensors", read)
     return found
 
@@ -170,7 +170,7 @@ def test_a_kill_loses_nothing(
     from espalier_client import state
 
     StateStore(tmp_path).save("run", (1, 1), tensors(7), checkpoint_window=0)
-    monkeypatch.setattr(state, "_newest", state._Newest(1000))  # another process
+    monkeypatch.setattr(state, "_cache", state._StateCache(1000))  # another process
     assert value_of(StateStore(tmp_path).load("run", (1, 1))) == 7
     assert len(read_files) == 1
 

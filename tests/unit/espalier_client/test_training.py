@@ -157,7 +157,7 @@ def test_settings_a_client_does_not_take_are_refused() -> None:
     made = call(device(), method="fedavg", **FAST)
     plan = made.plan()
     plan.settings.update({"rounds": "many"})
-    with pytest.raises(WireError, match=r"settings this client does not take(?s:.*)rounds"):
+    with pytest.raises(WireError, match=r"settings that this client rejects(?s:.*)rounds"):
         train_round(made.device, plan, made.message(plan, control.TRAIN))
 
 
@@ -211,7 +211,7 @@ def clear_caches(monkeypatch: pytest.MonkeyPatch) -> Callable[[], None]:
 
     def forget() -> None:
         monkeypatch.setattr(model_cache, "_idle", {})
-        monkeypatch.setattr(state, "_newest", state._Newest(state.IN_MEMORY))
+        monkeypatch.setattr(state, "_cache", state._StateCache(state.CACHE_BYTES))
 
     forget()
     return forget

@@ -14,10 +14,10 @@ from scipy import stats  # type: ignore[import-untyped]
 
 from espalier.errors import ConfigError, StateError
 from espalier.wire.hello import check_client_hello
-from espalier_client.budget import LIMIT_DELTA, Budget
 from espalier_client.device import Device
 from espalier_client.histogram import add_laplace_noise
 from espalier_client.privacy_accounting import Mechanism, epsilon_of
+from espalier_client.privacy_ledger import LIMIT_DELTA, PrivacyLedger
 
 COUNTS = np.array([0.0, 5.0, 40.0])
 
@@ -48,13 +48,13 @@ def test_a_repeated_hello_tells_nothing_new(tmp_path: Path) -> None:
     assert told != first.labels.tolist()
     assert list(first.hello("r", 1.0).histogram.counts) == told
     assert list(device(tmp_path).hello("r", 1.0).histogram.counts) == told
-    assert first.budget.total() == 1.0
+    assert first.privacy_ledger.total() == 1.0
 
 
 def test_a_second_histogram_of_a_run_is_refused(tmp_path: Path) -> None:
     """Two noisy histograms, of one seed above all, would tell the counts."""
     device(tmp_path).hello("r", 1.0)
-    with pytest.raises(ConfigError, match="histogram-epsilon=1; a second histogram would tell more"):
+    with pytest.raises(ConfigError, match="histogram-epsilon=1; a second histogram would spend more privacy"):
         device(tmp_path).hello("r", 2.0)
 
 
@@ -64,7 +64,7 @@ def test_a_new_run_draws_anew_and_spends_again(tmp_path: Path) -> None:
     noise = [np.array(h.histogram.counts) - here.labels for h in (a, b)]
     assert not np.allclose(noise[0], noise[1])
     assert not np.allclose(2 * noise[0], noise[1])
-    assert here.budget.total() == 1.5
+    assert here.privacy_ledger.total() == 1.5
 
 
 def test_noise_is_from_the_operating_system(tmp_path: Path) -> None:
@@ -89,10 +89,10 @@ def test_a_device_without_a_folder_cannot_promise_anything() -> None:
 def test_rounds_add_up_over_restarts_and_runs(tmp_path: Path) -> None:
     path = tmp_path / "privacy.json"
     for _ in range(3):
-        Budget(path).charge("a", "dp-sgd", Mechanism(1.0, 0.1, 5))
-    Budget(path).charge("a", "dp-sgd", Mechanism(2.0, 0.1, 5))
-    Budget(path).charge("b", "update", Mechanism(4.0, 1.0, 1))
-    found = Budget(path)
+        PrivacyLedger(path).charge("a", "dp-sgd", Mechanism(1.0, 0.1, 5))
+    PrivacyLedger(path).charge("a", "dp-sgd", Mechanism(2.0, 0.1, 5))
+    PrivacyLedger(path).charge("b", "update", Mechanism(4.0, 1.0, 1))
+    found = PrivacyLedger(path)
     assert found.epsilon("a", "dp-sgd", 1e-6) == epsilon_of([(1.0, 0.1, 15), (2.0, 0.1, 5)], 1e-6)
     assert found.epsilon("a", "update", 1e-6) == 0
     assert found.epsilon("c", "update", 1e-6) == 0
@@ -119,7 +119,7 @@ def test_what_was_spent_never_falls(entries: list[tuple[str, str, float, float, 
     with TemporaryDirectory() as folder:
         before = 0.0
         for i, (run, kind, noise, rate, steps) in enumerate(entries):
-            budget = Budget(Path(folder) / "privacy.json")
+            budget = PrivacyLedger(Path(folder) / "privacy.json")
             if kind == "histogram":
                 budget.histogram(f"{run}{i}", COUNTS, rate, rng(i))
             else:
@@ -135,18 +135,18 @@ def test_a_damaged_ledger_is_no_empty_one(content: str, tmp_path: Path) -> None:
     path = tmp_path / "privacy.json"
     path.write_text(content)
     with pytest.raises(StateError, match=r"privacy\.json is damaged"):
-        Budget(path).charge("a", "dp-sgd", Mechanism(1.0, 0.1, 5))
+        PrivacyLedger(path).charge("a", "dp-sgd", Mechanism(1.0, 0.1, 5))
     assert path.read_text() == content
 
 
 def test_the_owners_limit_holds_over_all_runs(tmp_path: Path) -> None:
-    budget = Budget(tmp_path / "privacy.json", limit=4.0)
+    budget = PrivacyLedger(tmp_path / "privacy.json", limit=4.0)
     budget.histogram("a", COUNTS, 1.0, rng())
     budget.charge("a", "dp-sgd", Mechanism(2.0, 0.1, 20))
     spent = budget.total()
     assert 1 < spent < 4
     with pytest.raises(
-        ConfigError, match=r"budget is used up: epsilon would be .* grants 4 \(--privacy-budget\)"
+        ConfigError, match=r"budget is used up: epsilon would be .* allows 4 \(--privacy-budget\)"
     ):
         budget.charge("b", "dp-sgd", Mechanism(0.5, 0.5, 20))
     with pytest.raises(ConfigError, match="used up"):
@@ -156,13 +156,13 @@ def test_the_owners_limit_holds_over_all_runs(tmp_path: Path) -> None:
 
 
 def test_a_budget_keeps_exact_counts_at_home(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="exact label counts stay at home; set histogram-epsilon"):
+    with pytest.raises(ConfigError, match="exact label counts are not sent; set histogram-epsilon"):
         device(tmp_path, privacy_budget=5.0).hello("r", 0.0)
 
 
 @pytest.mark.parametrize("budget", [0, -1, "much", "nan", "inf", True])
 def test_a_budget_that_is_none(budget: object) -> None:
-    with pytest.raises(ConfigError, match=r"privacy-budget=.* is no number above 0"):
+    with pytest.raises(ConfigError, match=r"privacy-budget=.* is not a number above 0"):
         Device.from_node_config({"name": "c", "data": "digits:0/16", "privacy-budget": budget})
     assert (
         Device.from_node_config({"name": "c", "data": "digits:0/16", "privacy-budget": "2.5"}).privacy_budget
@@ -174,9 +174,9 @@ def test_what_was_spent_survives_a_power_cut(tmp_path: Path, synced: list[Path])
     """Before anything leaves the device, the ledger's content and then its rename are on the disk."""
     here = device(tmp_path)
     synced.clear()
-    here.budget.charge("r", "update", Mechanism(1.0, 1.0, 1))
-    assert [path.parent for path in synced[:1]] == synced[1:] == [here.budget.path.parent]
-    assert synced[0].name.startswith(f".{here.budget.path.name}.")
+    here.privacy_ledger.charge("r", "update", Mechanism(1.0, 1.0, 1))
+    assert [path.parent for path in synced[:1]] == synced[1:] == [here.privacy_ledger.path.parent]
+    assert synced[0].name.startswith(f".{here.privacy_ledger.path.name}.")
     synced.clear()
-    here.budget.histogram("r", COUNTS, 1.0, rng())
-    assert synced[1:] == [here.budget.path.parent]
+    here.privacy_ledger.histogram("r", COUNTS, 1.0, rng())
+    assert synced[1:] == [here.privacy_ledger.path.parent]

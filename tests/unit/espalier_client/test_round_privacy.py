@@ -18,8 +18,8 @@ from espalier.wire import control
 from espalier.wire.sections import MODEL, SectionId
 from espalier_client.device import Device
 from espalier_client.inquiry import answer
-from espalier_client.privacy import noisy_update
 from espalier_client.privacy_accounting import epsilon_of
+from espalier_client.round_privacy import noisy_update
 from espalier_client.training import train_plain, train_round
 from espalier_proto import espalier_pb2 as pb
 from espalier_server.records.record import RunRecord
@@ -91,7 +91,7 @@ def test_noise_is_a_multiple_of_the_clip_and_buffers_say_nothing() -> None:
 )
 def test_what_is_no_difference_is_not_sent(change: dict[str, np.ndarray], names: list[str]) -> None:
     before, after = tensors()
-    with pytest.raises(TrainingError, match="no change of something that was received"):
+    with pytest.raises(TrainingError, match="no received tensor to differ from"):
         noisy(after | change, before, names, frozenset(), 1.0, 1.0, np.random.default_rng())
 
 
@@ -111,7 +111,7 @@ def test_sections_are_clipped_as_one_vector_and_noised_each() -> None:
     )
     np.testing.assert_allclose(found[MODEL]["w"], 3 / 2)  # the norm is sqrt(4 * 9 + 4 * 16) = 10
     np.testing.assert_allclose(found[head]["w"], 4 / 2)
-    with pytest.raises(TrainingError, match="no change of something that was received"):
+    with pytest.raises(TrainingError, match="no received tensor to differ from"):
         noisy_update(after, {MODEL: {"w": w}}, keys, frozenset(), 5.0, 0.0, np.random.default_rng())
 
 
@@ -168,12 +168,12 @@ def test_a_target_is_never_passed(tmp_path: Path) -> None:
     reached = [answered(made)[1].metrics["epsilon-dp-sgd"] for _ in range(2)]
     assert reached[0] < reached[1] <= 2.0
     assert reached[1] > 1.9
-    with pytest.raises(TrainingError, match=r"dp-sgd-epsilon=2 is all of the run"):
+    with pytest.raises(TrainingError, match=r"above dp-sgd-epsilon=2: rounds were repeated"):
         answered(made)
 
 
 def test_an_owner_s_budget(tmp_path: Path) -> None:
-    with pytest.raises(WireError, match="grants a privacy budget and this run keeps none"):
+    with pytest.raises(WireError, match="limits its privacy budget and this run is not private"):
         answered(call(private(tmp_path, privacy_budget=1.0), **FAST))
     with pytest.raises(ConfigError, match="used up"):
         answered(call(private(tmp_path, privacy_budget=1.0), **DP))
@@ -190,7 +190,7 @@ def test_without_a_folder_there_is_no_private_round() -> None:
 def test_exact_answers_are_refused(inquiry: str, tmp_path: Path) -> None:
     made = call(private(tmp_path), **NOISY)
     plan = made.plan(inquiry=inquiry)
-    with pytest.raises(WireError, match="whose exact answer tells of the images"):
+    with pytest.raises(WireError, match="whose exact answer reveals information on the images"):
         answer(made.device, plan, made.message(plan, control.INQUIRY))
 
 
@@ -207,7 +207,7 @@ def test_a_plain_flower_run_cannot_count_what_is_spent(tmp_path: Path) -> None:
 
     made = call(private(tmp_path), **DP)
     arrays = ArrayRecord({n: array_from_numpy(a) for n, a in model_arrays(made.model).items()})
-    with pytest.raises(ConfigError, match="needs the plans of an Espalier run"):
+    with pytest.raises(ConfigError, match="needs an Espalier run"):
         train_plain(made.device, arrays, 1, made.settings.to_flat(), RecordDict())
 
 

@@ -1,4 +1,4 @@
-"""A round under differential privacy: what is allowed, what is noised, and what is reported."""
+"""Differential privacy in one round: checks the plan, charges the ledger, noises the update and edits the report."""
 
 from __future__ import annotations
 
@@ -21,37 +21,37 @@ from espalier_proto import espalier_pb2 as pb
 
 log = logging.getLogger("espalier.client")
 
-#: Metrics of a report that no image enters.
-_BLIND_METRICS = frozenset({"lr-sum"})
+#: Metrics of a report that do not depend on the images.
+_DATA_FREE_METRICS = frozenset({"lr-sum"})
 
 
 def check_plan(device: Device, plan: pb.RoundPlan, settings: RunSettings) -> None:
-    """Refuse a plan that would tell of the images what privacy forbids.
+    """Refuse a plan whose reply would violate the run's or the owner's privacy settings.
 
     Raises
     ------
     WireError
-        The run is not private although the device's owner asks for it, or is, and the plan asks for an exact
-        answer.
+        The owner limits the privacy budget and the run is not private, or a private run asks for an exact answer.
     """
     private = settings.of(PrivacySettings)
     if device.privacy_budget and not private.private:
         raise WireError(
             plan.edge,
-            f"the owner of {device.name} grants a privacy budget and this run keeps none; "
+            f"the owner of {device.name} limits its privacy budget and this run is not private; "
             "set dp-sgd-noise or update-noise",
         )
     if plan.inquiry and private.private:
-        # What a device draws from layers of its own was trained under DP-SGD, or not at all.
+        # Samples are drawn from the device's own layers, which were trained with DP-SGD or not at all.
         allowed = ANSWERED if private.dp_sgd else ANSWERED - {"samples"}
         if plan.inquiry not in allowed:
             raise WireError(
-                plan.edge, f"the inquiry {plan.inquiry!r}, whose exact answer tells of the images"
+                plan.edge,
+                f"the inquiry {plan.inquiry!r}, whose exact answer reveals information on the images",
             )
 
 
 class RoundPrivacy:
-    """What a private round of one device spends, from before its training to its reply.
+    """The privacy accounting of one device in one round, from before its training to its reply.
 
     Parameters
     ----------
@@ -62,14 +62,14 @@ class RoundPrivacy:
     settings : RunSettings
         The run's settings.
     images : int
-        Images that are trained on.
+        Number of images that are trained on.
 
     Raises
     ------
     TrainingError
-        The run's target is reached: this device has trained more often than was planned.
+        The round would exceed `dp-sgd-epsilon`: the device has trained more often than was planned.
     ConfigError
-        The device keeps no state, or Opacus is not installed.
+        The device has no state folder, or Opacus is not installed.
     """
 
     def __init__(self, device: Device, plan: pb.RoundPlan, settings: RunSettings, images: int) -> None:
@@ -79,20 +79,20 @@ class RoundPrivacy:
         if self._private.dp_sgd:
             self.training = mechanism_of(settings, images, noise_of(settings, images))
             target = self._private.dp_sgd_epsilon
-            after = device.budget.epsilon(plan.run, "dp-sgd", self._delta, self.training)
+            after = device.privacy_ledger.epsilon(plan.run, "dp-sgd", self._delta, self.training)
             if target and after > target:
                 raise TrainingError(
-                    f"epsilon would be {after:.4g}, dp-sgd-epsilon={target:g} is all of the run: rounds were done "
-                    "again, and what they spent stays spent"
+                    f"epsilon would be {after:.4g}, above dp-sgd-epsilon={target:g}: rounds were repeated, and each "
+                    "repetition spends privacy"
                 )
 
     def spend(self) -> None:
-        """Enter the round into the ledger before the work, so that a reply that is lost counts as sent."""
+        """Charge the ledger for the round before the work, so that a lost reply counts as sent."""
         run = self._plan.run
         if self.training:
-            self._device.budget.charge(run, "dp-sgd", self.training)
+            self._device.privacy_ledger.charge(run, "dp-sgd", self.training)
         if self._private.update_noise:
-            self._device.budget.charge(run, "update", update_mechanism(self._settings))
+            self._device.privacy_ledger.charge(run, "update", update_mechanism(self._settings))
 
     def noised(
         self,
@@ -101,7 +101,7 @@ class RoundPrivacy:
         keys: Iterable[Key],
         buffers: frozenset[str],
     ) -> dict[SectionId, dict[str, np.ndarray]]:
-        """Return a reply's tensors, their difference to what was received clipped and noised as the run asks."""
+        """Return a reply's tensors, with their differences to the received ones clipped and noised."""
         s = self._private
         if not s.update_clip:
             return arrays
@@ -110,13 +110,13 @@ class RoundPrivacy:
         return {section: {**tensors, **noisy.get(section, {})} for section, tensors in arrays.items()}
 
     def describe(self, report: pb.ClientReport) -> None:
-        """Leave out of a report what images enter exactly, and say what was spent."""
+        """Remove the exact statistics of the images from a report, and add the epsilon spent."""
         s = self._private
         if not s.private:
             return
-        budget = self._device.budget
+        budget = self._device.privacy_ledger
         report.loss = math.nan
-        for name in [n for n in report.metrics if n not in _BLIND_METRICS]:
+        for name in [n for n in report.metrics if n not in _DATA_FREE_METRICS]:
             del report.metrics[name]
         if s.dp_sgd:
             report.metrics[EPSILON["dp-sgd"]] = budget.epsilon(self._plan.run, "dp-sgd", self._delta)
@@ -141,39 +141,39 @@ def noisy_update(
     noise: float,
     rng: np.random.Generator,
 ) -> dict[SectionId, dict[str, np.ndarray]]:
-    """Return a reply whose difference to what was received is at most `clip` long, plus Gaussian noise.
+    """Clip the difference between a reply and the received tensors to L2 norm `clip`, and add Gaussian noise.
 
-    All tensors of the reply count as one vector. Statistics of normalisation and counters are none of it: with
-    noise they go back as they came.
+    All trained tensors of the reply form one vector. Buffers are not part of it; with noise, the received ones are
+    returned unchanged.
 
     Parameters
     ----------
     arrays, received : mapping of SectionId to mapping of str to numpy.ndarray
-        What was trained, and what it started from.
+        The tensors after training and before it.
     keys : iterable of (SectionId, str)
-        The reply's tensors.
+        The tensors of the reply.
     buffers : frozenset of str
-        Tensors of the network that are not trained.
+        The network's tensors that are not trained.
     clip : float
         Largest L2 norm of the difference.
     noise : float
-        Standard deviation of the noise as a multiple of `clip`; 0 only clips.
+        Standard deviation of the noise as a multiple of `clip`; 0: clip only.
     rng : numpy.random.Generator
-        Source of the noise, which must be secret.
+        Source of the noise; its seed must be secret.
 
     Raises
     ------
     TrainingError
-        A tensor of the reply is no difference to something received, or the update is not finite.
+        A tensor of the reply has no received counterpart of its shape, or the update is not finite.
     """
     keys = list(keys)
-    moved = [key for key in keys if key[1] not in buffers]
+    trained = [key for key in keys if key[1] not in buffers]
     for section, name in keys:
         array, before = arrays[section][name], received.get(section, {}).get(name)
-        unlike = before is None or before.shape != array.shape
-        if unlike or (name not in buffers and array.dtype.kind != "f"):
-            raise TrainingError(f"update-clip: {name!r} is no change of something that was received")
-    differences = {(s, n): arrays[s][n].astype(np.float64) - received[s][n] for s, n in moved}
+        unmatched = before is None or before.shape != array.shape
+        if unmatched or (name not in buffers and array.dtype.kind != "f"):
+            raise TrainingError(f"update-clip: {name!r} has no received tensor to differ from")
+    differences = {(s, n): arrays[s][n].astype(np.float64) - received[s][n] for s, n in trained}
     norm = math.sqrt(sum(float(np.square(d).sum()) for d in differences.values()))
     if not math.isfinite(norm):
         raise TrainingError("the update is not finite; lower learning-rate")

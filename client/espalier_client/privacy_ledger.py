@@ -1,4 +1,4 @@
-"""What a device spent of its privacy: a ledger that only grows, whatever a run rolls back."""
+"""The privacy ledger of a device: the differential privacy that it has spent over all runs; it only grows."""
 
 from __future__ import annotations
 
@@ -46,18 +46,18 @@ class _Ledger(BaseModel):
     runs: dict[str, _Run] = Field(default_factory=dict)
 
 
-class Budget:
-    """A device's ledger of spent privacy, in one file that is written before anything leaves the device.
+class PrivacyLedger:
+    """A device's ledger of spent privacy, in one file that is written before a reply leaves the device.
 
-    It is no part of the versioned state: an answer that was given stays given when its round is forgotten and
-    done again. It is never cleared, because the next run is about the same images.
+    It is not part of the versioned state: a reply stays spent when its round is discarded and repeated. It is never
+    cleared, because the next run uses the same images.
 
     Parameters
     ----------
     path : Path
         The ledger's file.
     limit : float
-        Largest epsilon at `LIMIT_DELTA`, over all runs, that the owner grants; 0: no limit.
+        Largest epsilon at `LIMIT_DELTA` over all runs that the owner allows; 0: no limit.
     """
 
     def __init__(self, path: Path, limit: float = 0.0) -> None:
@@ -65,12 +65,12 @@ class Budget:
         self._lock = threading.Lock()
 
     def histogram(self, run: str, counts: np.ndarray, epsilon: float, rng: np.random.Generator) -> np.ndarray:
-        """Return a run's noisy label counts: drawn once and kept, or asking again would average the noise away.
+        """Return a run's noisy label counts, drawn once and stored: repeated draws would average the noise out.
 
         Raises
         ------
         ConfigError
-            The run was answered with another epsilon before, or the owner's limit does not allow it.
+            The run received counts with another epsilon before, or the owner's limit does not allow it.
         StateError
             The ledger cannot be read or written.
         """
@@ -85,20 +85,20 @@ class Budget:
             elif entry.histogram.epsilon != epsilon or len(entry.histogram.counts) != len(counts):
                 raise ConfigError(
                     f"run {run} has this device's label counts with histogram-epsilon="
-                    f"{entry.histogram.epsilon:g}; a second histogram would tell more: keep the setting and the "
-                    "data's classes, or start a new run"
+                    f"{entry.histogram.epsilon:g}; a second histogram would spend more privacy: restore the setting "
+                    "and the data's classes, or start a new run"
                 )
             return np.array(entry.histogram.counts)
 
     def charge(self, run: str, kind: Kind, mechanism: Mechanism) -> None:
-        """Enter what a round is about to tell.
+        """Record the privacy that a round is about to spend.
 
         Raises
         ------
         ConfigError
-            The owner's limit does not allow it; nothing is entered.
+            The owner's limit does not allow it; nothing is recorded.
         StateError
-            The ledger cannot be read or written; nothing may leave the device then.
+            The ledger cannot be read or written; then no reply may leave the device.
         """
         with self._lock:
             ledger = self._add(run, kind, mechanism)
@@ -106,14 +106,14 @@ class Budget:
             self._write(ledger)
 
     def epsilon(self, run: str, kind: Kind, delta: float, more: Mechanism | None = None) -> float:
-        """Return what a run's rounds spent so far, with `more` on top."""
+        """Return the epsilon that a run's rounds of one kind have spent at `delta`, including `more` if given."""
         with self._lock:
             ledger = self._read() if more is None else self._add(run, kind, more)
         entry = ledger.runs.get(run)
         return epsilon_of(entry.spent(kind), delta) if entry else 0.0
 
     def total(self) -> float:
-        """Return the epsilon over all runs at `LIMIT_DELTA`: histograms and rounds of either kind added up."""
+        """Return the epsilon over all runs at `LIMIT_DELTA`, summed over histograms and rounds of both kinds."""
         with self._lock:
             return _total(self._read())
 
@@ -142,8 +142,8 @@ class Budget:
             raise StateError(f"cannot read {self.path}: {error}; give the file to this user") from error
         except ValidationError as error:
             raise StateError(
-                f"{self.path} is damaged, so what privacy was spent is unknown; restore it from a copy, or remove "
-                "it to start at zero"
+                f"{self.path} is damaged, so the privacy spent is unknown; restore it from a copy, or remove it to "
+                "start at zero"
             ) from error
 
     def _write(self, ledger: _Ledger) -> None:
@@ -152,7 +152,7 @@ class Budget:
     def _check_limit(self, ledger: _Ledger) -> None:
         if self.limit and (total := _total(ledger)) > self.limit:
             raise ConfigError(
-                f"this device's privacy budget is used up: epsilon would be {total:.3g}, its owner grants "
+                f"this device's privacy budget is used up: epsilon would be {total:.3g}, its owner allows "
                 f"{self.limit:g} (--privacy-budget)"
             )
 
