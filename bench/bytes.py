@@ -1,6 +1,7 @@
-"""What reaching a Fréchet distance costs in bytes: FedPhD over the tree against flat FedAvg, from the ledger.
+"""Megabytes of training until a Fréchet distance is reached: FedPhD over the tree against flat FedAvg.
 
-Bytes are counted up to the first evaluation at which a run is at the distance that all rows reach.
+Bytes are those of the record's links, up to a run's first evaluation at the smallest distance that all rows reach.
+``python -m bench.bytes``.
 """
 
 from __future__ import annotations
@@ -15,22 +16,22 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from bench.comparison import EPOCHS, WINDOW, Entry, Measured, Settings
-from bench.diffusion import colour, compare, number
-from bench.report import Outcome, Row, Target, parser, show
-from espalier.errors import EspalierError
+from bench.diffusion import colour, number
+from bench.diffusion_command import comparison_of, diffusion_parser, run_command
+from bench.report import Outcome, Row, Target
 from espalier.wire.traffic import CLIENT_EDGE, EDGE_CLOUD
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-ABOUT = "Bytes to equal Fréchet distance: FedPhD, whole and coded, against flat FedAvg at E=1 and E=5"
+ABOUT = "Bytes to equal Fréchet distance: FedPhD, with and without codecs, against flat FedAvg at E=1 and E=5"
 
 CONTROL, FULL = "FedAvg E=1", "FedAvg E=5"
 PLAIN, HALF, BEST = "FedPhD", "FedPhD, half precision", "FedPhD-OS, 8 bits"
 _TREE: Settings = {"rg": WINDOW, "edge-choice": "auto"}
-#: Both directions of both links; differences go up, so their half precision is that of small numbers.
+#: Both directions of both links; uplinks send differences, whose small values lose little in half precision.
 _HALF: Settings = {"downlink": "fp16", "codec": "fp16", "edge-codec": "fp16"}
-#: 127 levels with a sign are 8 bits; one norm a tensor.
+#: 127 levels and a sign take 8 bits; one norm per tensor.
 _BITS: Settings = {
     "downlink": "fp16",
     "codec": "qsgd",
@@ -48,19 +49,19 @@ ENTRIES = (
 PAPER, OURS = 0.88, 0.95
 
 NOTES = (
-    "below_MB, above_MB: of the links below and above the edges. star, tree, all: shares of bytes saved against "
-    "FedAvg at E=1 and E=5. star: of those to the cloud, where flat FedAvg has no edges and all its clients' bytes go "
-    "there. tree: of those to the cloud, where edges add FedAvg up every round. all: of both links, against the star.",
-    "Bytes are those of training, both ways, plans and reports included, up to the first evaluation at the distance "
-    "that every row reaches; evaluations are five rounds at E=1 apart.",
-    "At the paper's sizes (dense 143.0 MB, pruned 81.4 MB, 2 edges, rg=5) -88 % comes out against FedAvg E=5 in a star "
-    "with 10 clients in a round, counting the link to the cloud alone; with 4 clients it is -71.5 %.",
+    "below_MB, above_MB: on the links below and above the edges. star, tree, all: share of bytes saved against FedAvg "
+    "at E=1 and E=5. star: on the link to the cloud, if flat FedAvg has no edges and its clients send to the cloud. "
+    "tree: on the link to the cloud, if edges aggregate FedAvg every round. all: on both links, against the star.",
+    "Bytes are those of training in both directions, with plans and reports, up to the first evaluation at the "
+    "distance that every row reaches; evaluations are five rounds at E=1 apart.",
+    "At the paper's sizes (dense 143.0 MB, pruned 81.4 MB, 2 edges, rg=5) the saving is 88 % against FedAvg E=5 in a "
+    "star with 10 clients in a round, counting the link to the cloud alone; with 4 clients it is 71.5 %.",
 )
 
 
 @dataclass(frozen=True)
 class Point:
-    """An evaluation: its round, its distance, and the MB of training up to it, by link."""
+    """An evaluation: its round, its distance, and the MB of training until then by link."""
 
     round: int
     frechet: float
@@ -69,7 +70,7 @@ class Point:
 
 
 def curve(run: Measured) -> list[Point]:
-    """Return a run's evaluations with what was sent until then."""
+    """Return a run's evaluations with the MB sent until then."""
     return [
         Point(
             q.round,
@@ -92,7 +93,7 @@ def reached(points: Sequence[Point], distance: float) -> Point:
 
 
 def saved(spent: float, reference: float) -> float:
-    """Return which share of a reference's bytes was saved."""
+    """Return the share of a reference's bytes that was saved."""
     return 1 - spent / reference
 
 
@@ -126,8 +127,8 @@ def rows_of(curves: Mapping[str, Sequence[Point]], runs: Mapping[str, Measured])
 
 
 def targets(rows: Sequence[Row]) -> list[Target]:
-    """Hold the savings against the paper's, and our best setting against what is asked."""
-    held = []
+    """Return targets: FedPhD's savings against the paper's, our best settings against `OURS`."""
+    found = []
     for row in rows:
         for reference in (CONTROL, FULL):
             for way in ("star", "tree"):
@@ -135,8 +136,8 @@ def targets(rows: Sequence[Row]) -> list[Target]:
                 if isinstance(value, float) and row["run"] in (PLAIN, BEST):
                     limit = PAPER if row["run"] == PLAIN else OURS
                     name = f"{row['run']}: bytes to the cloud saved against {reference} in a {way}"
-                    held.append(Target.at_least(name, value, limit))
-    return held
+                    found.append(Target.at_least(name, value, limit))
+    return found
 
 
 def _short(name: str) -> str:
@@ -144,10 +145,10 @@ def _short(name: str) -> str:
 
 
 def measure(arguments: argparse.Namespace) -> Outcome:
-    """Run every row once and compare."""
+    """Run every selected row once and compare them."""
     runs: dict[str, Measured] = {}
     with tempfile.TemporaryDirectory(prefix="bytes-") as folder:
-        comparison = compare(arguments, Path(folder))
+        comparison = comparison_of(arguments, Path(folder))
         for entry in ENTRIES:
             if arguments.only and entry.name not in arguments.only:
                 continue
@@ -170,7 +171,7 @@ def measure(arguments: argparse.Namespace) -> Outcome:
 
 
 def draw(figure: Figure, curves: Mapping[str, Sequence[Point]]) -> None:
-    """Draw distance over bytes: those to the cloud, and those of all links."""
+    """Draw distance over bytes: to the cloud in one panel, on all links in the other."""
     figure.set_size_inches(10, 4.2)
     axes = figure.subplots(1, 2, sharey=True)
     for i, (name, points) in enumerate(curves.items()):
@@ -194,25 +195,10 @@ def draw(figure: Figure, curves: Mapping[str, Sequence[Point]]) -> None:
 
 
 def main() -> int:
-    """Run the command; what the user got wrong is one line and an exit status."""
-    options = parser("bytes", ABOUT)
-    options.add_argument("--data", default="digits", help="NAME or FOLDER of the data (digits)")
-    options.add_argument("--model", help="the U-Net; by default as the data need")
-    options.add_argument("--clients", type=int, default=8, help="clients in all; 4 train in a round (8)")
-    options.add_argument("--edges", type=int, default=2, help="edges (2)")
-    options.add_argument("--rounds", type=int, default=40, help="rounds at one epoch; E=5 runs a fifth (40)")
-    options.add_argument("--seed", type=int, default=0, help="number of the repetition (0)")
-    options.add_argument("--device", default="auto", help="where to train and draw (auto)")
-    options.add_argument("--features", choices=("classifier", "inception"), default="classifier")
-    options.add_argument(
-        "--only", nargs="+", metavar="ROW", choices=[e.name for e in ENTRIES], help="these rows only"
-    )
-    arguments = options.parse_args()
-    try:
-        return show("bytes", ABOUT, measure(arguments), arguments)
-    except EspalierError as error:
-        print(error, file=sys.stderr)
-        return error.exit_code
+    """Run the command."""
+    options = diffusion_parser("bytes", ABOUT, ENTRIES, rounds=40)
+    options.add_argument("--seed", type=int, default=0, help="index of the repetition (0)")
+    return run_command("bytes", ABOUT, measure, options)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Cells of a comparison: one method on one division of the data with one seed, run in worker processes."""
+"""Cells of an experiment: a method, a partition of the data and a seed, each run in a worker process."""
 
 from __future__ import annotations
 
@@ -22,24 +22,24 @@ from espalier_server.records.record import RunRecord
 if TYPE_CHECKING:
     from espalier_server.run import TreeRun
 
-#: Images that MNIST and digits have to train on.
+#: Training images of each data set.
 TRAIN_IMAGES = {"mnist": 60_000, "fashion-mnist": 60_000, "digits": 1_437}
-#: A part of the test split is enough to tell methods apart, and the same part for all of them.
+#: The part of the test split that all methods are evaluated on; a fifth suffices to compare methods.
 EVAL_PARTS = {"mnist": "mnist:0/5", "fashion-mnist": "fashion-mnist:0/5", "digits": "digits"}
 
 
 @dataclass(frozen=True)
 class Setup:
-    """What all cells of a command share.
+    """Settings that all cells of a command share.
 
     Attributes
     ----------
     data : str
         Name of the data set.
     clients, edges : int
-        Size of the tree; every client reaches every edge.
+        Size of the tree; every client is connected to every edge.
     images : int
-        Training images of a client, about.
+        Approximate training images of a client.
     seeds : int
         Runs of each cell, with seeds 1, 2, ….
     """
@@ -52,32 +52,32 @@ class Setup:
 
     @property
     def shares(self) -> int:
-        """Shares that the data are divided into; clients hold some of them."""
+        """Number of shares that the data are partitioned into; each client holds one of them."""
         return max(self.clients, TRAIN_IMAGES[self.data] // self.images)
 
 
 @dataclass(frozen=True)
 class Cell:
-    """One run.
+    """One run of an experiment.
 
     Attributes
     ----------
     setup : Setup
         Data and tree.
     scheme : str
-        How the data are divided, as in a data SPEC, without its seed.
+        The partition, as in a data SPEC, without its seed.
     settings : Mapping
         The run's settings beyond those of :func:`run_cell`.
     seed : int
-        Of the run and of the division.
+        Seed of the run and of the partition.
     present : int
-        Clients that take part, the first ones; 0: all.
+        Number of clients that take part, from the first one; 0: all.
     minority : int
-        The last clients take shares of odd numbers and the others those of even ones, so that with
-        ``+rotate=2`` only the minority's images are turned; 0: the first shares, one after the other.
+        Number of clients, from the last one, that hold shares with odd numbers while the others hold those with
+        even ones, so that with ``+rotate=2`` only the minority's images are rotated; 0: consecutive shares.
     devices : {"", "with-data", "against-data"}
-        Levels that are set at the devices: the third of the clients with most data gets the first of
-        `levels`, or the last one.
+        Levels set by the devices: clients sorted by data, from the largest or from the smallest, get the
+        values of `levels` in their order, in equal groups.
     """
 
     setup: Setup
@@ -89,7 +89,7 @@ class Cell:
     devices: str = ""
 
     def key(self) -> str:
-        """Return a digest of everything that settles the cell."""
+        """Return a digest of everything that determines the result of the cell."""
         content = dataclasses.asdict(self)
         content["setup"].pop("seeds")
         if not self.minority:
@@ -101,7 +101,7 @@ class Cell:
         shares, clients = self.setup.shares, self.setup.clients
         head, plus, options = self.scheme.partition("+")
         scheme = f"{head},seed={self.seed}{plus}{options}"
-        # Shares by similarity lie sorted by class, so that the first ones would lack most classes.
+        # Shares by similarity are sorted by class: the first ones alone would lack most classes.
         step = shares // clients if head.startswith("similarity") else 2 if self.minority else 1
         numbers = [i * step + (self.minority > clients - 1 - i) for i in range(clients)]
         return [f"{self.setup.data}:{i}/{shares}:{scheme}" for i in numbers[: self.present or clients]]
@@ -109,7 +109,7 @@ class Cell:
 
 @dataclass(frozen=True)
 class Point:
-    """What was measured after a round: accuracies in [0, 1]; None where there is none."""
+    """Accuracies after a round, in [0, 1]; None where a measure does not exist."""
 
     round: int
     accuracy: float | None
@@ -118,28 +118,28 @@ class Point:
 
     @property
     def main(self) -> float:
-        """Accuracy of the global network, or the clients' mean where there is no such network."""
+        """Accuracy of the global model, or the clients' mean accuracy if there is no global model."""
         return self.accuracy if self.accuracy is not None else (self.mean or 0.0)
 
 
 @dataclass(frozen=True)
 class Measured:
-    """What came of a cell.
+    """Result of a cell.
 
     Attributes
     ----------
     points : list of Point
         In the order of the rounds.
     links : dict of str to float
-        Payload bytes of a round without measuring, by "client-edge up", ….
+        Payload bytes of a round without evaluation, by link and direction ("client-edge up", …).
     seconds : float
         Wall time of the run.
     trained : float
-        Seconds of it in windows.
+        Seconds of the run that were spent in windows.
     status : str
-        "finished", or what went wrong.
+        "finished", or an error message.
     faults : int
-        Faults of the record.
+        Number of faults in the record.
     """
 
     points: list[Point]
@@ -151,7 +151,7 @@ class Measured:
 
     @property
     def last(self) -> Point:
-        """Mean of the last three measurements: a single round jumps on non-IID data."""
+        """Mean of the last three measurements, as single rounds vary a lot on non-IID data."""
         tail = self.points[-3:] or [Point(0, None, None, None)]
 
         def of(values: list[float | None]) -> float | None:
@@ -175,8 +175,8 @@ class Measured:
         return next((p.round for p in self.points if p.main >= target), None)
 
 
-def run_cell(cell: Cell, look: Callable[[TreeRun], None] | None = None) -> Measured:
-    """Run a cell in this process; `look` is shown the run when it has finished."""
+def run_cell(cell: Cell, on_finished: Callable[[TreeRun], None] | None = None) -> Measured:
+    """Run a cell in this process; `on_finished` is called with the finished run."""
     import torch
 
     from bench.local_tree import LocalClient, LocalTree
@@ -184,10 +184,10 @@ def run_cell(cell: Cell, look: Callable[[TreeRun], None] | None = None) -> Measu
     from espalier.methods.run_config import with_defaults
 
     torch.set_num_threads(1)
-    reach = tuple(range(cell.setup.edges))
+    edges = tuple(range(cell.setup.edges))
     clients = [
-        LocalClient(f"client-{i:03d}", spec, reach, more)
-        for i, (spec, more) in enumerate(zip(cell.specs(), _node_configs(cell), strict=True))
+        LocalClient(f"client-{i:03d}", spec, edges, config)
+        for i, (spec, config) in enumerate(zip(cell.specs(), _node_configs(cell), strict=True))
     ]
     settings = {
         "model": "mlp",
@@ -203,23 +203,23 @@ def run_cell(cell: Cell, look: Callable[[TreeRun], None] | None = None) -> Measu
         **cell.settings,
     }
     start = time.perf_counter()
-    # States and checkpoints are synchronised to disk; in memory that costs nothing.
-    memory = Path("/dev/shm")
-    with tempfile.TemporaryDirectory(dir=memory if os.access(memory, os.W_OK) else None) as folder:
+    # State folders and checkpoints are synchronised to disk, which costs no time on a RAM disk.
+    ram_disk = Path("/dev/shm")
+    with tempfile.TemporaryDirectory(dir=ram_disk if os.access(ram_disk, os.W_OK) else None) as folder:
         tree = LocalTree(Path(folder), clients, cell.setup.edges)
         try:
-            # A setting that cells share is left out where a cell's method does not use it.
+            # Settings that the cell's method does not use are left out.
             run = tree.run("bench", with_defaults(settings, {}))
         except EspalierError as error:
             return Measured([], status=str(error))
         seconds = time.perf_counter() - start
-        if look is not None:
-            look(run)
-    return read(run.recorder.record, seconds)
+        if on_finished is not None:
+            on_finished(run)
+    return read_record(run.recorder.record, seconds)
 
 
 def _node_configs(cell: Cell) -> list[dict[str, Any]]:
-    """Return the further node config of every client: its level, where devices have one of their own."""
+    """Return the additional node config of every client: its level, if devices set levels."""
     specs = cell.specs()
     if not cell.devices:
         return [{} for _ in specs]
@@ -234,8 +234,8 @@ def _node_configs(cell: Cell) -> list[dict[str, Any]]:
     return [{"level": levels[order.index(i) * len(levels) // len(specs)]} for i in range(len(specs))]
 
 
-def read(record: RunRecord, seconds: float) -> Measured:
-    """Return what a comparison needs of a run's record."""
+def read_record(record: RunRecord, seconds: float) -> Measured:
+    """Return the result of a cell from the record of its run."""
     points = [
         Point(
             a.round,
@@ -246,7 +246,7 @@ def read(record: RunRecord, seconds: float) -> Measured:
         for a in record.accuracy
     ]
     measured = {a.window for a in record.accuracy}
-    # Measuring costs bytes, too; the method's own are those of the other windows.
+    # Evaluation sends bytes, too; only windows without it show the method's own.
     plain = [w for w in record.windows if w.window not in measured] or record.windows
     links = {
         f"{link} {way}": mean(getattr(w.links[link], f"{way}_bytes") for w in plain)
@@ -257,47 +257,52 @@ def read(record: RunRecord, seconds: float) -> Measured:
     return Measured(points, links, seconds, trained, record.status, len(record.faults))
 
 
-def run_cells(cells: Iterable[Cell], jobs: int, root: Path, kept: Path | None = None) -> dict[str, Measured]:
-    """Run cells in worker processes and return what came of them, by key.
+def run_cells(
+    cells: Iterable[Cell], jobs: int, root: Path, results_file: Path | None = None
+) -> dict[str, Measured]:
+    """Run cells in worker processes and return their results by key.
 
     Parameters
     ----------
     cells : iterable of Cell
-        Each is run once, however often it occurs.
+        Cells; duplicates are run once.
     jobs : int
-        Worker processes; each computes on one core.
+        Number of worker processes, each of which uses one core.
     root : Path
         Folder of the data files.
-    kept : Path, optional
-        A file that results are added to; what it holds already is not run again.
+    results_file : Path, optional
+        A file (JSON lines) to append results to; cells that it contains are not run again.
     """
     wanted = {cell.key(): cell for cell in cells}
-    found = {key: value for key, value in _kept(kept) if key in wanted}
-    # Cells on the same division lie together: a worker draws and opens it once.
-    left = sorted(
+    found = {key: value for key, value in _load_results(results_file) if key in wanted}
+    # Cells with the same partition are adjacent, so that a worker opens it once.
+    pending = sorted(
         (c for k, c in wanted.items() if k not in found), key=lambda c: (c.seed, c.scheme, c.setup.shares)
     )
-    if jobs <= 1 and len(left) <= 8:
-        with surroundings(root):
-            results: Iterator[tuple[str, Measured]] = map(_run, left)
+    if jobs <= 1 and len(pending) <= 8:
+        with cell_environment(root):
+            results: Iterator[tuple[str, Measured]] = map(_run, pending)
             for key, measured in results:
                 found[key] = measured
-                _keep(kept, key, measured)
+                _append_result(results_file, key, measured)
         return found
-    with _environment(_variables(root)), multiprocessing.get_context("spawn").Pool(jobs, _begin) as pool:
-        for key, measured in pool.imap_unordered(_run, left):
+    with (
+        _environment(_variables(root)),
+        multiprocessing.get_context("spawn").Pool(jobs, _init_worker) as pool,
+    ):
+        for key, measured in pool.imap_unordered(_run, pending):
             found[key] = measured
-            _keep(kept, key, measured)
+            _append_result(results_file, key, measured)
     return found
 
 
 @contextlib.contextmanager
-def surroundings(root: Path) -> Iterator[None]:
-    """Prepare the caller's own process for cells; its log is as loud afterwards as it was."""
+def cell_environment(root: Path) -> Iterator[None]:
+    """Prepare this process to run cells; restore environment and log level on exit."""
     espalier = logging.getLogger("espalier")
     level = espalier.level
     with _environment(_variables(root)):
-        _begin()
+        _init_worker()
         try:
             yield
         finally:
@@ -308,8 +313,8 @@ def _variables(root: Path) -> dict[str, str]:
     return {"ESPALIER_DATA": str(root), "OMP_NUM_THREADS": "1", "FLWR_TELEMETRY_ENABLED": "0"}
 
 
-def _begin() -> None:
-    """Prepare a worker: it plays many clients, so whole data sets stay open."""
+def _init_worker() -> None:
+    """Prepare a process that runs many clients: errors only in the log, data sets stay open between cells."""
     from espalier.data.spec import sharing_sources
 
     logging.getLogger("espalier").setLevel(logging.ERROR)
@@ -337,7 +342,7 @@ def _environment(values: Mapping[str, str]) -> Iterator[None]:
                 os.environ[name] = value
 
 
-def _kept(file: Path | None) -> Iterator[tuple[str, Measured]]:
+def _load_results(file: Path | None) -> Iterator[tuple[str, Measured]]:
     if file is None or not file.exists():
         return
     for line in file.read_text(encoding="utf-8").splitlines():
@@ -346,7 +351,7 @@ def _kept(file: Path | None) -> Iterator[tuple[str, Measured]]:
         yield entry["key"], Measured(points, **entry["measured"])
 
 
-def _keep(file: Path | None, key: str, measured: Measured) -> None:
+def _append_result(file: Path | None, key: str, measured: Measured) -> None:
     if file is not None:
         file.parent.mkdir(parents=True, exist_ok=True)
         with file.open("a", encoding="utf-8") as lines:
@@ -354,12 +359,12 @@ def _keep(file: Path | None, key: str, measured: Measured) -> None:
 
 
 def average(values: Iterable[float | None]) -> float | None:
-    """Return the mean of what is known, None if nothing is."""
+    """Return the mean of the values that are not None; None if there are none."""
     known = [v for v in values if v is not None]
     return mean(known) if known else None
 
 
 def spread(values: Iterable[float | None]) -> float | None:
-    """Return the sample standard deviation of what is known, None for fewer than two values."""
+    """Return the sample standard deviation of the values that are not None; None for fewer than two."""
     known = [v for v in values if v is not None]
     return stdev(known) if len(known) > 1 else None

@@ -1,4 +1,4 @@
-"""What the methods' papers claim, each in a regime of its own, held against what our runs show."""
+"""Claims of the methods' papers, and the rules that compare them with the results of our runs."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from bench.report import Row, Target
 
 Values = Mapping[str, bool | int | float | str]
 Results = Mapping[str, Sequence[Measured]]
-"""Variant -> what came of its seeds."""
+"""Variant -> the results of its seeds."""
 
 
 @dataclass(frozen=True)
@@ -20,9 +20,9 @@ class Variant:
     Attributes
     ----------
     settings : Mapping
-        Its settings beyond the claim's.
+        Settings in addition to the claim's.
     present : int
-        Clients that take part, the first ones; 0: all.
+        Number of clients that take part, from the first one; 0: all.
     """
 
     settings: Values
@@ -31,32 +31,32 @@ class Variant:
 
 @dataclass(frozen=True)
 class Claim:
-    """A claim, the regime it is made for, and the comparison that settles it.
+    """A claim of a paper, the regime that it holds in, and the comparison that tests it.
 
     Attributes
     ----------
     name : str
-        In the table.
+        Name in the table.
     scheme : str
-        How the data are divided.
+        The partition of the data.
     settings : Mapping
-        Settings of all variants.
+        Settings that all variants share.
     variants : Mapping of str to Variant
-        What is compared.
+        Variants to compare, by name.
     judge : callable
-        Turns what came of the variants into targets.
+        Returns targets from the variants' results.
     target : float
-        Accuracy that rounds are counted to; 0: none.
+        Accuracy for "rounds to target"; 0: none.
     data : str
-        Data set, where the claim has one of its own.
+        Data set, if other than the command's.
     images : int
-        Images of a client, where the claim has a number of its own; 0: the command's.
+        Images of a client, if other than the command's; 0: the command's.
     minority : int
         See `Cell`.
     shown : str
-        The measure of `Point` that the plot shows.
+        Attribute of `Point` that the plot shows.
     note : str
-        What a reader must know.
+        An explanation printed below the table.
     """
 
     name: str
@@ -72,7 +72,7 @@ class Claim:
     note: str = ""
 
     def cells(self, setup: Setup) -> dict[str, list[Cell]]:
-        """Return each variant's cells, one a seed."""
+        """Return the cells of each variant, one per seed."""
         own = replace(setup, data=self.data or setup.data, images=self.images or setup.images)
         return {
             label: [
@@ -88,7 +88,7 @@ class Claim:
 
 
 def row(part: str, label: str, found: Sequence[Measured], target: float) -> Row:
-    """Return what the table shows of the seeds of one variant; accuracies in per cent."""
+    """Return the table row of one variant over its seeds; accuracies in per cent."""
     last = [m.last for m in found]
     reached = [m.rounds_to(target) for m in found] if target else []
     entry: Row = {
@@ -121,16 +121,16 @@ def percent(value: float | None) -> float | None:
 
 
 def accuracies(found: Sequence[Measured], of: str, *, best: bool = False) -> float:
-    """Return the mean over the seeds of a measure of `Point`, in per cent; NaN where there is none.
+    """Return the mean over seeds of an attribute of `Point`, in per cent; NaN if no run has it.
 
-    It is that of each run's last three measurements, or of its best one.
+    A run's value is the mean of its last three measurements, or with `best` its best measurement.
     """
     value = average(getattr(m.best if best else m.last, of) for m in found)
     return float("nan") if value is None else 100 * value
 
 
 def mean_rounds(found: Sequence[Measured], target: float) -> float:
-    """Return the mean rounds to an accuracy; a run that never got there counts with all its rounds and one."""
+    """Return the mean rounds to a target accuracy; a run that does not reach it counts its last round plus one."""
     counts = []
     for m in found:
         reached = m.rounds_to(target)
@@ -139,7 +139,7 @@ def mean_rounds(found: Sequence[Measured], target: float) -> float:
 
 
 def fewer_rounds(base: str, *others: str) -> Callable[[Claim, Results], list[Target]]:
-    """Return a judge: each of the others needs fewer rounds to the claim's target than the base."""
+    """Return a rule: each of the others reaches the claim's target in fewer rounds than the base."""
 
     def judge(claim: Claim, results: Results) -> list[Target]:
         limit = mean_rounds(results[base], claim.target)
@@ -155,14 +155,14 @@ def fewer_rounds(base: str, *others: str) -> Callable[[Claim, Results], list[Tar
 
 
 def above(of: str, points: float, *pairs: tuple[str, str]) -> Callable[[Claim, Results], list[Target]]:
-    """Return a judge: the first of each pair is at least so many points above the second, 0: just above."""
+    """Return a rule: the first of each pair is at least `points` above the second; with 0, above by any margin."""
 
     def judge(claim: Claim, results: Results) -> list[Target]:
-        words = {"accuracy": "accuracy", "mean": "clients' mean accuracy", "worst": "worst tenth"}
+        names = {"accuracy": "accuracy", "mean": "clients' mean accuracy", "worst": "worst tenth"}
         found = []
         for better, base in pairs:
             value = accuracies(results[better], of) - accuracies(results[base], of)
-            name = f"{claim.name}: {better} over {base}, points of {words[of]}"
+            name = f"{claim.name}: {better} over {base}, points of {names[of]}"
             found.append(Target(name, value, points, value >= points if points else value > 0))
         return found
 
@@ -170,7 +170,7 @@ def above(of: str, points: float, *pairs: tuple[str, str]) -> Callable[[Claim, R
 
 
 def cheap_and_as_good(claim: Claim, results: Results) -> list[Target]:
-    """Judge FedPAQ: under a point lost, at about an eighth of the bytes."""
+    """Test FedPAQ's claim: less than one point lost at about an eighth of the bytes."""
     lost = accuracies(results["fedavg"], "accuracy") - accuracies(results["fedpaq"], "accuracy")
     up = {label: average(m.links.get("client-edge up") for m in found) for label, found in results.items()}
     share = (up["fedpaq"] or 0.0) / (up["fedavg"] or float("nan"))
@@ -181,7 +181,7 @@ def cheap_and_as_good(claim: Claim, results: Results) -> list[Target]:
 
 
 def levels_against_few(methods: Mapping[str, Values], fitting: int) -> dict[str, Variant]:
-    """Return each method over clients of all levels, and over those alone that fit the whole network."""
+    """Return variants of each method: clients of all levels, and only those that fit the full network."""
     found = {}
     for name, settings in methods.items():
         found[name] = Variant({"method": name, **settings})
@@ -190,5 +190,5 @@ def levels_against_few(methods: Mapping[str, Values], fitting: int) -> dict[str,
 
 
 def pairs(methods: Mapping[str, Values]) -> list[tuple[str, str]]:
-    """Return what :func:`levels_against_few` compares."""
+    """Return the pairs of variants that :func:`levels_against_few` compares."""
     return [(name, f"{name}, whole only") for name in methods]

@@ -1,4 +1,4 @@
-"""One run of a comparison of diffusion methods, and what the comparison's rows share."""
+"""Runs of diffusion methods on a tree in one process, and the settings that the benches of them share."""
 
 from __future__ import annotations
 
@@ -23,14 +23,14 @@ from espalier_server.records.record import Evaluation, RunRecord
 
 #: Local epochs of the paper's baselines, and FedPhD's edge rounds in a window.
 EPOCHS = WINDOW = 5
-#: Clients in a round, as in the paper.
-PICKED = 4
-#: Evaluations of a run.
+#: Clients per round, as in the paper.
+PER_ROUND = 4
+#: Number of evaluations of a run.
 POINTS = 3
 
 Settings = Mapping[str, FlatValue]
 
-#: What a model's runs share.
+#: Settings of all runs of a model.
 REGIMES: Mapping[str, Settings] = {
     "unet-tiny": {
         "learning-rate": 0.002,
@@ -58,29 +58,29 @@ REGIMES: Mapping[str, Settings] = {
         "pruning-ratio": 0.2,
     },
 }
-#: Data by name -> their model.
+#: Data set -> model.
 MODELS = {"digits": "unet-tiny", "cifar10": "unet-paper", "celeba": "unet-paper"}
 TINY: Settings = {"local-steps": 1, "batch-size": 4, "eval-samples": 8, "sample-steps": 2}
 
 
 class RunFailedError(EspalierError):
-    """A run of the comparison that gave no figures."""
+    """A run of the comparison that failed or was not evaluated."""
 
 
 @dataclass(frozen=True)
 class Entry:
-    """A row: a method as the paper ran it.
+    """A row of the table: a method as the paper ran it.
 
     Attributes
     ----------
     name : str
-        Of the row.
+        Name of the row.
     epochs : int
-        Local epochs; with E > 1 there are rounds / E rounds.
+        Local epochs E; a run has rounds / E rounds.
     paper : float or None
         The paper's FID on CIFAR-10, 2 classes a client.
     settings : Mapping
-        What differs from the other rows.
+        Settings that differ from the other rows.
     """
 
     name: str
@@ -91,16 +91,16 @@ class Entry:
 
 @dataclass
 class Measured:
-    """What a run gave.
+    """Result of a run.
 
     Attributes
     ----------
     record : RunRecord
-        Its report.
+        The run's record.
     sent : dict[int, dict[str, int]]
-        Payload bytes of training up to each window, both ways, by link.
+        Cumulative payload bytes of training by window and link, both directions.
     grid : np.ndarray
-        Its last sample grid, uint8 [H, W] or [H, W, 3].
+        The last sample grid, uint8 [H, W] or [H, W, 3].
     """
 
     record: RunRecord
@@ -109,7 +109,7 @@ class Measured:
 
     @property
     def bytes(self) -> dict[str, int]:
-        """Payload bytes of all training, both ways, by link."""
+        """Payload bytes of training by link, both directions."""
         return self.sent[max(self.sent)]
 
     @property
@@ -124,26 +124,26 @@ class Measured:
 
     @property
     def seconds(self) -> float:
-        """What its windows took, without evaluations."""
+        """Seconds of all windows, without evaluation."""
         return sum(w.timings["train"] for w in self.record.windows)
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """The setting that all rows share.
+    """The set-up that all rows share.
 
     Attributes
     ----------
     data : str
         NAME or FOLDER of the data.
     clients, edges : int
-        Of the tree.
+        Size of the tree.
     rounds : int
         Rounds at E=1, a multiple of 5.
     base : Mapping
         Settings of every run.
     folder : Path
-        Where runs go.
+        Folder for runs.
     """
 
     data: str
@@ -155,8 +155,8 @@ class Comparison:
 
     @property
     def passes(self) -> float:
-        """Passes over a client's data, on average."""
-        return self.rounds * min(PICKED, self.clients) / self.clients
+        """Mean passes over a client's data."""
+        return self.rounds * min(PER_ROUND, self.clients) / self.clients
 
     def run(self, entry: Entry, seed: int = 0, more: Settings = MappingProxyType({})) -> Measured:
         """Run a row.
@@ -166,14 +166,14 @@ class Comparison:
         entry : Entry
             The row.
         seed : int
-            Number of the repetition, from 0: of the run's randomness and of the partition.
+            Index of the repetition, from 0; it seeds the run and the partition.
         more : Mapping
-            Further settings.
+            Additional settings.
 
         Raises
         ------
         RunFailedError
-            If something failed on the way, or nothing could be measured.
+            The record has faults, or no evaluation.
         """
         rounds = max(1, self.rounds // entry.epochs)
         settings: dict[str, FlatValue] = {
@@ -186,25 +186,25 @@ class Comparison:
             **entry.settings,
         }
         windows = -(-rounds // int(settings["rg"]))
-        # A setting that the rows share, such as `pruning-ratio`, is left out where a row's method does not use it.
+        # Shared settings that the row's method does not use, such as `pruning-ratio`, are left out.
         settings = with_defaults({"eval-every": -(-windows // POINTS), **settings}, more)
-        # States and checkpoints of a large network fill a disk: a run's folder goes when it was read.
+        # Checkpoints of a large network fill a disk, so a run's folder is deleted after its record is read.
         with tempfile.TemporaryDirectory(dir=self.folder) as folder:
             tree = LocalTree(Path(folder), self._clients(seed), self.edges)
             out = tree.folder / "runs" / "run"
             out.mkdir(parents=True)
-            features = self.folder / "features"  # trained once for all rows of a seed
+            features = self.folder / "features"  # shared, so that the classifier trains once
             features.mkdir(exist_ok=True)
             (out / "features").symlink_to(features, target_is_directory=True)
             record = tree.run("run", settings).recorder.record
             if record.faults or not record.quality:
-                fault = record.faults[0].detail if record.faults else "nothing was measured"
+                fault = record.faults[0].detail if record.faults else "no evaluation"
                 raise RunFailedError(f"{entry.name}: {fault}")
             grid = np.asarray(Image.open(out / "samples" / f"window-{len(record.windows):04d}.png"))
             return Measured(record, training_bytes(record, out / EVENTS_FILE), grid)
 
     def _clients(self, seed: int) -> list[LocalClient]:
-        """Return clients that reach every edge, each with 2 classes (FedPhD's partition)."""
+        """Return clients with 2 classes each (FedPhD's partition), connected to every edge."""
         scheme = f"fedphd,seed={seed}" if seed else "fedphd"
         return [
             LocalClient(
@@ -218,9 +218,9 @@ class Comparison:
 
 
 def training_bytes(record: RunRecord, events: Path) -> dict[int, dict[str, int]]:
-    """Return the payload bytes of training up to each window, both ways, by link.
+    """Return the cumulative payload bytes of training by window and link, both directions.
 
-    The ledger goes on while clients answer for an evaluation; "window-end" is written before that.
+    A window's links in the record include evaluation by clients; the event "window-end" is written before it.
     """
     ends = {}
     for line in events.read_text(encoding="utf-8").splitlines():

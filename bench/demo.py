@@ -1,4 +1,7 @@
-"""Runs the demonstration pruned and dense, and holds the digits it draws against noise, a Gaussian and each other."""
+"""Quality and cost of `espalier demo`, pruned against dense: Fréchet distance, parameters, MB per link, seconds.
+
+Fréchet distances are compared with those of noise and of a fitted Gaussian. ``python -m bench.demo``.
+"""
 
 from __future__ import annotations
 
@@ -52,13 +55,13 @@ def demonstrate(settings: list[str], clients: int) -> dict[str, Any]:
     Raises
     ------
     RuntimeError
-        If it failed; with its last words.
+        The demonstration failed; the message has the end of its output.
     """
     with tempfile.TemporaryDirectory(prefix="demo-") as folder:
         out = Path(folder) / "run"
         command = espalier_command("demo", "--clients", str(clients), "--out", str(out))
         command += [word for setting in settings for word in ("-c", setting)]
-        # Its own registry of clouds, so that it meets no other of this user's.
+        # A registry of clouds of its own, so that clouds of this user's other runs do not interfere.
         env = {**os.environ, **espalier_env(), "XDG_STATE_HOME": folder}
         done = subprocess.run(command, env=env, capture_output=True, text=True, check=False)
         if done.returncode != 0:
@@ -68,7 +71,7 @@ def demonstrate(settings: list[str], clients: int) -> dict[str, Any]:
 
 
 def row(name: str, report: dict[str, Any]) -> Row:
-    """Return what the table shows of a run."""
+    """Return the table row of a run."""
     quality, model = report["quality"][-1], report["model"]
     links = report["links"]
     return {

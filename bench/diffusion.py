@@ -1,4 +1,8 @@
-"""FedPhD's comparison of diffusion methods in small, with the control it lacks: FedAvg at one local epoch."""
+"""FedPhD's comparison of diffusion methods at a small scale: Fréchet distance and MB of training per link.
+
+All methods make equal passes over the data. FedAvg at one local epoch, which the paper's table does not have, is the
+control. ``python -m bench.diffusion``.
+"""
 
 from __future__ import annotations
 
@@ -14,10 +18,7 @@ from typing import TYPE_CHECKING
 
 from bench.comparison import (
     EPOCHS,
-    MODELS,
-    PICKED,
-    REGIMES,
-    TINY,
+    PER_ROUND,
     WINDOW,
     Comparison,
     Entry,
@@ -25,17 +26,18 @@ from bench.comparison import (
     RunFailedError,
     Settings,
 )
-from bench.report import Outcome, Row, Target, parser, show
-from espalier.config.fields import FlatValue
-from espalier.errors import ConfigError, EspalierError
+from bench.diffusion_command import comparison_of, diffusion_parser, run_command
+from bench.report import Outcome, Row, Target
 from espalier.wire.traffic import CLIENT_EDGE, EDGE_CLOUD
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-ABOUT = "FedPhD's comparison in small: diffusion models of every method after equal passes over the data"
+ABOUT = (
+    "FedPhD's comparison at a small scale: diffusion models of every method after equal passes over the data"
+)
 
-#: Step sizes SCAFFOLD may choose from. Option II is defined for SGD, whose rate no other method shares.
+#: Step sizes that the search for SCAFFOLD tries: its option II is defined for SGD, which other methods do not use.
 RATES = (0.03, 0.1, 0.3)
 
 CONTROL, FULL, SCAFFOLD = "FedAvg E=1", "FedAvg E=5", "SCAFFOLD"
@@ -54,7 +56,7 @@ ENTRIES = (
     Entry("FedPhD", 1, 16.74, {**HIERARCHICAL, "method": "fedphd"}),
     Entry("FedPhD-OS", 1, 17.03, {**HIERARCHICAL, "method": "fedphd-os"}),
 )
-#: Row, what of it, over whose, and between which bounds.
+#: Row, column, row to divide by, lower and upper bound of the ratio.
 BOUNDS = (
     ("FedPhD", "edge_cloud_mb", CONTROL, 0.0, 0.3),
     ("FedPhD", "frechet", CONTROL, 0.0, 1.25),
@@ -64,17 +66,17 @@ BOUNDS = (
     ("ULATDEC", "client_edge_mb", FULL, 0.0, 0.85),
     ("UDEC", "client_edge_mb", FULL, 0.0, 0.65),
 )
-#: Rows that train with SGD, at the rate found for SCAFFOLD.
+#: Rows that train with SGD, at the step size found for SCAFFOLD.
 WITH_SGD = (SCAFFOLD, "FedAvg E=5, SGD")
 
 NOTES = (
     "All rows made equal passes over the data: E=5 had a fifth of the rounds of E=1, as in the paper. "
     "FedAvg E=1 is the control that the paper's table lacks.",
-    "paper_fid: FID on CIFAR-10 in the paper's table (2 classes a client); that of FedAvg E=1 is read off a plot "
-    "in its authors' repository. It names no variant of FedDiffuse. Its baselines do not all do what their "
-    "names say (its FedProx and MOON add no gradient), ours do.",
-    "FULL of FedDiffuse is FedAvg E=5. With ULATDEC and UDEC every client has its own network, so clients drew "
-    "the images, each from its own, and all of them together were measured.",
+    "paper_fid: FID on CIFAR-10 in the paper's table (2 classes a client); that of FedAvg E=1 is read from a plot "
+    "in its authors' repository. The paper does not say which variant of FedDiffuse it ran. In the authors' code, "
+    "FedProx and MOON add no gradient; here they are as published.",
+    "FULL of FedDiffuse is FedAvg E=5. With ULATDEC and UDEC every client has its own network, so clients sampled "
+    "the images, each from its own network, and all images together were evaluated.",
     "Baselines are flat (rg=1): their clients' bytes would cross the link to the cloud if there were no edges. "
     "Bytes are those of training; mu of FedProx is 0.01, of MOON 1 with temperature 0.5.",
 )
@@ -87,12 +89,12 @@ def _value(found: Row, key: str) -> float:
 
 
 def number(value: float | None) -> float:
-    """Return a measured value, NaN where there is none."""
+    """Return a measured value, or NaN for None."""
     return float("nan") if value is None else value
 
 
 def row(entry: Entry, runs: Sequence[Measured]) -> Row:
-    """Return what the table shows: means over the seeds."""
+    """Return the table row of an entry: means over the seeds."""
     first, last = runs[0], [run.last for run in runs]
     frechet = [run.frechet for run in runs]
     return {
@@ -114,11 +116,11 @@ def row(entry: Entry, runs: Sequence[Measured]) -> Row:
 
 
 def measure(arguments: argparse.Namespace) -> Outcome:
-    """Run the rows asked for, for all seeds."""
+    """Run the selected rows with all seeds."""
     entries = [entry for entry in ENTRIES if not arguments.only or entry.name in arguments.only]
     runs: dict[str, list[Measured]] = {}
     with tempfile.TemporaryDirectory(prefix="diffusion-") as folder:
-        comparison = compare(arguments, Path(folder))
+        comparison = comparison_of(arguments, Path(folder))
         rates = RATES[:1] if arguments.tiny else RATES
         searched = search(comparison, rates) if {e.name for e in entries} & set(WITH_SGD) else {}
         for entry in entries:
@@ -132,7 +134,7 @@ def measure(arguments: argparse.Namespace) -> Outcome:
     outcome = Outcome(rows=[row(entry, runs[entry.name]) for entry in entries])
     rows = {str(r["method"]): r for r in outcome.rows}
     outcome.targets = targets(rows, next(iter(runs.values()))[0].record.model.params_dense)
-    outcome.notes = [*NOTES, *spoken(comparison, rows, searched), *shares(runs)]
+    outcome.notes = [*NOTES, *setup_notes(comparison, rows, searched), *participation_notes(runs)]
     outcome.plots = {
         "curves": lambda figure: draw_curves(figure, runs, comparison),
         "bytes": lambda figure: draw_bytes(figure, rows),
@@ -142,7 +144,7 @@ def measure(arguments: argparse.Namespace) -> Outcome:
 
 
 def search(comparison: Comparison, rates: Sequence[float]) -> dict[float, float]:
-    """Return SCAFFOLD's Fréchet distance by step size after two fifths of its rounds, or one where they are few."""
+    """Return SCAFFOLD's Fréchet distance by step size after two fifths of its rounds, at least one."""
     [entry] = [e for e in ENTRIES if e.name == SCAFFOLD]
     short = dataclasses.replace(comparison, rounds=max(EPOCHS, comparison.rounds * 2 // 5))
     found: dict[float, float] = {}
@@ -150,62 +152,34 @@ def search(comparison: Comparison, rates: Sequence[float]) -> dict[float, float]
         try:
             run = short.run(entry, 0, {"learning-rate": rate, "eval-every": short.rounds, "sample-count": 1})
             found[rate] = run.frechet
-        except RunFailedError:  # it diverged
+        except RunFailedError:  # the training diverged
             found[rate] = math.inf
     return found
 
 
-def compare(arguments: argparse.Namespace, folder: Path) -> Comparison:
-    """Return the setting that the options ask for.
-
-    Raises
-    ------
-    ConfigError
-        If the rounds cannot be divided among five epochs.
-    """
-    if arguments.rounds < EPOCHS or arguments.rounds % EPOCHS:
-        raise ConfigError(
-            f"--rounds {arguments.rounds}: give a multiple of {EPOCHS}, for methods with E={EPOCHS}"
-        )
-    model = arguments.model or MODELS.get(arguments.data, "unet-small")
-    base: dict[str, FlatValue] = {
-        **REGIMES[model],
-        "model": model,
-        "fraction": min(1.0, PICKED / arguments.clients),
-        "min-edges": arguments.edges,
-        "min-clients": arguments.clients,
-        "eval-data": arguments.data,
-        "features": arguments.features,
-        "sample-count": 16,
-        "device": arguments.device,
-    }
-    if arguments.tiny:
-        base |= TINY
-    rounds = EPOCHS if arguments.tiny else arguments.rounds
-    return Comparison(arguments.data, arguments.clients, arguments.edges, rounds, base, folder)
-
-
 def targets(rows: Mapping[str, Row], dense: int) -> list[Target]:
-    """Hold the table against what the issue and the papers say, as far as the rows are there."""
-    held: list[Target] = []
+    """Return the targets whose rows were run."""
+    found: list[Target] = []
     if "FedPhD" in rows:
-        held.append(
+        found.append(
             Target.at_most("FedPhD's parameters over dense", _value(rows["FedPhD"], "params") / dense, 0.6)
         )
     for name, key, other, low, high in BOUNDS:
         if name in rows and other in rows:
             value = _value(rows[name], key) / _value(rows[other], key)
             what = f"{name}'s {key} over that of {other}"
-            held.append(Target.within(what, value, low, high) if low else Target.at_most(what, value, high))
-    return held
+            found.append(Target.within(what, value, low, high) if low else Target.at_most(what, value, high))
+    return found
 
 
-def spoken(comparison: Comparison, rows: Mapping[str, Row], searched: Mapping[float, float]) -> list[str]:
-    """Return the notes that hang on the setting and on what came out."""
-    picked = min(PICKED, comparison.clients)
+def setup_notes(
+    comparison: Comparison, rows: Mapping[str, Row], searched: Mapping[float, float]
+) -> list[str]:
+    """Return the notes that depend on the set-up and on the results."""
+    per_round = min(PER_ROUND, comparison.clients)
     notes = [
         f"{comparison.clients} clients by FedPhD's partition (2 classes each, or 3 where they do not divide "
-        f"evenly), {picked} in a round, {comparison.edges} edges, {comparison.passes:g} passes over the data, "
+        f"evenly), {per_round} in a round, {comparison.edges} edges, {comparison.passes:g} passes over the data, "
         f"pruning-ratio {comparison.base['pruning-ratio']}."
     ]
     if searched:
@@ -213,39 +187,39 @@ def spoken(comparison: Comparison, rows: Mapping[str, Row], searched: Mapping[fl
         reached = {name: _value(rows[name], "frechet") for name in (*WITH_SGD, FULL) if name in rows}
         notes.append(
             "SCAFFOLD trains with SGD by its definition (option II). Fréchet distance by step size after two fifths "
-            f"of the rounds: {tried}; the best was taken, by the very measure of the table, for both rows "
-            f"with SGD. In the end: {', '.join(f'{name} {found:.4g}' for name, found in reached.items())}."
+            f"of the rounds: {tried}; both rows with SGD use the best one, selected by the same measure as the table. "
+            f"At the end: {', '.join(f'{name} {found:.4g}' for name, found in reached.items())}."
         )
     return notes
 
 
-def shares(runs: Mapping[str, list[Measured]]) -> list[str]:
-    """Return a note on how often the clients took part: few rounds of a drawn half are uneven."""
+def participation_notes(runs: Mapping[str, list[Measured]]) -> list[str]:
+    """Return a note on the clients' number of rounds, which is uneven when few rounds sample half of them."""
     notes = []
     for name in (CONTROL, FULL, "UDEC"):
         if name in runs:
             record = runs[name][0].record
-            took = dict.fromkeys(record.clients, 0)
+            counts = dict.fromkeys(record.clients, 0)
             for window in record.windows:
                 for entry in window.rounds:
                     for part in entry.participants:
-                        took[part.client] += 1
-            notes.append(f"{name}: {' '.join(map(str, sorted(took.values())))}")
+                        counts[part.client] += 1
+            notes.append(f"{name}: {' '.join(map(str, sorted(counts.values())))}")
     if not notes:
         return []
     return [
-        f"Rounds that each client took part in (first seed), {'; '.join(notes)}. Whoever never did has no say in "
-        "the model, and with ULATDEC and UDEC draws with its initial layers."
+        f"Rounds that each client took part in (first seed), {'; '.join(notes)}. A client with 0 rounds does not "
+        "influence the model, and with ULATDEC and UDEC samples with its initial layers."
     ]
 
 
 def colour(i: int) -> str:
-    """Return the colour of row i: no two rows share one."""
+    """Return the colour of row i, unique among the rows."""
     return f"C{i}" if i < len(ENTRIES) - 1 else "black"
 
 
 def draw_curves(figure: Figure, runs: Mapping[str, list[Measured]], comparison: Comparison) -> None:
-    """Draw the Fréchet distances over the passes; the first seed's."""
+    """Draw the Fréchet distances of the first seed over the passes."""
     axes = figure.subplots()
     epochs = {entry.name: entry.epochs for entry in ENTRIES}
     share = comparison.passes / comparison.rounds
@@ -268,7 +242,7 @@ def draw_curves(figure: Figure, runs: Mapping[str, list[Measured]], comparison: 
 
 
 def draw_bytes(figure: Figure, rows: Mapping[str, Row]) -> None:
-    """Draw each method's distance against its bytes on either kind of link."""
+    """Draw each method's distance against its bytes, one panel per kind of link."""
     axes = figure.subplots(1, 2, sharey=True)
     for place, key, title in zip(
         axes, ("client_edge_mb", "edge_cloud_mb"), ("client-edge", "edge-cloud"), strict=True
@@ -297,25 +271,10 @@ def draw_samples(figure: Figure, runs: Mapping[str, list[Measured]]) -> None:
 
 
 def main() -> int:
-    """Run the command; what the user got wrong is one line and an exit status."""
-    options = parser("diffusion", ABOUT)
-    options.add_argument("--data", default="digits", help="NAME or FOLDER of the data (digits)")
-    options.add_argument("--model", choices=sorted(REGIMES), help="the U-Net; by default as the data need")
-    options.add_argument("--clients", type=int, default=8, help="clients in all; 4 train in a round (8)")
-    options.add_argument("--edges", type=int, default=2, help="edges (2)")
-    options.add_argument("--rounds", type=int, default=25, help="rounds at one epoch; E=5 runs a fifth (25)")
-    options.add_argument("--seeds", type=int, default=1, help="repetitions (1)")
-    options.add_argument("--device", default="auto", help="where to train and draw (auto)")
-    options.add_argument("--features", choices=("classifier", "inception"), default="classifier")
-    options.add_argument(
-        "--only", nargs="+", metavar="ROW", choices=[e.name for e in ENTRIES], help="these rows only"
-    )
-    arguments = options.parse_args()
-    try:
-        return show("diffusion", ABOUT, measure(arguments), arguments)
-    except EspalierError as error:
-        print(error, file=sys.stderr)
-        return error.exit_code
+    """Run the command."""
+    options = diffusion_parser("diffusion", ABOUT, ENTRIES, rounds=25)
+    options.add_argument("--seeds", type=int, default=1, help="number of repetitions (1)")
+    return run_command("diffusion", ABOUT, measure, options)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""FAug's own experiment (Jeong et al. 2018, Table 1): ten devices that lack three labels, and every bit they send."""
+"""FAug's experiment (Jeong et al. 2018, Table 1): accuracy and bits of ten devices with three scarce labels."""
 
 from __future__ import annotations
 
@@ -16,17 +16,17 @@ from bench.cells import EVAL_PARTS, TRAIN_IMAGES, average, spread
 from bench.claims import Values, percent
 from bench.report import Row, Target
 
-#: The network of the accuracies. The paper's takes 100 times as long; its row is there for the bits alone.
+#: The network that accuracies are measured with; the paper's takes 100 times as long and is run for its bits only.
 SMALL = "mlp"
-#: The paper's network under its name while a run of this bench lasts, and the row.
+#: Preset name of the paper's network, registered during a run of this bench, and its row.
 MODEL, PAPERS = "jeong-cnn", "FL, the paper's network, 1 step"
-#: Two convolutions and two layers like the paper's, in widths that make exactly its 1,199,648 parameters at
-#: 28 pixels: its own 32, 64 and 128 suppose convolutions without padding and biases, which ours have.
+#: Two convolutions and two dense layers as in the paper, with widths that give exactly its 1,199,648 parameters at
+#: 28 pixels; the paper's widths 32, 64 and 128 assume convolutions without padding and biases.
 WIDTHS, HIDDEN = [63, 71], 332
 PARAMETERS = 1_199_648
 DEVICES, SCARCE, IMAGES = 10, 3, 2_000
 ROUNDS = 16
-#: Bits of the whole run a device in the paper's Table 1, and the accuracy of its reference device among ten.
+#: Bits per device over the whole run, and accuracy of the reference device, in the paper's Table 1.
 PAPER: Mapping[str, tuple[int, float]] = {
     "FD": (102_400, 0.7524),
     "FD + FAug": (47_989_120, 0.8642),
@@ -43,16 +43,16 @@ METHODS: Mapping[str, Values] = {
 
 @dataclass(frozen=True)
 class PaperRun:
-    """What came of a run.
+    """Result of a run.
 
     Attributes
     ----------
     accuracy : float or None
-        Mean over the devices, each on its own test images, of all labels alike.
+        Mean over the devices, each on its own test images, with all labels equally frequent.
     bits : float
-        Payload between a device and its edges over the run, up and down, control messages included.
+        Bits per device over the run, up and down, including control messages.
     seeds, filled : float
-        Images a device sent as seeds, and made with the generator, on average.
+        Mean number of images that a device sent as seeds and that it generated.
     leakage : tuple of float
         Mean privacy leakage to the server, and between devices.
     seconds : float
@@ -70,7 +70,7 @@ class PaperRun:
 def run_paper(
     data: str, label: str, seed: int, root: Path, *, rounds: int, steps: int, gan_steps: int
 ) -> PaperRun:
-    """Run one method on the paper's set-up; `steps` are the devices' local steps a round (the paper's: 250)."""
+    """Run one method on the paper's set-up; `steps` are local steps per round (250 in the paper)."""
     import torch
 
     from bench.local_tree import LocalClient, LocalTree
@@ -103,17 +103,17 @@ def run_paper(
     network = presets.Preset(
         "classification", "cnn", "Jeong et al.'s size", {"widths": WIDTHS, "hidden": HIDDEN}
     )
-    memory = Path("/dev/shm")
+    ram_disk = Path("/dev/shm")
     start = time.perf_counter()
     with (
         patch.dict(presets.PRESETS, {MODEL: network}),
         patch.dict(presets.MODELS, {MODEL: network.description}),
         patch.dict(os.environ, {"ESPALIER_DATA": str(root)}),
         sharing_sources(),
-        tempfile.TemporaryDirectory(dir=memory if os.access(memory, os.W_OK) else None) as folder,
+        tempfile.TemporaryDirectory(dir=ram_disk if os.access(ram_disk, os.W_OK) else None) as folder,
     ):
         record = LocalTree(Path(folder), clients, 2).run("faug", with_defaults(settings, {})).recorder.record
-    # The last window was measured, which costs bytes that are not the method's.
+    # The last window includes evaluation, whose bytes are not the method's.
     plain = record.windows[:-1] or record.windows
     each = mean(w.links["client-edge"].up_bytes + w.links["client-edge"].down_bytes for w in plain)
     total, filling = each * rounds, record.augmentation
@@ -154,44 +154,46 @@ def rows(found: Mapping[str, Sequence[PaperRun]], rounds: int) -> list[Row]:
 
 
 def _paper_bits(label: str) -> int | None:
-    """Return the paper's bits; those of weights are another network's unless the row has the paper's own."""
+    """Return the paper's bits, None for methods that exchange weights with a network other than the paper's."""
     if label == PAPERS:
         return PAPER["FL"][0]
     return PAPER[label][0] if METHODS[label]["method"] == "fd" else None
 
 
 def notes(found: Mapping[str, Sequence[PaperRun]], rounds: int, steps: int) -> list[str]:
-    """Return what a reader of the rows must know: the set-up, what was filled up, what that told of a device."""
+    """Return notes on the set-up, the generated images and the privacy leakage."""
     paper = ", ".join(f"{label} {accuracy:.1%}" for label, (_, accuracy) in PAPER.items())
-    told = [
+    found_notes = [
         f"FAug's set-up: {DEVICES} devices, {SCARCE} labels of 5 images each, {rounds} rounds of {steps} steps "
-        f"with an {SMALL} (paper: 16 of 250, a CNN); bits are all that passes between a device and the edges, "
-        "control messages, too",
+        f"with an {SMALL} (paper: 16 of 250, a CNN); bits are all traffic between a device and the edges, including "
+        "control messages",
         f"FAug's set-up: the paper's reference device reached {paper}",
     ]
     for label, runs in found.items():
         if any(r.seeds for r in runs):
             sent, filled = (_mean(getattr(r, of) for r in runs) for of in ("seeds", "filled"))
             server, between = (_mean(r.leakage[i] for r in runs) for i in range(2))
-            told.append(
-                f"{label}: a device sent {sent:.1f} seeds and filled up {filled:.1f} images; privacy leakage "
+            found_notes.append(
+                f"{label}: a device sent {sent:.1f} seeds and generated {filled:.1f} images; privacy leakage "
                 f"{server:.2f} to the server, {between:.2f} between devices"
             )
-    return told
+    return found_notes
 
 
 def targets(found: Mapping[str, Sequence[PaperRun]], data: str, rounds: int) -> list[Target]:
-    """Return what is asked of payload and accuracy; payloads are the paper's for its images and rounds alone."""
-    asked = []
+    """Return the targets for bits and accuracy; the paper's bits apply to its images and rounds only."""
+    found_targets = []
     for label, row in (("FD + FAug", "FD + FAug"), ("FL", PAPERS)):
         if row in found and rounds == ROUNDS and data != "digits":
             value, paper = _mean(r.bits for r in found[row]), PAPER[label][0]
             name = f"FAug's set-up: bits a device of {row}, within 2 % of the paper's"
-            asked.append(Target.within(name, value, 0.98 * paper, 1.02 * paper))
+            found_targets.append(Target.within(name, value, 0.98 * paper, 1.02 * paper))
     if "FD" in found and "FD + FAug" in found:
         gain = 100 * (
             _mean(r.accuracy or 0.0 for r in found["FD + FAug"])
             - _mean(r.accuracy or 0.0 for r in found["FD"])
         )
-        asked.append(Target.at_least("FAug's set-up: FD + FAug over FD, points (paper: 11 to 16)", gain, 5.0))
-    return asked
+        found_targets.append(
+            Target.at_least("FAug's set-up: FD + FAug over FD, points (paper: 11 to 16)", gain, 5.0)
+        )
+    return found_targets

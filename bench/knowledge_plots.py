@@ -1,4 +1,4 @@
-"""Plots of the bench of knowledge exchange, and the gains that one of them shows."""
+"""Plots of `bench.knowledge`, and FedKTL's gains that one of them shows."""
 
 from __future__ import annotations
 
@@ -7,19 +7,19 @@ from typing import TYPE_CHECKING
 
 from bench.cells import Measured, average, spread
 from bench.claims import accuracies, percent
-from bench.exchanges import SHOTS
+from bench.knowledge_setup import SHOTS
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 Table = Mapping[tuple[str, str], Sequence[Measured]]
-"""(regime, method) -> what came of its seeds."""
+"""(regime, method) -> results of its seeds."""
 Edge = Mapping[tuple[int, str], Sequence[Measured]]
-"""(shots, method) -> what came of its seeds."""
+"""(shots, method) -> results of its seeds."""
 
 
 def gains(results: Edge, base: str, *, best: bool = False) -> dict[int, float]:
-    """Return FedKTL's gain over another method by shots, in points, of the last measurements or the best ones."""
+    """Return FedKTL's gain over another method by shots, in points, at the last measurements or at the best ones."""
     return {
         shots: accuracies(results[shots, "FedKTL"], "mean", best=best)
         - accuracies(results[shots, base], "mean", best=best)
@@ -35,7 +35,7 @@ def draw_table(figure: Figure, results: Table) -> None:
     panels = figure.subplots(1, len(regimes), sharey=True, squeeze=False)[0]
     for axes, regime in zip(panels, regimes, strict=True):
         here = [(place, results[regime, n]) for place, n in enumerate(names) if (regime, n) in results]
-        for of, colour, mark, words in (
+        for of, colour, mark, label in (
             ("mean", "tab:blue", "o", "mean"),
             ("worst", "tab:red", "x", "worst tenth"),
         ):
@@ -53,7 +53,7 @@ def draw_table(figure: Figure, results: Table) -> None:
                 fmt=mark,
                 color=colour,
                 capsize=3,
-                label=words,
+                label=label,
             )
         axes.set_title(regime)
         axes.set_xlabel("clients' accuracy, %")
@@ -75,7 +75,7 @@ def draw_rounds(figure: Figure, results: Table) -> None:
             runs = [m for m in results.get((regime, name), ()) if m.points]
             rounds = [p.round for p in runs[0].points] if runs else []
             means = [average(m.points[i].mean for m in runs if i < len(m.points)) for i in range(len(rounds))]
-            colour = f"C{place}" if place < 10 else "black"  # there are ten of the former
+            colour = f"C{place}" if place < 10 else "black"  # C0 to C9 exist
             axes.plot(rounds, [percent(v) for v in means], color=colour, marker=".", label=name)
         axes.set_title(regime)
         axes.set_xlabel("round")
@@ -86,7 +86,7 @@ def draw_rounds(figure: Figure, results: Table) -> None:
 
 
 def draw_edge(figure: Figure, results: Edge) -> None:
-    """Draw FedKTL's gains by shots, each seed a dot, beside the paper's."""
+    """Draw FedKTL's gains by shots, a dot per seed, with the paper's gains as reference."""
     axes = figure.subplots()
     places = {shots: place for place, shots in enumerate(gains(results, "local only"))}
     for base, colour, shift in (("local only", "tab:blue", -0.08), ("FedKTL, mu=0", "tab:green", 0.08)):

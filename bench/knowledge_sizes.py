@@ -1,11 +1,11 @@
-"""What knowledge exchange puts on the links by formula: beside these numbers the ledger's are read."""
+"""Payload sizes of knowledge exchange by formula, in bytes or bits, to compare with the record's counts."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
 
-#: Bytes of a float32, and bits of what Jeong et al. count: floats and grey values.
+#: Bytes of a float32; bits of a float and of a grey value as Jeong et al. count them.
 FLOAT = 4
 _FLOAT_BITS, _PIXEL_BITS = 32, 8
 
@@ -16,16 +16,16 @@ def table_bytes(classes: int, dimension: int) -> int:
 
 
 def pair_bytes(pairs: int, image_shape: Sequence[int], latent_dim: int, *, pixel_bytes: int = FLOAT) -> int:
-    """Return the bytes of FedKTL's pairs on their way down.
+    """Return the bytes of FedKTL's image-vector pairs in a downlink message.
 
     Parameters
     ----------
     pairs : int
-        Classes that somebody holds.
+        Number of classes that any client holds.
     image_shape : sequence of int
         Channels, height, width.
     latent_dim : int
-        H, length of a centroid.
+        H, the length of a centroid.
     pixel_bytes : int
         4 for float32 images, 1 for uint8.
     """
@@ -46,7 +46,7 @@ def augmentation_bits(seeds: int, pixels: int, parameters: int) -> int:
     """Return the bits of FAug for a device: seeds up, once, and the generator down, once.
 
     Jeong et al. 2018 (arXiv 1811.11479, table 1) count 8 bits a pixel, 32 a float and nothing for a seed's label;
-    so their totals come out to the bit.
+    this formula gives their totals exactly.
 
     Parameters
     ----------
@@ -55,6 +55,6 @@ def augmentation_bits(seeds: int, pixels: int, parameters: int) -> int:
     pixels : int
         Grey values of an image.
     parameters : int
-        Of the generator.
+        Number of parameters of the generator.
     """
     return seeds * pixels * _PIXEL_BITS + parameters * _FLOAT_BITS

@@ -1,4 +1,4 @@
-"""Runs a tree in one process: grids that call the apps of their nodes directly, for tests and benchmarks.
+"""Grids that call the apps of their nodes directly, to run a tree in one process in tests and benches.
 
 The code of the tiers runs unchanged; only the network is replaced. Payloads are passed without serialisation.
 """
@@ -83,7 +83,7 @@ class LocalGrid:
         return [self._nodes[i].info for i in self.get_node_ids()]
 
     def exchange(self, messages: Iterable[Message], **_: object) -> Iterator[Message]:
-        """Call the app of each message's node and yield its reply; an exception of the app becomes an Error reply."""
+        """Call the app of each message's node and yield its reply; an exception in the app becomes an Error reply."""
         for message in messages:
             node = self._nodes.get(message.metadata.dst_node_id)
             if node is None or not node.online:
@@ -99,12 +99,12 @@ class LocalGrid:
         """Do nothing: no reply is ever late."""
 
     def close(self) -> None:
-        """End the run."""
+        """Close the grid."""
         self.closed = True
 
 
 class LocalFleet:
-    """Replaces the Fleet server of an edge."""
+    """Stands in for the Fleet server of an edge."""
 
     def __init__(self, nodes: Iterable[LocalNode]) -> None:
         self._nodes = list(nodes)
@@ -119,7 +119,7 @@ class LocalFleet:
 
 
 class LocalCloud:
-    """Replaces the uplink of an edge."""
+    """Stands in for the uplink of an edge."""
 
     def fetch_fab(self, run_id: int) -> Fab | None:
         """Return None: there is no app bundle."""

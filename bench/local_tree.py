@@ -1,4 +1,4 @@
-"""A whole tree in one process, tiers unchanged and links missing: what benches and the exactness law run on."""
+"""A tree in one process: the code of all tiers without the network, for benches and tests."""
 
 from __future__ import annotations
 
@@ -25,24 +25,24 @@ class LocalClient:
     data : str
         Its data SPEC.
     edges : tuple[int, ...]
-        Numbers of the edges it reaches, from 0.
-    more : Mapping
-        Further node config, e.g. ``{"level": 0.5}``.
+        Indices of the edges that it is connected to, from 0.
+    node_config : Mapping
+        Additional node config, e.g. ``{"level": 0.5}``.
     """
 
     name: str
     data: str
     edges: tuple[int, ...] = (0,)
-    more: Mapping[str, Any] | None = None
+    node_config: Mapping[str, Any] | None = None
 
 
 class LocalTree:
-    """Cloud, edges and clients as objects; the states of clients and edges lie below a folder.
+    """Cloud, edges and clients as objects in this process, with their state folders below one folder.
 
     Parameters
     ----------
     folder : Path
-        Where states and runs go.
+        Folder for state and runs.
     clients : sequence of LocalClient
         The clients.
     edges : int
@@ -55,26 +55,26 @@ class LocalTree:
         self.edges = []
         nodes = []
         for e in range(edges):
-            below = [
+            members = [
                 client_node(100 + i, client_app, self._config(c))
                 for i, c in enumerate(clients)
                 if e in c.edges
             ]
             state = folder / f"edge-{e + 1}"
             state.mkdir(parents=True, exist_ok=True)
-            edge = EdgeApp(f"edge-{e + 1}", cast(Any, LocalFleet(below)), state, LocalCloud())
-            self.edges.append(below)
+            edge = EdgeApp(f"edge-{e + 1}", cast(Any, LocalFleet(members)), state, LocalCloud())
+            self.edges.append(members)
             nodes.append(LocalNode(e + 1, f"edge-{e + 1}".encode(), edge))
         self.nodes = nodes
 
     def _config(self, client: LocalClient) -> dict[str, Any]:
         state = str(self.folder / "clients" / client.name)
         return {"name": client.name, "data": client.data, "state": state, "device": "cpu"} | dict(
-            client.more or {}
+            client.node_config or {}
         )
 
     def run(self, name: str, settings: Mapping[str, bool | int | float | str]) -> TreeRun:
-        """Run a whole run; `settings` are flat keys."""
+        """Run a run to its end; `settings` are flat keys, e.g. ``{"rounds": 3}``."""
         config = RunConfig.from_flat({"run-id": name, **settings})
         out = self.folder / "runs" / name
         out.mkdir(parents=True, exist_ok=True)

@@ -1,4 +1,7 @@
-"""Measures the memory of clients, idle and training: processes of their own, and replicas in one process."""
+"""Memory of clients in MB (RSS, PSS, USS), idle and training: one process per client against replicas in one.
+
+The clients are those of `espalier demo` on digits. ``python -m bench.memory``.
+"""
 
 from __future__ import annotations
 
@@ -25,47 +28,49 @@ from espalier_server.superlink.grid import TreeGrid
 ABOUT = "Memory of clients of the digits demonstration, idle and training: processes, and replicas in one"
 SETTINGS = {"method": "fedphd", "rounds": 2, "rg": 1, "batch-size": 16, "prune-at": 1}
 MANY = 20
-LOOK = 0.5  # seconds between two looks at the memory of processes that train
+INTERVAL = 0.5  # seconds between two samples of the memory of training processes
 
 
 @dataclass(frozen=True)
-class Held:
-    """Memory of processes, bytes: resident (shared pages counted in each), proportional, and their own."""
+class Memory:
+    """Memory of processes in bytes: resident (shared pages count in each), proportional, and unique set size."""
 
     rss: int
     pss: int
     uss: int
 
     @classmethod
-    def of(cls, processes: Sequence[psutil.Process]) -> Held:
-        """Add up what processes hold now."""
+    def of(cls, processes: Sequence[psutil.Process]) -> Memory:
+        """Return the current sum over processes."""
         found = [process.memory_full_info() for process in processes]
         return cls(*(sum(getattr(one, kind) for one in found) for kind in ("rss", "pss", "uss")))
 
 
 class Peak:
-    """Looks at processes again and again until it is left, and keeps the largest sum of each kind."""
+    """Samples the memory of processes in a background thread and keeps the maximum of each kind."""
 
     def __init__(self, processes: Sequence[psutil.Process]) -> None:
         self._processes = processes
-        self._left = threading.Event()
-        self._thread = threading.Thread(target=self._look, daemon=True)
-        self.held = Held.of(processes)
+        self._stopped = threading.Event()
+        self._thread = threading.Thread(target=self._sample, daemon=True)
+        self.memory = Memory.of(processes)
 
     def __enter__(self) -> Peak:
         self._thread.start()
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._left.set()
+        self._stopped.set()
         self._thread.join()
 
-    def _look(self) -> None:
-        while not self._left.wait(LOOK):
+    def _sample(self) -> None:
+        while not self._stopped.wait(INTERVAL):
             with suppress(psutil.NoSuchProcess):
-                now = Held.of(self._processes)
-                self.held = Held(
-                    max(now.rss, self.held.rss), max(now.pss, self.held.pss), max(now.uss, self.held.uss)
+                now = Memory.of(self._processes)
+                self.memory = Memory(
+                    max(now.rss, self.memory.rss),
+                    max(now.pss, self.memory.pss),
+                    max(now.uss, self.memory.uss),
                 )
 
 
@@ -73,7 +78,7 @@ class Peak:
 def clients(
     folder: Path, edge: str, count: int, *, replicas: bool, of: int
 ) -> Iterator[list[psutil.Process]]:
-    """Run `count` clients with shares of `of`, in as many processes or in one; yield once all are connected."""
+    """Run `count` clients, each with one of `of` shares of the digits; yield their processes once all are connected."""
     with ExitStack() as stack:
         processes, states = [], []
         for number in range(1 if replicas else count):
@@ -99,59 +104,59 @@ def clients(
 
 
 def train(folder: Path, link: SuperLink, count: int) -> None:
-    """Run two rounds, one of them after pruning, in which every client trains."""
+    """Run two rounds with all clients, the second one after pruning."""
     config = RunConfig.from_flat({**SETTINGS, "run-id": "memory", "min-edges": 1, "min-clients": count})
     out = folder / "run"
     out.mkdir()
     with serverapp_grid(link, app_bundle("")) as grid:
         served = TreeRun(config, TreeGrid(grid), out, folder / "cloud")
         served.run()
-    took = [len(r.participants) for window in served.recorder.record.windows for r in window.rounds]
-    if set(took) != {count}:
-        raise RuntimeError(f"not all clients took part: {took} of {count}")
+    counts = [len(r.participants) for window in served.recorder.record.windows for r in window.rounds]
+    if set(counts) != {count}:
+        raise RuntimeError(f"not all clients took part: {counts} of {count}")
 
 
-def idle_and_training(folder: Path, count: int, *, replicas: bool, of: int) -> tuple[Held, Held]:
-    """Return what `count` clients hold while idle below an edge, and at most while they train."""
+def idle_and_training(folder: Path, count: int, *, replicas: bool, of: int) -> tuple[Memory, Memory]:
+    """Return the memory of `count` clients: idle with an edge, and the maximum during training."""
     with superlink(folder / "link") as link, edge_processes(folder, link.fleet, 1) as (_, [edge]):
         (folder / "clients").mkdir()
         with clients(folder / "clients", edge, count, replicas=replicas, of=of) as processes:
-            idle = Held.of(processes)
+            idle = Memory.of(processes)
             with Peak(processes) as peak:
                 train(folder, link, count)
-            return idle, peak.held
+            return idle, peak.memory
 
 
-def idle_alone(folder: Path, count: int, of: int) -> Held:
-    """Return what `count` replicas hold while idle."""
+def idle_alone(folder: Path, count: int, of: int) -> Memory:
+    """Return the memory of `count` idle replicas."""
     server = InlineFleet("127.0.0.1:0")
     server.start()
     try:
         with clients(folder, f"127.0.0.1:{server.port}", count, replicas=True, of=of) as processes:
-            return Held.of(processes)
+            return Memory.of(processes)
     finally:
         server.stop(0.2)
 
 
 def measure(tiny: bool) -> Outcome:
-    """Measure processes, and replicas of two numbers, whose difference is what further ones cost."""
+    """Measure processes, and replicas in two numbers, whose difference gives the cost of an additional one."""
     few, more, of = (1, 3, 8) if tiny else (1, 101, 200)
     outcome = Outcome()
 
-    def note(kind: str, count: int, **states: Held) -> None:
-        for state, held in states.items():
-            rss, pss, uss = (size / MB for size in (held.rss, held.pss, held.uss))
+    def note(kind: str, count: int, **states: Memory) -> None:
+        for state, memory in states.items():
+            rss, pss, uss = (size / MB for size in (memory.rss, memory.pss, memory.uss))
             each = {"rss_mb": rss, "pss_mb": pss, "uss_mb": uss, "pss_mb_per_client": pss / count}
             outcome.rows.append({"clients": count, "as": kind, "state": state, **each})
 
-    peaks: dict[str, Held] = {}
+    peaks: dict[str, Memory] = {}
     if not tiny:
         for kind, count in (("processes", 1), ("processes", MANY), ("replicas", MANY)):
             with tempfile.TemporaryDirectory(prefix="memory-") as name:
                 idle, peak = idle_and_training(Path(name), count, replicas=kind == "replicas", of=of)
             peaks[kind] = peak
             note(kind, count, idle=idle, training=peak)
-    alone: dict[int, Held] = {}
+    alone: dict[int, Memory] = {}
     for count in (few, more):
         with tempfile.TemporaryDirectory(prefix="memory-") as name:
             alone[count] = idle_alone(Path(name), count, of)
@@ -165,9 +170,9 @@ def measure(tiny: bool) -> Outcome:
             Target.at_most(f"{MANY} client processes that train, RSS sum, GB", top.rss / 2**30, 8.0),
         ]
     outcome.notes = [
-        "rss counts pages that processes share once in each, pss in equal parts, uss not at all",
-        f"digits dealt to {of} clients; FedPhD's demonstration network, batches of 16; training: the largest sum seen, "
-        f"looked at every {LOOK:g} s",
+        "pages shared between processes count fully in each (rss), in equal parts (pss), or not at all (uss)",
+        f"digits divided among {of} clients; the demonstration's network, batches of 16; training: the maximum of "
+        f"samples taken every {INTERVAL:g} s",
     ]
     return outcome
 

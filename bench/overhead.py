@@ -1,4 +1,8 @@
-"""Measures what a round costs beside the training: our edge, our nodes at a stock SuperLink, and all stock."""
+"""Wall time of a round without training, in seconds: our edge, our nodes at a stock SuperLink, and stock Flower.
+
+Payloads are 4 KB and 10 MB with the tensor list of FedPhD's U-Net, for 2 and 8 clients; ratios are relative to stock
+SuperNodes at a stock SuperLink. ``python -m bench.overhead``.
+"""
 
 from __future__ import annotations
 
@@ -16,8 +20,8 @@ import numpy as np
 from flwr.app import Array, ArrayRecord, Message, RecordDict
 from flwr.serverapp import Grid
 
+from bench.edge_rounds import DEADLINE, client, one_tensor, plan_of, random_weights, setup, unet_layout
 from bench.report import Outcome, Row, Target, run
-from bench.rounds import DEADLINE, client, one_tensor, plan_of, random_weights, setup, unet_layout
 from bench.stock import app_bundle, serverapp_grid, superlink, supernode, wait_until
 from espalier.wire import control
 from espalier.wire.payload import Layout, Weights
@@ -27,7 +31,7 @@ from espalier_server.superlink.grid import TreeGrid
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-ABOUT = "Wall time of a round of clients that do not train, but send other numbers than they got"
+ABOUT = "Wall time of a round of clients that return changed values without training"
 SMALL, BIG = 4096, 10_000_000  # bytes
 EDGE, TLS, MIXED = "edge, residents", "edge, residents, TLS", "SuperLink, residents"
 STOCK, LISTED = "all stock, one array", "all stock, an array a tensor"
@@ -48,7 +52,7 @@ def train(message, context):
 
 @dataclass(frozen=True)
 class Case:
-    """What is sent to how many clients, and how often for ours, for our nodes at a SuperLink, and for all stock."""
+    """A payload, a number of clients, and the rounds per setup: ours, our nodes at a SuperLink, all stock."""
 
     clients: int
     layout: Layout
@@ -59,12 +63,12 @@ class Case:
 
     @property
     def size(self) -> int:
-        """Bytes of the payload, as it is called."""
+        """Nominal bytes of the payload: `SMALL` or `BIG`."""
         return SMALL if self.layout.nbytes <= SMALL else BIG
 
 
 def at_our_edge(folder: Path, case: Case, *, tls: bool) -> tuple[list[float], float]:
-    """Time rounds at an inline Fleet server; also the server's processor seconds per client and round."""
+    """Return the seconds of rounds at an inline Fleet server, and its processor seconds per client and round."""
     with setup(folder, case.clients, tls=tls) as edge:
         for number in range(2):
             edge.round(number, random_weights(case.layout, number))
@@ -73,7 +77,7 @@ def at_our_edge(folder: Path, case: Case, *, tls: bool) -> tuple[list[float], fl
 
 
 def with_residents(folder: Path, case: Case) -> list[float]:
-    """Time rounds of our nodes at a stock SuperLink."""
+    """Return the seconds of rounds of our nodes at a stock SuperLink."""
     with ExitStack() as stack:
         link = stack.enter_context(superlink(folder / "superlink"))
         http = stack.enter_context(serverapp_grid(link, app_bundle(CLIENT)))
@@ -92,7 +96,7 @@ def with_residents(folder: Path, case: Case) -> list[float]:
 
 
 def all_stock(folder: Path, case: Case, count: int, *, listed: bool) -> list[float]:
-    """Time rounds of stock SuperNodes at a stock SuperLink, with one Array or one a tensor."""
+    """Return the seconds of rounds of stock SuperNodes at a stock SuperLink; `listed`: one Array per tensor."""
     with ExitStack() as stack:
         link = stack.enter_context(superlink(folder / "superlink"))
         http = stack.enter_context(serverapp_grid(link, app_bundle(CLIENT)))
@@ -117,7 +121,7 @@ def timed(
     layout: Layout,
     count: int,
 ) -> list[float]:
-    """Time rounds after a first one that is not counted; seconds."""
+    """Return the seconds of `count` rounds, after one that warms up."""
     nodes = sorted(grid.get_node_ids())
     seconds = []
     for number in range(1 + count):
@@ -126,15 +130,15 @@ def timed(
         shared = content(weights)
         replies = exchange([Message(shared, node, "train", ttl=DEADLINE) for node in nodes])
         seconds.append(time.perf_counter() - began)
-        good = [reply for reply in replies if reply.has_content()]
-        if len(good) != len(nodes):
-            raise RuntimeError(f"{len(good)} of {len(nodes)} clients answered")
-        del replies, good
+        answered = [reply for reply in replies if reply.has_content()]
+        if len(answered) != len(nodes):
+            raise RuntimeError(f"{len(answered)} of {len(nodes)} clients answered")
+        del replies, answered
     return seconds[1:]
 
 
 def measure(tiny: bool) -> Outcome:
-    """Measure everything; with `tiny` two clients and the small payload only."""
+    """Measure all setups; with `tiny`, two clients and the small payload only."""
     small = one_tensor(SMALL)
     if tiny:
         cases = [Case(2, small, 10, 0, 1)]
@@ -174,9 +178,9 @@ def measure(tiny: bool) -> Outcome:
             }
             outcome.rows.append(row)
     outcome.notes = [
-        "stock_x: the round of all stock with one array over this one",
-        "cpu_ms: the edge process's processor time per client and round",
-        "an array a tensor: the U-Net's 10 MB as stock Flower sends a state_dict, an object for each of its tensors",
+        "stock_x: seconds of a round of all stock with one array, divided by this setup's",
+        "cpu_ms: processor time of the edge process per client and round",
+        "an array a tensor: the U-Net's 10 MB as stock Flower sends a state_dict, one object per tensor",
     ]
     outcome.targets = targets(medians)
     outcome.plots["overhead"] = lambda figure: _draw(figure, medians)
@@ -184,7 +188,7 @@ def measure(tiny: bool) -> Outcome:
 
 
 def targets(medians: dict[tuple[str, int, int], float]) -> list[Target]:
-    """Hold what was measured against what is asked for."""
+    """Compare the medians with the targets."""
     found = []
     for clients, limit in ((2, 0.05), (8, 0.15)):
         if (edge := medians.get((EDGE, clients, SMALL))) is not None:

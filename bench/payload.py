@@ -1,4 +1,8 @@
-"""Measures rounds with the paper's U-Net as payload: our edge, stock Flower, and a plain stream of the same bytes."""
+"""Seconds of a round with FedPhD's U-Net (143 MB) as payload: our edge, stock Flower, and a plain gRPC stream.
+
+Also windows of a whole tree of processes, and the seconds of each step that a payload passes through.
+``python -m bench.payload``.
+"""
 
 from __future__ import annotations
 
@@ -16,9 +20,9 @@ from flwr.app import Message, RecordDict
 from flwr.proto.message_pb2 import PushObjectRequest
 from flwr.supercore.task_identity import TaskIdentity
 
+from bench.edge_rounds import one_tensor, random_weights, unet_layout
 from bench.overhead import Case, all_stock, at_our_edge
 from bench.report import Outcome, Target, run
-from bench.rounds import one_tensor, random_weights, unet_layout
 from bench.scale import rounds, tree
 from bench.stream import streamed
 from espalier.config.fields import FlatValue
@@ -32,10 +36,10 @@ ABOUT = "Rounds of clients that do not train, with FedPhD's U-Net down and up: t
 CLIENTS = 2
 EDGE, EDGE_TLS, HALF = "edge", "edge, TLS", "edge, fp16"
 STOCK, LISTED = "all stock, one array", "all stock, an array a tensor"
-#: Windows of one round over a stock SuperLink, two edges and four clients, each a process; and what is asked, seconds.
+#: Windows of one round over a stock SuperLink, two edges and four clients, each a process; and limits in seconds.
 SMALL_TREE, TREE, HALF_TREE = "tree 2x2, small", "tree 2x2", "tree 2x2, fp16"
-ASKED = {SMALL_TREE: 0.3, TREE: 8.0, HALF_TREE: 4.0}
-#: Logistic regression on 64 pixels is the smallest payload that a run has.
+LIMITS = {SMALL_TREE: 0.3, TREE: 8.0, HALF_TREE: 4.0}
+#: Logistic regression on 64 pixels has the smallest payload of all models.
 SMALL: Mapping[str, FlatValue] = {"method": "fedavg", "model": "logistic"}
 WHOLE: Mapping[str, FlatValue] = {"method": "fedavg", "model": "unet-paper", "sample-count": 1}
 FP16: Mapping[str, FlatValue] = {"codec": "fp16", "downlink": "fp16", "edge-codec": "fp16"}
@@ -43,7 +47,7 @@ STREAM, STREAM_TLS = "plain gRPC stream", "plain gRPC stream, TLS"
 
 
 def measure(tiny: bool) -> Outcome:
-    """Measure everything; with `tiny` ours and the stream only, with a small payload."""
+    """Measure all setups; with `tiny`, the edge and the stream only, with a small payload."""
     whole = one_tensor(1_000_000) if tiny else unet_layout()
     half = one_tensor(500_000, "float16") if tiny else unet_layout(dtype="float16")
     ours, streams = (2, 2) if tiny else (7, 5)
@@ -79,20 +83,21 @@ def measure(tiny: bool) -> Outcome:
                 "stock_x": medians[STOCK] / medians[kind] if STOCK in medians and kind not in size else None,
             }
         )
-    for step, (passes, taken) in steps(whole, 1 if tiny else 3).items():
+    for step, (passes, median) in steps(whole, 1 if tiny else 3).items():
         outcome.rows.append(
-            {"setup": f"step: {step}", "bytes": whole.nbytes, "rounds": passes, "median_s": taken}
+            {"setup": f"step: {step}", "bytes": whole.nbytes, "rounds": passes, "median_s": median}
         )
     outcome.notes = [
-        "stream_x: over the plain stream's round; stock_x: the round of all stock with one array over this one",
-        "a step's median_s is one pass over one payload on one core, its rounds the passes that a round of two clients "
-        "takes, in three processes",
+        "stream_x: seconds relative to the plain stream's; stock_x: seconds of all stock with one array, divided by "
+        "this setup's",
+        "step: median_s is one pass over one payload on one core, rounds the number of passes in a round of two "
+        "clients, over three processes",
         "tree: windows of one round over a stock SuperLink, 2 edges and 4 clients, each a process, without "
         "the sample images and the checkpoint after each; bytes are the model's in float32",
     ]
     outcome.targets = [
         Target.at_most(f"{kind}, median window, s", medians[kind], limit)
-        for kind, limit in ASKED.items()
+        for kind, limit in LIMITS.items()
         if kind in medians
     ]
     if not tiny:
@@ -110,19 +115,19 @@ def measure(tiny: bool) -> Outcome:
 
 
 def in_a_tree(folder: Path, settings: Mapping[str, FlatValue], windows: int) -> tuple[list[float], int]:
-    """Time windows of one round of two edges with two clients each; also the bytes of the model."""
-    with tree(folder, 4, 2, apart=True) as live:
+    """Return the seconds of windows of one round with two edges of two clients each, and the model's bytes."""
+    with tree(folder, 4, 2, separate=True) as live:
         found = rounds(live, 4, 2, windows, settings)
     return found.trained, found.nbytes
 
 
 def steps(layout: Layout, repeats: int) -> dict[str, tuple[int, float]]:
-    """Time what happens to a payload on its way.
+    """Time each step that a payload passes through.
 
     Returns
     -------
     dict
-        Step -> how often it is done in a round of two clients, seconds of one.
+        Step -> (number of passes in a round of two clients, median seconds of one pass).
     """
     TaskIdentity.task_id, TaskIdentity.run_id, TaskIdentity.node_id = 1, 1, 1
     weights = random_weights(layout, 0)
@@ -133,7 +138,7 @@ def steps(layout: Layout, repeats: int) -> dict[str, tuple[int, float]]:
     wire = [request.SerializeToString() for request in requests]
     data = record[next(iter(record))].data
     actions: dict[str, tuple[int, Callable[[], Any]]] = {
-        # Once at the edge and once at each client; the edge verifies what came, too.
+        # Once at the edge and once at each client; the edge also hashes what it receives.
         "serialise: tensors to an Array": (3, weights.to_record),
         "hash: SHA-256 of the bytes": (5, lambda: hashlib.sha256(data).digest()),
         "copy: chunks to objects": (4, lambda: [packed.content(i) for i in objects]),
@@ -152,12 +157,12 @@ def steps(layout: Layout, repeats: int) -> dict[str, tuple[int, float]]:
     }
     found = {}
     for step, (passes, action) in actions.items():
-        taken = []
+        seconds = []
         for _ in range(repeats):
             began = time.perf_counter()
             action()
-            taken.append(time.perf_counter() - began)
-        found[step] = (passes, statistics.median(taken))
+            seconds.append(time.perf_counter() - began)
+        found[step] = (passes, statistics.median(seconds))
     return found
 
 

@@ -1,7 +1,7 @@
-"""Prunes the paper's U-Net at every ratio, and proves that a pruned net survives the wire and a foreign process.
+"""Parameters (M) and multiply-accumulates (G) of FedPhD's U-Net by channel ratio, against the paper's values.
 
-At ratio 0.2 the net goes through the wire format into a separate process, which rebuilds it without the pruning
-library and sends back what it computes.
+At ratio 0.2 the network is sent in the wire format to a separate process, which rebuilds it without the pruning
+library and returns its outputs for comparison. ``python -m bench.pruning``.
 """
 
 from __future__ import annotations
@@ -35,11 +35,11 @@ PAPER = {
     0.40: (9.259, 1.533),
 }
 WIRE_RATIO = 0.2
-_INPUTS, _OUTPUTS, _SPEC = "images.npy", "answers.npy", "architecture.bin"
+_INPUTS, _OUTPUTS, _SPEC = "images.npy", "outputs.npy", "architecture.bin"
 
 
 def measure(tiny: bool) -> Outcome:
-    """Prune at every ratio of the table; with `tiny` the 8-pixel preset at 0.2 only."""
+    """Prune at every ratio of `PAPER`; with `tiny`, the preset for 8 pixels at 0.2 only."""
     import torch
 
     from espalier.models.pruning import prune
@@ -101,13 +101,13 @@ def measure(tiny: bool) -> Outcome:
 
 
 def through_the_wire(model: nn.Module) -> dict[str, float | int]:
-    """Send a net through the wire format to a process of its own and compare what both compute.
+    """Send a network in the wire format to another process and compare the outputs of both.
 
     Returns
     -------
     dict
-        ``difference`` (largest, absolute), ``parameters`` (counted by the receiver), ``megabytes`` (payload),
-        ``rebuild_s`` (the receiver's time from bytes to a loaded net).
+        ``difference`` (maximum, absolute), ``parameters`` (counted by the receiver), ``megabytes`` (payload),
+        ``rebuild_s`` (the receiver's seconds from bytes to a loaded network).
 
     Raises
     ------
@@ -124,7 +124,7 @@ def through_the_wire(model: nn.Module) -> dict[str, float | int]:
     shape = (4, network.config.in_channels, network.config.sample_size, network.config.sample_size)
     images = torch.randn(shape, generator=torch.Generator().manual_seed(1))
     with torch.no_grad():
-        answers = network(images, torch.tensor([0, 10, 500, 999]), return_dict=False)[0].numpy()
+        outputs = network(images, torch.tensor([0, 10, 500, 999]), return_dict=False)[0].numpy()
     weights = Weights.pack(model_arrays(model))
     with tempfile.TemporaryDirectory(prefix="bench-pruning-") as name:
         folder = Path(name)
@@ -141,9 +141,9 @@ def through_the_wire(model: nn.Module) -> dict[str, float | int]:
         if done.returncode:
             raise RuntimeError(f"the receiving process failed:\n{done.stderr}")
         parameters, seconds = done.stdout.split()[-2:]
-        theirs = np.load(folder / _OUTPUTS)
+        received = np.load(folder / _OUTPUTS)
     return {
-        "difference": float(np.abs(theirs - answers).max()),
+        "difference": float(np.abs(received - outputs).max()),
         "parameters": int(parameters),
         "megabytes": weights.nbytes / 1e6,
         "rebuild_s": float(seconds),
@@ -151,7 +151,7 @@ def through_the_wire(model: nn.Module) -> dict[str, float | int]:
 
 
 def receive(folder: Path) -> None:
-    """Be the receiver: rebuild the net from bytes, answer, print parameters and seconds."""
+    """Run the receiver: rebuild the network from bytes, save its outputs, print parameters and seconds."""
     import torch
     from flwr.app import Array, ArrayRecord
 
@@ -161,7 +161,7 @@ def receive(folder: Path) -> None:
     from espalier.wire.payload import STORED_AS, Layout, Weights
     from espalier_proto import espalier_pb2 as pb
 
-    unet("unet-tiny", 1, 8)  # the libraries' import is not part of the time
+    unet("unet-tiny", 1, 8)  # import libraries before the clock starts
     started = time.perf_counter()
     spec = pb.ArchitectureSpec.FromString((folder / _SPEC).read_bytes())
     layout = Layout.from_proto(spec.tensors, "bench")
@@ -179,8 +179,8 @@ def receive(folder: Path) -> None:
     network = cast(Any, model).eval()
     with torch.no_grad():
         images = torch.from_numpy(np.load(folder / _INPUTS))
-        answers = network(images, torch.tensor([0, 10, 500, 999]), return_dict=False)[0]
-    np.save(folder / _OUTPUTS, answers.numpy())
+        outputs = network(images, torch.tensor([0, 10, 500, 999]), return_dict=False)[0]
+    np.save(folder / _OUTPUTS, outputs.numpy())
     if "torch_pruning" in sys.modules:
         raise SystemExit("the receiver imported torch_pruning")
     print(sum(p.numel() for p in model.parameters()), seconds)

@@ -1,4 +1,4 @@
-"""The regimes in which the papers' claims are put to the test, tuned on seed 1 before the others were run."""
+"""The claims of `bench.methods` with the settings that they are tested in, tuned on seed 1 before other seeds ran."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from bench.claims import (
     pairs,
 )
 
-#: Small steps and no clipping: what SCAFFOLD's and FedDyn's corrections suppose.
+#: Small steps and no clipping, as SCAFFOLD's and FedDyn's corrections assume.
 PLAIN: Values = {"model": "logistic", "learning-rate": 0.02, "clip-norm": 0.0}
 #: Widths of HeteroFL, FjORD and Split-Mix; the clients of level 1 are the first five of twenty.
 WIDTHS: Values = {"levels": "1,0.5,0.25,0.125"}
@@ -56,9 +56,9 @@ CLAIMS = (
         images=35,
         minority=2,
         shown="worst",
-        note="two of the clients hold images turned by 180 degrees. With skewed labels instead, q lifted nobody: "
-        "digits by Dirichlet 0.3 in log-normal sizes gave the worst tenth 71.3 +- 7.5 % with q=1 and 74.3 +- 6.9 % "
-        "with q=0 after 150 rounds, and on MNIST q=1 was still behind in everything after 60, because q-FedAvg "
+        note="two of the clients hold images rotated by 180 degrees. With skewed labels instead, q did not help: "
+        "on digits by Dirichlet 0.3 in log-normal sizes the worst tenth had 71.3 +- 7.5 % with q=1 and 74.3 +- 6.9 % "
+        "with q=0 after 150 rounds, and on MNIST q=1 was behind in every measure after 60, because q-FedAvg "
         "divides a step by 1 + q L |w - y|^2 / F, 10 and more for its 784 pixels in [-1, 1]",
     ),
     Claim(

@@ -25,18 +25,18 @@ Row = dict[str, str | int | float | bool | None]
 
 @dataclass(frozen=True)
 class Target:
-    """A number that is asked for, and whether it was reached.
+    """A limit for a measured value, and whether the value is within it.
 
     Attributes
     ----------
     name : str
         What is measured, with its unit.
     value : float
-        What came out.
+        The measured value.
     limit : float or [low, high]
-        What it is held against.
+        The limit, or both limits.
     holds : bool
-        Whether it is on the right side.
+        Whether the value is within the limit.
     """
 
     name: str
@@ -46,34 +46,34 @@ class Target:
 
     @classmethod
     def at_most(cls, name: str, value: float, limit: float) -> Target:
-        """Ask for a value of `limit` or less."""
+        """Return a target that holds for values up to `limit`."""
         return cls(name, value, limit, value <= limit)
 
     @classmethod
     def at_least(cls, name: str, value: float, limit: float) -> Target:
-        """Ask for a value of `limit` or more."""
+        """Return a target that holds for values of at least `limit`."""
         return cls(name, value, limit, value >= limit)
 
     @classmethod
     def within(cls, name: str, value: float, low: float, high: float) -> Target:
-        """Ask for a value between `low` and `high`, both allowed."""
+        """Return a target that holds for values from `low` to `high`, inclusive."""
         return cls(name, value, [low, high], low <= value <= high)
 
 
 @dataclass
 class Outcome:
-    """What a bench measured.
+    """The result of a bench.
 
     Attributes
     ----------
     rows : list of Row
         The measurements, in the order of the table.
     targets : list of Target
-        What was asked for.
+        Limits, and whether they hold.
     plots : dict of str to callable
         File stem -> a function that draws into an empty matplotlib figure; used with ``--out``.
     notes : list of str
-        What a reader of the table must know; printed below it.
+        Explanations of rows and columns; printed below the table.
     """
 
     rows: list[Row] = field(default_factory=list)
@@ -83,7 +83,7 @@ class Outcome:
 
 
 def machine() -> dict[str, str | int | float]:
-    """Describe the machine in words that name nobody: processor, cores, memory, system, Python."""
+    """Describe the machine without host or user names: processor, cores, memory, system, Python."""
     return {
         "processor": _processor(),
         "cores": os.cpu_count() or 1,
@@ -99,34 +99,34 @@ def run(name: str, measure: Callable[[bool], Outcome], about: str, argv: Sequenc
     Parameters
     ----------
     name : str
-        Of ``python -m bench.NAME``.
+        NAME in ``python -m bench.NAME``.
     measure : callable
-        Takes whether it is to be tiny (seconds, for the tests) and returns what it measured.
+        Returns the outcome; its argument says whether to run the tiny form (seconds, for tests).
     about : str
-        One sentence for ``--help`` and above the table.
+        One sentence for ``--help`` and the title of the table.
     argv : sequence of str, optional
-        Arguments; those of the process when left out.
+        Command-line arguments; by default those of the process.
 
     Returns
     -------
     int
-        Exit status: 0, whatever holds.
+        Exit status: 0, whether or not the targets hold.
     """
     arguments = parser(name, about).parse_args(argv)
     return show(name, about, measure(arguments.tiny), arguments)
 
 
 def parser(name: str, about: str) -> argparse.ArgumentParser:
-    """Return the parser of the options that all benches have; a bench may add its own."""
-    made = argparse.ArgumentParser(prog=f"python -m bench.{name}", description=about)
-    made.add_argument("--json", action="store_true", help="print one JSON object instead of a table")
-    made.add_argument("--tiny", action="store_true", help="a run of seconds, to see that it works")
-    made.add_argument("--out", type=Path, metavar="DIR", help="write plots into this folder")
-    return made
+    """Return a parser with the options of all benches, to which a bench adds its own."""
+    options = argparse.ArgumentParser(prog=f"python -m bench.{name}", description=about)
+    options.add_argument("--json", action="store_true", help="print one JSON object instead of a table")
+    options.add_argument("--tiny", action="store_true", help="a run of a few seconds, as a smoke test")
+    options.add_argument("--out", type=Path, metavar="DIR", help="write plots into this folder")
+    return options
 
 
 def show(name: str, about: str, outcome: Outcome, arguments: argparse.Namespace) -> int:
-    """Print what was measured as `arguments` of :func:`parser` ask, write the plots, and return 0."""
+    """Print the outcome as JSON or as a table, write plots if ``--out`` is given, and return 0."""
     if arguments.json:
         print(json.dumps(as_json(name, outcome)))
     else:
@@ -153,22 +153,22 @@ def _print_table(about: str, outcome: Outcome) -> None:
 
     console = Console()
     if not console.is_terminal:
-        console = Console(width=WIDTH)  # a file or a pipe has no width that columns must be cut to
-    measured = Table(title=about)
+        console = Console(width=WIDTH)  # a file or a pipe: no terminal width to wrap at
+    measurements = Table(title=about)
     columns = list(dict.fromkeys(key for row in outcome.rows for key in row))
     for column in columns:
-        measured.add_column(column, justify="right")
+        measurements.add_column(column, justify="right")
     for row in outcome.rows:
-        measured.add_row(*(_show(row.get(column)) for column in columns))
-    console.print(measured)
-    asked = Table("target", "value", "limit", "", title="targets")
+        measurements.add_row(*(_show(row.get(column)) for column in columns))
+    console.print(measurements)
+    targets = Table("target", "value", "limit", "", title="targets")
     for target in outcome.targets:
         limit = target.limit
         shown = f"{_show(limit[0])} … {_show(limit[1])}" if isinstance(limit, list) else _show(limit)
-        asked.add_row(
+        targets.add_row(
             target.name, _show(target.value), shown, "holds" if target.holds else "[bold red]MISSED"
         )
-    console.print(asked)
+    console.print(targets)
     for note in outcome.notes:
         console.print(f"- {note}", markup=False, highlight=False)
 

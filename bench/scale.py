@@ -1,4 +1,7 @@
-"""Measures what many clients cost: rounds, idle time, wake-ups and memory, of virtual clients over real edges."""
+"""Cost of many clients: seconds of a round, idle processor share, wake-up latency (ms) and memory (MB) per client.
+
+Clients reply without training (`bench.echo_clients`); cloud and edges are real processes. ``python -m bench.scale``.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +20,7 @@ from typing import TYPE_CHECKING
 import psutil
 from flwr.app import Message, RecordDict
 
-from bench.numeric import WAKE
+from bench.echo_clients import WAKE
 from bench.report import Outcome, Row, Target, run
 from bench.stock import SuperLink, app_bundle, environment, running, serverapp_grid, superlink, wait_until
 from espalier.config.fields import FlatValue
@@ -38,7 +41,7 @@ MB = 1 << 20
 
 @dataclass(frozen=True)
 class Size:
-    """How much is measured: numbers of clients, edges, windows of a run, seconds of idleness, wake-ups."""
+    """The extent of a measurement: client counts, edges, windows of a run, idle seconds, wake-ups."""
 
     clients: tuple[int, ...]
     edges: int
@@ -67,13 +70,13 @@ class Tree:
         }
 
     def memory(self, tier: str) -> float:
-        """Return the memory that the processes of a tier hold for themselves (USS), bytes."""
+        """Return the unique memory (USS) of the processes of a tier, in bytes."""
         return float(sum(p.memory_full_info().uss for p in self.tiers[tier]))
 
 
 @dataclass(frozen=True)
 class Rounds:
-    """What windows of one round took, all but the first.
+    """Cost of windows of one round, without the first.
 
     Attributes
     ----------
@@ -94,10 +97,10 @@ class Rounds:
 
 
 @contextmanager
-def numeric(folder: Path, clients: int, edges: Sequence[str]) -> Iterator[psutil.Process]:
-    """Run `clients` numeric clients in one process; yield it once all are connected."""
+def echo_clients(folder: Path, clients: int, edges: Sequence[str]) -> Iterator[psutil.Process]:
+    """Run `clients` echo clients in one process; yield it once all are connected."""
     folder.mkdir(parents=True)
-    command = [sys.executable, "-m", "bench.numeric", str(folder), str(clients), *edges]
+    command = [sys.executable, "-m", "bench.echo_clients", str(folder), str(clients), *edges]
     with running(command, folder / "log", environment(folder, **espalier_env())) as process:
 
         def ready() -> bool:
@@ -111,7 +114,7 @@ def numeric(folder: Path, clients: int, edges: Sequence[str]) -> Iterator[psutil
 
 @contextmanager
 def edge_processes(folder: Path, cloud: str, count: int) -> Iterator[tuple[list[psutil.Process], list[str]]]:
-    """Run edges below a cloud; yield their processes and addresses."""
+    """Run edges connected to a cloud; yield their processes and addresses."""
     with ExitStack() as stack:
         files, processes = [], []
         for number in range(1, count + 1):
@@ -129,29 +132,29 @@ def edge_processes(folder: Path, cloud: str, count: int) -> Iterator[tuple[list[
 
 
 @contextmanager
-def tree(folder: Path, clients: int, edges: int, *, apart: bool = False) -> Iterator[Tree]:
-    """Run a stock SuperLink, edge processes and the clients; the cloud's ServerApp is this process.
+def tree(folder: Path, clients: int, edges: int, *, separate: bool = False) -> Iterator[Tree]:
+    """Run a stock SuperLink, edge processes and clients; this process is the cloud's ServerApp.
 
-    The clients share one process, or have one each if they are to be `apart`.
+    The clients share one process, or run in one process each with `separate`.
     """
     with ExitStack() as stack:
         link = stack.enter_context(superlink(folder / "link"))
         processes, addresses = stack.enter_context(edge_processes(folder, link.fleet, edges))
-        crowds = [(1, [addresses[n % edges]]) for n in range(clients)] if apart else [(clients, addresses)]
-        below = [
-            stack.enter_context(numeric(folder / f"c{number}", count, homes))
-            for number, (count, homes) in enumerate(crowds)
+        groups = [(1, [addresses[n % edges]]) for n in range(clients)] if separate else [(clients, addresses)]
+        members = [
+            stack.enter_context(echo_clients(folder / f"c{number}", count, edge_addresses))
+            for number, (count, edge_addresses) in enumerate(groups)
         ]
-        tiers = {"edges": processes, "clients": below, "link": [psutil.Process(link.pid)]}
+        tiers = {"edges": processes, "clients": members, "link": [psutil.Process(link.pid)]}
         yield Tree(folder, link, tiers | {"cloud": [psutil.Process()]})
 
 
 def idle(tree: Tree, seconds: float) -> dict[str, float]:
-    """Return the share of a core that each tier takes while nothing happens."""
+    """Return the processor time of each tier while idle, as a share of one core."""
     before, began = tree.cpu(), time.monotonic()
     time.sleep(seconds)
-    took = time.monotonic() - began
-    return {tier: (after - before[tier]) / took for tier, after in tree.cpu().items()}
+    elapsed = time.monotonic() - began
+    return {tier: (after - before[tier]) / elapsed for tier, after in tree.cpu().items()}
 
 
 def rounds(
@@ -159,7 +162,7 @@ def rounds(
 ) -> Rounds:
     """Run windows of one round."""
     ends: list[float] = []
-    spent: list[dict[str, float]] = []
+    cpu: list[dict[str, float]] = []
     config = RunConfig.from_flat(
         {**settings, "run-id": f"scale-{clients}", "rounds": windows, "rg": 1}
         | {"min-edges": edges, "min-clients": clients}
@@ -173,27 +176,27 @@ def rounds(
         def checkpoint(snapshot: Snapshot) -> None:
             write(snapshot)
             ends.append(time.perf_counter())
-            spent.append(tree.cpu())
+            cpu.append(tree.cpu())
 
         served.recorder.checkpoint = checkpoint  # type: ignore[method-assign]
         served.run()
-    took = [len(r.participants) for window in served.recorder.record.windows for r in window.rounds]
-    if set(took) != {clients}:
-        raise RuntimeError(f"not all clients took part: {took} of {clients}")
+    counts = [len(r.participants) for window in served.recorder.record.windows for r in window.rounds]
+    if set(counts) != {clients}:
+        raise RuntimeError(f"not all clients took part: {counts} of {clients}")
     seconds = [later - earlier for earlier, later in itertools.pairwise(ends)]
-    work = {tier: (spent[-1][tier] - spent[0][tier]) / len(seconds) for tier in spent[0]}
+    work = {tier: (cpu[-1][tier] - cpu[0][tier]) / len(seconds) for tier in cpu[0]}
     assert served.state is not None
     trained = [window.timings["train"] for window in served.recorder.record.windows[1:]]
     return Rounds(seconds, work, trained, served.state.weights.nbytes)
 
 
 def wake_ups(folder: Path, clients: int, count: int, pause: float) -> list[float]:
-    """Return the seconds from asking an idle client to its app's answer, of `count` clients one after another."""
+    """Return the latencies, in seconds, from a query to an idle client until its app is called, for `count` queries."""
     server = InlineFleet("127.0.0.1:0")
     server.start()
     found = []
     try:
-        with numeric(folder, clients, [f"127.0.0.1:{server.port}"]):
+        with echo_clients(folder, clients, [f"127.0.0.1:{server.port}"]):
             grid = server.open_run()
             nodes = [node.node_id for node in server.nodes()]
             for node in random.Random(0).choices(nodes, k=count):
@@ -209,7 +212,7 @@ def wake_ups(folder: Path, clients: int, count: int, pause: float) -> list[float
 
 
 def measure(tiny: bool) -> Outcome:
-    """Measure each number of clients, over fresh processes."""
+    """Measure each number of clients, with new processes for each."""
     size = TINY if tiny else WHOLE
     outcome = Outcome()
     for clients in size.clients:
@@ -222,13 +225,13 @@ def measure(tiny: bool) -> Outcome:
             per_edge = -(-clients // size.edges)
             waking = wake_ups(folder / "w", per_edge, size.wakes, 0.0 if tiny else 0.2)
         outcome.rows.append(row(clients, found.seconds, found.work, idling, memory, waking))
-    _judge(outcome, size)
+    _set_targets(outcome, size)
     outcome.notes = [
         f"{size.edges} edge processes, a stock SuperLink, the clients in one process, each at one edge; fedavg, rg=1",
-        "round_s: from one window's checkpoint to the next, the cloud's part included; cpu_ms are per client and round",
+        "round_s: from one window's checkpoint to the next, the cloud's part included; cpu_ms: per client and round",
         "idle_cores: processor share of all edges together, after all have joined and before the first message",
-        "wake_ms: from asking an idle client at an edge with its share of the clients until its app is called",
-        "MB: memory of their own (USS) before the first message, divided by the clients; imports included",
+        "wake_ms: from a query to an idle client until its app is called, at an edge with its share of the clients",
+        "MB: unique memory (USS) before the first message per client, including imports",
     ]
     outcome.plots["scale"] = lambda figure: _draw(figure, outcome.rows)
     return outcome
@@ -242,7 +245,7 @@ def row(
     memory: dict[str, float],
     waking: Sequence[float],
 ) -> Row:
-    """Return the row of a number of clients."""
+    """Return the row for a number of clients."""
     median = statistics.median(seconds)
     return {
         "clients": clients,
@@ -262,7 +265,7 @@ def row(
     }
 
 
-def _judge(outcome: Outcome, size: Size) -> None:
+def _set_targets(outcome: Outcome, size: Size) -> None:
     first, last = outcome.rows[0], outcome.rows[-1]
     outcome.targets = [
         Target.at_most(f"round of {first['clients']} clients, s", float(first["round_s"] or 0), 2.0),

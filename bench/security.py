@@ -1,7 +1,7 @@
-"""Measures what TLS and signatures cost an edge round: the same rounds plain, over TLS, and signed as well.
+"""Cost of TLS and signatures in a round at an edge, as a ratio of its seconds to those of a plain round.
 
-Once with clients that train a network of 9 MB for an epoch, as rounds are, and once with clients that do nothing but
-send 10 MB back, which leaves the links alone.
+Measured with clients that train a network of 9 MB for an epoch, and with clients that return 10 MB without training,
+so that the links dominate. ``python -m bench.security``.
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from bench.edge_rounds import Round, Trained, random_weights, setup, trained_network, unet_layout
 from bench.report import Outcome, Row, Target, run
-from bench.rounds import Round, Trained, random_weights, setup, trained_network, unet_layout
 
 if TYPE_CHECKING:
     from espalier.wire.payload import Weights
@@ -30,7 +30,7 @@ TRAINING, EXCHANGE = "an epoch of training", "nothing"
 
 @dataclass(frozen=True)
 class Case:
-    """What clients do in a round: train a network, or send back as many bytes; how many rounds of each setup."""
+    """What clients do in a round (train, or only return the payload), and the number of rounds per setup."""
 
     does: str
     weights: Callable[[int], Weights]
@@ -40,7 +40,7 @@ class Case:
 
 
 def cases(tiny: bool) -> list[Case]:
-    """Return the two cases; mobilenet-v2 is the network of a preset that is nearest to 10 MB."""
+    """Return the two cases; mobilenet-v2 is the preset whose network is closest to 10 MB."""
     layout = unet_layout(SMALL if tiny else BIG)
     network = (
         trained_network("cnn", **{"local-steps": 1})
@@ -53,7 +53,7 @@ def cases(tiny: bool) -> list[Case]:
 
 
 def measure(tiny: bool) -> Outcome:
-    """Time rounds of the setups in turn, so that whatever else the machine does falls on all of them."""
+    """Time rounds of the setups alternately, so that other load on the machine affects all of them."""
     outcome = Outcome()
     for case in cases(tiny):
         rows = compare(timed(case), case)
@@ -62,7 +62,7 @@ def measure(tiny: bool) -> Outcome:
         outcome.targets.append(Target.at_most(name, float(rows[-1]["plain_x"] or 0), 1.1))
     outcome.notes = [
         "paired_x is the median over rounds of the ratio to the plain round of the same turn",
-        "cpu_s is the processor time of a round, server and clients together: it hangs less on what else runs",
+        "cpu_s is the processor time of a round, server and clients together; other load affects it less than seconds",
     ]
     return outcome
 
@@ -84,15 +84,15 @@ def timed(case: Case) -> dict[str, list[Round]]:
             for i, kind in enumerate(rounds)
         }
         for number in range(case.warm + case.count):
-            for turn, (kind, one) in enumerate(setups.items()):
-                took = one.round(number, case.weights(number * len(setups) + turn))
+            for turn, (kind, edge) in enumerate(setups.items()):
+                measured = edge.round(number, case.weights(number * len(setups) + turn))
                 if number >= case.warm:
-                    rounds[kind].append(took)
+                    rounds[kind].append(measured)
     return rounds
 
 
 def compare(rounds: dict[str, list[Round]], case: Case) -> list[Row]:
-    """Return a row a setup, with its ratios to the plain one."""
+    """Return a row per setup, with its ratios to the plain setup."""
     plain = [one.seconds for one in rounds[PLAIN]]
     work = {kind: sum(one.server + one.clients for one in found) for kind, found in rounds.items()}
     rows: list[Row] = []

@@ -1,4 +1,4 @@
-"""A resident node that answers as a client does, without the training or with it: `python -m bench.signing_client`."""
+"""A resident node that replies like a client, with or without training: ``python -m bench.signing_client``."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from espalier_proto import espalier_pb2 as pb
 
 
 def answer(message: Message, context: Context) -> Message:
-    """Report as a client would after no training at all; signed, where the node config names a key."""
+    """Reply with changed weights and no training; signed if the node config names a key."""
     plan = control.decode(pb.RoundPlan, control.plan_bytes(message), "edge")
     report = pb.ClientReport(
         schema=control.SCHEMA,
@@ -28,7 +28,7 @@ def answer(message: Message, context: Context) -> Message:
         samples=1,
     )
     received = control.read_payload(message, control.plan_sections(plan, "edge"), "edge")
-    # Other numbers than were sent, and than other clients send: objects that the server has are not sent again.
+    # Values that differ between clients and from those received: Flower does not send objects that a server has.
     own = 1 + context.node_id % 4096 / 4096
     sent = {
         s: {n: a + a.dtype.type(own) for n, a in arrays.items()} for s, arrays in received.views().items()
@@ -41,7 +41,7 @@ def answer(message: Message, context: Context) -> Message:
 
 
 def train(message: Message, context: Context) -> Message:
-    """Answer with Espalier's own app: train on the digits, and sign, as a client does that has the plan's name."""
+    """Reply with Espalier's ClientApp: train on the digits, under the name that the plan uses."""
     from espalier_client.app import app
 
     name = f"client-{context.node_id}"
@@ -64,7 +64,7 @@ def main() -> None:
     if arguments.train:
         import torch
 
-        torch.set_num_threads(1)  # as a demonstration's clients on a machine of two cores
+        torch.set_num_threads(1)  # as the clients of `espalier demo` on a machine with two cores
     node = ResidentNode(train if arguments.train else answer, [upstream], arguments.state, node_config=config)
     signal.signal(signal.SIGTERM, lambda *_: node.stop())
     node.run()

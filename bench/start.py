@@ -1,4 +1,7 @@
-"""Measures starts: the demonstration until its first training step, a client until it is connected."""
+"""Start-up times in seconds: `espalier demo` to its first training step, `espalier client` to its connection.
+
+Also the import time of each tier's service, against importing torch alone. ``python -m bench.start``.
+"""
 
 from __future__ import annotations
 
@@ -19,7 +22,7 @@ from bench.stock import environment, running, wait_until
 from espalier_edge.fleet.server import InlineFleet
 from espalier_server.processes import espalier_command, espalier_env
 
-ABOUT = "Seconds from a command to what it is for"
+ABOUT = "Start-up times: seconds from a command to its first useful step"
 LIMIT_SECONDS = 300.0
 TRAINED = re.compile(r"round 1: trained (\d+\.\d) s")
 TIERS = {
@@ -30,7 +33,7 @@ TIERS = {
 
 
 def imports(module: str) -> float:
-    """Return the seconds of a process that imports a module and ends."""
+    """Return the seconds of a process that only imports a module."""
     began = time.perf_counter()
     env = {**os.environ, **espalier_env()}
     subprocess.run([sys.executable, "-c", f"import {module}"], check=True, env=env)
@@ -38,7 +41,7 @@ def imports(module: str) -> float:
 
 
 def client(folder: Path) -> tuple[float, float]:
-    """Return wall and processor seconds from `espalier client` until its edge counts it as connected."""
+    """Return wall and processor seconds from `espalier client` until its edge lists it as connected."""
     server = InlineFleet("127.0.0.1:0")
     server.start()
     try:
@@ -47,16 +50,16 @@ def client(folder: Path) -> tuple[float, float]:
         began = time.perf_counter()
         with running(command, folder / "log", environment(folder, **espalier_env())) as process:
             wait_until(server.nodes, LIMIT_SECONDS, "the client")
-            took = time.perf_counter() - began
-            return took, _processor_seconds(psutil.Process(process.pid))
+            seconds = time.perf_counter() - began
+            return seconds, _processor_seconds(psutil.Process(process.pid))
     finally:
         server.stop(0.2)
 
 
 def demo(folder: Path, clients: int) -> tuple[float, float]:
-    """Return wall seconds from `espalier demo` to its first training step, and processor seconds by then.
+    """Return wall and processor seconds from `espalier demo` to its first training step.
 
-    A client logs the end of its first training and how long that took, to a tenth of a second.
+    Clients log the end of their first training and its duration, in tenths of a second.
     """
     out = folder / "run"
     command = espalier_command("demo", "--clients", str(clients), "--out", str(out), "-c", "rounds=1")
@@ -64,7 +67,7 @@ def demo(folder: Path, clients: int) -> tuple[float, float]:
     env = {**os.environ, **espalier_env(), "XDG_STATE_HOME": str(folder)}
     began = time.perf_counter()
     first: list[float] = []
-    spent = [0.0]
+    cpu = [0.0]
     with running(command, folder / "log", env) as process:
         tree = psutil.Process(process.pid)
 
@@ -73,16 +76,16 @@ def demo(folder: Path, clients: int) -> tuple[float, float]:
                 raise RuntimeError(f"the demonstration ended: {(folder / 'log').read_text()[-800:]}")
             for log in (out / "processes").glob("client-*.log"):
                 if found := TRAINED.search(log.read_text(encoding="utf-8", errors="replace")):
-                    spent[0] = _processor_seconds(tree)
+                    cpu[0] = _processor_seconds(tree)
                     first.append(time.perf_counter() - began - float(found[1]))
             return bool(first)
 
         wait_until(trained, LIMIT_SECONDS, "the first training")
-    return min(first), spent[0]
+    return min(first), cpu[0]
 
 
 def _processor_seconds(tree: psutil.Process) -> float:
-    """Return what a process and all below it spent, those that have ended included."""
+    """Return the processor seconds of a process tree, including children that have ended."""
     total = 0.0
     for process in (tree, *tree.children(recursive=True)):
         times = process.cpu_times()
@@ -91,7 +94,7 @@ def _processor_seconds(tree: psutil.Process) -> float:
 
 
 def measure(tiny: bool) -> Outcome:
-    """Time each start several times; the first client, which fills the caches of files, does not count."""
+    """Time each start several times; the first client, which fills the file cache, is not counted."""
     outcome = Outcome()
     times = 1 if tiny else 3
     for name, module in list(TIERS.items())[: 1 if tiny else None]:
@@ -115,7 +118,7 @@ def measure(tiny: bool) -> Outcome:
             stepped = statistics.median(wall for wall, _ in demos)
             outcome.targets.append(Target.at_most("espalier demo to first training step, s", stepped, 25.0))
     outcome.notes = [
-        "cpu_s: processor time of the processes by then; of the demonstration, by the end of its first training",
+        "cpu_s: processor time of the processes until then; for the demonstration, until its first training ended",
     ]
     return outcome
 

@@ -1,4 +1,4 @@
-"""Starts Flower's own processes on free ports, for what is measured or tested against them."""
+"""Runs stock SuperLinks, SuperNodes and other processes on free ports, for benches and tests."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import subprocess
 import sys
 import urllib.error
 import urllib.request
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -67,14 +67,14 @@ def main(grid, context):
 """
 
 
-#: Below Linux's ephemeral ports (32768 and up), so that no other socket is given one between choice and use.
+#: Below Linux's ephemeral ports (32768 and up), so that no other socket is assigned one between choice and use.
 PORTS = range(20_000, 32_000)
 #: Processes of one pytest-xdist run choose from disjoint parts of `PORTS`.
 _PARTS = 16
 
 
 def _candidates() -> Iterator[int]:
-    """Yield this process's ports again and again, from a random one on."""
+    """Yield this process's ports cyclically, starting at a random one."""
     part = int(os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw")) % _PARTS
     size = len(PORTS) // _PARTS
     own = PORTS[part * size : (part + 1) * size]
@@ -86,7 +86,7 @@ _ports = _candidates()
 
 
 def free_port() -> int:
-    """Return a TCP port of the loopback interface that nothing listens on and no earlier call returned lately."""
+    """Return a free TCP port of the loopback interface that recent calls did not return."""
     for port in _ports:
         with socket.socket() as probe, suppress(OSError):
             probe.bind(("127.0.0.1", port))
@@ -95,30 +95,24 @@ def free_port() -> int:
 
 
 def stop_process(process: subprocess.Popen[bytes], patience: float = 3.0) -> None:
-    """End a process and everything that it started, by their ids."""
+    """Terminate a process and its descendants; kill those that are alive after `patience` seconds."""
     try:
-        family = [*psutil.Process(process.pid).children(recursive=True), psutil.Process(process.pid)]
+        tree = [*psutil.Process(process.pid).children(recursive=True), psutil.Process(process.pid)]
     except psutil.NoSuchProcess:
-        family = []
-    for one in family:
-        with_suppressed(one.terminate)
-    _, alive = psutil.wait_procs(family, timeout=patience)
-    for one in alive:
-        with_suppressed(one.kill)
+        tree = []
+    for member in tree:
+        with suppress(psutil.NoSuchProcess):
+            member.terminate()
+    _, alive = psutil.wait_procs(tree, timeout=patience)
+    for member in alive:
+        with suppress(psutil.NoSuchProcess):
+            member.kill()
     psutil.wait_procs(alive, timeout=patience)
     process.wait(patience)
 
 
-def with_suppressed(action: Callable[[], object]) -> None:
-    """Do something to a process that may have ended."""
-    try:
-        action()
-    except psutil.NoSuchProcess:
-        return
-
-
 def environment(home: Path, **more: str) -> dict[str, str]:
-    """Return the environment of a Flower process with its own FLWR_HOME, our interpreter first in PATH."""
+    """Return the environment of a Flower process with its own FLWR_HOME and this interpreter first in PATH."""
     bin_folder = str(Path(sys.executable).parent)
     return {
         **os.environ,
@@ -135,7 +129,7 @@ def environment(home: Path, **more: str) -> dict[str, str]:
 def running(
     command: Sequence[str], log: Path, env: Mapping[str, str] | None = None
 ) -> Iterator[subprocess.Popen[bytes]]:
-    """Run a command with its output in `log`; end it and its children on the way out."""
+    """Run a command with its output in `log`; stop it and its children on exit."""
     with log.open("ab") as out:
         process = subprocess.Popen(list(command), stdout=out, stderr=subprocess.STDOUT, env=env)
     try:
@@ -146,7 +140,7 @@ def running(
 
 @dataclass(frozen=True)
 class SuperLink:
-    """A stock SuperLink that is up."""
+    """A stock SuperLink that serves."""
 
     fleet: str
     api: str
@@ -165,7 +159,7 @@ def superlink(
     folder : Path
         For its FLWR_HOME and log.
     isolation : str
-        "process" starts nothing else (see :func:`serverapp_grid`); "subprocess" lets it start ServerApps.
+        "process" starts no other process (see :func:`serverapp_grid`); "subprocess" lets it start ServerApps.
     fleet_port : int, optional
         Port of its Fleet API.
     more : sequence of str
@@ -206,7 +200,7 @@ def supernode(folder: Path, fleet: str, *more: str) -> Iterator[subprocess.Popen
 
 
 def app_bundle(client: str, server: str = SERVER, config: str = "") -> Fab:
-    """Build the bundle of a tiny Flower app from the source of its two modules and its default configuration."""
+    """Build the bundle of a small Flower app from the source of its two modules and its default configuration."""
     files: dict[str, bytes | Path] = {
         "pyproject.toml": (APP_TOML + config).encode(),
         "LICENSE": b"MIT",
@@ -222,7 +216,7 @@ def app_bundle(client: str, server: str = SERVER, config: str = "") -> Fab:
 def serverapp_grid(
     link: SuperLink, fab: Fab, run_config: Mapping[str, bool | int | float | str] | None = None
 ) -> Iterator[HttpGrid]:
-    """Start a run at a stock SuperLink (isolation "process") and be its ServerApp: yield its Grid."""
+    """Start a run at a stock SuperLink (isolation "process"), claim its ServerApp task, and yield its Grid."""
     version = RuntimeVersionHttpInterceptor(component_name="flwr-serverapp")
     control = ControlHttpClient.from_server_address(link.api, True, None, [version])
     request = StartRunRequest(
@@ -236,11 +230,11 @@ def serverapp_grid(
     grid = HttpGrid(link.api, insecure=True, token=claimed.token)
     token = RuntimeTokenHttpInterceptor(token=claimed.token)
     client = RuntimeHttpClient.from_server_address(link.api, True, None, [version, token])
-    given = client.PullTaskInput(PullTaskInputRequest())
-    run = run_from_proto(given.run)
+    task = client.PullTaskInput(PullTaskInputRequest())
+    run = run_from_proto(task.run)
     grid.set_run(run)
     TaskIdentity.task_id, TaskIdentity.run_id, TaskIdentity.node_id = (
-        given.task_id,
+        task.task_id,
         run.run_id,
         SUPERLINK_NODE_ID,
     )
@@ -257,6 +251,6 @@ def serverapp_grid(
     finally:
         ended.set()
         thread.join(5)
-        # As flwr-serverapp does: otherwise the run counts as running until its lease is over.
+        # As flwr-serverapp does: otherwise the run counts as running until its lease expires.
         client.PushTaskOutput(PushTaskOutputRequest(sub_status=SubStatus.COMPLETED, details=""))
         grid.close()

@@ -1,6 +1,6 @@
-"""The limit of what a link can do: the same bytes over a plain gRPC stream, down to each client and up again.
+"""A lower bound for rounds: the same bytes over a plain gRPC stream, down to each client and up again.
 
-`python -m bench.stream HOST:PORT BYTES [ROOT_CERTIFICATES]` is a client; :func:`streamed` runs the server and clients.
+``python -m bench.stream HOST:PORT BYTES [ROOT_CERTIFICATES]`` is a client; :func:`streamed` runs server and clients.
 """
 
 from __future__ import annotations
@@ -16,21 +16,21 @@ from typing import Any
 
 import grpc
 
-from bench.rounds import ROOT, certificate
+from bench.edge_rounds import ROOT, certificate
 from bench.stock import environment, running
 
-PIECE = 1 << 20
+CHUNK = 1 << 20  # bytes of a message
 METHOD = "/bench.Stream/Exchange"
 
 
-def pieces(data: bytes) -> Iterator[bytes]:
-    """Yield the messages that `data` is sent in."""
-    for start in range(0, len(data), PIECE):
-        yield data[start : start + PIECE]
+def chunks(data: bytes) -> Iterator[bytes]:
+    """Yield `data` in messages of `CHUNK` bytes."""
+    for start in range(0, len(data), CHUNK):
+        yield data[start : start + CHUNK]
 
 
 class _Rounds:
-    """A server that begins each round when all clients are there, and times it."""
+    """A server that starts each round once all clients are connected, and times it."""
 
     def __init__(self, clients: int, data: bytes, rounds: int) -> None:
         self._data = data
@@ -50,11 +50,11 @@ class _Rounds:
             self.done.set()
 
     def exchange(self, requests: Iterator[bytes], context: Any) -> Iterator[bytes]:
-        """Send the data, take as many bytes back, and so on."""
+        """Send the data and receive as many bytes, once per round."""
         del context
         for _ in range(self._rounds):
             self._start.wait()
-            yield from pieces(self._data)
+            yield from chunks(self._data)
             left = len(self._data)
             while left > 0:
                 left -= len(next(requests))
@@ -62,7 +62,7 @@ class _Rounds:
 
 
 def streamed(folder: Path, clients: int, size: int, rounds: int, *, tls: bool) -> list[float]:
-    """Time rounds: `size` bytes down to each client, then up again; seconds."""
+    """Return the seconds of rounds that send `size` bytes to each client and receive them back."""
     folder.mkdir(parents=True)
     served = _Rounds(clients, bytes(size), 1 + rounds)
     handler = grpc.method_handlers_generic_handler(
@@ -70,30 +70,30 @@ def streamed(folder: Path, clients: int, size: int, rounds: int, *, tls: bool) -
     )
     server = grpc.server(ThreadPoolExecutor(2 * clients))
     server.add_generic_rpc_handlers((handler,))
-    more = []
+    options = []
     if tls:
         pair = certificate()
         (folder / "root.pem").write_bytes(pair[0])
-        more = [str(folder / "root.pem")]
+        options = [str(folder / "root.pem")]
         port = server.add_secure_port("127.0.0.1:0", grpc.ssl_server_credentials(((pair[1], pair[0]),)))
     else:
         port = server.add_insecure_port("127.0.0.1:0")
     server.start()
     try:
         with ExitStack() as stack:
-            command = [sys.executable, "-m", "bench.stream", f"127.0.0.1:{port}", str(size), *more]
+            command = [sys.executable, "-m", "bench.stream", f"127.0.0.1:{port}", str(size), *options]
             for number in range(clients):
                 log, env = folder / f"client{number}.log", environment(folder, PYTHONPATH=str(ROOT))
                 stack.enter_context(running(command, log, env))
             if not served.done.wait(300):
-                raise RuntimeError("the streams did not come to an end")
+                raise RuntimeError("the streams did not end within 300 s")
     finally:
         server.stop(0)
     return served.seconds[1:]
 
 
 def main() -> None:
-    """Be a client: take all, send as much, until the server ends the call."""
+    """Run a client: receive a payload and send one, until the server ends the call."""
     address, size = sys.argv[1], int(sys.argv[2])
     if len(sys.argv) > 3:
         credentials = grpc.ssl_channel_credentials(Path(sys.argv[3]).read_bytes())
@@ -101,19 +101,19 @@ def main() -> None:
     else:
         channel = grpc.insecure_channel(address)
     data = bytes(size)
-    came = threading.Semaphore(0)
+    received = threading.Semaphore(0)
 
     def replies() -> Iterator[bytes]:
         while True:
-            came.acquire()
-            yield from pieces(data)
+            received.acquire()
+            yield from chunks(data)
 
     left = size
-    for piece in channel.stream_stream(METHOD)(replies()):
-        left -= len(piece)
+    for chunk in channel.stream_stream(METHOD)(replies()):
+        left -= len(chunk)
         if left == 0:
             left = size
-            came.release()
+            received.release()
 
 
 if __name__ == "__main__":

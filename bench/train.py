@@ -1,12 +1,12 @@
-"""A client's local training against the loop that a person would write, and a pruned network against the dense one.
+"""Images per second of a client's local training, against a plain PyTorch loop; pruned against dense networks.
 
-All sides train the same network on as many images with the same optimiser, turn about in one process, in an order
-that is reversed from turn to turn. A ratio is the median over the turns of that within a turn: what slows a
-machine down for a minute slows both sides of it.
+All contestants train the same network on as many images with the same optimiser, alternately in one process, in an
+order that is reversed from turn to turn. A ratio is the median over turns of the ratio within a turn, so that load
+that lasts longer than a turn affects both. ``python -m bench.train``.
 
-With ``--variants`` our client also trains the network with its weights in channels_last order, compiled by
-torch.compile, and (U-Nets) with diffusers' own attention: what each gains, and after how many steps compiling has
-paid.
+With ``--variants`` the client also trains the network in channels_last memory format, compiled with torch.compile,
+and (U-Nets) with diffusers' own attention; the table then shows the speed-up of each, and after how many steps the
+time for compilation is regained.
 """
 
 from __future__ import annotations
@@ -29,18 +29,18 @@ if TYPE_CHECKING:
     from espalier.data.imageset import ImageSet
     from espalier.methods.run_config import RunConfig
 
-ABOUT = "Images a second of a client's local training, against a plain PyTorch loop, dense and pruned"
+ABOUT = "Images per second of a client's local training, against a plain PyTorch loop, dense and pruned"
 RATIO = 0.2
 _VARIANTS = (CHANNELS_LAST, COMPILED, PLAIN_ATTENTION) = ("channels_last", "compiled", "diffusers_attention")
 
 
 @dataclass(frozen=True)
 class Case:
-    """A network to train, how often all sides are built anew, and for how many turns and steps.
+    """A network to train, the number of starts (fresh copies of all contestants), and of turns and steps per start.
 
-    Where a network comes to lie in memory makes it up to a tenth faster or slower than its copy, for as long as
-    it lies there; so a case has several starts. An even number of turns has each order equally often. `threads` of
-    torch; 0 is its own choice.
+    The placement of a network in memory makes it up to a tenth faster or slower than its copy, so a case has several
+    starts. With an even number of turns, both orders occur equally often. `threads` is torch's number of threads; 0
+    leaves its default.
     """
 
     model: str
@@ -62,7 +62,7 @@ class Case:
 
 CASES = {
     "cpu": [
-        # The demonstration's four clients have a thread each on a machine of up to seven cores.
+        # The demonstration's four clients have one thread each on machines of up to seven cores.
         Case("unet-tiny", (1, 8, 8), 32, 12, 8, starts=4, threads=1),
         Case("unet-tiny", (1, 8, 8), 32, 12, 8, starts=4),
         Case("unet-small", (1, 28, 28), 16, 4, 4, starts=5),
@@ -80,7 +80,7 @@ TINY = [Case("unet-tiny", (1, 8, 8), 8, 2, 1, starts=2)]
 
 @dataclass(frozen=True)
 class Seconds:
-    """Wall and processor seconds of every turn of every side, and the wall seconds of a compiled network's first."""
+    """Wall and processor seconds of every turn by contestant, and the seconds of a compiled network's first turn."""
 
     wall: Mapping[str, Sequence[float]]
     processor: Mapping[str, Sequence[float]]
@@ -88,13 +88,13 @@ class Seconds:
 
 
 def measure(cases: Sequence[Case], device: str, *, variants: bool = False) -> Outcome:
-    """Train every case on a device, ours and plain, dense and (U-Nets) pruned, and in variants if asked for."""
+    """Train every case on a device: client and plain loop, dense and (U-Nets) pruned, and `variants` if True."""
     outcome = Outcome()
     for case in cases:
         with torch_threads(case.threads):
-            took = _seconds(case, device, variants)
-        wall = took.wall
-        rates = {n: case.batch * case.steps / statistics.median(taken) for n, taken in wall.items()}
+            seconds = _seconds(case, device, variants)
+        wall = seconds.wall
+        rates = {n: case.batch * case.steps / statistics.median(turns) for n, turns in wall.items()}
         loop = over(wall["client"], wall["loop"])
         row: dict[str, Any] = {
             "network": case.label,
@@ -102,7 +102,7 @@ def measure(cases: Sequence[Case], device: str, *, variants: bool = False) -> Ou
             "client_images_s": rates["client"],
             "loop_images_s": rates["loop"],
             "client_over_loop": loop,
-            "same_by_cpu_s": over(took.processor["client"], took.processor["loop"]),
+            "same_by_cpu_s": over(seconds.processor["client"], seconds.processor["loop"]),
         }
         outcome.targets.append(Target.at_least(f"{case.label}: client over plain loop", loop, 0.97))
         if "pruned" in wall:
@@ -112,26 +112,27 @@ def measure(cases: Sequence[Case], device: str, *, variants: bool = False) -> Ou
                 Target.at_least(f"{case.label}: pruned at {RATIO} over dense", pruned, 1.4)
             )
         row |= {f"{name}_over_client": over(wall[name], wall["client"]) for name in wall if name in _VARIANTS}
-        if took.first is not None:
-            row |= compiling(case, took)
+        if seconds.first is not None:
+            row |= compiling(case, seconds)
         outcome.rows.append(row)
     outcome.notes.append(
-        "one turn of each after the other, the order reversed from turn to turn; ratios are medians of those "
-        "within a turn; pruned: our client on both sides"
+        "contestants take turns, in an order that is reversed from turn to turn; ratios are medians over turns of the "
+        "ratio within a turn; pruned_over_dense: both trained by our client"
     )
     return outcome
 
 
-def compiling(case: Case, took: Seconds) -> dict[str, float | None]:
-    """Return what compiling takes, and after how many steps it has paid (None: never)."""
-    usual, compiled = (statistics.median(took.wall[name]) for name in ("client", COMPILED))
-    spent, saved = (took.first or 0.0) - compiled, (usual - compiled) / case.steps
-    return {"compile_s": spent, "compile_pays_after_steps": spent / saved if saved > 0 else None}
+def compiling(case: Case, seconds: Seconds) -> dict[str, float | None]:
+    """Return the seconds of compilation, and the steps after which they are regained (None: never)."""
+    usual, compiled = (statistics.median(seconds.wall[name]) for name in ("client", COMPILED))
+    compilation, saved = (seconds.first or 0.0) - compiled, (usual - compiled) / case.steps
+
+    return {"compile_s": compilation, "compile_pays_after_steps": compilation / saved if saved > 0 else None}
 
 
 @contextlib.contextmanager
 def torch_threads(count: int) -> Iterator[None]:
-    """Let torch compute with so many threads (0: as it does) and give it back its own."""
+    """Set torch's number of threads (0: unchanged) and restore it on exit."""
     import torch
 
     own = torch.get_num_threads()
@@ -143,28 +144,28 @@ def torch_threads(count: int) -> Iterator[None]:
 
 
 def over(seconds: Sequence[float], others: Sequence[float]) -> float:
-    """Return how much faster one side is than another: the median over the turns of that within a turn."""
+    """Return the speed-up of one contestant over another: the median over turns of the ratio of their seconds."""
     return statistics.median(other / own for own, other in zip(seconds, others, strict=True))
 
 
 def take_turns(
     turns: Mapping[str, Callable[[int], None]], count: int, ready: Callable[[], None] = lambda: None
 ) -> tuple[dict[str, list[float]], dict[str, list[float]]]:
-    """Let all sides take one turn after the other, `count` times, each time in the reverse of the last order.
+    """Let all contestants take `count` turns each, in an order that is reversed from turn to turn.
 
     Parameters
     ----------
     turns : mapping of str to callable
-        Each side's turn; it gets the turn's number.
+        Each contestant's turn; the argument is the turn's index.
     count : int
-        Turns that count; one before them warms up.
+        Number of turns that are measured, after one that warms up.
     ready : callable
-        Waits for what is still under way on a device.
+        Waits until pending work on the device is done.
 
     Returns
     -------
     tuple of dict of str to list of float
-        Wall and processor seconds of every side's turns.
+        Wall and processor seconds of every contestant's turns.
     """
     wall: dict[str, list[float]] = {name: [] for name in turns}
     processor: dict[str, list[float]] = {name: [] for name in turns}
@@ -183,26 +184,26 @@ def take_turns(
 
 
 def _seconds(case: Case, device: str, variants: bool) -> Seconds:
-    """Train a case in every way, from every start."""
+    """Measure all contestants of a case over all starts."""
     wall: dict[str, list[float]] = {}
     processor: dict[str, list[float]] = {}
     first = None
     for _ in range(1 if variants else case.starts):
-        turns = sides(case, device, variants)
+        turns = contestants(case, device, variants)
         if variants:
             began = time.perf_counter()
             turns[COMPILED](0)
             first = time.perf_counter() - began
-        for total, taken in zip(
+        for total, measured in zip(
             (wall, processor), take_turns(turns, case.turns, lambda: _wait(device)), strict=True
         ):
-            for name, seconds in taken.items():
+            for name, seconds in measured.items():
                 total.setdefault(name, []).extend(seconds)
     return Seconds(wall, processor, first)
 
 
-def sides(case: Case, device: str, variants: bool) -> dict[str, Callable[[int], None]]:
-    """Build every side's network and return what trains it for a turn."""
+def contestants(case: Case, device: str, variants: bool) -> dict[str, Callable[[int], None]]:
+    """Build every contestant's network; return functions that train it for a turn, by name."""
     import torch
 
     from espalier.methods.run_config import RunConfig
@@ -234,7 +235,7 @@ def sides(case: Case, device: str, variants: bool) -> dict[str, Callable[[int], 
 
 
 class Client:
-    """Training as a client does it, its state kept from round to round; reading and writing files is left out."""
+    """A client's local training, with its state carried from round to round, but no state files."""
 
     def __init__(self, network: nn.Module, data: ImageSet, settings: RunConfig, device: str) -> None:
         self._network, self._data, self._settings, self._device = network, data, settings, device
@@ -252,7 +253,7 @@ class Client:
 
 
 class PlainLoop:
-    """The loop a person would write for the same loss: data and optimiser stay where they are."""
+    """A plain PyTorch loop for the same loss, with data and optimiser persistent on the device."""
 
     def __init__(
         self, network: nn.Module, objective: Any, data: ImageSet, settings: RunConfig, device: torch.device
@@ -274,7 +275,7 @@ class PlainLoop:
             self._optimizer = torch.optim.SGD(parameters, lr=RATES["sgd"])
 
     def turn(self, number: int) -> None:
-        """Train as many steps as a round has."""
+        """Train the steps of one round."""
         import torch
         from torch import nn
 
@@ -298,7 +299,7 @@ class PlainLoop:
 
 
 def _images(case: Case) -> ImageSet:
-    """Make up as many images as a turn takes."""
+    """Return random images, as many as a turn uses."""
     import numpy as np
     import torch
 
@@ -307,7 +308,7 @@ def _images(case: Case) -> ImageSet:
     draw = np.random.default_rng(0)
     count = case.batch * case.steps
     pixels = torch.from_numpy(draw.integers(0, 256, (count, *case.shape), dtype=np.uint8))
-    return TensorImages(pixels, draw.integers(0, 10, count), tuple(str(i) for i in range(10)), "made up")
+    return TensorImages(pixels, draw.integers(0, 10, count), tuple(str(i) for i in range(10)), "random")
 
 
 def _wait(device: str) -> None:
@@ -318,18 +319,20 @@ def _wait(device: str) -> None:
 
 
 def main() -> int:
-    """Run as a command."""
-    made = parser("train", ABOUT)
-    made.add_argument("--device", default="cpu", help="cpu or cuda")
-    made.add_argument("--threads", type=int, default=0, help="threads of torch on a CPU; 0: its own choice")
-    made.add_argument("--model", help="only the cases of this network")
-    made.add_argument(
-        "--variants", action="store_true", help="also channels_last, torch.compile, diffusers' attention"
+    """Run the command."""
+    options = parser("train", ABOUT)
+    options.add_argument("--device", default="cpu", help="cpu or cuda")
+    options.add_argument("--threads", type=int, default=0, help="torch's threads on a CPU; 0: its default")
+    options.add_argument("--model", help="run only the cases of this network")
+    options.add_argument(
+        "--variants",
+        action="store_true",
+        help="also measure channels_last, torch.compile and diffusers' attention",
     )
-    arguments = made.parse_args()
+    arguments = options.parse_args()
     cases = TINY if arguments.tiny else CASES[arguments.device.partition(":")[0]]
     if arguments.model and not (cases := [case for case in cases if case.model == arguments.model]):
-        made.error(f"there is no case of {arguments.model}")
+        options.error(f"there is no case of {arguments.model}")
     with torch_threads(arguments.threads):
         outcome = measure(cases, arguments.device, variants=arguments.variants)
     return show("train", ABOUT, outcome, arguments)

@@ -1,4 +1,4 @@
-"""Waiting for something to come about; in a module of its own, so that a measured process loads nothing else for it."""
+"""Waits for a condition; a module of its own, so that a measured process imports nothing else for it."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ def wait_until(condition: Callable[[], object], timeout: float, what: str = "it"
     Raises
     ------
     TimeoutError
-        Naming `what`, after `timeout` seconds.
+        The condition does not hold after `timeout` seconds; the message names `what`.
     """
     end = time.monotonic() + timeout
     while not condition():
         if time.monotonic() > end:
-            raise TimeoutError(f"{what} did not come about within {timeout:g} s")
+            raise TimeoutError(f"{what}: not ready after {timeout:g} s")
         time.sleep(0.02)

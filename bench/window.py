@@ -1,4 +1,7 @@
-"""How much of a window is training: its processor time against that of all processes of a tree."""
+"""Share of training in a window: processor seconds of training against those of all processes of a tree.
+
+Measured with `espalier demo`: FedPhD on digits, two edges, four clients each. ``python -m bench.window``.
+"""
 
 from __future__ import annotations
 
@@ -24,7 +27,7 @@ if TYPE_CHECKING:
 
 ABOUT = "Share of training in the processor time of windows: FedPhD on digits, 2 edges, 4 clients each"
 CLIENTS = 8
-#: Evaluations are no part of a window; of the last window only what is before its end counts.
+#: Evaluation is not part of a window; measuring stops at the end of the last window.
 SETTINGS = ["rounds=30", "rg=5", "eval-every=1000", "eval-samples=16", "sample-steps=1"]
 TINY = ["rounds=2", "rg=1", "prune-at=1", "local-steps=2", *SETTINGS[2:]]
 LIMIT_SECONDS = 900.0
@@ -32,8 +35,8 @@ TRAINING = "training"
 
 
 @dataclass
-class Spent:
-    """Processor seconds of all processes by tier since their start, when a window ended; those of training in it."""
+class WindowEnd:
+    """Processor seconds by tier since the start, at the end of a window, and those of training in the window."""
 
     window: int
     at: float
@@ -42,13 +45,13 @@ class Spent:
 
 
 def measure(tiny: bool) -> Outcome:
-    """Run `espalier demo`, and look at its processes whenever a window has ended."""
+    """Run `espalier demo` and sample its processes at the end of each window."""
     ends = watch(TINY if tiny else SETTINGS, 2 if tiny else CLIENTS)
     first, last = ends[0], ends[-1]
-    spent = {tier: seconds - first.by_tier.get(tier, 0.0) for tier, seconds in last.by_tier.items()}
+    cpu_seconds = {tier: seconds - first.by_tier.get(tier, 0.0) for tier, seconds in last.by_tier.items()}
     training = sum(end.training for end in ends[1:])
-    whole = sum(spent.values())
-    parts = {TRAINING: training, **spent, "clients": spent["clients"] - training}
+    whole = sum(cpu_seconds.values())
+    parts = {TRAINING: training, **cpu_seconds, "clients": cpu_seconds["clients"] - training}
     outcome = Outcome()
     outcome.rows = [
         {"part": part, "cpu_s": seconds, "share": seconds / whole} for part, seconds in parts.items()
@@ -56,34 +59,34 @@ def measure(tiny: bool) -> Outcome:
     outcome.rows.append({"part": "all", "cpu_s": whole, "share": 1.0, "wall_s": last.at - first.at})
     outcome.targets = [Target.at_least("training's share of all processor time", training / whole, 0.85)]
     outcome.notes = [
-        f"From the end of window {first.window} to that of window {last.window}, with what is between two windows; "
-        "evaluations left out. clients: what their processes did beside training. demo: the command that "
-        "starts the tree and shows the run.",
+        f"From the end of window {first.window} to the end of window {last.window}, including the time between "
+        "windows, without evaluation. clients: work of their processes other than training. demo: the command that "
+        "starts the tree and displays the run.",
     ]
     outcome.plots["window"] = lambda figure: draw(figure, parts)
     return outcome
 
 
-def watch(settings: list[str], clients: int) -> list[Spent]:
-    """Run the demonstration to its end; return what was spent when each window ended.
+def watch(settings: list[str], clients: int) -> list[WindowEnd]:
+    """Run the demonstration to its end; return the processor time at the end of each window.
 
     Raises
     ------
     RuntimeError
-        If it failed, with its last words, or too few windows were seen.
+        The demonstration failed (with the end of its log), or fewer than two windows were seen.
     """
     with tempfile.TemporaryDirectory(prefix="window-") as name:
         folder = Path(name)
         out, log = folder / "run", folder / "log"
         command = espalier_command("demo", "--clients", str(clients), "--edges", "2", "--out", str(out))
         command += [word for setting in settings for word in ("-c", setting)]
-        # Its own registry of clouds, so that it meets no other of this user's.
+        # A registry of clouds of its own, so that clouds of this user's other runs do not interfere.
         env = {**os.environ, **espalier_env(), "XDG_STATE_HOME": name}
-        found: list[Spent] = []
+        found: list[WindowEnd] = []
         with log.open("wb") as stream:
             demo = subprocess.Popen(command, env=env, stdout=stream, stderr=subprocess.STDOUT)
             try:
-                _look(psutil.Process(demo.pid), out / EVENTS_FILE, found)
+                _sample(psutil.Process(demo.pid), out / EVENTS_FILE, found)
                 demo.wait(60)
             finally:
                 if demo.poll() is None:
@@ -94,8 +97,8 @@ def watch(settings: list[str], clients: int) -> list[Spent]:
         return found
 
 
-def _look(demo: psutil.Process, events: Path, found: list[Spent]) -> None:
-    """Take down what the processes have spent each time a window ends, until the run does."""
+def _sample(demo: psutil.Process, events: Path, found: list[WindowEnd]) -> None:
+    """Record the processor time of all processes whenever a window ends, until the run ends."""
     position, deadline = 0, time.monotonic() + LIMIT_SECONDS
     while demo.is_running() and demo.status() != psutil.STATUS_ZOMBIE and time.monotonic() < deadline:
         new, position = read_from(events, position)
@@ -103,31 +106,31 @@ def _look(demo: psutil.Process, events: Path, found: list[Spent]) -> None:
             if event["event"] == "window-end":
                 clients: Mapping[str, Any] = event["clients"]
                 trained = sum(float(c["total_cpu_seconds"]) for c in clients.values())
-                found.append(Spent(int(event["window"]), time.monotonic(), by_tier(demo), trained))
+                found.append(WindowEnd(int(event["window"]), time.monotonic(), by_tier(demo), trained))
         time.sleep(0.02)
 
 
 def by_tier(demo: psutil.Process) -> dict[str, float]:
-    """Return the processor seconds of a demonstration's processes, those that ended in their parents'."""
-    spent = {"cloud": 0.0, "edges": 0.0, "clients": 0.0, "demo": 0.0}
+    """Return the processor seconds of a demonstration's processes by tier; ended ones count in their parents."""
+    cpu_seconds = {"cloud": 0.0, "edges": 0.0, "clients": 0.0, "demo": 0.0}
     for process in (demo, *demo.children(recursive=True)):
         with suppress(psutil.NoSuchProcess):
             times = process.cpu_times()
             own = times.user + times.system
-            gone = times.children_user + times.children_system
-            spent[_tier(process, demo)] += own + (gone if process != demo else 0.0)
-    return spent
+            ended = times.children_user + times.children_system
+            cpu_seconds[_tier(process, demo)] += own + (ended if process != demo else 0.0)
+    return cpu_seconds
 
 
 def _tier(process: psutil.Process, demo: psutil.Process) -> str:
     if process == demo:
         return "demo"
-    words = process.cmdline()
-    return "edges" if "edge" in words else "clients" if "client" in words else "cloud"
+    command = process.cmdline()
+    return "edges" if "edge" in command else "clients" if "client" in command else "cloud"
 
 
 def draw(figure: Figure, parts: Mapping[str, float]) -> None:
-    """Draw where the processor time went."""
+    """Draw the processor seconds of each part."""
     figure.set_size_inches(7, 1.9)
     axes = figure.subplots()
     left = 0.0

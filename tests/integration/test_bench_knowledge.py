@@ -1,4 +1,4 @@
-"""The bench of knowledge exchange in small: it runs, and its bytes are what the methods' formulas say."""
+"""`bench.knowledge` in its tiny form: it runs, and its bytes are those of the methods' formulas."""
 
 from __future__ import annotations
 
@@ -11,23 +11,31 @@ import pytest
 import torch
 from bench.cells import Measured, Point, Setup
 from bench.claims import accuracies
-from bench.exchanges import FAMILY, REGIMES, SHOTS, Generators, cloud_edge_cells, of_one_length, table_cells
 from bench.faug import HIDDEN, PAPERS, PARAMETERS, ROUNDS, WIDTHS, PaperRun, targets
+from bench.fedktl_ablation import CLIPPED, MU0, ORACLE, VARIANTS, RealImages
 from bench.knowledge import LABELS, edge_targets, main
-from bench.transfer import CLIPPED, MU0, ORACLE, VARIANTS, RealImages
+from bench.knowledge_setup import (
+    FAMILY,
+    REGIMES,
+    SHOTS,
+    Generators,
+    cloud_edge_cells,
+    of_one_length,
+    table_cells,
+)
 
 from espalier.data.spec import open_data
 from espalier.generators.base import open_generator
-from espalier.methods.run_config import RunConfig
+from espalier.methods.run_config import RunConfig, with_defaults
 from espalier.models.classifiers import CNN, CNNArguments
 from tests.support.generators import random_gan
 
 
-def test_it_runs_and_keeps_its_generators(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_it_runs_and_saves_its_generators(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["--json", "--tiny", "--out", str(tmp_path)]) == 0
-    said = json.loads(capsys.readouterr().out)
-    rows = {(row["part"], row["method"]): row for row in said["rows"]}
-    assert all(row["status"] == "finished" and 0 <= row["clients"] <= 100 for row in said["rows"])
+    output = json.loads(capsys.readouterr().out)
+    rows = {(row["part"], row["method"]): row for row in output["rows"]}
+    assert all(row["status"] == "finished" and 0 <= row["clients"] <= 100 for row in output["rows"])
     local, fd, proto, transfer = (
         rows["few-shot", name] for name in ("local only", "FD", "FedProto", "FedKTL")
     )
@@ -52,40 +60,40 @@ def test_it_runs_and_keeps_its_generators(tmp_path: Path, capsys: pytest.Capture
 def test_one_client_without_a_federation(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     parts = ["--parts", "cloud-edge", "transfer"]
     assert main(["--json", "--tiny", "--clients", "1", *parts, "--out", str(tmp_path)]) == 0
-    said = json.loads(capsys.readouterr().out)
-    assert [(row["part"], row["method"]) for row in said["rows"][:4]] == [
+    output = json.loads(capsys.readouterr().out)
+    assert [(row["part"], row["method"]) for row in output["rows"][:4]] == [
         ("23 shots", "local only"),
         ("23 shots", "FedKTL, mu=0"),
         ("23 shots", "FedKTL"),
         ("23 shots", "FedKTL, mu=50"),
     ]
-    assert {row["status"] for row in said["rows"]} == {"finished"}
-    names = [target["name"].partition(":")[0] for target in said["targets"]]
+    assert {row["status"] for row in output["rows"]} == {"finished"}
+    names = [target["name"].partition(":")[0] for target in output["targets"]]
     assert names == ["cloud-edge"] * 4 + ["transfer"] * 2
-    ablation = {row["method"]: row for row in said["rows"] if row["part"] == "transfer, 2 shots"}
+    ablation = {row["method"]: row for row in output["rows"] if row["part"] == "transfer, 2 shots"}
     assert tuple(ablation) == tuple(VARIANTS)
-    # A round of two steps, so that no pairs have come back yet: only clipping tells these runs apart.
+    # There is one round of two steps, so no pairs were received yet: only clipping makes a difference.
     assert ablation["FedKTL"]["by_seed"] == ablation[MU0]["by_seed"] == ablation[ORACLE]["by_seed"]
     assert ablation["FedKTL"]["by_seed"] != ablation[CLIPPED]["by_seed"]
-    # Real images of the classes lie elsewhere than those of a generator of three steps; latents are the same.
+    # Real images differ from those of a generator trained for three steps; the latents are the same.
     assert ablation["FedKTL"]["images_apart"] != ablation[ORACLE]["images_apart"]
     assert ablation["FedKTL"]["centroids_apart"] == ablation[ORACLE]["centroids_apart"] > 0
     assert (tmp_path / "cloud-edge.png").stat().st_size > 10_000
 
 
-def test_every_cell_is_a_run_that_can_start() -> None:
+def test_the_settings_of_every_cell_are_valid() -> None:
     setup, generators = Setup(seeds=1), Generators(Path("a"), Path("b"))
     table = table_cells(setup, FAMILY, generators, {"rounds": 2}, list(product(REGIMES, LABELS)))
     edge = cloud_edge_cells(setup, generators, {"rounds": 2}, list(SHOTS))
     for group in (*table.values(), *edge.values()):
-        RunConfig.from_flat({"model": "mlp", **group[0].settings})
+        RunConfig.from_flat(with_defaults({"model": "mlp", **group[0].settings}, {}))
     assert ("few-shot", "FD + FAug") not in table  # there, no client lacks a label
     assert {cells[0].setup.clients for cells in edge.values()} == {1}
     assert of_one_length("cnn4,mlp,resnet4") == "cnn4,resnet4"
     assert of_one_length("mlp,cnn") == "mlp"
 
 
-def test_the_oracle_hands_out_real_images_of_each_class_in_order(tmp_path: Path) -> None:
+def test_the_oracle_returns_a_real_image_of_each_class(tmp_path: Path) -> None:
     data, generator = open_data("digits"), open_generator(random_gan(tmp_path / "gan"))
     drawn = RealImages(generator, data, 1).synthesise(torch.zeros(10, generator.latent_dim), 8, 1)
     places = [(data.fetch(np.arange(len(data))) == image).flatten(1).all(1) for image in drawn]
@@ -108,7 +116,7 @@ def test_the_papers_size_of_a_network() -> None:
     assert 2 * ROUNDS * PARAMETERS * 32 == 1_228_439_552
 
 
-def test_targets_do_not_hold_by_themselves() -> None:
+def test_targets_can_fail() -> None:
     def run(mean: float) -> list[Measured]:
         return [Measured([Point(1, None, mean, None)])]
 

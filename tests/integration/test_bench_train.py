@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from bench.train import CHANNELS_LAST, COMPILED, PLAIN_ATTENTION, TINY, sides
+from bench.train import CHANNELS_LAST, COMPILED, PLAIN_ATTENTION, TINY, contestants
 
 from tests.support.benches import RunBench
 
@@ -17,7 +17,7 @@ def test_train(run_bench: RunBench) -> None:
 
 def test_variants_train_but_for_compiling() -> None:
     """Compiling takes a C++ compiler and a minute, so its side is made here and not run."""
-    made = sides(TINY[0], "cpu", variants=True)
+    made = contestants(TINY[0], "cpu", variants=True)
     assert list(made) == ["loop", "client", "pruned", PLAIN_ATTENTION, CHANNELS_LAST, COMPILED]
     for name, turn in made.items():
         if name != COMPILED:

@@ -61,7 +61,7 @@ class FlatRun:
     def _config(folder: Path, client: LocalClient) -> dict[str, Any]:
         state = str(folder / "flat-clients" / client.name)
         config = {"name": client.name, "data": client.data, "state": state, "device": "cpu"}
-        return config | dict(client.more or {})
+        return config | dict(client.node_config or {})
 
     def run(self) -> CloudState:
         """Run all rounds."""

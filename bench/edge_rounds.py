@@ -1,4 +1,4 @@
-"""Rounds of an edge whose clients do not train, or do: what benches of links and payloads time."""
+"""Rounds between an edge's Fleet server and client processes, with or without training, for several benches."""
 
 from __future__ import annotations
 
@@ -35,14 +35,14 @@ ROOT = Path(__file__).parents[1]
 
 @dataclass(frozen=True)
 class Round:
-    """What a round took.
+    """Cost of a round.
 
     Attributes
     ----------
     seconds : float
         Wall time, from the tensors at the edge to the last reply, checked, as tensors.
     server, clients : float
-        Processor seconds of the edge's process and of all its clients'.
+        Processor seconds of the edge process, and of all client processes together.
     """
 
     seconds: float
@@ -63,7 +63,7 @@ class Setup:
     processes : list of psutil.Process
         The clients'.
     trained : Trained, optional
-        What the clients train; by default they do not, and send other numbers than they got.
+        The network that clients train; without it they return changed values without training.
     """
 
     server: InlineFleet
@@ -73,9 +73,9 @@ class Setup:
     trained: Trained | None = None
 
     def round(self, number: int, weights: Weights) -> Round:
-        """Do a round as an edge does, without adding anything up."""
+        """Run a round as an edge does, without the aggregation."""
         nodes = {node.node_id: node.public_key for node in self.server.nodes()}
-        server, clients = worked([psutil.Process()]), worked(self.processes)
+        server, clients = cpu_seconds([psutil.Process()]), cpu_seconds(self.processes)
         began = time.perf_counter()
         payload = Payload.of(weights).frozen()
         plans = {node: self._plan(number, node, weights.layout) for node in nodes}
@@ -93,10 +93,10 @@ class Setup:
             if self.trained is not None and not report.steps:
                 raise RuntimeError(f"{plans[node].client} did not train")
             answered += 1
-        taken = time.perf_counter() - began
+        seconds = time.perf_counter() - began
         if answered != len(nodes):
             raise RuntimeError(f"{answered} of {len(nodes)} clients answered")
-        return Round(taken, worked([psutil.Process()]) - server, worked(self.processes) - clients)
+        return Round(seconds, cpu_seconds([psutil.Process()]) - server, cpu_seconds(self.processes) - clients)
 
     def _plan(self, number: int, node: int, layout: Layout) -> pb.RoundPlan:
         plan = plan_of(number, f"client-{node}", layout)
@@ -108,7 +108,7 @@ class Setup:
 
 @dataclass(frozen=True)
 class Trained:
-    """A network that clients train for a round: a run's settings, and the network's architecture and tensors."""
+    """A network that clients train in a round: run settings, architecture and weights."""
 
     settings: Struct
     architecture: pb.ArchitectureSpec
@@ -123,10 +123,10 @@ def setup(
     folder.mkdir(parents=True)
     pair = certificate() if tls else None
     roots = folder / "root.pem"
-    more = (["--sign"] if signs else []) + (["--train"] if trained else [])
+    options = (["--sign"] if signs else []) + (["--train"] if trained else [])
     if pair is not None:
         roots.write_bytes(pair[0])
-        more += ["--root-certificates", str(roots)]
+        options += ["--root-certificates", str(roots)]
     server = InlineFleet("127.0.0.1:0", certificates=None if pair is None else (pair[0], *pair))
     server.start()
     try:
@@ -134,7 +134,7 @@ def setup(
             processes = []
             for number in range(clients):
                 process = stack.enter_context(
-                    client(folder / f"client-{number}", f"127.0.0.1:{server.port}", *more)
+                    client(folder / f"client-{number}", f"127.0.0.1:{server.port}", *options)
                 )
                 processes.append(process)
             wait_until(lambda: len(server.nodes()) == clients, 120, "the clients")
@@ -146,34 +146,34 @@ def setup(
 
 
 @contextmanager
-def client(folder: Path, address: str, *more: str) -> Iterator[psutil.Process]:
-    """Run one client, without training if `more` does not ask for it."""
+def client(folder: Path, address: str, *options: str) -> Iterator[psutil.Process]:
+    """Run one client process; `options` are those of `bench.signing_client`, e.g. ``--train``."""
     folder.mkdir(parents=True)
-    command = [sys.executable, "-m", "bench.signing_client", str(folder / "state"), address, *more]
+    command = [sys.executable, "-m", "bench.signing_client", str(folder / "state"), address, *options]
     with running(command, folder / "log", environment(folder, PYTHONPATH=str(ROOT))) as process:
         yield psutil.Process(process.pid)
 
 
-def worked(processes: list[psutil.Process]) -> float:
-    """Return the processor seconds of processes so far."""
+def cpu_seconds(processes: list[psutil.Process]) -> float:
+    """Return the total processor seconds of processes since their start."""
     return sum(times.user + times.system for times in (p.cpu_times() for p in processes))
 
 
 def certificate() -> tuple[bytes, bytes]:
-    """Return a self-signed certificate of 127.0.0.1 and its private key, PEM."""
+    """Return a self-signed certificate for 127.0.0.1 and its private key, both in PEM."""
     key = ec.generate_private_key(ec.SECP256R1())
     name = x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, "bench")])
     now = datetime.datetime.now(datetime.UTC)
     builder = x509.CertificateBuilder(name, name, key.public_key(), 1, now, now + datetime.timedelta(days=1))
-    here = x509.SubjectAlternativeName([x509.IPAddress(ipaddress.ip_address("127.0.0.1"))])
-    builder = builder.add_extension(here, critical=False)
+    loopback = x509.SubjectAlternativeName([x509.IPAddress(ipaddress.ip_address("127.0.0.1"))])
+    builder = builder.add_extension(loopback, critical=False)
     builder = builder.add_extension(x509.BasicConstraints(ca=True, path_length=None), critical=True)
     private = key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption())
     return builder.sign(key, SHA256()).public_bytes(Encoding.PEM), private
 
 
 def plan_of(number: int, client: str, layout: Layout) -> pb.RoundPlan:
-    """Return the plan of a round; a client's statement covers the tensors of its architecture."""
+    """Return the plan of a round; the layout stands in its architecture, which a client's signature covers."""
     architecture = pb.ArchitectureSpec(family="unet", tensors=layout.to_proto().tensors)
     return pb.RoundPlan(
         schema=control.SCHEMA,
@@ -196,14 +196,14 @@ def one_tensor(size: int, dtype: str = "float32") -> Layout:
 
 
 def unet_layout(size: int | None = None, dtype: str = "float32") -> Layout:
-    """Return the tensor list of FedPhD's U-Net for CIFAR-10, all of it or shrunk.
+    """Return the layout of FedPhD's U-Net for CIFAR-10, at full size or scaled down.
 
     Parameters
     ----------
     size : int, optional
-        Bytes: every tensor keeps its share of them, flat. By default the tensors are whole (143 MB in float32).
+        Total bytes; every tensor keeps its share, as a flat tensor. By default full size (143 MB in float32).
     dtype : str
-        Of all tensors.
+        Dtype of all tensors.
     """
     import torch
 
@@ -231,7 +231,7 @@ def trained_network(model: str, **flat: Any) -> Trained:
 
 
 def random_weights(layout: Layout, seed: int) -> Weights:
-    """Return other numbers for every seed, for a layout of one floating dtype."""
+    """Return random weights that depend on the seed, for a layout with one floating-point dtype."""
     [(dtype, length)] = layout.lengths.items()
     values = np.random.default_rng(seed).random(length, np.float32)
     return Weights(layout, {dtype: values.astype(dtype, copy=False)})

@@ -1,4 +1,4 @@
-"""What FedKTL's transfer task has to work with: one client of two shots, its pairs measured, replaced, left out."""
+"""An ablation of FedKTL's image-vector pairs, with one client of two shots: without pairs, or with real images."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from unittest.mock import patch
 
 import numpy as np
 
-from bench.cells import Cell, Measured, Setup, run_cell, surroundings
+from bench.cells import Cell, Measured, Setup, cell_environment, run_cell
 from bench.claims import Values, accuracies
-from bench.exchanges import AS_AUTHORS, HEAVY, Generators, alone, cloud_edge_cells
+from bench.knowledge_setup import AS_AUTHORS, HEAVY, Generators, alone, cloud_edge_cells
 from bench.report import Row, Target
 
 if TYPE_CHECKING:
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from espalier_server.run import TreeRun
 
 SHOTS = 2
-#: Rows by label: settings beside those of FedKTL's cells.
+#: Label -> settings in addition to those of FedKTL's cells.
 MU0, CLIPPED, ORACLE = "FedKTL, mu=0", "FedKTL, mu=0, clip-norm=1", "FedKTL, pairs of real images"
 VARIANTS: Mapping[str, Values] = {
     MU0: {},
@@ -35,24 +35,24 @@ VARIANTS: Mapping[str, Values] = {
     AS_AUTHORS: {"transfer-weight": HEAVY},
     ORACLE: {},
 }
-#: Steps and batch that a judge of images takes on the whole training split; MNIST's then knows 97 %.
+#: Training steps and batch size of the classifier that judges images; on MNIST it reaches 97 %.
 JUDGE_STEPS, JUDGE_BATCH = 400, 64
 
 
 @dataclass(frozen=True)
 class Pairs:
-    """What the last round's pairs were like.
+    """Statistics of the last round's pairs.
 
     Attributes
     ----------
     latent, centroid : float
-        Mean square of a number of the generator's latents, and of the centroids.
+        Mean square of the elements of the generator's latents, and of the centroids.
     apart : float
-        Mean distance between two centroids over that between two of the generator's latents.
+        Mean distance between centroids, relative to that between latents of the generator.
     images_apart : float
-        The same of their images.
+        The same for their images.
     shown : float
-        Share of the images in which a judge sees the class they stand for.
+        Share of the images that the judge assigns to the class that they represent.
     """
 
     latent: float
@@ -63,16 +63,16 @@ class Pairs:
 
 
 class RealImages:
-    """A generator in whose place stands an oracle: for class c it hands out a real image of class c, not F's.
+    """An oracle in place of the generator F: for class c it returns a real image of class c.
 
     Parameters
     ----------
     generator : Generator
-        Whose latents remain.
+        The generator whose latents are used.
     data : ImageSet
-        Where images are from.
+        The data set of the real images.
     seed : int
-        Of their choice; another one for each round.
+        Seed of the choice of images, which differs in each round.
     """
 
     def __init__(self, generator: Generator, data: ImageSet, seed: int) -> None:
@@ -81,11 +81,11 @@ class RealImages:
         self._order = np.random.default_rng(seed)
 
     def sample_latents(self, count: int, rng: torch.Generator) -> Tensor:
-        """Draw the generator's."""
+        """Return latents of the generator."""
         return self.generator.sample_latents(count, rng)
 
     def synthesise(self, latents: Tensor, size: int, channels: int) -> Tensor:
-        """Return real images: as many classes as there are latents, in their order."""
+        """Return a real image for each class 0, 1, … up to the number of latents."""
         labels = np.asarray(self.data.labels)
         chosen = [self._order.choice(np.flatnonzero(labels == label)) for label in range(len(latents))]
         return self.data.fetch(np.array(chosen))
@@ -93,7 +93,7 @@ class RealImages:
 
 @dataclass
 class Ablation:
-    """What came of the variants, by label: the runs of their seeds, and their last pairs."""
+    """Results of the variants by label: the runs of their seeds and their last pairs; the judge's accuracy."""
 
     runs: dict[str, list[Measured]] = field(default_factory=dict)
     pairs: dict[str, list[Pairs]] = field(default_factory=dict)
@@ -101,60 +101,61 @@ class Ablation:
 
 
 def measure(setup: Setup, generators: Generators, more: Values, root: Path, judge_steps: int) -> Ablation:
-    """Run every variant with every seed; `more` are further settings of all."""
+    """Run every variant with every seed; `more` adds settings to all."""
     from espalier.data.spec import open_data
     from espalier.generators.base import open_generator
 
     base = cloud_edge_cells(setup, generators, more, [SHOTS])
     data = open_data(setup.data, root=root)
     generator = open_generator(f"gan:{generators.trained}", device="cpu")
-    judge, knows = train_judge(data, open_data(setup.data, root=root, split="test"), judge_steps)
-    found = Ablation(judge=knows)
-    with surroundings(root):
+    judge, accuracy = train_judge(data, open_data(setup.data, root=root, split="test"), judge_steps)
+    found = Ablation(judge=accuracy)
+    with cell_environment(root):
         for label, settings in VARIANTS.items():
-            named = MU0 if label.startswith(MU0) else "FedKTL"
+            base_label = MU0 if label.startswith(MU0) else "FedKTL"
             found.runs[label], found.pairs[label] = [], []
-            for cell in base[SHOTS, named]:
-                own = Cell(alone(setup), cell.scheme, {**cell.settings, **settings}, cell.seed)
+            for cell in base[SHOTS, base_label]:
+                variant = Cell(alone(setup), cell.scheme, {**cell.settings, **settings}, cell.seed)
 
-                def look(run: TreeRun, label: str = label) -> None:
+                def collect_pairs(run: TreeRun, label: str = label) -> None:
                     found.pairs[label] += last_pairs(run, generator, judge)
 
                 opened = RealImages(generator, data, cell.seed) if label == ORACLE else generator
                 with patch("espalier.methods.fedktl.method.open_generator", return_value=opened):
-                    found.runs[label].append(run_cell(own, look))
+                    found.runs[label].append(run_cell(variant, collect_pairs))
     return found
 
 
 def last_pairs(run: TreeRun, generator: Generator, judge: nn.Module) -> list[Pairs]:
-    """Return what a run's last pairs were like; nothing where there were none."""
+    """Return the statistics of a run's last pairs; empty if there were none."""
     import torch
 
     from espalier.wire import pairs as wire
 
     assert run.state is not None
+    arrays = run.state.section(wire.PAIRS)
     channels, size, _ = run.method.image_shape
-    received = wire.Pairs.received(run.state.section(wire.PAIRS), (channels, size, size), "cloud")
+    received = wire.Pairs.received(arrays, (channels, size, size), "cloud")
     if received is None:
         return []
     images, centroids = (torch.from_numpy(np.array(a)) for a in (received.floats(), received.centroids))
     latents = generator.sample_latents(200, torch.Generator().manual_seed(0))
     drawn = generator.synthesise(latents, size, channels)
     with torch.no_grad():
-        seen = judge(images).argmax(1)
+        predicted = judge(images).argmax(1)
     return [
         Pairs(
             float(latents.square().mean()),
             float(centroids.square().mean()),
-            _apart(centroids) / _apart(latents),
-            _apart(images) / _apart(drawn),
-            float((seen == torch.arange(len(seen))).float().mean()),
+            _mean_distance(centroids) / _mean_distance(latents),
+            _mean_distance(images) / _mean_distance(drawn),
+            float((predicted == torch.arange(len(predicted))).float().mean()),
         )
     ]
 
 
 def train_judge(data: ImageSet, test: ImageSet, steps: int) -> tuple[nn.Module, float]:
-    """Return a small network that tells the classes apart, and its accuracy on the test split."""
+    """Train a small classifier; return it with its accuracy on the test split."""
     import torch
     from torch.nn import functional
 
@@ -204,7 +205,7 @@ def rows(found: Ablation) -> list[Row]:
 
 
 def targets(found: Ablation) -> list[Target]:
-    """Judge what the authors' clipping is worth, and whether pairs help when their images are the data's own."""
+    """Return targets: the gain of the authors' clip-norm, and the gain of pairs of real images."""
     judged = []
     for name, better, base in (
         ("the authors' clip-norm=100 over 1, without pairs", MU0, CLIPPED),
@@ -216,16 +217,16 @@ def targets(found: Ablation) -> list[Target]:
 
 
 def notes(found: Ablation) -> list[str]:
-    """Return what a reader must know."""
+    """Return the explanation of the columns."""
     return [
         "transfer: latent_square and centroid_square are mean squares of the generator's latents and of the last "
-        "round's centroids; apart is the mean distance between two of them, or their images, over that between two "
-        "random ones; class_shown is the share of images in which a judge (which knows "
-        f"{100 * found.judge:.1f} % of the test split) sees the class that they stand for",
+        "round's centroids; centroids_apart and images_apart are mean distances between centroids and between their "
+        "images, relative to random ones; class_shown is the share of images that a classifier (accuracy "
+        f"{100 * found.judge:.1f} % on the test split) assigns to the class that they represent",
     ]
 
 
-def _apart(values: Tensor) -> float:
+def _mean_distance(values: Tensor) -> float:
     import torch
 
     flat = values.flatten(1)

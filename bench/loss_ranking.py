@@ -1,8 +1,8 @@
-"""An experiment on an open question: whether a large-data client's loss deserves more say when resources differ.
+"""An experiment: Power-of-Choice that ranks clients by F_k against n_k F_k, on devices of different resources.
 
-Power-of-Choice takes the clients of largest loss F_k. The global loss is Σ p_k F_k, so a client's part in it
-is p_k F_k; and where devices differ, a client of much data may train a small sub-model only. Clients here hold
-log-normally many images and train HeteroFL's widths 1, 1/2 and 1/4, dealt out with their data or against it.
+Power-of-Choice selects the clients with the largest local loss F_k. The global loss is Σ p_k F_k, so a client
+contributes p_k F_k to it; and a client with many images may be able to train only a small sub-model. Numbers of images
+are log-normal, and clients train HeteroFL's widths 1, 1/2 and 1/4, assigned in the order of their data or against it.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ SETTINGS: Values = {
     "local-steps": 10,
     "eval-every": 4,
 }
-#: Rank or draw, and weight in the mean.
+#: Selection rule, and weighting of the mean.
 STRATEGIES: Mapping[str, Values] = {
     "uniform draw, mean by n_k": {"selection": "uniform", "weighting": "samples"},
     "draw by n_k, plain mean": {"selection": "proportional", "weighting": "uniform"},
@@ -40,7 +40,7 @@ STRATEGIES: Mapping[str, Values] = {
     "rank by F_k, mean by n_k": {"selection": "pow-d", "weighting": "samples"},
     "rank by n_k F_k, mean by n_k": {"selection": "pow-d", "weighting": "samples", "loss-weight": "samples"},
 }
-#: How widths are dealt out.
+#: How widths are assigned.
 DEVICES = {"with-data": "large data on strong devices", "against-data": "large data on weak devices"}
 TARGET = 0.6
 
@@ -66,9 +66,9 @@ def rows(results: Mapping[tuple[str, str], Sequence[Measured]]) -> list[Row]:
 
 
 def notes(results: Mapping[tuple[str, str], Sequence[Measured]]) -> list[str]:
-    """Return the answer in figures: what ranking by n_k F_k changes, seed by seed."""
+    """Return the differences between ranking by n_k F_k and by F_k, by seed."""
     found = []
-    for devices, words in DEVICES.items():
+    for devices, description in DEVICES.items():
         for mean in ("plain mean", "mean by n_k"):
             weighted, plain = (results[devices, f"rank by {rank}, {mean}"] for rank in ("n_k F_k", "F_k"))
             parts = []
@@ -84,18 +84,20 @@ def notes(results: Mapping[tuple[str, str], Sequence[Measured]]) -> list[str]:
                 if changes:
                     by_seed = ", ".join(f"{c:+.1f}" for c in changes)
                     parts.append(f"{what} {sum(changes) / len(changes):+.1f} points ({by_seed})")
-            found.append(f"question, {words}, {mean}: n_k F_k instead of F_k changes {'; '.join(parts)}")
+            found.append(
+                f"question, {description}, {mean}: n_k F_k instead of F_k changes {'; '.join(parts)}"
+            )
     return found
 
 
 def draw(figure: Figure, results: Mapping[tuple[str, str], Sequence[Measured]]) -> None:
-    """Draw the accuracy over the rounds, mean over the seeds, for both orders of devices."""
+    """Draw the mean accuracy of the seeds over the rounds, a panel for each order of devices."""
     figure.set_size_inches(11, 4.6)
     axes = figure.subplots(1, len(DEVICES), sharey=True)
-    for place, (devices, words) in zip(axes, DEVICES.items(), strict=True):
+    for place, (devices, description) in zip(axes, DEVICES.items(), strict=True):
         for label in STRATEGIES:
             draw_curve(place, results[devices, label], label)
-        place.set_title(words)
+        place.set_title(description)
         place.set_xlabel("round")
         place.grid(alpha=0.3)
     axes[0].set_ylabel("accuracy of the whole network, %")
@@ -105,7 +107,7 @@ def draw(figure: Figure, results: Mapping[tuple[str, str], Sequence[Measured]]) 
 def draw_curve(
     axes: Axes, found: Sequence[Measured], label: str, of: str = "main", dashed: bool = False
 ) -> None:
-    """Draw the mean over the seeds of a measure of `Point` after every measured round."""
+    """Draw the mean over the seeds of an attribute of `Point` against the rounds."""
     from matplotlib.ticker import MaxNLocator
 
     whole = [m for m in found if len(m.points) == len(found[0].points)]

@@ -1,8 +1,8 @@
-"""Clients without training, as a process: `python -m bench.numeric STATE COUNT HOST:PORT…`.
+"""Clients that return scaled tensors without training: ``python -m bench.echo_clients STATE COUNT HOST:PORT…``.
 
-They answer a plan with what they were sent, a little changed, so that what a round costs is the tree's own. Hellos,
-reports and signatures are a client's. A process holds COUNT nodes as `espalier client --replicas` does, each with its
-own key and state, dealt to the edges in turn; once all are connected it writes STATE/ready.
+They reply to a plan with the received tensors times a constant, so that the time of a round is that of the tree.
+Hellos, reports and signatures are those of a real client. The process runs COUNT nodes as `espalier client --replicas`
+does, each with its own key and state, assigned to the edges in turn; once all are connected it writes STATE/ready.
 """
 
 from __future__ import annotations
@@ -39,16 +39,16 @@ from espalier_client.replicas import CHANNELS_PER_CONNECTION, EXEMPT_TYPES, Repl
 from espalier_client.reply import pack_reply
 from espalier_proto import espalier_pb2 as pb
 
-#: What every client says it holds: one image of digits' shape, of the first of its classes.
+#: The data that every client reports: one image of the digits' shape, of the first class.
 SHAPE, CLASSES = (1, 8, 8), tuple("0123456789")
-#: A question that a client answers with the time (Unix seconds) at which it came.
+#: A query that a client answers with the Unix time, in seconds, at which it arrived.
 WAKE = "query.wake"
 
 
-class NumericClient:
-    """A client whose update is what it received, scaled by a factor of its own.
+class EchoClient:
+    """A client whose update is the received tensors times a factor of its own.
 
-    Every update is thus another object: none is there already when it is to be sent.
+    Every update is therefore a different object, which the edge does not have yet.
 
     Parameters
     ----------
@@ -57,7 +57,7 @@ class NumericClient:
     state : Path
         Folder of its node key.
     number : int
-        Which client of the process it is.
+        Index of the client in the process.
     """
 
     def __init__(self, name: str, state: Path, number: int) -> None:
@@ -65,13 +65,13 @@ class NumericClient:
         self._factor = np.float32(1.0 - 1e-6 * (1 + number))
 
     def __call__(self, message: Message, context: Context) -> Message:
-        """Answer a hello, a question when it came, or a plan."""
+        """Reply to a hello, a wake-up query, or a plan."""
         if message.metadata.message_type == WAKE:
             return Message(RecordDict({"came": ConfigRecord({"at": time.time()})}), reply_to=message)
         if message.metadata.message_type == control.HELLO:
             return Message(control.control_content(self._hello()), reply_to=message)
         plan = control.decode(pb.RoundPlan, control.plan_bytes(message), "edge")
-        settings, codec = settings_of(plan.settings.SerializeToString(deterministic=True))
+        settings, codec = parsed_settings(plan.settings.SerializeToString(deterministic=True))
         received = read_downlink(message, plan, settings, "edge")
         update = Payload(
             {
@@ -105,7 +105,7 @@ class NumericClient:
             name=self._device.name,
             samples=1,
             histogram=pb.LabelHistogram(counts=counts),
-            facts=facts(),
+            facts=cached_device_facts(),
             image_shape=SHAPE,
             classes=CLASSES,
             data="numeric",
@@ -113,15 +113,15 @@ class NumericClient:
 
 
 @functools.lru_cache(maxsize=2)
-def settings_of(data: bytes) -> tuple[RunConfig, Codec | None]:
-    """Read a plan's settings, once for all clients of the process, and the codec of their updates."""
+def parsed_settings(data: bytes) -> tuple[RunConfig, Codec | None]:
+    """Parse a plan's settings, once for all clients of the process; also return the codec of their updates."""
     settings = RunConfig.from_struct(Struct.FromString(data))
     name = create_method(settings).chosen(settings, "codec")
     return settings, None if name == "none" else create_codec(settings, name)
 
 
 @functools.cache
-def facts() -> pb.DeviceFacts:
+def cached_device_facts() -> pb.DeviceFacts:
     """Describe this machine once for all clients of the process."""
     return device_facts("cpu")
 
@@ -136,7 +136,7 @@ def main() -> None:
     nodes = []
     for number in range(count):
         state = folder / f"{number:04d}"
-        app = NumericClient(f"{folder.name}-{number:04d}", state, number)
+        app = EchoClient(f"{folder.name}-{number:04d}", state, number)
         upstreams = [Upstream(edges[number % len(edges)], insecure=True)]
         nodes.append(ResidentNode(app, upstreams, state, node_config={}, resources=resources))
     with Replicas(nodes, resources):

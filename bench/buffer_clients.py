@@ -1,7 +1,7 @@
-"""Many clients that do not train, in one process: `python -m bench.crowd STATE COUNT HOST:PORT`.
+"""Clients that reply without training, many in one process: ``python -m bench.buffer_clients STATE COUNT HOST:PORT``.
 
-Their replies are views of one buffer, each from another place on (but for the first 5 MiB, which hold a header), so
-that a crowd with big payloads fits a machine; and all of them are ready before the first is sent.
+Replies are views of one shared buffer at different offsets (except for the first chunk, which contains a header), so
+that many clients with large payloads fit into the memory of one machine. No reply is sent before all are ready.
 """
 
 from __future__ import annotations
@@ -25,14 +25,14 @@ from espalier.wire.hello import device_facts
 from espalier.wire.sections import MODEL, Payload
 from espalier_proto import espalier_pb2 as pb
 
-#: Numbers between the beginnings of two clients' views, in the buffer of their process.
-APART = 1024
+#: Distance between the views of two clients in the shared buffer, in values.
+STRIDE = 1024
 SAMPLES = 10
 DTYPE = "float32"
 
 
-class Crowd:
-    """What the clients of a process share."""
+class BufferClients:
+    """State that all clients of the process share."""
 
     def __init__(self, count: int) -> None:
         self._ready = threading.Barrier(count)
@@ -57,7 +57,7 @@ class Crowd:
         plan = control.decode(pb.RoundPlan, control.plan_bytes(message), "edge")
         weights = control.read_payload(message, control.plan_sections(plan, "edge"), "edge")[MODEL]
         record = self._record(number, weights.buffers[DTYPE].size)
-        message.content = RecordDict()  # what was received is not needed while the others get ready
+        message.content = RecordDict()  # release the received payload while the other clients prepare theirs
         del weights
         report = pb.ClientReport(
             schema=control.SCHEMA,
@@ -75,25 +75,25 @@ class Crowd:
         )
 
     def _record(self, number: int, length: int) -> ArrayRecord:
-        """Return a payload whose bytes are a view, but for the first chunk's."""
+        """Return a payload whose chunks are views of the shared buffer, except for the first one."""
         with self._lock:
-            if self._numbers.size != length + self._count * APART:
-                drawn = np.random.default_rng().random(length + self._count * APART, np.float32)
+            if self._numbers.size != length + self._count * STRIDE:
+                drawn = np.random.default_rng().random(length + self._count * STRIDE, np.float32)
                 self._numbers = drawn
-        values = self._numbers[number * APART :][:length]
+        values = self._numbers[number * STRIDE :][:length]
         head = BytesIO()
         np.lib.format.write_array_header_1_0(head, np.lib.format.header_data_from_array_1_0(values))
         body = values.view(np.uint8).data
         size = FLWR_PRIVATE_MAX_ARRAY_CHUNK_SIZE
-        first = size - len(head.getvalue())  # as Flower cuts an Array: the header and what fits beside it
-        pieces = [ArrayChunk(memoryview(head.getvalue() + bytes(body[:first])))]
-        pieces += [ArrayChunk(body[start : start + size]) for start in range(first, len(body), size)]
+        first = size - len(head.getvalue())  # Flower's first chunk: the header, then data
+        array_chunks = [ArrayChunk(memoryview(head.getvalue() + bytes(body[:first])))]
+        array_chunks += [ArrayChunk(body[start : start + size]) for start in range(first, len(body), size)]
         record = ArrayRecord({DTYPE: Array(dtype=DTYPE, shape=(length,), stype=SType.NUMPY, data=b"")})
         chunks = []
-        for piece in pieces:
-            digest = sha256(chunk_head(len(piece.data)))
-            digest.update(piece.data)
-            chunks.append((digest.hexdigest(), piece))
+        for chunk in array_chunks:
+            digest = sha256(chunk_head(len(chunk.data)))
+            digest.update(chunk.data)
+            chunks.append((digest.hexdigest(), chunk))
         record[DTYPE].__dict__["_chunks"] = chunks
         return record
 
@@ -101,14 +101,14 @@ class Crowd:
 def main() -> None:
     """Serve until SIGTERM."""
     folder, count, edge = Path(sys.argv[1]), int(sys.argv[2]), sys.argv[3]
-    crowd = Crowd(count)
+    shared = BufferClients(count)
     nodes = []
     for number in range(count):
         name = f"{folder.name}-{number}"
 
         def app(message: Message, context: Context, number: int = number, name: str = name) -> Message:
             del context
-            return crowd.answer(number, name, message)
+            return shared.answer(number, name, message)
 
         nodes.append(ResidentNode(app, [Upstream(edge, insecure=True)], folder / str(number), node_config={}))
 
@@ -122,7 +122,7 @@ def main() -> None:
         thread.start()
     for thread in threads:
         while thread.is_alive():
-            thread.join(1.0)  # so that signals are seen
+            thread.join(1.0)  # return regularly so that signal handlers run
 
 
 if __name__ == "__main__":
