@@ -18,7 +18,7 @@ from espalier.flower.node_resources import NodeResources
 from espalier.flower.resident import ResidentNode, Upstream
 from espalier.flower.upstream_session import App
 from espalier.monitor.node_log import event_logger
-from espalier.monitor.node_status import SIGN_OF_LIFE, NodeStatus
+from espalier.monitor.node_status import TOUCH_SECONDS, NodeStatus
 from espalier.names import is_name
 from espalier.processes.signals import stop_on_signals
 from espalier.security.transport import Security
@@ -164,7 +164,7 @@ def run_replicas(
         open_device(config)
         admit = f"espalier clients add {replica.name} {replica.state / 'node.pub'} --state DIR"
         log_event = event_logger(log.getChild(replica.name), admit)
-        statuses.append(NodeStatus(replica.state, list(edges), log_event, alone=False))
+        statuses.append(NodeStatus(replica.state, list(edges), log_event, own_thread=False))
         return ResidentNode(
             app, upstreams, replica.state, node_config=config, resources=resources, on_event=statuses[-1]
         )
@@ -186,6 +186,6 @@ def run_replicas(
                     stop_requested.get(timeout=1.0)
                     break
                 ticks += 1
-                if ticks % SIGN_OF_LIFE == 0:
+                if ticks % TOUCH_SECONDS == 0:
                     for status in statuses:
                         status.touch()

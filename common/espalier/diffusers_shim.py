@@ -1,7 +1,7 @@
-"""The one place diffusers' networks are imported through: it takes along every optional package that it finds.
+"""Imports diffusers, on a client without its optional packages.
 
-A client trains a U-Net, which needs none of them, and its own install has none. On a machine that has them for
-another tier (a demonstration, a test bed) transformers and SciPy cost every client 2.3 s of processor time and 80 MB.
+diffusers imports every optional package that is installed. A client trains a U-Net, which needs none of them. On a
+machine that has them for another tier, transformers and SciPy cost every client 2.3 s of processor time and 80 MB.
 """
 
 from __future__ import annotations
@@ -14,36 +14,36 @@ from types import ModuleType
 
 from espalier.torchvision_shim import import_torchvision
 
-#: What diffusers imports where it is installed, and neither a UNet2DModel nor a noise schedule needs.
+#: Packages that diffusers imports if they are installed, and that neither a UNet2DModel nor a noise schedule needs.
 OPTIONAL = ("accelerate", "peft", "scipy", "transformers")
 
-_alone = False
+_without_optional = False
 
 
 def leave_out_optional() -> None:
-    """Have diffusers do without its optional packages in this process; too late where it is imported already.
+    """Import diffusers without its optional packages in this process; has no effect after diffusers is imported.
 
-    Its pipelines that need them are then not to be had here. Others may import the packages as before.
+    Its pipelines that need them are then not available. Other modules may import the packages as usual.
     """
-    global _alone
-    _alone = True
+    global _without_optional
+    _without_optional = True
 
 
 def import_diffusers() -> ModuleType:
     """Import diffusers with its U-Net, which takes seconds in a fresh process."""
-    import_torchvision()  # diffusers imports it as it is
+    import_torchvision()  # diffusers imports it without the shim
     if "diffusers" in sys.modules:
         return importlib.import_module("diffusers")
-    with _absent(OPTIONAL) if _alone else contextlib.nullcontext():
+    with _absent(OPTIONAL) if _without_optional else contextlib.nullcontext():
         importlib.import_module("diffusers.models.unets.unet_2d")
         return importlib.import_module("diffusers")
 
 
 @contextlib.contextmanager
 def _absent(names: tuple[str, ...]) -> Iterator[None]:
-    """Make packages that nobody imported yet look as if they were not installed."""
+    """Make packages that are not imported yet appear as not installed."""
     hidden = [name for name in names if name not in sys.modules]
-    # None is how Python itself marks what cannot be imported.
+    # Python treats None as a module that cannot be imported.
     sys.modules.update(dict.fromkeys(hidden))  # type: ignore[arg-type]
     try:
         yield

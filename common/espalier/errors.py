@@ -1,10 +1,10 @@
-"""The errors a user sees: each says what is wrong, where, and how to mend it."""
+"""The errors that a user sees: each message says what is wrong, where, and the remedy."""
 
 from __future__ import annotations
 
 
 class EspalierError(Exception):
-    """A fault that a person can mend; the command line prints its text and exits with `exit_code`."""
+    """An error that a user can correct; the command line prints its message and exits with `exit_code`."""
 
     exit_code = 1
 
@@ -16,13 +16,13 @@ class ConfigError(EspalierError):
 
 
 class DataError(EspalierError):
-    """A data folder or data set cannot be used as given."""
+    """A data folder or data set cannot be used."""
 
     exit_code = 3
 
 
 class AddressError(EspalierError):
-    """An address does not parse or nobody answers there."""
+    """An address does not parse, or no server answers there."""
 
     exit_code = 4
 
@@ -52,10 +52,10 @@ class WireError(EspalierError):
         self.fault = fault
 
 
-#: What a method's arithmetic raises over numbers that make no sense: ValueError where it looked, else the others.
+#: Errors that a method raises for invalid values: ValueError from its checks, the others from its arithmetic.
 UNSOUND = (ValueError, ArithmeticError, LookupError, TypeError)
 
 
 def unsound(error: Exception) -> str:
-    """Return what an `UNSOUND` error says of a message: its own words, and its kind where it was not foreseen."""
+    """Return the text of an `UNSOUND` error, with its type if it is not from a check."""
     return str(error) if isinstance(error, ValueError) else f"{type(error).__name__}: {error}"

@@ -1,4 +1,4 @@
-"""Seeds that depend on who, when and what for, and never on arrival order, node or process ids."""
+"""Seeds that depend on run, name, round and purpose, and not on arrival order, node ids or process ids."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ def seed_for(run_seed: int, name: str, round_: int, purpose: str) -> int:
     name : str
         Name of the client, edge or "cloud".
     round_ : int
-        Round the randomness belongs to (0 for what happens once a run).
+        Round of the randomness; 0 for what happens once per run.
     purpose : str
-        What it is for, e.g. ``"train"``, ``"selection"``.
+        Purpose, e.g. ``"train"``, ``"selection"``.
 
     Returns
     -------

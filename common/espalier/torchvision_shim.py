@@ -1,6 +1,6 @@
-"""The one place torchvision is imported through: its CUDA build does not import beside a CPU-only torch.
+"""Imports torchvision, whose CUDA build cannot be imported with a CPU-only torch.
 
-The registry's torchvision wheel loads its compiled operators from a library that needs CUDA. Where that
+The registry's torchvision wheel loads its compiled operators from a library that needs CUDA. If that
 library cannot be loaded, ``import torchvision`` ends with ``operator torchvision::nms does not exist``,
 although data sets, transforms and models never call that operator. Declaring the schemas of the two operators
 that torchvision registers shape functions for is enough to import the package. diffusers imports torchvision
@@ -26,12 +26,12 @@ _SCHEMAS = (
     "qnms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor",
 )
 
-# A torch Library withdraws its schemas when it is collected, so it lives as long as the process.
+# A torch Library removes its schemas when it is garbage-collected, so it is never released.
 _library: Any = None
 
 
 def import_torchvision() -> ModuleType:
-    """Import torchvision, declaring its operators' schemas where the plain import fails for want of them.
+    """Import torchvision, declaring its operators' schemas if the plain import fails without them.
 
     Returns
     -------

@@ -190,12 +190,12 @@ def monitored(source: CloudSource, address: str, security: Security) -> Iterator
         return
     first = address or DEFAULT_ADDRESS
     with contextlib.ExitStack() as stack:
-        server = MonitorServer(first, security.server_certificates(first), source, well=False)
+        server = MonitorServer(first, security.server_certificates(first), source, healthy=False)
         try:
             stack.enter_context(server)
         except AddressError:
             if address:
                 raise
             certificates = security.server_certificates("127.0.0.1:0")
-            server = stack.enter_context(MonitorServer("127.0.0.1:0", certificates, source, well=False))
+            server = stack.enter_context(MonitorServer("127.0.0.1:0", certificates, source, healthy=False))
         yield server

@@ -1,4 +1,4 @@
-"""What a data set is to a trainer: labels at hand, images fetched by index as floats in [-1, 1]."""
+"""Labelled image sets: labels in memory, images fetched by index as floats in [-1, 1]."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ else:
     torch = lazy.load("torch")
 
 CACHE_BYTES = 256 * 2**20
-"""Decoded pixels that one folder of images keeps in memory unless told otherwise."""
+"""Default limit of the decoded pixels that a folder of images caches in memory."""
 
 _DECODERS = 4
 
@@ -48,10 +48,10 @@ class ImageSet(Protocol):
     def __len__(self) -> int: ...
 
     def fetch(self, indices: NDArray[np.int64]) -> torch.Tensor:
-        """Return float32 images [B, C, H, W] in [-1, 1]; raises DataError where one cannot be read."""
+        """Return float32 images [B, C, H, W] in [-1, 1]; raises DataError if one cannot be read."""
 
     def subset(self, indices: NDArray[np.int64]) -> ImageSet:
-        """Return the images at `indices`, in that order, with all class names kept."""
+        """Return the images at `indices`, in that order; the class names are unchanged."""
 
 
 def to_float(pixels: torch.Tensor) -> torch.Tensor:
@@ -90,7 +90,7 @@ class TensorImages:
     Raises
     ------
     DataError
-        Shapes, types or labels do not fit each other.
+        Shapes, types or labels are inconsistent.
     """
 
     def __init__(
@@ -123,17 +123,17 @@ class TensorImages:
         return TensorImages(self._select(indices), self.labels[indices], self.classes, self.name)
 
     def _select(self, indices: NDArray[np.int64]) -> torch.Tensor:
-        # `pixels[rows]` goes byte by byte; this copies a whole image at once, 6 to 20 times quicker.
+        # `pixels[rows]` copies single bytes; this copies whole images, 6 to 20 times as fast.
         return self.pixels.index_select(0, torch.from_numpy(_checked(indices, len(self), self.name)))
 
 
 class FileImages:
-    """Images on disk, decoded, resized and centre-cropped when fetched and kept while a memory cap allows.
+    """Images on disk: decoded, resized and centre-cropped when fetched, and cached up to a memory limit.
 
     Parameters
     ----------
     files : sequence of Path
-        One file an image.
+        One file per image.
     labels : ndarray
         Class of each file, shape [N].
     classes : sequence of str
@@ -145,7 +145,7 @@ class FileImages:
     size : int
         Height and width after resizing, in pixels.
     cache_bytes : int
-        Cap of the decoded pixels kept in memory, shared with every subset.
+        Limit of the decoded pixels in memory, shared with every subset.
     """
 
     def __init__(
@@ -212,14 +212,14 @@ def decode(file: Path, *, channels: int, size: int) -> NDArray[np.uint8]:
     Raises
     ------
     DataError
-        The file is missing, truncated or no image; the text names it.
+        The file is missing, truncated or not an image; the message names it.
     """
     from PIL import Image, ImageOps
 
     mode = "L" if channels == 1 else "RGB"
     try:
         with Image.open(file) as image:
-            image.draft(mode, (size, size))  # lets the JPEG decoder skip resolution that is thrown away
+            image.draft(mode, (size, size))  # the JPEG decoder skips resolution that is not needed
             upright = ImageOps.exif_transpose(image)
             square = ImageOps.fit(upright.convert(mode), (size, size), method=Image.Resampling.BICUBIC)
             pixels = np.asarray(square, np.uint8)
@@ -229,7 +229,7 @@ def decode(file: Path, *, channels: int, size: int) -> NDArray[np.uint8]:
 
 
 class _PixelCache:
-    """Decoded images up to a cap; once full it stays, since in an epoch every eviction is a later miss."""
+    """A cache of decoded images without eviction: in an epoch, every evicted image would be a miss later."""
 
     def __init__(self, cap: int) -> None:
         self._cap = cap

@@ -23,7 +23,7 @@ class Joined:
     def __init__(self, first: ImageSet, second: ImageSet) -> None:
         if first.shape != second.shape or first.classes != second.classes:
             raise DataError(
-                f"data {second.name!r} ({list(second.shape)}, {len(second.classes)} classes) does not go with "
+                f"data {second.name!r} ({list(second.shape)}, {len(second.classes)} classes) does not match "
                 f"{first.name!r} ({list(first.shape)}, {len(first.classes)} classes)"
             )
         self._parts = (first, second)

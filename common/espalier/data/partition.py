@@ -39,7 +39,7 @@ class Scheme:
     seed : int
         Changes the draw.
     min_size : int
-        Fewest samples a client of a Dirichlet partition may get.
+        Smallest number of samples of a client in a Dirichlet partition.
     """
 
     kind: str = "iid"
@@ -48,7 +48,7 @@ class Scheme:
     min_size: int = 1
 
     def __str__(self) -> str:
-        # repr keeps every digit: the draw depends on this text.
+        # repr has all digits: the draw depends on this text.
         number = str(int(self.value)) if float(self.value).is_integer() else repr(self.value)
         text = f"{self.kind}={number}" if self.value or self.kind == "similarity" else self.kind
         text += f",seed={self.seed}" if self.seed else ""
@@ -113,9 +113,9 @@ def assign(labels: NDArray[np.int64], clients: int, scheme: Scheme, *, name: str
     clients : int
         Number of clients, at least 1.
     scheme : Scheme
-        How to divide.
+        The partition scheme.
     name : str
-        Name of the data set; the draw depends on it, on `clients` and on `scheme`, and on nothing else.
+        Name of the data set; the draw depends only on it, `clients` and `scheme`.
 
     Returns
     -------

@@ -1,4 +1,4 @@
-"""What a SPEC asks of a client's share beyond the partition: its size, its test images, its rotation."""
+"""Options of a client's share beyond its partition: size, test images, rotation, few-shot subsets."""
 
 from __future__ import annotations
 
@@ -18,28 +18,28 @@ if TYPE_CHECKING:
     from espalier.data.imageset import ImageSet
 
 OPTIONS = "+rotate=2 or +rotate=4, +lognormal=SIGMA, +holdout=SHARE, +shots=IMAGES, +scarce=LABELS"
-#: Images that a client keeps of a scarce label (FAug's experiments, Jeong et al. 2018).
-SCARCE_KEPT = 5
+#: Number of images of a scarce label that a client has (FAug's experiments, Jeong et al. 2018).
+SCARCE_IMAGES = 5
 
 _NUMBER = re.compile(r"\d+(\.\d*)?|\.\d+")
 
 
 @dataclass(frozen=True)
 class Extras:
-    """The options behind a scheme.
+    """The options after a scheme.
 
     Attributes
     ----------
     rotate : int
-        R: the images of client i are turned by 360/R * (i mod R) degrees; 1 turns none.
+        R: the images of client i are rotated by 360/R * (i mod R) degrees; 1: no rotation.
     lognormal : float
-        Sigma of the log-normal law of the clients' sizes; 0 leaves the partition's sizes.
+        Sigma of the log-normal distribution of the clients' sizes; 0: the sizes of the partition.
     holdout : float
-        Share of each client's images that become its test images, for folders without ones of their own.
+        Share of each client's images that become its test images, for folders without a test split.
     shots : int
-        Most training images that a client keeps of each class; 0: all.
+        Largest number of training images of each class that a client has; 0: all.
     scarce : int
-        Labels of which a client keeps `SCARCE_KEPT` training images only, drawn for each client.
+        Number of labels of which a client has only `SCARCE_IMAGES` training images, drawn per client.
     """
 
     rotate: int = 1
@@ -50,7 +50,7 @@ class Extras:
 
     @classmethod
     def parse(cls, texts: list[str], whole: str) -> Extras:
-        """Read options such as ``rotate=4``; `whole` is the SPEC for the messages of a DataError."""
+        """Read options such as ``rotate=4``; `whole` is the SPEC, for the message of a DataError."""
         given: dict[str, float] = {}
         for text in texts:
             key, _, number = text.partition("=")
@@ -62,9 +62,7 @@ class Extras:
                 raise DataError(f"data {whole!r}: +{key} is given twice; leave one of them out")
             given[key] = float(number)
         if given.get("rotate", 2) not in (2, 4):
-            raise DataError(
-                f"data {whole!r}: +rotate turns in 2 steps of 180 or 4 of 90 degrees; give 2 or 4"
-            )
+            raise DataError(f"data {whole!r}: +rotate takes steps of 180 or 90 degrees; give 2 or 4")
         if not 0 < given.get("lognormal", 1) <= 5:
             raise DataError(f"data {whole!r}: +lognormal needs a sigma above 0 and at most 5, e.g. 1.0")
         if not 0 < given.get("holdout", 0.5) < 1:
@@ -81,7 +79,7 @@ class Extras:
         )
 
     def thin(self, labels: NDArray[np.int64], classes: int, *, seed: int, name: str) -> NDArray[np.int64]:
-        """Return which of a client's training images it keeps, as `shots` and `scarce` say.
+        """Return the indices of the training images that `shots` and `scarce` leave to a client.
 
         Parameters
         ----------
@@ -90,7 +88,7 @@ class Extras:
         classes : int
             Number of classes.
         seed : int
-            Changes the draw.
+            Seed of the draw.
         name : str
             Data set and client, part of the seed.
 
@@ -102,16 +100,18 @@ class Extras:
         Raises
         ------
         DataError
-            More labels are to be scarce than there are.
+            There are fewer classes than scarce labels.
         """
         if self.scarce > classes:
             raise DataError(f"data {name!r}: +scarce={self.scarce}, there are {classes} classes; give fewer")
         most = np.full(classes, self.shots or len(labels))
         chosen = rng_for(seed, name, 0, "scarce labels").permutation(classes)[: self.scarce]
-        most[chosen] = np.minimum(most[chosen], SCARCE_KEPT)
+        most[chosen] = np.minimum(most[chosen], SCARCE_IMAGES)
         rng = rng_for(seed, name, 0, "thinned images")
-        kept = [rng.permutation(np.flatnonzero(labels == label))[: most[label]] for label in range(classes)]
-        return np.sort(np.concatenate(kept))
+        subsets = [
+            rng.permutation(np.flatnonzero(labels == label))[: most[label]] for label in range(classes)
+        ]
+        return np.sort(np.concatenate(subsets))
 
 
 def resize(
@@ -124,16 +124,16 @@ def resize(
     name: str,
     min_size: int = 1,
 ) -> NDArray[np.int64]:
-    """Make the sizes of a partition unequal.
+    """Give the clients of a partition unequal sizes.
 
-    Client i draws a log-normal factor s_i, and each class c is divided among those who hold it in proportion to
-    s_i times what they hold: n_ic = n_c * s_i k_ic / sum_j s_j k_jc. So sizes are log-normal where all hold all
-    classes, no client gets a class it had not, and every sample keeps an owner.
+    Client i draws a log-normal factor s_i. With k_ic samples of class c at client i in the given partition and n_c in
+    all, the client gets n_ic = n_c * s_i k_ic / sum_j s_j k_jc. So sizes are log-normal if every client has every
+    class, no client gets a class that it did not have, and every sample has an owner.
 
     Parameters
     ----------
     owner, labels : ndarray
-        A partition and the classes, int64, shape [N]; owner -1 stays.
+        A partition and the classes, int64, shape [N]; owner -1 is unchanged.
     clients : int
         Number of clients.
     sigma : float
@@ -180,8 +180,8 @@ def divide_test(
 ) -> NDArray[np.int64]:
     """Divide a test split so that each client's test images have the label proportions of its training images.
 
-    Each class of the test split is divided as the class is in the training split, so the parts are disjoint,
-    cover the split but for classes nobody holds, and are to whole images as large as the training parts.
+    Each class of the test split is divided in the proportions of the training split. So the parts are disjoint, cover
+    all classes that a client trains on, and have the relative sizes of the training parts, up to rounding.
 
     Parameters
     ----------
@@ -199,8 +199,8 @@ def divide_test(
     Returns
     -------
     ndarray
-        Owner of each test sample, int64, shape [M]; -1 where nobody trains on the class. A client may be left
-        without where there are fewer test images than clients that need one.
+        Owner of each test sample, int64, shape [M]; -1 if no client trains on the class. A client may get
+        none if there are fewer test images than clients.
     """
     classes = int(max(labels.max(initial=-1), test_labels.max(initial=-1))) + 1
     table = label_table(owner, labels, clients, classes).astype(np.float64)
@@ -226,9 +226,9 @@ def apportion(
 ) -> NDArray[np.int64]:
     """Round a table of quotas to whole numbers whose columns sum to `totals`.
 
-    Every entry is its quota rounded down or up; those whose row lags behind its quotas most are rounded up, so
-    that row sums stay near theirs, too. Then a row that came out empty takes one from the largest of
-    its column with the highest quota, if that row can spare it.
+    Every entry is its quota rounded down or up. Entries of the rows that are furthest below their quotas are rounded
+    up, so that row sums are near the sums of the quotas, too. Then an empty row takes one from the row with the largest
+    entry in the column of its highest quota, if that row has more than one in all.
 
     Parameters
     ----------
@@ -265,7 +265,7 @@ def apportion(
 
 
 def deal(counts: NDArray[np.int64], labels: NDArray[np.int64], rng: np.random.Generator) -> NDArray[np.int64]:
-    """Deal the samples of each class at random by a table of counts [clients, classes]; label -1 is no one's."""
+    """Assign the samples of each class at random, by a table of counts [clients, classes]; label -1 is not assigned."""
     owner = np.full(len(labels), -1, np.int64)
     for label in range(counts.shape[1]):
         samples = rng.permutation(np.flatnonzero(labels == label))
@@ -277,7 +277,7 @@ def deal(counts: NDArray[np.int64], labels: NDArray[np.int64], rng: np.random.Ge
 def hold_out(
     labels: NDArray[np.int64], share: float, *, seed: int, name: str
 ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """Split samples in those to train on and a share to test on, in every class alike.
+    """Split samples into a training part and a test share, stratified by class.
 
     Returns
     -------
@@ -290,7 +290,7 @@ def hold_out(
         One of the two would be empty.
     """
     rng = rng_for(seed, name, 0, "holdout")
-    # In class order, a test sample wherever the running share passes a whole number: class after class alike.
+    # In class order, a sample is for testing where the cumulative share passes a whole number: stratified by class.
     shuffled = rng.permutation(len(labels))
     by_class = shuffled[np.argsort(labels[shuffled], kind="stable")]
     reached = np.floor(np.round(np.arange(len(labels) + 1) * share, 9))
@@ -305,14 +305,14 @@ def hold_out(
 
 
 class RotatedImages:
-    """Another set's images, turned counter-clockwise by quarters (``numpy.rot90``).
+    """The images of another set, rotated counter-clockwise by multiples of 90 degrees (``numpy.rot90``).
 
     Parameters
     ----------
     data : ImageSet
         The images.
     quarters : int
-        How many times 90 degrees.
+        Number of rotations by 90 degrees.
 
     Raises
     ------
@@ -323,7 +323,7 @@ class RotatedImages:
     def __init__(self, data: ImageSet, quarters: int) -> None:
         if data.shape[1] != data.shape[2]:
             raise DataError(
-                f"data {data.name!r}: images of {data.shape[1]} x {data.shape[2]} cannot be turned; use square ones"
+                f"data {data.name!r}: images of {data.shape[1]} x {data.shape[2]} cannot be rotated; use square ones"
             )
         self._data, self.quarters = data, quarters % 4
         self.labels, self.classes, self.shape, self.name = data.labels, data.classes, data.shape, data.name
@@ -332,11 +332,11 @@ class RotatedImages:
         return len(self._data)
 
     def fetch(self, indices: NDArray[np.int64]) -> torch.Tensor:
-        """Return float32 images [B, C, H, W] in [-1, 1], turned."""
+        """Return float32 images [B, C, H, W] in [-1, 1], rotated."""
         return self._data.fetch(indices).rot90(self.quarters, (2, 3)).contiguous()
 
     def subset(self, indices: NDArray[np.int64]) -> RotatedImages:
-        """Return the images at `indices`, turned alike."""
+        """Return the images at `indices`, rotated alike."""
         return RotatedImages(self._data.subset(indices), self.quarters)
 
 

@@ -1,4 +1,4 @@
-"""The data sets known by name, and folders of images: each opened whole, before any partition is taken."""
+"""Named data sets and folders of images, opened whole, before partitioning."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ else:
 Split = Literal["train", "test"]
 
 FOLDER_SIZE = 32
-"""Height and width that images of a folder get unless told otherwise, in pixels."""
+"""Default height and width of the images of a folder, in pixels."""
 
 SUFFIXES = frozenset((".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp"))
 
@@ -57,7 +57,7 @@ def default_root() -> Path:
 
 def _digits(source: Source) -> ImageSet:
     """Open scikit-learn's 1,797 digits, 8x8 grey: 1,437 to train, 360 to test, each class alike."""
-    # Read where it lies: importing scikit-learn costs a resident client 80 MB for one small table.
+    # The file is read directly: importing scikit-learn costs a resident client 80 MB for one small table.
     spec = importlib.util.find_spec("sklearn")
     folder = Path(spec.origin).parent if spec is not None and spec.origin else None
     file = folder / "datasets" / "data" / "digits.csv.gz" if folder else None
@@ -75,7 +75,7 @@ def _digits(source: Source) -> ImageSet:
 
 
 def stratified_fifth(labels: NDArray[np.int64], name: str) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """Split in four fifths to train and a fifth to test, in every class alike; fixed by `name` for good."""
+    """Split into four fifths for training and a fifth for testing, stratified by class; depends on `name` only."""
     shuffled = rng_for(0, name, 0, "split").permutation(len(labels))
     by_class = shuffled[np.argsort(labels[shuffled], kind="stable")]
     test = np.zeros(len(labels), bool)
@@ -97,7 +97,7 @@ def _torchvision(
 
 
 def _celeba(source: Source) -> ImageSet:
-    """Open CelebA in four classes, 2 * Male + Young (FedPhD's labels), at 64 pixels unless told otherwise."""
+    """Open CelebA in four classes, 2 * Male + Young (FedPhD's labels), by default at 64 pixels."""
     made = _opened("celeba", "CelebA", "celeba", source, split=source.split, target_type="attr")
     male, young = (made.attr[:, list(made.attr_names).index(column)].numpy() for column in ("Male", "Young"))
     folder = source.root / "celeba" / "img_align_celeba"
@@ -112,7 +112,7 @@ def _celeba(source: Source) -> ImageSet:
 
 
 def _opened(name: str, class_name: str, files: str, source: Source, **choice: Any) -> Any:
-    """Construct a torchvision data set; a missing file becomes an error that says where it was looked for."""
+    """Construct a torchvision data set; a missing file becomes an error that names its folder."""
     datasets = import_torchvision().datasets
     try:
         return getattr(datasets, class_name)(str(source.root), download=source.download, **choice)
@@ -120,7 +120,7 @@ def _opened(name: str, class_name: str, files: str, source: Source, **choice: An
         if source.download:
             raise DataError(f"data {name!r} could not be downloaded to {source.root}: {error}") from error
         raise DataError(
-            f"data {name!r} is not, or not whole, in {source.root / files}: set ESPALIER_DATA to the "
+            f"data {name!r} is missing or incomplete in {source.root / files}: set ESPALIER_DATA to the "
             f"folder that holds {files!r}, or ESPALIER_DOWNLOAD=1 to download it there"
         ) from error
 
@@ -149,11 +149,11 @@ NAMED: dict[str, Callable[[Source], ImageSet]] = {
 
 
 def open_folder(folder: Path, *, split: Split, size: int | None, channels: int | None = None) -> FileImages:
-    """Open a folder of images per class; class names are sorted, and an empty folder still counts as a class.
+    """Open a folder of images per class; class names are sorted, an empty folder is a class, too.
 
-    Images that lie in `folder` itself, without class folders, are one class. Where `folder` holds `train` and
-    `test` folders of class folders, the split chooses between them, and the classes are those of both; else
-    there is a train split only.
+    Images in `folder` itself, without class folders, are one class. If `folder` contains `train` and `test` folders of
+    class folders, the split selects one of them, and the classes are those of both; otherwise there is a train split
+    only.
 
     Parameters
     ----------
@@ -162,23 +162,23 @@ def open_folder(folder: Path, *, split: Split, size: int | None, channels: int |
     split : {"train", "test"}
         Which split.
     size : int, optional
-        Height and width in pixels, 32 unless given.
+        Height and width in pixels; 32 by default.
     channels : int, optional
-        1 (grey) or 3 (RGB); unless given, 1 if the images looked at are all grey.
+        1 (grey) or 3 (RGB); by default 1 if all inspected images are grey.
 
     Raises
     ------
     DataError
-        The folder is missing, empty, holds no image or has no such split.
+        The folder is missing or empty, contains no image, or has no such split.
     """
     if not folder.is_dir():
         what = "is a file, not a folder" if folder.exists() else "does not exist"
         raise DataError(f"data folder {folder} {what}; give a folder with one folder of images per class")
-    # The folder's own name, never its path: it is what other machines see.
+    # The folder's own name, never its path: other machines see it.
     name = folder.resolve().name or "images"
     top, names = folder, _folders(folder)
     if has_test(folder):
-        # Either split may lack a class: a label must mean the same in both.
+        # A split may lack a class; a label must mean the same in both.
         names = sorted({one for part in ("train", "test") for one in _folders(folder / part)})
         folder = folder / split
     elif split == "test":
@@ -189,14 +189,14 @@ def open_folder(folder: Path, *, split: Split, size: int | None, channels: int |
     loose = _images(folder, deep=False)
     if loose and names:
         raise DataError(
-            f"data folder {folder} holds images beside its class folders ({loose[0].name}, …); "
+            f"data folder {folder} contains images next to its class folders ({loose[0].name}, …); "
             "move each into the folder of its class"
         )
     classes = names or ["images"]
     found = [_images(folder / one, deep=True) for one in names] if names else [loose]
     files = [file for part in found for file in part]
     if not files:
-        what = "is empty" if not any(folder.iterdir()) else "holds no image"
+        what = "is empty" if not any(folder.iterdir()) else "contains no image"
         raise DataError(
             f"data folder {folder} {what}; put images ({', '.join(sorted(SUFFIXES))}) in one folder per class"
         )
@@ -232,7 +232,7 @@ def _images(folder: Path, *, deep: bool) -> list[Path]:
 
 
 def _channels(files: list[Path]) -> int:
-    """Return 1 if some files spread over the whole list are all grey, by their headers; else 3."""
+    """Return 1 if a sample of the files, evenly spaced over the list, is all grey by the headers; else 3."""
     from PIL import Image
 
     step = max(1, len(files) // _PEEK)

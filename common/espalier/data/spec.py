@@ -1,4 +1,4 @@
-"""The data SPEC of the command line: which data set or folder, and which share of it."""
+"""The data SPEC of the command line: a data set or folder, and a client's share of it."""
 
 from __future__ import annotations
 
@@ -40,11 +40,11 @@ class DataSpec:
     source : str
         A known name or a folder.
     index, clients : int
-        Share `index` of `clients`, counted from 0; (0, 1) is the whole.
+        Share `index` of `clients`, counted from 0; (0, 1) is the whole set.
     scheme : Scheme
         How the data are divided.
     extras : Extras
-        What is asked of the share beyond that.
+        Options of the share.
     """
 
     source: str
@@ -55,7 +55,7 @@ class DataSpec:
 
     @property
     def is_folder(self) -> bool:
-        """Whether `source` is a folder and not a known name."""
+        """Whether `source` is a folder, not a known name."""
         return _is_path(self.source)
 
 
@@ -65,8 +65,8 @@ def parse_spec(text: str) -> DataSpec:
     Parameters
     ----------
     text : str
-        ``NAME[:I/N[:SCHEME[+OPTION…]]]``, or a FOLDER in the place of NAME; I counts from 0. A folder is what
-        has a path separator or begins with ``.`` or ``~``.
+        ``NAME[:I/N[:SCHEME[+OPTION…]]]``, or a FOLDER in the place of NAME; I counts from 0. A folder
+        contains a path separator or begins with ``.`` or ``~``.
 
     Raises
     ------
@@ -116,13 +116,13 @@ def open_data(
     split : {"train", "test"}
         Which split. A client's share of the test split has the label proportions of its training share.
     root : Path, optional
-        Folder of the named data sets' files; ESPALIER_DATA or a cache folder unless given.
+        Folder of the named data sets' files; by default ESPALIER_DATA or a cache folder.
     size : int, optional
-        Height and width in pixels; a named set's own (CelebA: 64) or 32 for a folder unless given.
+        Height and width in pixels; by default those of a named set (CelebA: 64), or 32 for a folder.
     channels : int, optional
-        1 or 3, for a folder; by its images unless given.
+        1 or 3, for a folder; by default determined from its images.
     download : bool, optional
-        Whether missing files may be downloaded; unless given, only where ESPALIER_DOWNLOAD is 1.
+        Whether missing files may be downloaded; by default only if ESPALIER_DOWNLOAD is 1.
 
     Returns
     -------
@@ -154,25 +154,25 @@ def open_test(
     channels: int | None = None,
     download: bool | None = None,
 ) -> ImageSet | None:
-    """Open the test images of a share as :func:`open_data` does, or return None where it can have none.
+    """Open the test images of a share as :func:`open_data` does, or return None if there can be none.
 
-    That is so for a folder without a test split of which no ``+holdout`` is asked for, and where the test split
-    is too small for a share to every client. Damaged or missing data are a DataError here, too.
+    There are none for a folder that has no test split, without ``+holdout``, and if the test split is too small to give
+    every client a share. Damaged or missing data raise DataError here, too.
     """
     share = _Share(spec, root, size, channels, download)
     return share.test() if share.has_test() else None
 
 
-#: Whole named sets that are kept open while `sharing_sources` lasts, None outside of it.
+#: Named sets that stay open within `sharing_sources`; None outside of it.
 _shared: dict[tuple[str, Source], ImageSet] | None = None
 
 
 @contextlib.contextmanager
 def sharing_sources() -> Iterator[None]:
-    """Open each split of a named data set only once while this lasts, however many shares of it are opened.
+    """Within this context, open each split of a named data set only once for all of its shares.
 
-    For a process that plays many clients: reading a set takes longer than cutting a share out of it. A
-    resident client must not do so, because it would hold the whole set beside its share.
+    For a process with many clients: reading a set takes longer than taking a share of it. A resident client must not
+    use it, because the whole set would stay in memory.
     """
     global _shared
     before = _shared
@@ -195,7 +195,7 @@ class _Share:
         self.root, self.size, self.channels, self.download = root, size, channels, download
 
     def has_test(self) -> bool:
-        """Whether there is anything to test on."""
+        """Whether the share can have test images."""
         spec = self.spec
         return not spec.is_folder or bool(spec.extras.holdout) or has_test(Path(spec.source).expanduser())
 
@@ -204,26 +204,26 @@ class _Share:
         data = self._division[0]
         extras = self.spec.extras
         if extras.holdout:
-            data = data.subset(self._held_out(data)[0])
+            data = data.subset(self._holdout(data)[0])
         if extras.shots or extras.scarce:
             data = data.subset(
                 extras.thin(
                     data.labels, len(data.classes), seed=self.spec.scheme.seed, name=self._client(data.name)
                 )
             )
-        return self._turned(data)
+        return self._rotated(data)
 
     def test(self) -> ImageSet | None:
         """Return the test images of the share, None if there are too few for every share to have one."""
         spec = self.spec
         if spec.extras.holdout:
             data = self._division[0]
-            return self._turned(data.subset(self._held_out(data)[1]))
+            return self._rotated(data.subset(self._holdout(data)[1]))
         whole = self._open("test")
         if spec.clients == 1:
-            return self._turned(whole)
+            return self._rotated(whole)
         if spec.scheme.kind == "iid" and not spec.extras.lognormal:
-            # Every share has the split's own proportions, and the training images need not be opened.
+            # Every share has the proportions of the split, so the training images need not be opened.
             if len(whole) < spec.clients:
                 return None
             owner = assign(whole.labels, spec.clients, spec.scheme, name=whole.name)
@@ -233,11 +233,11 @@ class _Share:
                 train_owner, labels, whole.labels, spec.clients, seed=spec.scheme.seed, name=whole.name
             )
         mine = np.flatnonzero(owner == spec.index)
-        return self._turned(whole.subset(mine)) if len(mine) else None
+        return self._rotated(whole.subset(mine)) if len(mine) else None
 
     @cached_property
     def _division(self) -> tuple[ImageSet, NDArray[np.int64], NDArray[np.int64]]:
-        """The share's images of the training split, and labels and owners of the whole of it."""
+        """The share's training images, and labels and owners of the whole training split."""
         spec, whole = self.spec, self._open("train")
         if spec.clients == 1:
             return whole, whole.labels, np.zeros(len(whole), np.int64)
@@ -254,14 +254,14 @@ class _Share:
             )
         return whole.subset(np.flatnonzero(owner == spec.index)), whole.labels, owner
 
-    def _held_out(self, data: ImageSet) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    def _holdout(self, data: ImageSet) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
         name = self._client(data.name)
         return hold_out(data.labels, self.spec.extras.holdout, seed=self.spec.scheme.seed, name=name)
 
     def _client(self, data: str) -> str:
         return f"{data}/{self.spec.index}/{self.spec.clients}"
 
-    def _turned(self, data: ImageSet) -> ImageSet:
+    def _rotated(self, data: ImageSet) -> ImageSet:
         steps = self.spec.extras.rotate
         quarters = self.spec.index % steps * (4 // steps)
         return RotatedImages(data, quarters) if quarters else data

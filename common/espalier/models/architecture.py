@@ -1,9 +1,8 @@
-"""A network as the shapes of its tensors: described by the sender, rebuilt by a receiver, pruned or not.
+"""Architecture descriptions: a sender describes a network by the shapes of its tensors, a receiver rebuilds it.
 
 The receiver needs no pruning library: it builds the family's unpruned network on torch's ``meta`` device (no
-memory, no random numbers), sets every layer's width from the tensors' shapes and loads them strictly. What
-arrives is untrusted, so it is checked before a single module is built: known family, whitelisted constructor
-arguments, sane sizes.
+memory, no random numbers), sets every layer's width from the tensors' shapes and loads the tensors strictly. A
+description is untrusted and validated before a module is built: family, constructor arguments, sizes.
 """
 
 from __future__ import annotations
@@ -30,15 +29,15 @@ from espalier.models.family import Family, classifier_family
 from espalier.models.resnet import PreActResNet
 from espalier_proto import espalier_pb2 as pb
 
-#: Elements a network may have; a spec above it is refused before anything is allocated.
+#: Largest number of elements of a network; a larger one is refused before memory is allocated.
 MAX_PARAMETERS = 1_000_000_000
-#: Tensors a network may have.
+#: Largest number of tensors of a network.
 MAX_TENSORS = 10_000
 
-#: Digests of the newest descriptions whose layers were seen to fit together, and how many are kept. A client is
-#: sent the same description round after round, and the proof takes longer than building the network.
-_proven: dict[bytes, None] = {}
-_PROVEN_KEPT = 64
+#: Digests of the newest descriptions whose layers were verified, and their largest number. A client receives the same
+#: description every round, and verifying takes longer than building the network.
+_verified: dict[bytes, None] = {}
+_VERIFIED_CACHED = 64
 
 _DTYPES = {
     dtype_name(d): d for d in (torch.float32, torch.float16, torch.bfloat16, torch.float64, torch.int64)
@@ -50,8 +49,8 @@ FAMILIES: Mapping[str, Family] = {
         matches=unet_family.matches,
         config=unet_family.config,
         construct=unet_family.construct,
-        settle=unet_family.settle,
-        prove=unet_family.prove_unet,
+        set_sizes=unet_family.set_sizes,
+        verify=unet_family.verify_unet,
         heads=unet_family.heads,
         inputs=unet_family.inputs,
     ),
@@ -115,7 +114,7 @@ def build(spec: pb.ArchitectureSpec) -> nn.Module:
     Parameters
     ----------
     spec : ArchitectureSpec
-        As received; nothing in it is trusted.
+        As received; it is validated.
 
     Returns
     -------
@@ -125,7 +124,7 @@ def build(spec: pb.ArchitectureSpec) -> nn.Module:
     Raises
     ------
     ValueError
-        The description makes no sense; the message says which part, the caller knows whose it is.
+        The description is invalid; the message names the part, the caller knows the sender.
     """
     family = FAMILIES.get(spec.family)
     if family is None:
@@ -137,13 +136,13 @@ def build(spec: pb.ArchitectureSpec) -> nn.Module:
         model = family.construct(arguments(spec))
         _set_shapes(model, spec, shapes)
         _set_widths(model, spec.groups)
-        family.settle(model, spec.heads)
+        family.set_sizes(model, spec.heads)
         digest = digest_of(spec)
-        if digest not in _proven:
-            family.prove(model)
-            while len(_proven) >= _PROVEN_KEPT:
-                _proven.pop(next(iter(_proven)), None)
-            _proven[digest] = None
+        if digest not in _verified:
+            family.verify(model)
+            while len(_verified) >= _VERIFIED_CACHED:
+                _verified.pop(next(iter(_verified)), None)
+            _verified[digest] = None
     return model.train()
 
 
@@ -155,8 +154,8 @@ def build_with(spec: pb.ArchitectureSpec, tensors: Mapping[str, Tensor]) -> nn.M
     spec : ArchitectureSpec
         As received.
     tensors : mapping of str to Tensor
-        Every tensor of the description, by name. They are copied, so training does not write into the
-        received buffers.
+        All tensors of the description, by name. They are copied, so training does not modify the received
+        buffers.
 
     Returns
     -------
@@ -166,7 +165,7 @@ def build_with(spec: pb.ArchitectureSpec, tensors: Mapping[str, Tensor]) -> nn.M
     Raises
     ------
     ValueError
-        The description makes no sense, or a tensor is missing, superfluous or of another shape or dtype.
+        The description is invalid, or a tensor is missing, superfluous or of another shape or dtype.
     """
     model = build(spec)
     expected = model.state_dict()
@@ -178,7 +177,7 @@ def build_with(spec: pb.ArchitectureSpec, tensors: Mapping[str, Tensor]) -> nn.M
 
 
 def check_tensors(expected: Mapping[str, Tensor], tensors: Mapping[str, Tensor]) -> None:
-    """Raise ValueError where tensors are not those that a network expects, in name, shape and dtype."""
+    """Raise ValueError if tensors differ from those that a network expects, in name, shape or dtype."""
     if missing := [name for name in expected if name not in tensors]:
         raise ValueError(f"tensor {missing[0]!r} is missing ({len(missing)} in all)")
     if extra := [name for name in tensors if name not in expected]:
@@ -193,12 +192,12 @@ def check_tensors(expected: Mapping[str, Tensor], tensors: Mapping[str, Tensor])
 
 
 def digest_of(spec: pb.ArchitectureSpec) -> bytes:
-    """Return what tells a description from any other."""
+    """Return the SHA-256 digest that identifies a description."""
     return hashlib.sha256(spec.SerializeToString(deterministic=True)).digest()
 
 
 def is_reduced(model: nn.Module) -> bool:
-    """Tell whether a tensor departs from what the configuration alone would build: pruned, scaled."""
+    """Whether a tensor differs in shape from the network of the configuration, as after pruning or scaling."""
     family = _family_of(model)
     whole = _whole_shapes(family, json.dumps(FAMILIES[family].config(model), sort_keys=True))
     return any(whole.get(name) != tuple(tensor.shape) for name, tensor in model.state_dict().items())
@@ -206,7 +205,7 @@ def is_reduced(model: nn.Module) -> bool:
 
 @lru_cache(maxsize=64)
 def _whole_shapes(family: str, config: str) -> dict[str, tuple[int, ...]]:
-    """Return the shapes of an unpruned network; a client asks every round, and building one takes 20 ms."""
+    """Return the shapes of an unpruned network, cached: a client needs them every round, and building takes 20 ms."""
     struct = Struct()
     struct.update(json.loads(config))
     with torch.device("meta"):
@@ -226,7 +225,7 @@ def arguments(spec: pb.ArchitectureSpec) -> dict[str, Any]:
 
 
 def _plain(value: Any) -> Any:
-    """Turn a Struct's doubles back into whole numbers where they are whole."""
+    """Convert a Struct's doubles to int where they are whole numbers."""
     if isinstance(value, float) and value.is_integer():
         return int(value)
     if isinstance(value, dict):
@@ -264,9 +263,7 @@ def _set_shapes(model: nn.Module, spec: pb.ArchitectureSpec, shapes: Mapping[str
     if missing := [name for name in expected if name not in shapes]:
         raise ValueError(f"tensor {missing[0]!r} is not described ({len(missing)} in all)")
     if extra := set(shapes).difference(expected):
-        raise ValueError(
-            f"tensor {min(extra)!r} belongs to no layer of this {spec.family} ({len(extra)} in all)"
-        )
+        raise ValueError(f"tensor {min(extra)!r} is not part of this {spec.family} ({len(extra)} in all)")
     for tensor in spec.tensors:
         path, _, leaf = tensor.name.rpartition(".")
         module = model.get_submodule(path)
@@ -290,12 +287,12 @@ def _set_shapes(model: nn.Module, spec: pb.ArchitectureSpec, shapes: Mapping[str
 
 
 def _set_widths(model: nn.Module, groups: Mapping[str, int]) -> None:
-    """Take the layers' widths from their weights, and check what belongs together inside a layer."""
+    """Set the layers' widths from their weights, and check that the tensors of a layer are consistent."""
     norms = {path for path, module in model.named_modules() if isinstance(module, nn.GroupNorm)}
     if set(groups) != norms:
         path = min(set(groups) ^ norms)
         raise ValueError(
-            f"GroupNorm {path!r} " + ("has no groups" if path in norms else "is no part of the network")
+            f"GroupNorm {path!r} " + ("has no groups" if path in norms else "is not part of the network")
         )
     for path, module in model.named_modules():
         if isinstance(module, nn.Conv2d):
@@ -306,7 +303,7 @@ def _set_widths(model: nn.Module, groups: Mapping[str, int]) -> None:
                     f"expected {list(module.kernel_size)}"
                 )
             if module.groups > 1:
-                # Only depthwise convolutions have groups here: a channel each, however many there are now.
+                # Only depthwise convolutions have groups here, one per channel.
                 module.groups = module.weight.shape[0]
             module.out_channels, module.in_channels = (
                 module.weight.shape[0],

@@ -1,4 +1,4 @@
-"""A model's tensors as numpy arrays and back, for wire and state code that knows no torch.
+"""Conversion between a model's tensors and numpy arrays, for wire and state code without torch.
 
 bfloat16 has no numpy type; such tensors are held as their 16 bits in uint16, as `espalier.wire` stores them.
 """
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 
 def to_array(tensor: Tensor) -> np.ndarray:
-    """Return a tensor as an array; one on the CPU is shared, not copied.
+    """Return a tensor as an array; a tensor on the CPU shares its memory.
 
     Parameters
     ----------
@@ -40,14 +40,14 @@ def to_tensor(array: np.ndarray, dtype: str = "") -> Tensor:
     array : numpy.ndarray
         May be a read-only view of received bytes.
     dtype : str
-        The layout's dtype name where the array's own does not say it ("bfloat16" held in uint16).
+        The layout's dtype name if it differs from the array's dtype ("bfloat16" in uint16).
     """
     tensor = torch.from_numpy(np.array(array, copy=True))
     return tensor.view(torch.bfloat16) if dtype == "bfloat16" else tensor
 
 
 def dtype_name(dtype: torch.dtype) -> str:
-    """Return the name a layout gives a torch dtype, e.g. ``"float32"``."""
+    """Return the name of a torch dtype in layouts, e.g. ``"float32"``."""
     return str(dtype).removeprefix("torch.")
 
 
@@ -68,7 +68,7 @@ def load_arrays(model: nn.Module, arrays: Mapping[str, np.ndarray]) -> None:
     if missing := [name for name in own if name not in arrays]:
         raise ValueError(f"tensor {missing[0]!r} is missing ({len(missing)} in all)")
     if extra := [name for name in arrays if name not in own]:
-        raise ValueError(f"tensor {extra[0]!r} is none of the model's ({len(extra)} in all)")
+        raise ValueError(f"tensor {extra[0]!r} is not part of the model ({len(extra)} in all)")
     with torch.no_grad():
         for name, tensor in own.items():
             if tuple(arrays[name].shape) != tuple(tensor.shape):

@@ -1,4 +1,4 @@
-"""Attention over the pixels of an image, for the U-Nets that are trained on processors without a GPU, too.
+"""Self-attention over the pixels of an image, for U-Nets that are also trained on CPUs.
 
 It is the function of diffusers' own processor (a test compares them). What differs is what
 a step spends on it: torch's attention for a CPU takes longer over heads of 6 or 8 channels, of which the paper's
@@ -12,7 +12,7 @@ from typing import Any, cast
 from torch import Tensor, nn
 from torch.nn import functional
 
-#: Channels of a head that torch's attention for a CPU is quickest over; heads of 4 to 12 take longer (AVX-512).
+#: Channels per head for which torch's CPU attention is fastest; heads of 4 to 12 take longer (AVX-512).
 LANES = 16
 
 
@@ -41,7 +41,7 @@ class PixelAttention:
         hidden_states : Tensor
             Images, [images, channels, height, width].
         encoder_hidden_states, attention_mask : None
-            What U-Nets without a text encoder do not have.
+            Not supported: U-Nets without a text encoder have none.
         temb : Tensor, optional
             The time embedding, which the layer's norm does not depend on.
 
@@ -53,10 +53,10 @@ class PixelAttention:
         Raises
         ------
         ValueError
-            There is something else to attend to than the images' own pixels.
+            Something other than the images' own pixels is to be attended to.
         """
         if encoder_hidden_states is not None or attention_mask is not None:
-            raise ValueError("this network attends to the pixels of its own image and to nothing else")
+            raise ValueError("this network attends only to the pixels of its own image")
         images, channels, height, width = hidden_states.shape
         count = height * width
         flat = hidden_states.reshape(images, channels, count)
@@ -68,14 +68,14 @@ class PixelAttention:
         )
         attended = _heads(query, key, value).reshape(images, count, -1)
         projected = attention.to_out[1](attention.to_out[0](attended))
-        # In the order of the images: a convolution that gets another one copies its weights into it at every step.
+        # In the memory format of the images: with another one, a convolution copies its weights at every step.
         out = projected.transpose(1, 2).contiguous().view(images, channels, height, width) + hidden_states
         scale = attention.rescale_output_factor
         return cast(Tensor, out if scale == 1 else out / scale)
 
 
 def _heads(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-    """Attend within every head; all are [images, pixels, heads, channels of a head]."""
+    """Compute attention in every head; tensors are [images, pixels, heads, channels of a head]."""
     width = query.shape[-1]
     if query.device.type == "cpu" and width < LANES:
         query, key, value = (functional.pad(part, (0, LANES - width)) for part in (query, key, value))
@@ -85,12 +85,12 @@ def _heads(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
 
 
 def attend_to_pixels(model: nn.Module) -> None:
-    """Let every attention layer of a UNet2DModel compute as :class:`PixelAttention` does."""
+    """Set :class:`PixelAttention` as the processor of every attention layer of a UNet2DModel."""
     _set(model, PixelAttention())
 
 
 def attend_as_diffusers(model: nn.Module) -> None:
-    """Let every attention layer of a UNet2DModel compute as diffusers does, which DepGraph can trace."""
+    """Set diffusers' processor in every attention layer of a UNet2DModel; DepGraph can trace it."""
     from diffusers.models.attention_processor import AttnProcessor2_0
 
     _set(model, AttnProcessor2_0())

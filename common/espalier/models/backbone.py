@@ -1,4 +1,4 @@
-"""Unlike classifiers with features of one width, so that clients who share no weights can still compare them."""
+"""Heterogeneous classifiers with features of equal width, which clients can compare without sharing weights."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class BackboneArguments(ClassifierArguments):
     feature_dim : int
         Width of the features, whatever the network's own; 0: the network's own.
     head : int
-        Width of a layer with tanh under the output layer (HtFLlib's head of vision transformers); 0: none.
+        Width of a layer with tanh before the output layer (HtFLlib's head of vision transformers); 0: none.
     scale : float
         1: these networks come in one width.
     """
@@ -34,18 +34,18 @@ class BackboneArguments(ClassifierArguments):
     scale: Annotated[float, Field(ge=1, le=1)] = 1.0
 
     def narrowed(self, rate: float, *, scaler: bool) -> NoReturn:
-        """Refuse: these networks come in one width.
+        """Refuse: the widths of these networks are fixed.
 
         Raises
         ------
         ConfigError
             Always.
         """
-        raise ConfigError(f"model: {self.network} comes in one width only; choose cnn, cnn-bn or mlp")
+        raise ConfigError(f"model: {self.network} has a fixed width; choose cnn, cnn-bn or mlp")
 
 
 class Backbone(SingleHead):
-    """One of `espalier.models.bodies`, its features brought to one width, and an output layer.
+    """One of `espalier.models.bodies`, a layer that brings its features to a common width, and an output layer.
 
     As in HtFLlib an adaptive average pooling along the features stands where the network had its last layer: of
     2048 features each four neighbours are averaged into one of 512, of 64 each is repeated eight times.

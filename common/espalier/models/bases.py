@@ -1,4 +1,4 @@
-"""Ensembles of independent, narrow base networks, of which a client trains as many as it can (Split-Mix)."""
+"""Ensembles of independent, narrow base networks; a client trains as many as its capacity allows (Split-Mix)."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from espalier.models.layers import Classifier, SingleHead, mean_logits
 from espalier.models.resnet import PreActResNet
 
 FAMILIES: Mapping[str, type[SingleHead]] = {"mlp": MLP, "cnn": CNN, "resnet": PreActResNet}
-"""The families that base networks can be of."""
+"""The families of base networks."""
 
 
 class BasesArguments(BaseModel):
@@ -41,12 +41,12 @@ class BasesArguments(BaseModel):
     @classmethod
     def _each_once(cls, value: list[int]) -> list[int]:
         if len(set(value)) < len(value):
-            raise ValueError("a base network is named twice")
+            raise ValueError("a base network is repeated")
         return value
 
 
 class Bases(Classifier):
-    """Base networks ``base0``, ``base3``, …, each whole with its own output layer.
+    """Base networks ``base0``, ``base3``, …, each with its own output layer.
 
     In training it returns the list of the members' logits, in their order; in evaluation their mean.
     """
@@ -73,11 +73,11 @@ class Bases(Classifier):
         return logits if self.training else mean_logits(logits)
 
     def features(self, images: Tensor) -> Tensor:
-        """Return the members' features side by side, [B, members * F]."""
+        """Return the members' features concatenated, [B, members * F]."""
         return torch.cat([network.features(images) for network in self.networks().values()], 1)
 
     def project(self, images: Tensor) -> Tensor:
-        """Return the members' z side by side, [B, members * projection]."""
+        """Return the members' z concatenated, [B, members * projection]."""
         return torch.cat([network.project(images) for network in self.networks().values()], 1)
 
 
@@ -95,7 +95,7 @@ def members(model: nn.Module) -> dict[int, SingleHead]:
 
 
 def rescale(base: nn.Module, whole: nn.Module) -> None:
-    """Give a base network's fresh weights the size they would have in the whole network (Split-Mix).
+    """Scale the initial weights of a base network to their magnitude in the full network (Split-Mix).
 
     torch draws weights and biases of a layer from U(-b, b) with b = 1 / sqrt(fan_in); here fan_in becomes
     the whole network's, which makes them smaller.

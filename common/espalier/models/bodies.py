@@ -1,4 +1,4 @@
-"""What unlike classifiers have under their last layers: HtFLlib's small CNN and torchvision's known networks.
+"""Feature extractors of heterogeneous classifiers: HtFLlib's small CNN and torchvision's networks.
 
 torchvision's networks are built for 224 pixels and three channels. Here they take any number of channels and
 any square image of at least 8 pixels:
@@ -42,11 +42,11 @@ Network = Literal[
     "vit-b-32",
 ]
 
-#: Smallest image in pixels that gets torchvision's stem.
+#: Smallest image size in pixels for torchvision's stem.
 STANDARD_STEM = 64
 
-#: Blocks of each stage. From 50 layers on blocks are bottlenecks (1x1, 3x3, 1x1), four times as wide at their end.
-#: The short ones are HtFLlib's: a block a stage, as many stages as their depth says, 2 + 2 * stages.
+#: Blocks of each stage. From 50 layers on they are bottlenecks (1x1, 3x3, 1x1) with four times the output width.
+#: The short ones are HtFLlib's: one block per stage, and a depth of 2 + 2 * stages.
 _RESNETS: Mapping[str, tuple[int, ...]] = {
     "resnet4": (1,),
     "resnet6": (1, 1),
@@ -78,7 +78,7 @@ def body(network: Network, channels: int, size: int) -> tuple[nn.Module, int]:
     Returns
     -------
     tuple of Module and int
-        What turns [B, channels, size, size] into [B, W], and W.
+        The module from [B, channels, size, size] to [B, W], and W.
     """
     if network == "cnn4":
         four = FourLayers(channels, size)
@@ -98,7 +98,7 @@ def body(network: Network, channels: int, size: int) -> tuple[nn.Module, int]:
 def patch_size(nominal: int, size: int) -> int:
     """Return the height and width of a vision transformer's patches for images of `size` pixels.
 
-    It is the divisor of the image's size that is nearest to the nominal size in ratio. The nominal 16 is kept for
+    It is the divisor of the image's size that is nearest to the nominal size in ratio. The nominal 16 applies to
     32 pixels and becomes 14 for 28; an image of 8 or of a prime number of pixels is one patch. Two divisors are
     never equally near: if a * b = nominal**2, the nominal size is a divisor, too.
 
@@ -114,10 +114,10 @@ def patch_size(nominal: int, size: int) -> int:
 
 
 class FourLayers(nn.Module):
-    """HtFLlib's CNN under its last layer: two 5x5 convolutions of 32 and 64 channels and a layer of 512 units.
+    """HtFLlib's CNN without its last layer: two 5x5 convolutions of 32 and 64 channels and a layer of 512 units.
 
     Each convolution is followed by ReLU and 2x2 max-pooling. As in the original they are not padded, except where
-    a map of fewer than 6 pixels would have nothing left (images below 16 pixels): there the map keeps its size.
+    a map of fewer than 6 pixels would become empty (images below 16 pixels): there the size of the map is preserved.
 
     Attributes
     ----------
@@ -152,7 +152,7 @@ def _resnet(network: str, channels: int, size: int) -> tuple[nn.Module, int]:
 
     blocks = _RESNETS[network]
     block = resnet.Bottleneck if network in _BOTTLENECKS else resnet.BasicBlock
-    # torchvision's has four stages always; those that a short one lacks are taken out again.
+    # torchvision's always has four stages; those beyond the short networks' are replaced by the identity.
     made = resnet.ResNet(block, [*blocks, *[1] * (_STAGES - len(blocks))], num_classes=1)
     for stage in range(len(blocks) + 1, _STAGES + 1):
         setattr(made, f"layer{stage}", nn.Identity())
@@ -169,7 +169,7 @@ def _googlenet(channels: int, size: int) -> tuple[nn.Module, int]:
     import_torchvision()
     from torchvision.models.googlenet import GoogLeNet
 
-    # Without the auxiliary outputs; with its dropout, which lies under the last layer. HtFLlib has it so.
+    # Without the auxiliary outputs, but with the dropout before the last layer, as in HtFLlib.
     made = GoogLeNet(num_classes=1, aux_logits=False, init_weights=True)
     if size < STANDARD_STEM:
         made.conv1.conv = nn.Conv2d(channels, 64, 3, padding=1, bias=False)
@@ -192,7 +192,7 @@ def _mobilenet(channels: int, size: int) -> tuple[nn.Module, int]:
     nn.init.kaiming_normal_(stem.weight, mode="fan_out")
     made.features[0][0] = stem
     width: int = made.last_channel
-    # Its dropout belongs to what is replaced.
+    # Its dropout is part of the classifier, which is replaced.
     made.classifier = nn.Identity()
     return made, width
 
@@ -219,7 +219,7 @@ def _vision_transformer(patch: int, channels: int, size: int) -> tuple[nn.Module
 
 
 def _use_own_normalisation(network: nn.Module) -> None:
-    """Put our batch normalisation in the place of torch's; neither has learnt anything yet."""
+    """Replace torch's batch normalisation by `BatchNorm`, before any training."""
     for module in list(network.modules()):
         for name, child in list(module.named_children()):
             if type(child) is nn.BatchNorm2d:

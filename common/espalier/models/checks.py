@@ -1,4 +1,4 @@
-"""What a received description of a network must pass, whatever its family: its arguments and its layers' fit."""
+"""Checks of a received architecture description, for every family: arguments, and that the layers match."""
 
 from __future__ import annotations
 
@@ -29,10 +29,10 @@ def validated(kind: type[_Arguments], arguments: Mapping[str, Any], family: str)
         raise ValueError(f"the {family}'s {place}: {fault['msg']}") from None
 
 
-def prove(
+def verify_layers(
     model: nn.Module, run: Callable[[], Tensor], given: tuple[int, ...], expected: tuple[int, ...]
 ) -> None:
-    """Run a network on ``meta``, no arithmetic, only shapes, to see that its layers fit together.
+    """Run a network on ``meta`` (shapes only, no arithmetic) to verify that its layers match.
 
     Parameters
     ----------
@@ -66,7 +66,7 @@ def prove(
             out = run()
     except (RuntimeError, ValueError, AssertionError) as error:
         reason = str(error).partition("\n")[0] or "its channels differ"
-        raise ValueError(f"the layers do not fit together at {reached!r}: {reason}") from None
+        raise ValueError(f"the layers do not match at {reached!r}: {reason}") from None
     finally:
         for handle in handles:
             handle.remove()

@@ -46,7 +46,7 @@ class MLP(SingleHead):
         self.add_head(width, arguments)
 
     def features(self, images: Tensor) -> Tensor:
-        """Return the last hidden layer's activations; the pixels [B, C*H*W] where there is none."""
+        """Return the last hidden layer's activations; the pixels [B, C*H*W] without hidden layers."""
         values = images.flatten(1)
         for name in self._layers:
             values = functional.relu(self.scaler(self.get_submodule(name)(values)))

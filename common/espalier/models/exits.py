@@ -1,4 +1,4 @@
-"""Networks with an exit after every stage, whose first stages are networks of their own (DepthFL, InclusiveFL)."""
+"""Networks with an exit after every stage; the first stages with their exits are sub-models (DepthFL, InclusiveFL)."""
 
 from __future__ import annotations
 
@@ -30,17 +30,17 @@ class ExitsArguments(ClassifierArguments):
     Attributes
     ----------
     widths : list of int
-        Channels of the whole network's stages, those beyond `depth` included: the exits lead up to the last.
+        Channels of all stages of the full network, also those beyond `depth`: every exit ends at the last width.
     blocks : int
-        Blocks a stage.
+        Blocks per stage.
     block : {"residual", "plain"}
         A residual block of two convolutions (after a stem), or one convolution.
     depth : int
-        Stages and exits that this network has, the first ones of the whole network's.
+        Number of stages and exits of this network, the first ones of the full network.
     exits : {"all", "last"}
-        Whether every stage has its exit, or the last one alone (InclusiveFL).
+        Whether every stage has an exit, or only the last one (InclusiveFL).
     norm : {"none", "batch", "static"}
-        Normalisation after each convolution; convolutions have biases only where there is none.
+        Normalisation after each convolution; convolutions have biases only without it.
     """
 
     HIDDEN: ClassVar[tuple[str, ...]] = ("widths", "projection")
@@ -59,13 +59,13 @@ class ExitsArguments(ClassifierArguments):
         return self
 
     def convolution(self, width_in: int, width: int, stride: int = 1) -> list[nn.Module]:
-        """Return a 3x3 convolution with what follows it up to its normalisation."""
+        """Return a 3x3 convolution, Scaler and normalisation."""
         conv = convolution(width_in, width, stride, bias=self.norm == "none")
         return [conv, Scaler(self.scale), normalisation(self.norm, width)]
 
 
 class ResidualBlock(nn.Module):
-    """Two 3x3 convolutions and a shortcut around them, ReLU behind their sum."""
+    """Two 3x3 convolutions with a shortcut, and ReLU after the sum."""
 
     def __init__(self, width_in: int, width: int, stride: int, arguments: ExitsArguments) -> None:
         super().__init__()
@@ -74,7 +74,7 @@ class ResidualBlock(nn.Module):
             nn.ReLU(),
             *arguments.convolution(width, width),
         )
-        # Decided by the stage, not by the widths: narrow and whole networks must have the same tensors.
+        # Determined by the stage, not by the widths: narrow and full networks must have the same tensors.
         self.shortcut: nn.Module = nn.Identity()
         if stride != 1:
             self.shortcut = nn.Sequential(
@@ -89,7 +89,7 @@ class ResidualBlock(nn.Module):
 
 
 def separable(width_in: int, width: int, arguments: ExitsArguments) -> nn.Sequential:
-    """Return two depthwise separable convolutions that halve the maps and lead to `width` channels."""
+    """Return two depthwise separable convolutions that halve the maps and have `width` output channels."""
     bias = arguments.norm == "none"
 
     def one(out: int, stride: int) -> list[nn.Module]:
@@ -105,9 +105,9 @@ def separable(width_in: int, width: int, arguments: ExitsArguments) -> nn.Sequen
 
 
 class Exit(Headed):
-    """What turns a stage's maps into logits.
+    """Maps a stage's feature maps to logits.
 
-    All but the last exit of the whole network weigh the maps by an attention gate and lead them through
+    All exits of the full network but the last apply an attention gate to the maps and pass them through
     separable bottlenecks to the width of the last stage (Kim et al., 2023, after Zhang et al., 2019).
     """
 
@@ -138,10 +138,10 @@ class Exit(Headed):
 
 
 class ExitNetwork(Classifier):
-    """Stages ``stage1``, ``stage2``, … with an exit ``exit1``, ``exit2``, … behind each.
+    """Stages ``stage1``, ``stage2``, … with an exit ``exit1``, ``exit2``, … after each.
 
-    In training it returns the list of its exits' logits, the first exit's first; in evaluation their mean.
-    The tensors of a network of depth d are those of the whole network's stages and exits up to d.
+    In training it returns the list of the exits' logits in order of depth; in evaluation their mean.
+    The tensors of a network of depth d are those of the full network's stages and exits up to d.
     """
 
     Arguments = ExitsArguments
@@ -176,7 +176,7 @@ class ExitNetwork(Classifier):
         return stages
 
     def exits(self, images: Tensor) -> list[Tensor]:
-        """Return every exit's logits [B, classes], the first exit's first, in training and in evaluation."""
+        """Return every exit's logits [B, classes], in order of depth, in training and in evaluation."""
         maps = dict(enumerate(self.maps(images), 1))
         return [self.exit(n)(m) for n, m in maps.items() if hasattr(self, f"exit{n}")]
 
@@ -194,5 +194,5 @@ class ExitNetwork(Classifier):
         return self.exit(self.depth).features(self.maps(images)[-1])
 
     def project(self, images: Tensor) -> Tensor:
-        """Return the deepest exit's z, [B, projection]; its features where there is no projection head."""
+        """Return the deepest exit's z, [B, projection]; its features without a projection head."""
         return cast(Tensor, self.exit(self.depth).projection(self.features(images)))

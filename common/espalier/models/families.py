@@ -1,4 +1,4 @@
-"""Families of unlike classifiers by HtFLlib's names, and which of them a client trains: known without torch."""
+"""Families of heterogeneous classifiers by HtFLlib's names, and the one that a client trains; imports no torch."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def family_models(name: str) -> tuple[str, ...]:
         if not is_model(model):
             raise ConfigError(f"models: {model!r} is unknown{_meant(model)}; {_KNOWN}")
         if task_of(model) != "classification":
-            raise ConfigError(f"models: {model} is no classifier; {_KNOWN}")
+            raise ConfigError(f"models: {model} is not a classifier; {_KNOWN}")
     return models
 
 
@@ -79,9 +79,9 @@ def model_of(family: str | Sequence[str], place: int) -> str:
     """
     models = family_models(family) if isinstance(family, str) else tuple(family)
     if not models:
-        raise ValueError("a family without models")
+        raise ValueError("the family has no models")
     if place < 0:
-        raise ValueError(f"a client at place {place}; places count from 0")
+        raise ValueError(f"place {place} of a client is negative; places count from 0")
     return models[place % len(models)]
 
 

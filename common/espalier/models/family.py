@@ -1,4 +1,4 @@
-"""What an architecture family is, and how every classifier fits that mould."""
+"""Architecture families: how a kind of network is described and rebuilt; the family of a classifier."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from espalier.models.checks import prove, validated
+from espalier.models.checks import validated, verify_layers
 from espalier.models.layers import Classifier
 
 
@@ -24,38 +24,38 @@ class Family:
     config : callable
         The constructor arguments of a module, as JSON values.
     construct : callable
-        The unpruned module of such arguments; raises ValueError where they make no sense. Called under
+        The unpruned module of such arguments; raises ValueError if they are invalid. Called under
         ``meta``.
-    settle : callable
-        Bring what a family keeps beside its tensors (channel counts of blocks, heads) in line with the
-        tensors' new shapes; raises ValueError where they make no sense.
-    prove : callable
-        Run the module once on ``meta``; raises ValueError where its layers do not fit together.
+    set_sizes : callable
+        Set the sizes that modules store besides their tensors (channel counts of blocks, heads) to those of the
+        tensors' shapes; raises ValueError if they are invalid.
+    verify : callable
+        Run the module once on ``meta``; raises ValueError if its layers do not match.
     heads : callable
         Heads of every attention layer, by module path.
     inputs : callable
-        Inputs on ``meta`` of one forward pass for one image of the network's own size; raises ValueError
-        where it has none.
+        Inputs on ``meta`` of one forward pass for one image of the network's size; raises ValueError if
+        it has none.
     """
 
     matches: Callable[[nn.Module], bool]
     config: Callable[[nn.Module], dict[str, Any]]
     construct: Callable[[dict[str, Any]], nn.Module]
-    settle: Callable[[nn.Module, Mapping[str, int]], None]
-    prove: Callable[[nn.Module], None]
+    set_sizes: Callable[[nn.Module, Mapping[str, int]], None]
+    verify: Callable[[nn.Module], None]
     heads: Callable[[nn.Module], dict[str, int]]
     inputs: Callable[[nn.Module], tuple[Tensor, ...]]
 
 
 def classifier_family(name: str, kind: type[Classifier]) -> Family:
-    """Return the family of one kind of classifier, whose arguments say everything but its widths.
+    """Return the family of one kind of classifier, whose arguments determine everything but its widths.
 
     Parameters
     ----------
     name : str
         The family's name, for messages.
     kind : type
-        The classifier; constructed with its checked ``Arguments``.
+        The classifier; constructed with its validated ``Arguments``.
     """
 
     def construct(arguments: dict[str, Any]) -> nn.Module:
@@ -66,8 +66,8 @@ def classifier_family(name: str, kind: type[Classifier]) -> Family:
         matches=lambda model: type(model) is kind,
         config=lambda model: cast(Classifier, model).arguments.model_dump(),
         construct=construct,
-        settle=_settle,
-        prove=_prove,
+        set_sizes=_set_sizes,
+        verify=_verify,
         heads=lambda model: {},
         inputs=_inputs,
     )
@@ -79,12 +79,12 @@ def _inputs(model: nn.Module) -> tuple[Tensor, ...]:
     return (torch.empty(shape, device="meta"),)
 
 
-def _settle(model: nn.Module, heads: Mapping[str, int]) -> None:
+def _set_sizes(model: nn.Module, heads: Mapping[str, int]) -> None:
     if heads:
-        raise ValueError(f"attention {min(heads)!r} is no part of the network")
+        raise ValueError(f"attention {min(heads)!r} is not part of the network")
 
 
-def _prove(model: nn.Module) -> None:
+def _verify(model: nn.Module) -> None:
     network = cast(Classifier, model.eval())
     (image,) = _inputs(network)
-    prove(network, lambda: cast(Tensor, network(image)), tuple(image.shape), (1, network.classes))
+    verify_layers(network, lambda: cast(Tensor, network(image)), tuple(image.shape), (1, network.classes))

@@ -1,28 +1,44 @@
-"""The model a run starts from: the same for everybody who has the run's settings."""
+"""The initial model of a run: the same for all nodes with the run's settings."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import TYPE_CHECKING
+from typing import Protocol
 
-from espalier.config.run_settings import RunSettings
+import torch
+from torch import nn
+
+from espalier.diffusers_shim import import_diffusers
 from espalier.errors import ConfigError
+from espalier.models.architecture import FAMILIES, arguments, describe
+from espalier.models.bases import members as networks_of
+from espalier.models.bases import rescale
+from espalier.models.layers import Classifier
 from espalier.models.presets import MAX_SIZE, MIN_SIZE, PRESETS, Preset, task_of
+from espalier.models.unet import unet
+from espalier.models.variants import ensemble
 from espalier.seeds import seed_for
 
-if TYPE_CHECKING:
-    from torch import nn
+
+class ModelSettings(Protocol):
+    """The settings that determine an initial model; those of a run have them."""
+
+    @property
+    def model(self) -> str: ...  # noqa: D102
+
+    @property
+    def seed(self) -> int: ...  # noqa: D102
 
 
 def initial_model(
-    settings: RunSettings, image_shape: tuple[int, int, int], classes: int = 0, projection: int = 0
+    settings: ModelSettings, image_shape: tuple[int, int, int], classes: int = 0, projection: int = 0
 ) -> nn.Module:
-    """Build the run's network with random weights that depend on the run's seed alone.
+    """Build the run's network with random weights that depend only on the run's seed.
 
     Parameters
     ----------
-    settings : RunSettings
-        `model` and `seed` are used.
+    settings : ModelSettings
+        Name of the preset, and the run's seed.
     image_shape : tuple of int
         Channels, height, width; height and width must be equal.
     classes : int
@@ -38,11 +54,9 @@ def initial_model(
     Raises
     ------
     ConfigError
-        The preset is unknown or does not take such images, or classes or a projection it cannot have.
+        The preset is unknown, or does not support such images, classes or a projection head.
     """
-    import torch
-
-    preset = _checked(settings.model, image_shape, classes)
+    preset = _supported(settings.model, image_shape, classes)
     channels, _, size = image_shape
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed_for(settings.seed, "cloud", 0, "initial model"))
@@ -50,26 +64,18 @@ def initial_model(
             return _classifier(preset, channels, size, classes, projection)
         if projection:
             raise ConfigError(f"model: {settings.model} has no projection head; choose a classifier")
-        from espalier.models.unet import unet
-
         model: nn.Module = unet(settings.model, channels, size)
         return model
 
 
-def import_ahead(settings: RunSettings) -> None:
-    """Import what the run's model will be built with, where that takes long: for a U-Net seconds."""
+def import_ahead(settings: ModelSettings) -> None:
+    """Import the library of the run's model in advance; diffusers takes seconds."""
     if task_of(settings.model) == "diffusion":
-        from espalier.diffusers_shim import import_diffusers
-
         import_diffusers()
 
 
-def feature_width(settings: RunSettings, image_shape: tuple[int, int, int], classes: int) -> int:
-    """Return the length of the features of the run's classifier; nothing is allocated to find out."""
-    import torch
-
-    from espalier.models.layers import Classifier
-
+def feature_width(settings: ModelSettings, image_shape: tuple[int, int, int], classes: int) -> int:
+    """Return the length of the features of the run's classifier, computed on ``meta``, without allocating memory."""
     with torch.device("meta"), torch.no_grad():
         model = initial_model(settings, image_shape, classes).eval()
         if not isinstance(model, Classifier):
@@ -78,7 +84,7 @@ def feature_width(settings: RunSettings, image_shape: tuple[int, int, int], clas
 
 
 def initial_bases(
-    settings: RunSettings,
+    settings: ModelSettings,
     image_shape: tuple[int, int, int],
     classes: int,
     width: float,
@@ -86,12 +92,12 @@ def initial_bases(
     *,
     rescaled: bool = False,
 ) -> nn.Module:
-    """Build an ensemble of independent base networks of the run's model, each with weights of its own.
+    """Build an ensemble of independent base networks of the run's model, each with its own weights.
 
     Parameters
     ----------
-    settings : RunSettings
-        `model` and `seed` are used; a base network's weights depend on the seed and its number alone.
+    settings : ModelSettings
+        Name of the preset, and the run's seed; a base network's weights depend only on the seed and its number.
     image_shape : tuple of int
         Channels, height, width; height and width must be equal.
     classes : int
@@ -101,27 +107,22 @@ def initial_bases(
     members : iterable of int
         Numbers of the base networks.
     rescaled : bool
-        Whether weights start as small as in a network of full width (Split-Mix's rescaled initialisation).
+        Whether initial weights have the magnitude of those in the full network (Split-Mix's rescaled initialisation).
 
     Raises
     ------
     ConfigError
-        As :func:`initial_model`; or the model is no classifier that base networks can be made of.
+        As :func:`initial_model`; or the model is not a classifier of which base networks can be made.
     """
-    import torch
-
-    from espalier.models.architecture import FAMILIES, arguments, describe
-    from espalier.models.bases import members as networks_of
-    from espalier.models.bases import rescale
-    from espalier.models.variants import ensemble
-
-    preset = _checked(settings.model, image_shape, classes)
+    preset = _supported(settings.model, image_shape, classes)
     channels, _, size = image_shape
     if preset.task != "classification":
-        raise ConfigError(f"model: {settings.model} is no classifier; base networks are narrow classifiers")
+        raise ConfigError(
+            f"model: {settings.model} is not a classifier; base networks are narrow classifiers"
+        )
     with torch.device("meta"):
-        whole = _classifier(preset, channels, size, classes, 0)
-    spec = ensemble(describe(whole), width, members)
+        full = _classifier(preset, channels, size, classes, 0)
+    spec = ensemble(describe(full), width, members)
     model = FAMILIES["bases"].construct(arguments(spec))
     for number, network in networks_of(model).items():
         with torch.random.fork_rng(devices=[]):
@@ -130,12 +131,12 @@ def initial_bases(
                 if isinstance(module, torch.nn.Conv2d | torch.nn.Linear):
                     module.reset_parameters()
         if rescaled:
-            rescale(network, whole)
+            rescale(network, full)
     return model.train()
 
 
-def _checked(name: str, image_shape: tuple[int, int, int], classes: int) -> Preset:
-    """Return a preset that takes such images and classes."""
+def _supported(name: str, image_shape: tuple[int, int, int], classes: int) -> Preset:
+    """Return a preset after checking that it supports the images and classes."""
     if name not in PRESETS:
         raise ConfigError(f"model: {name!r} is unknown; known models are {', '.join(PRESETS)}")
     channels, height, width = image_shape
@@ -154,9 +155,7 @@ def _checked(name: str, image_shape: tuple[int, int, int], classes: int) -> Pres
 
 
 def _classifier(preset: Preset, channels: int, size: int, classes: int, projection: int) -> nn.Module:
-    from espalier.models.architecture import FAMILIES
-
-    arguments = {
+    given = {
         **preset.arguments,
         "in_channels": channels,
         "sample_size": size,
@@ -164,6 +163,6 @@ def _classifier(preset: Preset, channels: int, size: int, classes: int, projecti
         "projection": projection,
     }
     try:
-        return FAMILIES[preset.family].construct(arguments)
+        return FAMILIES[preset.family].construct(given)
     except ValueError as error:
         raise ConfigError(f"model: {error}") from None

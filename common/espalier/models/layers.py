@@ -1,4 +1,4 @@
-"""What all classifiers are made of: their arguments, normalisation, HeteroFL's Scaler, the output layers."""
+"""Parts of all classifiers: arguments, normalisation, HeteroFL's Scaler, output layers."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from espalier.models.presets import MAX_SIZE, MIN_SIZE
 Width = Annotated[int, Field(ge=1, le=16384)]
 Widths = Annotated[list[Width], Field(min_length=1, max_length=8)]
 Norm = Literal["none", "batch", "static"]
-"""Normalisation of convolutions: none, batch normalisation, or HeteroFL's static one (sBN), which keeps no
+"""Normalisation of convolutions: none, batch normalisation, or HeteroFL's static one (sBN), without
 running statistics."""
 
-#: Keeps 0.55 * 100 = 55.000000000000007 from being rounded up to 56.
+#: Prevents that 0.55 * 100 = 55.000000000000007 is rounded up to 56.
 _ROUNDING = 1e-9
 
 
@@ -28,16 +28,16 @@ def narrow_width(width: int, rate: float) -> int:
 
 
 class ClassifierArguments(BaseModel):
-    """The arguments that every classifier with one body has; families add theirs.
+    """Arguments of every classifier with one body; families add their own.
 
     Attributes
     ----------
     in_channels, sample_size, classes : int
         Image channels, image height and width in pixels, number of classes.
     projection : int
-        Width of the output of a two-layer projection head under the classifier (MOON); 0: no such head.
+        Output width of a two-layer projection head before the output layer (MOON); 0: no such head.
     scale : float
-        HeteroFL's Scaler: in training, what comes out of a layer is divided by it (r_local / r_global).
+        HeteroFL's Scaler: in training, the outputs of a layer are divided by it (r_local / r_global).
     """
 
     model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False, frozen=True)
@@ -64,11 +64,11 @@ class ClassifierArguments(BaseModel):
 
 
 class BatchNorm(nn.BatchNorm2d):
-    """Batch normalisation that also takes a batch of one value a channel, where torch's raises.
+    """Batch normalisation that also accepts a batch with one value per channel, for which torch's raises.
 
-    Small images end as single pixels, and a client's last batch may hold one image. A lone value has no
-    variance to learn from: running statistics are used where there are any and left alone; without them the
-    value is its own mean, so only the shift remains.
+    Deep layers reduce small images to single pixels, and a client's last batch may have one image. A single value has
+    no variance: running statistics, if there are any, are used and not updated; without them the value is its own
+    mean, so the output is the shift.
     """
 
     def forward(self, maps: Tensor) -> Tensor:
@@ -85,7 +85,7 @@ class BatchNorm(nn.BatchNorm2d):
 
 
 def normalisation(kind: Norm, width: int) -> nn.Module:
-    """Return the layer of a kind of normalisation; "none" is the identity, without tensors."""
+    """Return a normalisation layer; "none" is the identity, without tensors."""
     if kind == "none":
         return nn.Identity()
     if kind == "static":
@@ -96,7 +96,7 @@ def normalisation(kind: Norm, width: int) -> nn.Module:
 class Scaler(nn.Module):
     """HeteroFL's Scaler (Diao et al., 2021): divides by `scale` in training, the identity in evaluation.
 
-    So a narrow layer's output is as strong as the whole one's.
+    So the outputs of a narrow layer have the magnitude of those of the full layer.
     """
 
     def __init__(self, scale: float) -> None:
@@ -109,12 +109,12 @@ class Scaler(nn.Module):
 
 
 def pooled(maps: Tensor) -> Tensor:
-    """Return the mean of every map, [B, C, H, W] -> [B, C]."""
+    """Return the mean of every feature map, [B, C, H, W] -> [B, C]."""
     return maps.mean((2, 3))
 
 
 class Headed(nn.Module):
-    """A module that ends in an optional projection head and the output layer on top of it."""
+    """A module with an optional projection head and an output layer at its end."""
 
     projection: nn.Module
     classifier: nn.Linear
@@ -142,9 +142,9 @@ class Classifier(nn.Module):
     Parameters
     ----------
     arguments : BaseModel
-        As checked.
+        Validated arguments.
     in_channels, sample_size, classes : int
-        What it takes and gives: [B, in_channels, sample_size, sample_size] to [B, classes].
+        Shapes of input and output: [B, in_channels, sample_size, sample_size] to [B, classes].
     """
 
     #: Model of the constructor's arguments.
@@ -156,7 +156,7 @@ class Classifier(nn.Module):
         self.in_channels, self.sample_size, self.classes = in_channels, sample_size, classes
 
     def features(self, images: Tensor) -> Tensor:
-        """Return what lies under the last layers.
+        """Return the features: the inputs of the projection head or output layer.
 
         Parameters
         ----------
@@ -171,7 +171,7 @@ class Classifier(nn.Module):
         raise NotImplementedError
 
     def project(self, images: Tensor) -> Tensor:
-        """Return z, [B, projection]: what the classifier reads; the features where there is no such head."""
+        """Return z, [B, projection]: the inputs of the output layer; the features without a projection head."""
         raise NotImplementedError
 
 
@@ -186,15 +186,15 @@ class SingleHead(Classifier, Headed):
         return self.logits(self.features(images))
 
     def project(self, images: Tensor) -> Tensor:
-        """Return z, [B, projection]: what the classifier reads; the features where there is no such head."""
+        """Return z, [B, projection]: the inputs of the output layer; the features without a projection head."""
         return cast(Tensor, self.projection(self.features(images)))
 
 
 def convolution(width_in: int, width_out: int, stride: int = 1, *, bias: bool) -> nn.Conv2d:
-    """Return a 3x3 convolution that keeps the size of the maps, or halves it (rounded up) at stride 2."""
+    """Return a 3x3 convolution that preserves the size of the maps, or halves it (rounded up) with stride 2."""
     return nn.Conv2d(width_in, width_out, 3, stride=stride, padding=1, bias=bias)
 
 
 def mean_logits(logits: list[Tensor]) -> Tensor:
-    """Return the mean of several networks' or exits' logits: how an ensemble decides."""
+    """Return the mean of several networks' or exits' logits, the prediction of an ensemble."""
     return torch.stack(logits).mean(0)

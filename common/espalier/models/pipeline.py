@@ -37,23 +37,23 @@ def save_model(
     schedule: ScheduleSettings,
     metadata: Mapping[str, Any] | None = None,
 ) -> None:
-    """Write a model folder; a former one of the name is replaced as a whole, never half.
+    """Write a model folder; an existing one is replaced atomically.
 
     Parameters
     ----------
     folder : Path
-        Where to; its parent is made if need be.
+        The folder; its parent is created if needed.
     model : nn.Module
         A UNet2DModel, pruned or not, on any device.
     schedule : ScheduleSettings
-        The run's configuration, or whatever has its ``timesteps``, ``beta_start`` and ``beta_end``.
+        The run's configuration, or an object with its ``timesteps``, ``beta_start`` and ``beta_end``.
     metadata : mapping, optional
-        JSON values to keep beside it (run id, round, quality).
+        JSON values to store with it (run id, round, quality).
 
     Raises
     ------
     StateError
-        The place cannot be written to.
+        The folder cannot be written.
     """
     from safetensors.torch import save_file
 
@@ -75,7 +75,7 @@ def save_model(
 
 
 def load_model(folder: Path) -> tuple[nn.Module, DDIMScheduler, dict[str, Any]]:
-    """Read what :func:`save_model` wrote.
+    """Read a folder that :func:`save_model` wrote.
 
     Returns
     -------
@@ -93,7 +93,7 @@ def load_model(folder: Path) -> tuple[nn.Module, DDIMScheduler, dict[str, Any]]:
     """
     folder = Path(folder)
     if not folder.is_dir():
-        raise StateError(f"{folder} is no model folder; give the `model` folder of a run")
+        raise StateError(f"{folder} is not a model folder; give the `model` folder of a run")
     index = _read_json(folder / _INDEX)
     if index.get("format") != _FORMAT:
         raise _damaged(folder / _INDEX, f"format {index.get('format')!r} instead of {_FORMAT}")

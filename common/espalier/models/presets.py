@@ -1,4 +1,4 @@
-"""The models a run can name, and what each is for: known without torch, because edges and settings ask too."""
+"""Model presets by name; imports no torch, because settings and edges use it, too."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _WITHOUT_NORMALISATION = frozenset({"cnn4", "vit-b-16", "vit-b-32"})
 
 @dataclass(frozen=True)
 class Preset:
-    """What stands behind a model's name.
+    """A model preset.
 
     Attributes
     ----------
@@ -27,9 +27,9 @@ class Preset:
     family : str
         Its architecture family, a key of `espalier.models.architecture.FAMILIES`.
     description : str
-        One line for people.
+        One-line description.
     arguments : mapping
-        The family's arguments that the preset settles; a U-Net's are in `espalier.models.unet`.
+        The family's arguments that the preset fixes; a U-Net's are in `espalier.models.unet`.
     """
 
     task: Task
@@ -88,7 +88,7 @@ PRESETS: Mapping[str, Preset] = {
         depth=3,
         norm="batch",
     ),
-    # Unlike classifiers whose features all have 512 values; espalier.models.families has HtFLlib's mixes of them.
+    # Heterogeneous classifiers with 512 features each; espalier.models.families has HtFLlib's mixes of them.
     "cnn4": _backbone(
         "cnn4", "HtFLlib's CNN, two 5x5 convolutions and two layers, 0.9 M parameters at 32 pixels"
     ),
@@ -108,11 +108,11 @@ PRESETS: Mapping[str, Preset] = {
 }
 
 MODELS: Mapping[str, str] = {name: preset.description for name, preset in PRESETS.items()}
-"""Every name that `-c model=…` accepts, with one line about it."""
+"""All names that `-c model=…` accepts, with a one-line description."""
 
 
 def is_model(name: str) -> bool:
-    """Tell whether a name is that of a preset."""
+    """Whether a name is that of a preset."""
     return name in PRESETS
 
 
@@ -122,12 +122,12 @@ def classifiers() -> tuple[str, ...]:
 
 
 def task_of(model: str) -> Task:
-    """Return what a model is trained for.
+    """Return the task of a model.
 
     Raises
     ------
     KeyError
-        The name is no preset's; a validated `RunSettings` holds none such.
+        The name is not that of a preset; a validated `RunSettings` has none such.
     """
     return PRESETS[model].task
 
@@ -138,18 +138,18 @@ def family_of(model: str) -> str:
     Raises
     ------
     KeyError
-        The name is no preset's.
+        The name is not that of a preset.
     """
     return PRESETS[model].family
 
 
 def normalises_batches(model: str) -> bool:
-    """Tell whether a model has batch normalisation, which mixes the images of a batch.
+    """Whether a model has batch normalisation, which mixes the images of a batch.
 
     Raises
     ------
     KeyError
-        The name is no preset's.
+        The name is not that of a preset.
     """
     arguments = PRESETS[model].arguments
     if "network" in arguments:
@@ -158,5 +158,5 @@ def normalises_batches(model: str) -> bool:
 
 
 def is_output_tensor(name: str) -> bool:
-    """Tell whether a classifier's tensor has one row per class, e.g. ``"exit2.classifier.bias"``."""
+    """Whether a classifier's tensor has one row per class, e.g. ``"exit2.classifier.bias"``."""
     return OUTPUT_LAYER in name.split(".")[:-1]

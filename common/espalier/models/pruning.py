@@ -1,4 +1,4 @@
-"""Structured pruning of a U-Net with DepGraph, where it is decided: at the cloud. Nobody else needs this library.
+"""Structured pruning of a U-Net with DepGraph, at the cloud; no other tier needs the library.
 
 Channels that depend on each other (a residual stream and all that reads or writes it, a block's inner channels,
 the queries, keys and values of an attention layer, the time embedding) are removed together, those of least L2
@@ -17,9 +17,9 @@ from torch import nn
 
 from espalier.errors import ConfigError
 from espalier.models.attention import attend_as_diffusers, attend_to_pixels
-from espalier.models.unet_family import heads, settle_widths
+from espalier.models.unet_family import heads, set_widths
 
-#: Keeps 5 * (1 - 0.8) from being 0.9999…, which would be cut down to no channel at all.
+#: Prevents that 5 * (1 - 0.8) = 0.9999… is truncated to 0 channels.
 _ROUNDING = 1e-9
 
 
@@ -37,7 +37,7 @@ def prune(model: nn.Module, ratio: float, *, example_size: int | None = None) ->
     ratio : float
         Share of the channels of every group to remove, in (0, 1).
     example_size : int, optional
-        Pixels of the image the dependencies are traced with; the model's own size when left out.
+        Pixels of the image the dependencies are traced with; by default the model's size.
 
     Returns
     -------
@@ -66,7 +66,7 @@ def prune(model: nn.Module, ratio: float, *, example_size: int | None = None) ->
     attend_as_diffusers(pruned)
     per_layer = _heads_of_projections(pruned)
     with torch.enable_grad():
-        # The dictionaries are given because the constructor's defaults are shared between its calls.
+        # Passed explicitly because the constructor's default dictionaries are shared between calls.
         pruner = torch_pruning.pruner.BasePruner(
             pruned,
             example_inputs=example,
@@ -81,7 +81,7 @@ def prune(model: nn.Module, ratio: float, *, example_size: int | None = None) ->
             channel_groups={},
         )
         pruner.step()
-    settle_widths(pruned, heads(pruned))
+    set_widths(pruned, heads(pruned))
     attend_to_pixels(pruned)
     pruned.zero_grad(set_to_none=True)
     return cast(nn.Module, pruned.train())

@@ -1,4 +1,4 @@
-"""Residual networks with pre-activation, as HeteroFL trains them at several widths."""
+"""Residual networks with pre-activation, which HeteroFL trains at several widths."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ class ResNetArguments(ClassifierArguments):
 
 
 class PreActBlock(nn.Module):
-    """Two 3x3 convolutions, each after normalisation and ReLU, and a shortcut around them.
+    """Two 3x3 convolutions, each after normalisation and ReLU, and a shortcut.
 
     Where channels or size change, the shortcut is a 1x1 convolution of the same normalised input as
     ``conv1``, so a narrow block reads the same leading channels in both.
@@ -56,7 +56,7 @@ class PreActBlock(nn.Module):
         self.norm2 = normalisation(arguments.norm, width)
         self.conv2 = convolution(width, width, bias=bias)
         self.shortcut: nn.Conv2d | None = None
-        # Decided by the stage, not by the widths: narrow and whole networks must have the same tensors.
+        # Determined by the stage, not by the widths: narrow and full networks must have the same tensors.
         if stride != 1:
             self.shortcut = nn.Conv2d(width_in, width, 1, stride=stride, bias=bias)
 

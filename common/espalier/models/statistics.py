@@ -1,8 +1,8 @@
-"""Statistics of static batch normalisation (HeteroFL's sBN): gathered by clients, given to a network at the end.
+"""Statistics of static batch normalisation (HeteroFL's sBN): clients collect them, evaluation uses them.
 
-A static layer keeps no running statistics while it is trained. What a network is evaluated with is the mean,
-over batches, of the batches' means and unbiased variances. That mean does not depend on the batches' order, and
-the mean of several clients' statistics, weighted by their numbers of batches, is that of all their batches.
+A static layer has no running statistics in training. A network is evaluated with the mean, over batches, of the
+batches' means and unbiased variances. That mean does not depend on the order of the batches, and the mean of several
+clients' statistics, weighted by their numbers of batches, is that of all their batches.
 """
 
 from __future__ import annotations
@@ -20,14 +20,14 @@ from espalier.models.variants import with_norm
 
 
 class Statistics(NamedTuple):
-    """What one normalisation layer saw.
+    """Statistics of the inputs of one normalisation layer.
 
     Attributes
     ----------
     mean, var : numpy.ndarray
         float32 [channels]: means over the batches of the batches' means and unbiased variances.
     batches : int
-        How many they stand for; where it is 0 the mean is 0 and the variance 1.
+        Number of batches; if it is 0, the mean is 0 and the variance 1.
     """
 
     mean: np.ndarray
@@ -36,44 +36,44 @@ class Statistics(NamedTuple):
 
 
 def batch_statistics(model: nn.Module, batches: Iterable[Tensor]) -> dict[str, Statistics]:
-    """Run a network with static normalisation over batches and gather what its layers see.
+    """Run a network with static normalisation over batches and collect the statistics of its layers.
 
     Parameters
     ----------
     model : nn.Module
-        Run in training mode without gradients, its Scalers off, and left in the mode it was in. Its
-        tensors do not change.
+        Run in training mode without gradients and Scalers; its mode is restored afterwards. Its tensors do not
+        change.
     batches : iterable of Tensor
         float32 [B, C, H, W] images in [-1, 1]; moved to the model's device.
 
     Returns
     -------
     dict of str to Statistics
-        By path of the normalisation layer; empty where there is none. A batch that gives a layer only one
-        value a channel has no variance and does not count there.
+        By path of the normalisation layer; empty if there is none. A batch with a single value per channel has no
+        variance and is not counted for that layer.
 
     Raises
     ------
     ValueError
-        A layer keeps running statistics of its own, which this would change.
+        A layer has running statistics, which this would change.
     """
     layers = _layers(model)
-    if kept := [path for path, layer in layers.items() if layer.track_running_stats]:
-        raise ValueError(f"normalisation {kept[0]!r} keeps running statistics; it is not static")
+    if running := [path for path, layer in layers.items() if layer.track_running_stats]:
+        raise ValueError(f"normalisation {running[0]!r} has running statistics; it is not static")
     if not layers:
         return {}
     device = next(model.parameters()).device
-    gathered = {
-        path: _Gathered(torch.zeros(2, layer.num_features, dtype=torch.float64, device=device))
+    sums = {
+        path: _LayerSums(torch.zeros(2, layer.num_features, dtype=torch.float64, device=device))
         for path, layer in layers.items()
     }
-    hooks = [layer.register_forward_pre_hook(gathered[path]) for path, layer in layers.items()]
+    hooks = [layer.register_forward_pre_hook(sums[path]) for path, layer in layers.items()]
     training = model.training
     try:
         model.train()
         for module in model.modules():
             if isinstance(module, Scaler):
-                module.eval()  # evaluation does not scale, and its statistics must be of what it sees
+                module.eval()  # evaluation does not scale, and the statistics must match it
         with torch.no_grad():
             for images in batches:
                 model(images.to(device))
@@ -81,11 +81,11 @@ def batch_statistics(model: nn.Module, batches: Iterable[Tensor]) -> dict[str, S
         model.train(training)
         for hook in hooks:
             hook.remove()
-    return {path: one.result() for path, one in gathered.items()}
+    return {path: one.result() for path, one in sums.items()}
 
 
-class _Gathered:
-    """Sums of a layer's batch means and variances, gathered before it normalises."""
+class _LayerSums:
+    """A forward pre-hook that sums the means and variances of a layer's input batches."""
 
     def __init__(self, sums: Tensor) -> None:
         self.sums, self.count = sums, 0
@@ -110,7 +110,7 @@ def with_statistics(model: nn.Module, statistics: Mapping[str, Statistics]) -> n
     Parameters
     ----------
     model : nn.Module
-        Left as it is.
+        Not modified.
     statistics : mapping of str to Statistics
         Of every normalisation layer, by path, as :func:`batch_statistics` returns them.
 
@@ -122,14 +122,14 @@ def with_statistics(model: nn.Module, statistics: Mapping[str, Statistics]) -> n
     Raises
     ------
     ValueError
-        A layer has no statistics, or statistics of another width, or there are statistics of no layer.
+        A layer has no statistics or statistics of another width, or there are statistics of an unknown layer.
     """
     layers = _layers(model)
     if unlike := set(layers).symmetric_difference(statistics):
         path = min(unlike)
         raise ValueError(
             f"normalisation {path!r} "
-            + ("has no statistics" if path in layers else "is no part of the network")
+            + ("has no statistics" if path in layers else "is not part of the network")
         )
     tensors = dict(model.state_dict())
     for path, one in statistics.items():

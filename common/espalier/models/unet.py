@@ -20,16 +20,16 @@ class Preset:
     Attributes
     ----------
     widths : tuple of int
-        Channels at each resolution; one halving of the image lies between two neighbours.
+        Channels at each resolution; each resolution is half of the one before.
     attention : tuple of bool
-        Whether the blocks of that resolution attend over their pixels.
+        Whether the blocks of that resolution have attention.
     layers : int
-        Residual blocks a resolution and direction.
+        Residual blocks per resolution and direction.
     groups : int
         Groups of every GroupNorm. Pruning removes whole groups' worth of channels (one of each group at
         once), so ``width / groups`` is the granularity of what it can do.
     head_dim : int or None
-        Channels an attention head; None: each layer has one head.
+        Channels per attention head; None: one head per layer.
     dropout : float
         Dropout within residual blocks, for images of 32 pixels or fewer.
     """
@@ -43,7 +43,7 @@ class Preset:
 
     @property
     def multiple(self) -> int:
-        """What the image size must be a multiple of."""
+        """The number that the image size must be a multiple of."""
         return int(2 ** (len(self.widths) - 1))
 
     def config(self, channels: int, size: int) -> dict[str, Any]:
@@ -65,10 +65,10 @@ class Preset:
 
 
 PRESETS: Mapping[str, Preset] = {
-    # 8x8 digits on one CPU core: 1.09 M parameters. 5 and 10 channels a group, so a ratio of 0.2 is exact;
-    # few wide heads, because many narrow ones cost a tenth of the step at 16 pixels.
+    # 8x8 digits on one CPU core: 1.09 M parameters. 5 and 10 channels per group, so a ratio of 0.2 is exact;
+    # few wide heads, because many narrow ones take a tenth of a step's time at 16 pixels.
     "unet-tiny": Preset(widths=(40, 80), attention=(False, True), layers=1, groups=8, head_dim=20),
-    # 28 and 32 pixels: 5.3 M parameters, two halvings (28 -> 14 -> 7). One head a layer, as DDPM has (Ho et al.
+    # 28 and 32 pixels: 5.3 M parameters, two halvings (28 -> 14 -> 7). One head per layer, as in DDPM (Ho et al.
     # 2020): attention costs by the head, and narrower ones cost a pruned network as much as a dense one.
     "unet-small": Preset(
         widths=(64, 96, 128), attention=(False, True, False), layers=2, groups=8, head_dim=None
@@ -81,7 +81,7 @@ PRESETS: Mapping[str, Preset] = {
 
 
 def unet(preset: str, channels: int, size: int) -> UNet2DModel:
-    """Build a U-Net with random weights; the global torch generator draws them.
+    """Build a U-Net with random weights; drawn from torch's global generator.
 
     Parameters
     ----------

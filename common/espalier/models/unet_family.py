@@ -1,4 +1,4 @@
-"""UNet2DModel as an architecture family: its arguments checked, its blocks' bookkeeping set after pruning."""
+"""UNet2DModel as an architecture family: validated arguments, and the sizes that its blocks store after pruning."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from espalier.diffusers_shim import import_diffusers
 from espalier.models.attention import attend_to_pixels
-from espalier.models.checks import prove, validated
+from espalier.models.checks import validated, verify_layers
 
 if TYPE_CHECKING:
     from diffusers import UNet2DModel
@@ -24,9 +24,9 @@ _Size = Annotated[int, Field(ge=1, le=4096)]
 
 
 class UNetArguments(BaseModel):
-    """The constructor arguments of UNet2DModel that a description may hold, and their sane ranges.
+    """The constructor arguments of UNet2DModel that a description may contain, and their ranges.
 
-    Every argument of the constructor is here (a test compares them); some have one value that is understood.
+    Every argument of the constructor is here (a test compares them); some accept a single value.
     """
 
     model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
@@ -62,13 +62,13 @@ class UNetArguments(BaseModel):
 
 
 def matches(model: nn.Module) -> bool:
-    """Tell whether a module is a UNet2DModel (without importing diffusers to find out)."""
+    """Whether a module is a UNet2DModel; does not import diffusers."""
     module = sys.modules.get("diffusers.models.unets.unet_2d")
     return module is not None and isinstance(model, module.UNet2DModel)
 
 
 def config(model: nn.Module) -> dict[str, Any]:
-    """Return the constructor arguments of a UNet2DModel as JSON values, without diffusers' own notes."""
+    """Return the constructor arguments of a UNet2DModel as JSON values, without diffusers' internal entries."""
     values = dict(cast(Any, model).config)
     known = UNetArguments.model_fields
     return {k: list(v) if isinstance(v, tuple) else v for k, v in values.items() if k in known}
@@ -80,18 +80,18 @@ def construct(arguments: dict[str, Any]) -> nn.Module:
     Raises
     ------
     ValueError
-        An argument is unknown, of another type or out of range, or diffusers refuses their combination.
+        An argument is unknown, of another type or out of range, or diffusers rejects their combination.
     """
     checked = validated(UNetArguments, arguments, "unet")
     levels = {len(checked.down_block_types), len(checked.up_block_types), len(checked.block_out_channels)}
     if len(levels) > 1:
-        raise ValueError("the unet's down blocks, up blocks and widths are not equally many")
+        raise ValueError("the unet's down blocks, up blocks and widths differ in number")
     values = {k: tuple(v) if isinstance(v, list) else v for k, v in checked.model_dump().items()}
     return cast(nn.Module, assemble(values))
 
 
 def assemble(arguments: dict[str, Any]) -> UNet2DModel:
-    """Build a UNet2DModel from arguments that are known to be right; its attention is ours."""
+    """Build a UNet2DModel from validated arguments, with the attention of `espalier.models.attention`."""
     network: UNet2DModel = import_diffusers().UNet2DModel(**arguments)
     attend_to_pixels(network)
     return network
@@ -104,8 +104,8 @@ def heads(model: nn.Module) -> dict[str, int]:
     return {path: m.heads for path, m in model.named_modules() if isinstance(m, Attention)}
 
 
-def settle(model: nn.Module, described: Mapping[str, int]) -> None:
-    """Set what diffusers' blocks keep beside their tensors; `prove_unet` says whether the layers fit together.
+def set_sizes(model: nn.Module, described: Mapping[str, int]) -> None:
+    """Set the sizes that diffusers' blocks store besides their tensors; `verify_unet` checks that the layers match.
 
     Parameters
     ----------
@@ -123,18 +123,18 @@ def settle(model: nn.Module, described: Mapping[str, int]) -> None:
     if set(described) != set(own):
         path = min(set(described) ^ set(own))
         raise ValueError(
-            f"attention {path!r} " + ("has no heads" if path in own else "is no part of the network")
+            f"attention {path!r} " + ("has no heads" if path in own else "is not part of the network")
         )
-    settle_widths(model, described)
+    set_widths(model, described)
 
 
-def settle_widths(model: nn.Module, heads_of: Mapping[str, int]) -> None:
-    """Bring the channel counts that diffusers' blocks keep beside their tensors in line with their layers.
+def set_widths(model: nn.Module, heads_of: Mapping[str, int]) -> None:
+    """Set the channel counts that diffusers' blocks store to those of their layers.
 
     Raises
     ------
     ValueError
-        An attention layer's width is no multiple of its heads.
+        An attention layer's width is not a multiple of its number of heads.
     """
     from diffusers.models.attention_processor import Attention
     from diffusers.models.downsampling import Downsample2D
@@ -160,7 +160,7 @@ def settle_widths(model: nn.Module, heads_of: Mapping[str, int]) -> None:
 
 
 def inputs(model: nn.Module) -> tuple[Tensor, ...]:
-    """Return an image of the network's own size and a time step, on ``meta``.
+    """Return an image of the network's size and a time step, on ``meta``.
 
     Raises
     ------
@@ -180,12 +180,12 @@ def _inputs(network: Any, size: int) -> tuple[Tensor, Tensor]:
     return image, torch.zeros(1, dtype=torch.long, device="meta")
 
 
-def prove_unet(model: nn.Module) -> None:
-    """Run the network once on ``meta``; raises ValueError where two layers' widths contradict each other."""
+def verify_unet(model: nn.Module) -> None:
+    """Run the network once on ``meta``; raises ValueError if the widths of two layers do not match."""
     network = cast(Any, model)
     side = 2 ** len(network.config.block_out_channels)
     image, step = _inputs(network, side)
-    prove(
+    verify_layers(
         model,
         lambda: cast(Tensor, network(image, step, return_dict=False)[0]),
         tuple(image.shape),

@@ -26,12 +26,12 @@ __all__ = ["depth_of", "ensemble", "narrow_width", "narrowed", "shortened", "wit
 def narrowed(spec: pb.ArchitectureSpec, rate: float, *, scaler: bool = False) -> pb.ArchitectureSpec:
     """Return the network whose every hidden width h is ``ceil(rate * h)`` (HeteroFL, FjORD).
 
-    Image channels and classes stay whole.
+    Image channels and classes are unchanged.
 
     Parameters
     ----------
     spec : ArchitectureSpec
-        The whole network, a classifier with one body.
+        The full network, a classifier with one body.
     rate : float
         Share of the widths, in (0, 1].
     scaler : bool
@@ -40,12 +40,12 @@ def narrowed(spec: pb.ArchitectureSpec, rate: float, *, scaler: bool = False) ->
     Raises
     ------
     ConfigError
-        The rate is out of range, or the network has no widths to choose.
+        The rate is out of range, or the network has a fixed width.
     """
     _check_rate(rate)
     own = _arguments(spec)
     if not isinstance(own, ClassifierArguments):
-        raise ConfigError(f"model: a network of the family {spec.family!r} comes in one width only")
+        raise ConfigError(f"model: a network of the family {spec.family!r} has a fixed width")
     return _rebuilt(spec, own.narrowed(rate, scaler=scaler).model_dump(), slices=True)
 
 
@@ -55,7 +55,7 @@ def shortened(spec: pb.ArchitectureSpec, depth: int) -> pb.ArchitectureSpec:
     Raises
     ------
     ConfigError
-        The network has no exits, or not as many.
+        The network has no exits, or fewer than that.
     """
     have = depth_of(spec)
     if not 1 <= depth <= have:
@@ -69,7 +69,7 @@ def with_last_exit(spec: pb.ArchitectureSpec, depth: int) -> pb.ArchitectureSpec
     Raises
     ------
     ConfigError
-        The network has no exits, or not as many stages.
+        The network has no exits, or fewer stages.
     """
     have = depth_of(spec)
     if not 1 <= depth <= have:
@@ -78,7 +78,7 @@ def with_last_exit(spec: pb.ArchitectureSpec, depth: int) -> pb.ArchitectureSpec
 
 
 def depth_of(spec: pb.ArchitectureSpec) -> int:
-    """Return how many stages and exits a network has.
+    """Return the number of stages and exits of a network.
 
     Raises
     ------
@@ -97,14 +97,14 @@ def depth_of(spec: pb.ArchitectureSpec) -> int:
 def ensemble(
     spec: pb.ArchitectureSpec, rate: float, members: Iterable[int], *, scaler: bool = False
 ) -> pb.ArchitectureSpec:
-    """Return the ensemble of base networks that each are `rate` as wide as a network (Split-Mix).
+    """Return the ensemble of base networks, each with `rate` times the widths of a network (Split-Mix).
 
     Parameters
     ----------
     spec : ArchitectureSpec
-        The whole network: a classifier of the families mlp, cnn or resnet.
+        The full network: a classifier of the families mlp, cnn or resnet.
     rate : float
-        Width of a base network as a share of the whole one's, in (0, 1].
+        Width of a base network as a share of the full one's, in (0, 1].
     members : iterable of int
         Numbers of the base networks.
     scaler : bool
@@ -115,7 +115,7 @@ def ensemble(
     ConfigError
         The rate is out of range, or the network is of another family.
     ValueError
-        There are no members, too many, or one twice.
+        There are no members or too many, or a member is repeated.
     """
     if spec.family not in BASE_FAMILIES:
         raise ConfigError(
@@ -132,14 +132,14 @@ def ensemble(
 
 
 def with_members(spec: pb.ArchitectureSpec, ids: Iterable[int]) -> pb.ArchitectureSpec:
-    """Return an ensemble of some of an ensemble's base networks, in the order given.
+    """Return the ensemble of some of an ensemble's base networks, in the given order.
 
     Raises
     ------
     ConfigError
-        The network is no ensemble.
+        The network is not an ensemble.
     ValueError
-        One of the base networks is not in it, or named twice, or there are none.
+        A base network is not in it or repeated, or there are none.
     """
     own = _arguments(spec)
     if not isinstance(own, BasesArguments):
@@ -153,7 +153,7 @@ def with_members(spec: pb.ArchitectureSpec, ids: Iterable[int]) -> pb.Architectu
 def with_norm(spec: pb.ArchitectureSpec, norm: Literal["batch", "static"]) -> pb.ArchitectureSpec:
     """Return the same network with another kind of normalisation.
 
-    From "batch" to "static" it loses its running statistics and nothing else; HeteroFL and Split-Mix train
+    From "batch" to "static" it loses only its running statistics; HeteroFL and Split-Mix train
     so. A network without normalisation stays as it is: it has none to change.
 
     Raises
@@ -176,11 +176,11 @@ def with_norm(spec: pb.ArchitectureSpec, norm: Literal["batch", "static"]) -> pb
 
 def _check_rate(rate: float) -> None:
     if not 0 < rate <= 1:
-        raise ConfigError(f"levels: {rate} is no share of a width; give a number above 0 and at most 1")
+        raise ConfigError(f"levels: {rate} is not a share of a width; give a number above 0 and at most 1")
 
 
 def _arguments(spec: pb.ArchitectureSpec) -> Any:
-    """Return a classifier's checked arguments, their defaults filled in."""
+    """Return a classifier's validated arguments with defaults."""
     with torch.device("meta"):
         if spec.family == "unet" or spec.family not in FAMILIES:
             raise ConfigError(f"model: no sub-models of the family {spec.family!r}; choose a classifier")
@@ -188,7 +188,7 @@ def _arguments(spec: pb.ArchitectureSpec) -> Any:
 
 
 def _rebuilt(spec: pb.ArchitectureSpec, config: dict[str, Any], *, slices: bool) -> pb.ArchitectureSpec:
-    """Describe the network of other arguments, in the dtypes of the one it comes from."""
+    """Describe the network of other arguments, with the dtypes of the original one."""
     whole = {tensor.name: tensor for tensor in spec.tensors}
     variant = _described(spec.family, config)
     for tensor in variant.tensors:

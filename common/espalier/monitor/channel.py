@@ -1,4 +1,4 @@
-"""A gRPC channel for looking on, and what its faults mean."""
+"""gRPC channels to the monitor and health services, with errors that name the cause."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 @contextmanager
 def open_channel(address: str, security: Security, server_name: str = "") -> Iterator[grpc.Channel]:
-    """Yield a channel to a server of ours; a fault of a call made through it becomes one of ours.
+    """Yield a channel to a server; an RPC error of a call over it becomes an `EspalierError`.
 
     Parameters
     ----------
@@ -24,14 +24,14 @@ def open_channel(address: str, security: Security, server_name: str = "") -> Ite
     security : Security
         With `root_certificates` the channel is TLS.
     server_name : str
-        Name that the certificate must hold, where it is not the address's host.
+        Name that the certificate must be valid for, if it is not the host of the address.
 
     Raises
     ------
     AddressError
-        Nobody answers, the certificate does not hold, or what answers has no such service.
+        The server does not answer, its certificate is not valid, or it has no such service.
     ConfigError
-        The link may not be plain, or the certificates are no PEM file.
+        The link may not be plain, or the certificates are not a PEM file.
     """
     import grpc
 
@@ -48,7 +48,7 @@ def open_channel(address: str, security: Security, server_name: str = "") -> Ite
         yield channel
     except grpc.RpcError as error:
         raise AddressError(f"{address}: {_meaning(error, secure=roots is not None)}") from error
-    except ValueError as error:  # what gRPC makes of roots that it cannot read
+    except ValueError as error:  # gRPC raises it for root certificates that it cannot read
         raise ConfigError(f"--root-certificates {security.root_certificates}: {error}") from error
     finally:
         channel.close()
@@ -59,13 +59,13 @@ def _meaning(error: grpc.RpcError, *, secure: bool) -> str:
 
     code, details = error.code(), " ".join(str(error.details()).split())
     if code is grpc.StatusCode.UNIMPLEMENTED:
-        return "what answers has no such service; is it the port of an edge or of --monitor?"
+        return "the server has no such service; is it the port of an edge or of --monitor?"
     if code is grpc.StatusCode.DEADLINE_EXCEEDED:
         return "no answer in time; is the process stopped, or the network cut?"
     if code is not grpc.StatusCode.UNAVAILABLE:
         return f"{code.name.lower().replace('_', ' ')}: {details}"
     if "certificate" in details.lower() or "handshake" in details.lower() or "ssl" in details.lower():
-        return f"TLS does not come about ({details}); see to --root-certificates and the server's certificate"
+        return f"the TLS handshake failed ({details}); check --root-certificates and the server's certificate"
     if not secure and ("socket closed" in details.lower() or "http2" in details.lower()):
-        return f"it hangs up ({details}); does it speak TLS? Then give --root-certificates"
-    return f"nobody answers ({details}); is it running, and is the address right?"
+        return f"the connection was closed ({details}); if the server uses TLS, give --root-certificates"
+    return f"no answer ({details}); is it running, and is the address right?"

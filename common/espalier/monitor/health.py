@@ -1,4 +1,4 @@
-"""Is a process well? Asked over gRPC's own health service, or of a node's state folder."""
+"""Health checks over gRPC's health service, and the versions and clock of a server."""
 
 from __future__ import annotations
 
@@ -12,19 +12,19 @@ from espalier.security.transport import Security
 
 @dataclass(frozen=True)
 class ServerFacts:
-    """What a server of ours tells of itself: versions, and by how many seconds our clock is ahead of its."""
+    """Versions of a server, and by how many seconds this machine's clock is ahead of the server's."""
 
     versions: dict[str, str]
     ahead: float
 
 
 def ask_facts(address: str, security: Security, *, timeout: float = 5.0) -> ServerFacts | None:
-    """Ask a server for its versions and time; None where it tells none, as a stock SuperLink.
+    """Ask a server for its versions and time; None if it reports none, as a stock SuperLink.
 
     Raises
     ------
     EspalierError
-        Nobody answers.
+        The server does not answer.
     """
     import grpc
     from grpc_health.v1.health_pb2 import HealthCheckRequest
@@ -37,16 +37,16 @@ def ask_facts(address: str, security: Security, *, timeout: float = 5.0) -> Serv
         try:
             _, call = HealthStub(channel).Check.with_call(HealthCheckRequest(), timeout=timeout)
         except grpc.RpcError as error:
-            # It answers, and has no such service, or one that this caller may not ask.
+            # Any other error means that the server answers but does not offer the service to this caller.
             if error.code() in (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.DEADLINE_EXCEEDED):
                 raise
             return None
-        told = dict(call.initial_metadata())
+        metadata = dict(call.initial_metadata())
         middle = (asked + time.time()) / 2
-    if TIME_KEY not in told:
+    if TIME_KEY not in metadata:
         return None
-    versions = {name: str(told[key]) for name, key in VERSION_KEYS.items() if key in told}
-    return ServerFacts(versions, middle - float(told[TIME_KEY]))
+    versions = {name: str(metadata[key]) for name, key in VERSION_KEYS.items() if key in metadata}
+    return ServerFacts(versions, middle - float(metadata[TIME_KEY]))
 
 
 def check_health(address: str, security: Security, *, timeout: float = 5.0, server_name: str = "") -> None:
@@ -59,14 +59,14 @@ def check_health(address: str, security: Security, *, timeout: float = 5.0, serv
     security : Security
         How to connect.
     timeout : float
-        Seconds the answer may take.
+        Seconds to wait for the answer.
     server_name : str
-        Name that the certificate must hold, where it is not the address's host.
+        Name that the certificate must be valid for, if it is not the host of the address.
 
     Raises
     ------
     EspalierError
-        If it is not well; with the reason.
+        If it is not healthy; with the reason.
     """
     from grpc_health.v1.health_pb2 import HealthCheckRequest, HealthCheckResponse
     from grpc_health.v1.health_pb2_grpc import HealthStub

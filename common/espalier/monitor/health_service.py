@@ -1,4 +1,4 @@
-"""gRPC's health service of our servers; beside the answer it tells versions and time, for `espalier preflight`."""
+"""gRPC's health service; its answer has versions and time as metadata, for `espalier preflight`."""
 
 # The methods of a gRPC servicer are named as in its .proto file.
 # ruff: noqa: N802
@@ -17,7 +17,7 @@ TIME_KEY = "x-time"
 
 
 class HealthService(HealthServicer):
-    """The library's servicer, with our facts in the answer's metadata."""
+    """The library's servicer, with versions and time in the initial metadata."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -26,6 +26,6 @@ class HealthService(HealthServicer):
         )
 
     def Check(self, request: Any, context: Any) -> Any:
-        """Answer whether the server is well."""
+        """Return whether the server is healthy."""
         context.send_initial_metadata((*self._facts, (TIME_KEY, f"{time.time():.3f}")))
         return super().Check(request, context)

@@ -1,4 +1,4 @@
-"""What a resident node tells its owner, as log lines that say what happened and what to do about it."""
+"""Log lines for the events of a resident node: what happened, and the remedy."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def event_logger(
     Parameters
     ----------
     log : logging.Logger
-        Where to.
+        The logger.
     admit : str
         The command that admits this node at a server that admits registered keys only.
     """

@@ -1,4 +1,4 @@
-"""What a resident node is doing, told by its own events and kept in its state folder for whoever looks on."""
+"""The status of a resident node, from its events, in its state folder for health checks."""
 
 from __future__ import annotations
 
@@ -18,15 +18,15 @@ from espalier.storage.json_file import write_json
 from espalier.storage.lock import is_locked
 
 STATUS_FILE = "status.json"
-#: Seconds between two signs of life, and how old the last one may be: a process that was stopped gives none.
-SIGN_OF_LIFE, STALE = 10.0, 45.0
+#: Seconds between two updates of the status file's time, and the age from which the process counts as hung.
+TOUCH_SECONDS, STALE = 10.0, 45.0
 
 Listener = Callable[[str, Mapping[str, Any]], None]
 
 
 @dataclass
 class UpstreamStatus:
-    """A node's connection to one server: since when (Unix seconds) it is as it is, and why it is not there."""
+    """A node's connection to one server: since when (Unix seconds) its state lasts, and why it is not connected."""
 
     connected: bool = False
     since: float = 0.0
@@ -34,7 +34,7 @@ class UpstreamStatus:
 
 
 class NodeStatus:
-    """Listens to a ResidentNode and keeps ``STATE/status.json`` up to date; a context manager around its run.
+    """Updates ``STATE/status.json`` from the events of a ResidentNode; a context manager around its run.
 
     Parameters
     ----------
@@ -43,9 +43,9 @@ class NodeStatus:
     upstreams : list of str
         Addresses of its servers.
     then : callable, optional
-        Told every event after this one.
-    alone : bool
-        Whether it gives signs of life by a thread of its own; else somebody calls :meth:`touch` often enough.
+        Also called with every event.
+    own_thread : bool
+        Whether a thread calls :meth:`touch`; otherwise the caller must, at least every `STALE` seconds.
 
     Attributes
     ----------
@@ -56,11 +56,11 @@ class NodeStatus:
     seconds : dict
         Seconds spent in the app, by message type.
     up_bytes, down_bytes : int
-        Payload sent to and got from the servers.
+        Payload sent to and received from the servers.
     """
 
     def __init__(
-        self, state: Path, upstreams: list[str], then: Listener | None = None, *, alone: bool = True
+        self, state: Path, upstreams: list[str], then: Listener | None = None, *, own_thread: bool = True
     ) -> None:
         self.path = state / STATUS_FILE
         self.upstreams = {address: UpstreamStatus() for address in upstreams}
@@ -72,7 +72,9 @@ class NodeStatus:
         self._then = then
         self._lock = threading.Lock()
         self._ended = threading.Event()
-        self._thread = threading.Thread(target=self._live, name="status", daemon=True) if alone else None
+        self._thread = (
+            threading.Thread(target=self._touch_regularly, name="status", daemon=True) if own_thread else None
+        )
 
     def __enter__(self) -> NodeStatus:
         self._write()
@@ -87,22 +89,22 @@ class NodeStatus:
         self.path.unlink(missing_ok=True)
 
     def __call__(self, kind: str, facts: Mapping[str, Any]) -> None:
-        """Take in an event; the `on_event` of a ResidentNode."""
+        """Apply an event; the `on_event` of a ResidentNode."""
         with self._lock:
-            changed = self._take(kind, facts)
+            changed = self._apply(kind, facts)
         if changed:
-            with contextlib.suppress(StateError):  # a full disk is told by what needs the disk
+            with contextlib.suppress(StateError):  # the code that needs the disk reports that it is full
                 self._write()
         if self._then is not None:
             self._then(kind, facts)
 
-    def _take(self, kind: str, facts: Mapping[str, Any]) -> bool:
-        """Note an event; tell whether the file changes by it."""
+    def _apply(self, kind: str, facts: Mapping[str, Any]) -> bool:
+        """Apply an event; return whether the file changes."""
         message_type = str(facts.get("message_type", ""))
         if kind in ("connected", "disconnected", "unreachable", "refused"):
             reason = str(facts.get("reason", ""))
             old = self.upstreams.get(str(facts["upstream"]), UpstreamStatus())
-            # A refusal of one call leaves the connection as it was.
+            # A refusal of one call does not change the connection.
             connected = kind == "connected" or (kind == "refused" and old.connected)
             since = old.since if connected == old.connected and old.since else time.time()
             self.upstreams[str(facts["upstream"])] = UpstreamStatus(
@@ -122,12 +124,12 @@ class NodeStatus:
             self.busy_with = ""
         return False
 
-    def _live(self) -> None:
-        while not self._ended.wait(SIGN_OF_LIFE):
+    def _touch_regularly(self) -> None:
+        while not self._ended.wait(TOUCH_SECONDS):
             self.touch()
 
     def touch(self) -> None:
-        """Give a sign of life."""
+        """Update the time of the status file, which shows that the process is not hung."""
         with contextlib.suppress(OSError):
             os.utime(self.path)
 
@@ -148,7 +150,7 @@ def connected_upstreams(state: Path) -> list[str]:
     Raises
     ------
     StateError
-        No process holds the folder, it gives no sign of life, or it is connected to no server; with the reason.
+        No process holds the folder, the process is hung, or it is connected to no server; with the reason.
     """
     path = state / STATUS_FILE
     if not is_locked(state):
@@ -159,14 +161,14 @@ def connected_upstreams(state: Path) -> list[str]:
         found = {str(address): UpstreamStatus(**home) for address, home in homes.items()}
     except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
         raise StateError(
-            f"{path} tells nothing ({error}); the process is starting, or of another version"
+            f"{path} cannot be read ({error}); the process is starting, or of another version"
         ) from error
     if age > STALE:
-        raise StateError(f"the process of {state} has given no sign of life for {age:.0f} s; start it again")
+        raise StateError(f"the process of {state} has not responded for {age:.0f} s; start it again")
     connected = [address for address, home in found.items() if home.connected]
     if not connected:
         reasons = "; ".join(f"{address} ({home.reason or 'not yet'})" for address, home in found.items())
         raise StateError(
-            f"connected to no server: {reasons}; see to the address, the network and the node key"
+            f"connected to no server: {reasons}; check the address, the network and the node key"
         )
     return connected

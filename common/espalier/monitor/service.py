@@ -1,4 +1,4 @@
-"""The Monitor service: answers those who look on, and gRPC's own health service, on a port of its own."""
+"""The Monitor service, which serves monitoring clients, and gRPC's health service, on a port of their own."""
 
 # The methods of a gRPC servicer are named as in its .proto file.
 # ruff: noqa: N802
@@ -25,7 +25,7 @@ SCHEMA = 1
 FAULTS_SHOWN = 10
 
 WORKERS = 16
-#: A watcher holds a worker for as long as it watches; the rest stay free for health and single answers.
+#: A watcher occupies a worker until it hangs up; the others serve health checks and single requests.
 WATCHERS = 8
 INTERVAL, SHORTEST, LONGEST = 1.0, 0.2, 60.0
 
@@ -33,7 +33,7 @@ Source = Callable[[], mpb.TreeStatus]
 
 
 class Servicer(MonitorServicer):
-    """Answers from a source of snapshots; nothing that is asked changes anything."""
+    """Serves snapshots of a source; all requests are read-only."""
 
     def __init__(self, source: Source) -> None:
         self._source = source
@@ -41,11 +41,11 @@ class Servicer(MonitorServicer):
         self.ended = threading.Event()
 
     def GetStatus(self, request: mpb.StatusRequest, context: grpc.ServicerContext) -> mpb.TreeStatus:
-        """Answer once."""
+        """Return one snapshot."""
         return self._source()
 
     def Watch(self, request: mpb.WatchRequest, context: grpc.ServicerContext) -> Iterator[mpb.TreeStatus]:
-        """Answer again and again until the caller hangs up."""
+        """Yield a snapshot every `interval` seconds until the caller cancels."""
         interval = request.interval or INTERVAL
         if not SHORTEST <= interval <= LONGEST:  # NaN fails here, too
             context.abort(
@@ -53,7 +53,8 @@ class Servicer(MonitorServicer):
             )
         if not self._slots.acquire(blocking=False):
             context.abort(
-                grpc.StatusCode.RESOURCE_EXHAUSTED, f"{WATCHERS} watch already; try again, or ask once"
+                grpc.StatusCode.RESOURCE_EXHAUSTED,
+                f"{WATCHERS} clients watch already; try again, or ask once",
             )
         gone = threading.Event()
         context.add_callback(gone.set)
@@ -66,18 +67,18 @@ class Servicer(MonitorServicer):
 
 
 class MonitorServer:
-    """Serves the live view at an address; a context manager.
+    """Serves status snapshots at an address; a context manager.
 
     Parameters
     ----------
     address : str
-        HOST:PORT; port 0 takes a free one (see `address` after the start).
+        HOST:PORT; port 0 chooses a free one (see `address` after the start).
     certificates : tuple of bytes, optional
         CA certificate, certificate and private key, PEM; None serves without TLS.
     source : callable
         Returns the newest snapshot; called from several threads.
-    well : bool
-        What the health service answers at first; see `set_health`.
+    healthy : bool
+        Initial answer of the health service; see `set_health`.
 
     Raises
     ------
@@ -91,7 +92,7 @@ class MonitorServer:
         certificates: tuple[bytes, bytes, bytes] | None,
         source: Source,
         *,
-        well: bool = True,
+        healthy: bool = True,
     ) -> None:
         self.address = address
         self._servicer, self._health = Servicer(source), HealthService()
@@ -103,11 +104,11 @@ class MonitorServer:
         add_MonitorServicer_to_server(self._servicer, self._server)
         add_HealthServicer_to_server(self._health, self._server)
         self._certificates = certificates
-        self.set_health(well)
+        self.set_health(healthy)
 
-    def set_health(self, well: bool) -> None:
-        """Say what the health service answers from now on."""
-        self._health.set("", HealthCheckResponse.SERVING if well else HealthCheckResponse.NOT_SERVING)
+    def set_health(self, healthy: bool) -> None:
+        """Set the answer of the health service."""
+        self._health.set("", HealthCheckResponse.SERVING if healthy else HealthCheckResponse.NOT_SERVING)
 
     def __enter__(self) -> MonitorServer:
         host = parse_address(self.address, listen=True)

@@ -52,7 +52,7 @@ class Findings:
         self.all.append(Finding(check, "fail", said, mend))
 
     def attempt(self, check: str, action: Callable[[], str]) -> bool:
-        """Note what `action` returns as well, or the fault it raises; tell whether it was well."""
+        """Add the text that `action` returns as ok, or the error that it raises as fail; return whether it is ok."""
         try:
             self.ok(check, action())
         except EspalierError as error:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from espalier.errors import EspalierError
 from espalier.preflight.findings import Findings
-from espalier.security.certificates import WARN_DAYS, Facts, Pair, check_server, facts, stands_for
+from espalier.security.certificates import WARN_DAYS, Facts, Pair, check_server, facts, is_valid_for
 from espalier.security.transport import Address, Security
 
 CONNECT_SECONDS = 5.0
@@ -70,7 +70,7 @@ def _check_names(found: Findings, said: Facts, listen: Address) -> None:
     shown = ", ".join(said.hosts) or "no host"
     anywhere = listen.host in ("0.0.0.0", "::")
     wanted = {socket.gethostname(), socket.getfqdn()} if anywhere else {listen.host}
-    if any(stands_for(said, name) for name in wanted):
+    if any(is_valid_for(said, name) for name in wanted):
         found.ok("certificate names", shown)
     else:
         found.warn(

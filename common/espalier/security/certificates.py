@@ -110,10 +110,10 @@ def check_server(pair: Pair, what: str, roots: bytes | None = None, host: str | 
         raise ConfigError(
             f"{what} is signed by none of the authorities in --root-certificates; give the ca.pem it was made with"
         )
-    if host is not None and not stands_for(said, host):
+    if host is not None and not is_valid_for(said, host):
         raise ConfigError(
-            f"{what} does not stand for {host} but for {', '.join(said.hosts) or 'nothing'}; "
-            f"make it anew with --host {host} --renew"
+            f"{what} is not valid for {host} but for {', '.join(said.hosts) or 'nothing'}; "
+            f"make a new one with --host {host} --renew"
         )
     return said
 
@@ -149,12 +149,12 @@ def check_served(
         log.warning("%s expires in %.1f days; renew it", security.certificate, said.days_left)
 
 
-def stands_for(said: Facts, host: str) -> bool:
+def is_valid_for(certificate: Facts, host: str) -> bool:
     """Return whether a certificate is valid for a host name or address."""
-    if host in said.hosts:
+    if host in certificate.hosts:
         return True
     parent = host.partition(".")[2]
-    return bool(parent) and f"*.{parent}" in said.hosts
+    return bool(parent) and f"*.{parent}" in certificate.hosts
 
 
 # --- parts -----------------------------------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""Addresses and transport security: what a link may be, decided the same way on every tier."""
+"""Addresses and transport security: the rules for links, the same on every tier."""
 
 from __future__ import annotations
 
@@ -24,13 +24,13 @@ class Address(NamedTuple):
 
     @property
     def reachable(self) -> Address:
-        """Where a listener on this address is reached from this machine."""
+        """The address at which this machine reaches a listener on this address."""
         anywhere = {"0.0.0.0": "127.0.0.1", "::": "::1"}
         return self._replace(host=anywhere.get(self.host, self.host))
 
     @property
     def is_loopback(self) -> bool:
-        """Whether only this machine is reached by it."""
+        """Whether it is reachable only from this machine."""
         if self.host == "localhost":
             return True
         try:
@@ -40,30 +40,30 @@ class Address(NamedTuple):
 
 
 def parse_address(text: str, *, listen: bool = False) -> Address:
-    """Read ``HOST:PORT``; an IPv6 address stands in brackets.
+    """Read ``HOST:PORT``; an IPv6 address is in brackets.
 
     Parameters
     ----------
     text : str
         The address.
     listen : bool
-        Whether it is to be listened on: port 0 then stands for a free one.
+        Whether it is an address to listen on, where port 0 means a free port.
 
     Raises
     ------
     AddressError
-        It is something else, or the port is not in 1..65535.
+        The text is not an address, or the port is not in 1..65535.
     """
     host, colon, port = text.strip().rpartition(":")
     if not colon or not host:
         raise AddressError(f"address {text!r} has no port; write it as HOST:PORT, e.g. 192.0.2.7:9092")
     if not port.isascii() or not port.isdigit() or not (0 if listen else 1) <= int(port) <= 65535:
-        raise AddressError(f"address {text!r}: {port!r} is no port; use a number from 1 to 65535")
+        raise AddressError(f"address {text!r}: {port!r} is not a port; use a number from 1 to 65535")
     bracketed = host.startswith("[") and host.endswith("]")
     name = host[1:-1] if bracketed else host
     if not is_host(name, bracketed=bracketed):
         hint = "put an IPv6 address in brackets, e.g. [::1]:9092" if ":" in host else "write it as HOST:PORT"
-        raise AddressError(f"address {text!r}: {host!r} is no host name or IP address; {hint}")
+        raise AddressError(f"address {text!r}: {host!r} is not a host name or IP address; {hint}")
     return Address(name, int(port))
 
 
@@ -84,13 +84,13 @@ class Security:
     Attributes
     ----------
     root_certificates : Path or None
-        PEM file of the authorities that the servers this process connects to are checked against.
+        PEM file of the authorities with which this process verifies servers.
     certificate, private_key : Path or None
-        PEM files a server shows to those that connect; needed together.
+        PEM files that a server presents to its clients; both or neither.
     insecure : bool
         Allow a link without TLS beyond this machine.
     trust_on_first_use : bool
-        Let whoever connects over TLS have the name it says first, and not only registered node keys.
+        Bind a name to the first key that uses it over TLS; otherwise only registered node keys are admitted.
     """
 
     root_certificates: Path | None = None
@@ -127,8 +127,8 @@ class Security:
     def server_certificates(self, listen: str) -> tuple[bytes, bytes, bytes] | None:
         """Return (root certificates, certificate, private key) to serve `listen` with, None to serve it plain.
 
-        The order is Flower's. Without root certificates the certificate stands in for them: they are only
-        used where clients show certificates, and ours prove themselves by node keys.
+        The order is Flower's. Without root certificates the certificate takes their place: they are used only to
+        verify clients' certificates, and our clients authenticate by node keys.
 
         Raises
         ------
@@ -155,7 +155,7 @@ class Security:
         return None
 
     def flags(self) -> list[str]:
-        """Return the command-line flags that stand for this."""
+        """Return the command-line flags of these settings."""
         files = {
             "--root-certificates": self.root_certificates,
             "--certificate": self.certificate,
@@ -172,5 +172,5 @@ def _read(path: Path, flag: str) -> bytes:
     except OSError as error:
         raise ConfigError(f"{flag} {path} cannot be read: {error.strerror}; give a PEM file") from error
     if b"-----BEGIN" not in content:
-        raise ConfigError(f"{flag} {path} is no PEM file; it must hold a -----BEGIN …----- block")
+        raise ConfigError(f"{flag} {path} is not a PEM file; it must contain a -----BEGIN …----- block")
     return content

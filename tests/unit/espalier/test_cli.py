@@ -84,7 +84,7 @@ BAD: list[tuple[list[str], int, list[str]]] = [
     (["demo", "--edges", "0", "--out", "d"], 2, ["--edges 0"]),
     (["demo", "--data", "digitz", "--out", "d"], 3, ["digitz", "digits"]),
     (["status"], 2, ["no cloud named 'default'"]),
-    (["status", "--address", "127.0.0.1:1"], 4, ["127.0.0.1:1: nobody answers"]),
+    (["status", "--address", "127.0.0.1:1"], 4, ["127.0.0.1:1: no answer"]),
     (["status", "--address", "192.0.2.1:1"], 2, ["without TLS", "--insecure"]),
     (["top", "--cloud", "nowhere"], 2, ["no cloud named 'nowhere'"]),
     (["stop", "nothing"], 2, ["no run 'nothing'"]),

@@ -112,7 +112,7 @@ def test_folders_that_cannot_be_used(tmp_path: Path) -> None:
         open_folder(tmp_path / "empty", split="train", size=4)
     (tmp_path / "text" / "a").mkdir(parents=True)
     (tmp_path / "text" / "a" / "x.txt").write_text("x")
-    with pytest.raises(DataError, match="holds no image"):
+    with pytest.raises(DataError, match="contains no image"):
         open_folder(tmp_path / "text", split="train", size=4)
     with pytest.raises(DataError, match="not a folder"):
         open_folder(tmp_path / "text" / "a" / "x.txt", split="train", size=4)

@@ -111,7 +111,7 @@ NONSENSE: dict[str, tuple[Callable[[pb.ArchitectureSpec], object], str]] = {
     "missing": (lambda s: s.tensors.pop(0), "'conv_in.weight' is not described"),
     "extra": (
         lambda s: s.tensors.add(name="backdoor.weight", dtype="float32", shape=[1]),
-        "'backdoor.weight' belongs to no",
+        "'backdoor.weight' is not part",
     ),
     "twice": (lambda s: s.tensors.append(s.tensors[0]), "described twice"),
     "dtype": (lambda s: setattr(s.tensors[0], "dtype", "object"), "the dtype 'object'"),
@@ -125,14 +125,14 @@ NONSENSE: dict[str, tuple[Callable[[pb.ArchitectureSpec], object], str]] = {
         "'conv_norm_out' has 40 channels, not a multiple of 7",
     ),
     "no groups": (drop_groups, "'conv_norm_out' has no groups"),
-    "alien groups": (lambda s: s.groups.update({"x": 1}), "'x' is no part"),
+    "alien groups": (lambda s: s.groups.update({"x": 1}), "'x' is not part"),
     "heads": (lambda s: s.heads.update({"mid_block.attentions.0": 3}), "80 wide, not a multiple of 3"),
     "no heads": (lambda s: s.heads.clear(), "has no heads"),
     "unknown argument": (set_config(weights_url="http://x"), "'weights_url'"),
     "argument type": (set_config(layers_per_block="2"), "'layers_per_block'"),
     "argument range": (set_config(layers_per_block=10**6), "'layers_per_block'"),
     "block": (set_config(down_block_types=["DownBlock2D", "CrossAttnDownBlock2D"]), "'down_block_types.1'"),
-    "levels": (set_config(block_out_channels=[40]), "not equally many"),
+    "levels": (set_config(block_out_channels=[40]), "differ in number"),
     "time": (set_shape("time_embedding.linear_1.weight", 160, 41), "time_embedding.linear_1"),
 }
 
@@ -154,7 +154,7 @@ def test_a_single_changed_dimension_never_passes(data: st.DataObject, spec: byte
     axis = data.draw(st.integers(0, len(chosen.shape) - 1))
     # Doubling keeps groups and heads dividing, so that only the fit of the layers can give it away.
     chosen.shape[axis] *= 2
-    with pytest.raises(ValueError, match=r"tensor|fit together|GroupNorm|attention|turns"):
+    with pytest.raises(ValueError, match=r"tensor|do not match|GroupNorm|attention|turns"):
         build(wrong)
 
 
@@ -178,26 +178,26 @@ def test_a_network_of_no_family_is_not_described() -> None:
         describe(nn.Linear(1, 1))
 
 
-def test_a_fit_is_proven_once_and_a_misfit_found_every_time(
+def test_layers_are_verified_once_and_a_mismatch_is_found_every_time(
     dense: nn.Module, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    proofs: list[nn.Module] = []
+    verified: list[nn.Module] = []
     family = architecture.FAMILIES["unet"]
 
     def counted(model: nn.Module) -> None:
-        proofs.append(model)
-        family.prove(model)
+        verified.append(model)
+        family.verify(model)
 
-    watched = {**architecture.FAMILIES, "unet": dataclasses.replace(family, prove=counted)}
+    watched = {**architecture.FAMILIES, "unet": dataclasses.replace(family, verify=counted)}
     monkeypatch.setattr(architecture, "FAMILIES", watched)
-    monkeypatch.setattr(architecture, "_proven", {})
+    monkeypatch.setattr(architecture, "_verified", {})
     fitting = describe(dense)
     for _ in range(3):
         build(fitting)
-    assert len(proofs) == 1
-    misfit = over_the_wire(dense)
-    NONSENSE["time"][0](misfit)
+    assert len(verified) == 1
+    mismatch = over_the_wire(dense)
+    NONSENSE["time"][0](mismatch)
     for _ in range(2):
-        with pytest.raises(ValueError, match="fit together"):
-            build(misfit)
-    assert len(proofs) == 3
+        with pytest.raises(ValueError, match="do not match"):
+            build(mismatch)
+    assert len(verified) == 3

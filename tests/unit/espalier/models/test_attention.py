@@ -134,5 +134,5 @@ def test_channels_are_cut_again_under_autocast() -> None:
 def test_what_no_network_here_attends_to_is_refused(what: str) -> None:
     attention = layer(2, 8)
     attention.set_processor(PixelAttention())
-    with pytest.raises(ValueError, match="own image and to nothing else"):
+    with pytest.raises(ValueError, match="only to the pixels of its own image"):
         attention(torch.randn(1, 24, 2, 2), **{what: torch.randn(1, 4, 24)})

@@ -93,7 +93,7 @@ def test_what_a_model_cannot_take_is_said(
         initial_model(RunConfig(model=name), shape, classes, projection)
 
 
-def test_initial_weights_hang_on_the_seed_alone() -> None:
+def test_initial_weights_depend_on_the_seed_only() -> None:
     state = torch.random.get_rng_state()
     first, again = model("cnn"), model("cnn")
     other = initial_model(RunConfig(model="cnn", seed=5), (1, 8, 8), 10)
@@ -352,11 +352,11 @@ def test_statistics_of_other_layers_are_refused() -> None:
     good = batch_statistics(network, [images(3)])
     with pytest.raises(ValueError, match="'norm1' has no statistics"):
         with_statistics(network, {})
-    with pytest.raises(ValueError, match="'other' is no part"):
+    with pytest.raises(ValueError, match="'other' is not part"):
         with_statistics(network, good | {"other": good["norm1"]})
     with pytest.raises(ValueError, match=r"are \[3\], the layer is \[2\]"):
         with_statistics(network, {"norm1": Statistics(np.zeros(3), np.ones(3), 1)})
-    with pytest.raises(ValueError, match="keeps running statistics"):
+    with pytest.raises(ValueError, match="has running statistics"):
         batch_statistics(made("cnn", widths=[2], norm="batch"), [images(3)])
 
 
@@ -411,7 +411,7 @@ def test_rescaled_weights_are_bounded_as_in_the_whole_network() -> None:
 def test_only_an_ensemble_has_members() -> None:
     with pytest.raises(TypeError, match="no base networks"):
         members(model("cnn"))
-    with pytest.raises(ConfigError, match="no classifier"):
+    with pytest.raises(ConfigError, match="not a classifier"):
         initial_bases(RunConfig(model="unet-tiny"), (1, 8, 8), 10, 0.5, [0])
 
 
@@ -437,15 +437,15 @@ def test_nonsense_is_refused_with_its_place() -> None:
         ({"tensor": "conv1.weight", "buffer": True}, "'conv1.weight' is a parameter"),
         ({"tensor": "conv1.weight", "dtype": "int64"}, "dtype 'int64', expected 'float32'"),
         ({"tensor": "norm1.num_batches_tracked", "dtype": "float32"}, "expected 'int64'"),
-        ({"tensor": "hidden.weight", "shape": [64, 15]}, "do not fit together at 'hidden'"),
-        ({"tensor": "classifier.weight", "shape": [3, 63]}, "do not fit together at 'classifier'"),
+        ({"tensor": "hidden.weight", "shape": [64, 15]}, "do not match at 'hidden'"),
+        ({"tensor": "classifier.weight", "shape": [3, 63]}, "do not match at 'classifier'"),
     ]
     for change, message in cases:
         with pytest.raises(ValueError, match=message):
             build(spoilt(network, **change))
     spec = over_the_wire(network)
     spec.heads["conv1"] = 2
-    with pytest.raises(ValueError, match="attention 'conv1' is no part"):
+    with pytest.raises(ValueError, match="attention 'conv1' is not part"):
         build(spec)
 
 
@@ -459,7 +459,7 @@ def test_nonsense_is_refused_with_its_place() -> None:
         ("mlp", {"scale": 2.0}, "'scale'"),
         ("resnet", {"blocks": 1000}, "'blocks'"),
         ("exits", {"depth": 3}, "depth 3 of 2 stages"),
-        ("bases", {"members": [1, 1]}, "named twice"),
+        ("bases", {"members": [1, 1]}, "repeated"),
         ("bases", {"family": "exits"}, "'family'"),
         ("bases", {"base": {"widths": [2]}}, "the cnn's argument"),
     ],

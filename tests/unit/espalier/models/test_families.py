@@ -116,7 +116,7 @@ def test_other_names() -> None:
         ("cnn4,resnet19", "'resnet19' is unknown .did you mean 'resnet1"),
         ("cnn4,,mlp", "names no model in one place"),
         ("", "names no model in one place"),
-        ("cnn4,unet-tiny", "unet-tiny is no classifier"),
+        ("cnn4,unet-tiny", "unet-tiny is not a classifier"),
         ("cnn4,HtFE2", "'HtFE2' is unknown"),
     ],
 )
@@ -136,7 +136,7 @@ def test_clients_take_models_in_turn() -> None:
     assert model_of(["cnn", "mlp"], 7) == "mlp"
     with pytest.raises(ValueError, match="place -1"):
         model_of("HtFE3", -1)
-    with pytest.raises(ValueError, match="without models"):
+    with pytest.raises(ValueError, match="no models"):
         model_of([], 0)
 
 
@@ -317,7 +317,7 @@ def test_a_vision_transformer_of_one_layer(monkeypatch: pytest.MonkeyPatch) -> N
     assert all(p.grad is not None and torch.isfinite(p.grad).all() for p in network.parameters())
 
 
-def test_initial_weights_hang_on_the_seed_alone() -> None:
+def test_initial_weights_depend_on_the_seed_only() -> None:
     first, again = (initial_model(RunConfig(model="resnet6"), (3, 8, 8), 10) for _ in range(2))
     other = initial_model(RunConfig(model="resnet6", seed=3), (3, 8, 8), 10)
     assert all(torch.equal(a, b) for a, b in zip(first.parameters(), again.parameters(), strict=True))
@@ -328,7 +328,7 @@ def test_initial_weights_hang_on_the_seed_alone() -> None:
 
 
 def test_they_come_in_one_width() -> None:
-    with pytest.raises(ConfigError, match="resnet18 comes in one width only"):
+    with pytest.raises(ConfigError, match="resnet18 has a fixed width"):
         narrowed(describe(on_meta("resnet18")), 0.5)
 
 
@@ -340,11 +340,11 @@ def test_descriptions_that_make_no_sense_are_refused() -> None:
         )
     wrong = pb.ArchitectureSpec.FromString(spec.SerializeToString())
     wrong.config["sample_size"] = 42
-    with pytest.raises(ValueError, match="do not fit together"):
+    with pytest.raises(ValueError, match="do not match"):
         build(wrong)
     wrong.config["sample_size"] = 28
     next(t for t in wrong.tensors if t.name.endswith("in_proj_weight")).shape[0] = 768
-    with pytest.raises(ValueError, match="do not fit together"):
+    with pytest.raises(ValueError, match="do not match"):
         build(wrong)
     wrong.config["scale"] = 0.5
     with pytest.raises(ValueError, match="argument 'scale'"):

@@ -104,5 +104,5 @@ def test_content_that_makes_no_sense_is_refused(
 
 
 def test_no_folder_is_said_plainly(tmp_path: Path) -> None:
-    with pytest.raises(StateError, match="is no model folder"):
+    with pytest.raises(StateError, match="is not a model folder"):
         load_pipeline(tmp_path / "nowhere")

@@ -161,7 +161,7 @@ def test_members_of_an_ensemble() -> None:
     assert shapes(some) == {f"base{i}.{n}": s for i in (3, 1) for n, s in narrow.items()}
     assert build(some).state_dict().keys() == shapes(some).keys()
     assert arguments(ensemble(describe(network("cnn")), 0.5, [0], scaler=True))["base"]["scale"] == 0.5
-    for ids, message in (([4], "base network 4 is not among"), ([1, 1], "named twice"), ([], "members")):
+    for ids, message in (([4], "base network 4 is not among"), ([1, 1], "repeated"), ([], "members")):
         with pytest.raises(ValueError, match=message):
             with_members(spec, ids)
 
@@ -183,10 +183,10 @@ def test_what_a_network_cannot_be_is_said() -> None:
     bases = ensemble(cnn, 0.5, [0])
     unet = pb.ArchitectureSpec(family="unet")
     cases: list[tuple[Any, str]] = [
-        (lambda: narrowed(cnn, 0), "0 is no share of a width"),
-        (lambda: narrowed(cnn, 1.5), "1.5 is no share"),
+        (lambda: narrowed(cnn, 0), "0 is not a share of a width"),
+        (lambda: narrowed(cnn, 1.5), "1.5 is not a share"),
         (lambda: narrowed(unet, 0.5), "no sub-models of the family 'unet'"),
-        (lambda: narrowed(bases, 0.5), "'bases' comes in one width only"),
+        (lambda: narrowed(bases, 0.5), "'bases' has a fixed width"),
         (lambda: shortened(cnn, 1), "'cnn' comes in one depth only; depth-cnn"),
         (lambda: shortened(exits, 4), "depth 4 of a network of 3 stages"),
         (lambda: shortened(exits, 0), "depth 0"),

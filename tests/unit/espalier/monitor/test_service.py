@@ -22,7 +22,7 @@ from tests.support.processes import wait_until
 
 @pytest.fixture
 def server() -> Iterator[MonitorServer]:
-    with MonitorServer("127.0.0.1:0", None, status, well=False) as running:
+    with MonitorServer("127.0.0.1:0", None, status, healthy=False) as running:
         yield running
 
 
@@ -52,7 +52,7 @@ def test_watching_and_its_bounds(server: MonitorServer) -> None:
             return len(calls) == WATCHERS
 
         wait_until(all_watch, 30, "as many watchers as there may be")
-        with pytest.raises(AddressError, match=f"{WATCHERS} watch already"):
+        with pytest.raises(AddressError, match=f"{WATCHERS} clients watch already"):
             next(watch(server.address, Security(), 1))
         assert ask_status(server.address, Security()).run.run == "r-1"  # single answers still come
         for call in calls:

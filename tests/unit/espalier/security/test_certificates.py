@@ -29,7 +29,7 @@ def test_a_server_certificate_says_what_it_is_for(authority: Pair) -> None:
     for host in (None, "edge.example", "cam.lan", "10.0.0.2"):
         assert check_server(pair, "it", authority.certificate, host) == said
     for host in ("other.example", "a.b.lan", "lan", "10.0.0.3"):
-        with pytest.raises(ConfigError, match="does not stand for"):
+        with pytest.raises(ConfigError, match="is not valid for"):
             check_server(pair, "it", host=host)
     assert (
         facts(issue(authority, ["a"], 1000).certificate, "it")[0].days_left <= 10
@@ -89,7 +89,7 @@ def test_a_server_says_that_its_certificate_ends_soon(
     security = Security(certificate=tmp_path / "cert", private_key=tmp_path / "key")
     check_served(security, "0.0.0.0:1")
     assert "expires in 3.0 days" in caplog.text
-    with pytest.raises(ConfigError, match="does not stand for 127"):
+    with pytest.raises(ConfigError, match="is not valid for 127"):
         check_served(security, "0.0.0.0:1", host="127.0.0.1")
     check_served(Security(), "127.0.0.1:1")
     assert security.keys_only
