@@ -109,7 +109,7 @@ def test_certificate_faults_name_flag_and_file(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"--root-certificates .*absent\.pem cannot be read"):
         Security(root_certificates=tmp_path / "absent.pem").client_roots("127.0.0.1:1")
     cert.write_text("not a certificate")
-    with pytest.raises(ConfigError, match="no PEM file"):
+    with pytest.raises(ConfigError, match="not a PEM file"):
         Security(root_certificates=cert).client_roots("127.0.0.1:1")
 
 
