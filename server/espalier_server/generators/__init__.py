@@ -1,1 +1,1 @@
-"""Pre-trained image generators at the cloud, and training one."""
+"""Pre-trained image generators at the cloud, and the training of a small one."""

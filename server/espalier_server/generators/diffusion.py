@@ -1,4 +1,4 @@
-"""A diffusion model that Espalier trained as a generator: the noise is the latent, DDIM the synthesis."""
+"""A diffusion model from a run as a generator: the latent is the initial noise, the synthesis is DDIM."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ _BATCH = 64
 class DiffusionGenerator:
     """The model of a run of FedPhD or FedDiffuse as a :class:`~espalier.generators.base.Generator`.
 
-    DDIM with eta 0 (Song et al. 2021) is a function of the noise it starts from, so that the noise serves as
-    the latent: H = C * S * S, and W is the standard normal distribution.
+    DDIM with eta 0 (Song et al. 2021) is a deterministic function of the initial noise, which is the latent here:
+    H = C * S * S, with a standard normal distribution.
 
     Parameters
     ----------
@@ -34,7 +34,7 @@ class DiffusionGenerator:
     scheduler : DDIMScheduler
         Its sampling schedule.
     device : torch.device
-        Where it computes.
+        Device to compute on.
     steps : int
         Network evaluations per image.
     """

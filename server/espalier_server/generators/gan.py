@@ -1,4 +1,4 @@
-"""Espalier's own small GAN as a generator on disk: safetensors and JSON, nothing that executes."""
+"""The small GAN of `espalier pretrain-generator`: its files (safetensors and JSON), and its use as a generator."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from espalier.errors import ConfigError, StateError
@@ -24,18 +25,18 @@ _BATCH = 64
 
 
 class GanGenerator:
-    """What ``espalier pretrain-generator`` made, as a :class:`~espalier.generators.base.Generator`.
+    """A trained GAN as a :class:`~espalier.generators.base.Generator`.
 
-    A latent is a w: the mapping of normal noise and a random class.
+    A latent is a style vector w: the mapping network's output for normal noise and a random class.
 
     Parameters
     ----------
     network : StyleGenerator
-        Frozen from here on.
+        The network; it is frozen.
     device : torch.device
-        Where it computes.
+        Device to compute on.
     notes : mapping, optional
-        What its folder says about its training.
+        Notes about its training.
     """
 
     def __init__(
@@ -79,12 +80,12 @@ class GanGenerator:
 
 
 def save_gan(folder: Path, network: StyleGenerator, notes: Mapping[str, Any], grid: Any) -> None:
-    """Write a generator's folder; a former generator of the name is replaced as a whole.
+    """Write a generator's folder atomically; an existing generator in it is replaced.
 
     Parameters
     ----------
     folder : Path
-        Where to; see :func:`check_out`.
+        Folder to write; see :func:`check_out`.
     network : StyleGenerator
         On any device.
     notes : mapping
@@ -97,10 +98,8 @@ def save_gan(folder: Path, network: StyleGenerator, notes: Mapping[str, Any], gr
     ConfigError
         The folder holds something else.
     StateError
-        The place cannot be written to.
+        The folder cannot be written to.
     """
-    from safetensors.torch import save_file
-
     check_out(folder)
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in network.state_dict().items()}
     index = {"kind": _KIND, "format": _FORMAT, "config": asdict(network.config), "training": dict(notes)}
@@ -114,12 +113,12 @@ def save_gan(folder: Path, network: StyleGenerator, notes: Mapping[str, Any], gr
 
 
 def check_out(folder: Path) -> None:
-    """Refuse a folder that holds anything but a generator of ours, which a new one may replace.
+    """Check that a folder does not exist, is empty or holds a generator that may be replaced.
 
     Raises
     ------
     ConfigError
-        It does.
+        The folder holds something else.
     """
     if not folder.exists():
         return
@@ -128,14 +127,14 @@ def check_out(folder: Path) -> None:
 
 
 def load_gan(folder: Path, device: torch.device) -> tuple[StyleGenerator, torch.device, dict[str, Any]]:
-    """Read what :func:`save_gan` wrote.
+    """Read a generator that :func:`save_gan` wrote.
 
     Returns
     -------
     StyleGenerator
         The network, on the CPU.
     torch.device
-        `device`, as it was given.
+        The argument `device`.
     dict
         The notes about its training.
     """
@@ -149,8 +148,6 @@ def load_gan(folder: Path, device: torch.device) -> tuple[StyleGenerator, torch.
         raise _damaged(folder / INDEX, error) from error
     if not isinstance(index, dict) or (index.get("kind"), index.get("format")) != (_KIND, _FORMAT):
         raise ConfigError(f"generator: {folder / INDEX} does not describe an {_KIND} of format {_FORMAT}")
-    from safetensors.torch import load_file
-
     try:
         network = StyleGenerator(GanConfig(**index["config"]), torch.Generator())
     except (KeyError, TypeError, ValueError) as error:

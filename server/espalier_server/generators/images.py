@@ -1,4 +1,4 @@
-"""Generated images in the form that clients train on: size, channels and range."""
+"""Conversion of generated images to the clients' size, channels and value range."""
 
 from __future__ import annotations
 
@@ -9,21 +9,21 @@ from torch import Tensor
 
 from espalier.errors import ConfigError
 
-#: ITU-R BT.601 luma, what Pillow (and so a folder of images) makes of RGB.
+#: ITU-R BT.601 luma, which Pillow uses to convert RGB to grey.
 _LUMA = (0.299, 0.587, 0.114)
 
 
 def fit(images: Tensor, size: int, channels: int) -> Tensor:
-    """Bring images to a client's shape.
+    """Convert images to a client's shape.
 
-    The shorter side is resized to `size` (bilinear, antialiased), the longer one cut at the centre.
+    The shorter side is resized to `size` (bilinear, antialiased), the longer side is cropped at the centre.
 
     Parameters
     ----------
     images : Tensor
-        [N, 1 or 3, H, W], meant to lie in [-1, 1].
+        [N, 1 or 3, H, W]; values outside [-1, 1] are clamped.
     size, channels : int
-        Height and width wanted, in pixels, and 1 (grey) or 3 (RGB).
+        Height and width in pixels, and 1 (grey) or 3 (RGB) channels.
 
     Returns
     -------
@@ -33,7 +33,7 @@ def fit(images: Tensor, size: int, channels: int) -> Tensor:
     Raises
     ------
     ConfigError
-        There is no such conversion of channels, or the size is not positive.
+        The channels cannot be converted, or the size is not positive.
     """
     have = images.shape[1]
     if size < 1 or {have, channels} - {1, 3}:
@@ -59,16 +59,16 @@ def fit(images: Tensor, size: int, channels: int) -> Tensor:
 def in_batches(
     draw: Callable[[Tensor], Tensor], latents: Tensor, batch: int, size: int, channels: int
 ) -> Tensor:
-    """Draw `batch` images at a time and bring them to a client's shape; no latents give no images.
+    """Generate images in batches and convert them to a client's shape.
 
     Parameters
     ----------
     draw : callable
-        From latents, float32 [n, H], to images, [n, 1 or 3, height, width], meant to lie in [-1, 1].
+        Maps latents, float32 [n, H], to images [n, 1 or 3, height, width].
     latents : Tensor
         [N, H].
     batch, size, channels : int
-        Images at a time; for the others see :func:`fit`.
+        Images per batch; for the others see :func:`fit`.
     """
     drawn = [torch.empty(0, channels, size, size)]
     if len(latents):

@@ -1,4 +1,4 @@
-"""A small StyleGAN-like generator for 8 to 64 pixels, and its discriminator: sized for minutes on one CPU core."""
+"""A small StyleGAN-like generator for 8 to 64 pixels, and its discriminator, trained on one CPU core in minutes."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch.nn import functional
 
 SMALLEST, LARGEST = 8, 64
 GROUP = 4
-"""Images whose spread the discriminator sees: in a batch of N, those N / GROUP places apart."""
+"""Size of the groups over which the discriminator computes the standard deviation; its images are N / GROUP apart."""
 
 
 @dataclass(frozen=True)
@@ -26,11 +26,11 @@ class GanConfig:
     channels : int
         1 (grey) or 3 (RGB).
     classes : int
-        Classes of the training data; a latent is drawn for a random one of them, as StyleGAN-XL's are.
+        Number of classes of the training data; a latent is drawn for a random class, as in StyleGAN-XL.
     latent_dim : int
         Length of z and of w.
     width : int
-        Feature maps times the pixels of a side, about the same at every resolution.
+        Product of feature maps and side length, about constant over resolutions.
     """
 
     size: int
@@ -47,19 +47,19 @@ class GanConfig:
 
     @property
     def sides(self) -> tuple[int, ...]:
-        """Pixels of a side at each resolution, the smallest first."""
+        """Side length in pixels at each resolution, in ascending order."""
         sides = [self.size]
         while sides[0] > 7:
             sides.insert(0, sides[0] // 2)
         return tuple(sides)
 
     def maps(self, side: int) -> int:
-        """Feature maps at a resolution."""
+        """Return the number of feature maps at a resolution."""
         return min(128, max(16, self.width // side // 8 * 8))
 
 
 def native_size(size: int) -> int:
-    """Return the image size of a generator for data of `size` pixels: the same, or the next that it can have."""
+    """Return the image size of a generator for data of `size` pixels: the next larger size that it supports."""
     size = min(max(size, SMALLEST), LARGEST)
     doublings = math.floor(math.log2(size / 4))
     step: int = 2**doublings
@@ -69,8 +69,8 @@ def native_size(size: int) -> int:
 class Dense(nn.Module):
     """A fully connected layer; weights of unit variance, scaled by 1/sqrt(fan-in) when used.
 
-    That is the equalised learning rate (Karras et al. 2018, arXiv 1710.10196, section 4.1): Adam then moves
-    every layer alike. The convolutions below do the same.
+    That is the equalised learning rate (Karras et al. 2018, arXiv 1710.10196, section 4.1), which
+    equalises Adam's updates over layers. The convolutions below use it, too.
     """
 
     def __init__(self, inputs: int, outputs: int, rng: torch.Generator, bias: float = 0.0) -> None:
@@ -85,7 +85,7 @@ class Dense(nn.Module):
 
 
 class Conv(nn.Module):
-    """A convolution: 3x3 that keeps the size, or 4x4 that halves it."""
+    """A 3x3 convolution that preserves the size, or a 4x4 convolution that halves it."""
 
     def __init__(self, inputs: int, outputs: int, rng: torch.Generator, *, halve: bool = False) -> None:
         super().__init__()
@@ -103,8 +103,8 @@ class Conv(nn.Module):
 class StyledConv(nn.Module):
     """A convolution modulated by w and demodulated (Karras et al. 2020, arXiv 1912.04958, section 2.2).
 
-    Scaling what goes in and what comes out equals scaling the weights for each image, and keeps one set of
-    weights for the whole batch. 3x3, or 4x4 that doubles the size, where each pixel sees 2x2 of the taps.
+    Inputs and outputs are scaled instead of the weights, which is equivalent and needs one set of weights for the
+    batch. The kernel is 3x3, or 4x4 with stride 2 to double the size, where each output pixel uses 2x2 weights.
     """
 
     def __init__(
@@ -141,7 +141,7 @@ class StyledConv(nn.Module):
 
 
 class Mapping(nn.Module):
-    """From noise z and a class to w, the space in which the generator is steered."""
+    """Maps noise z and a class to the style vector w."""
 
     def __init__(self, config: GanConfig, rng: torch.Generator) -> None:
         super().__init__()
@@ -160,10 +160,10 @@ class Mapping(nn.Module):
 
 
 class Synthesis(nn.Module):
-    """From w to an image: a learned constant that styled convolutions turn into it.
+    """Maps w to an image by styled convolutions of a learned constant.
 
-    Without StyleGAN's noise inputs: at these sizes there is no fine texture that they would be needed for, and
-    without them the image is a function of w alone.
+    StyleGAN's noise inputs are omitted: images of these sizes have no fine texture that needs them, and without them
+    the image is a function of w.
     """
 
     def __init__(self, config: GanConfig, rng: torch.Generator) -> None:
@@ -186,12 +186,12 @@ class Synthesis(nn.Module):
 
 
 class StyleGenerator(nn.Module):
-    """Mapping and synthesis together.
+    """The generator: mapping and synthesis.
 
     Parameters
     ----------
     config : GanConfig
-        Its shape.
+        Shape of the network.
     rng : torch.Generator
         Draws the initial weights.
     """
@@ -209,7 +209,7 @@ class StyleGenerator(nn.Module):
 
 
 class Discriminator(nn.Module):
-    """Tells images of the data from generated ones, given the class (Miyato and Koyama 2018's projection)."""
+    """Distinguishes real from generated images given the class (projection: Miyato and Koyama 2018)."""
 
     def __init__(self, config: GanConfig, rng: torch.Generator) -> None:
         super().__init__()
@@ -227,7 +227,7 @@ class Discriminator(nn.Module):
         x = _leaky(self.first(images))
         for layer in self.halving:
             x = _leaky(layer(x))
-        x = _leaky(self.last(torch.cat((x, _spread(x)), 1)))
+        x = _leaky(self.last(torch.cat((x, _group_deviation(x)), 1)))
         x = _leaky(self.dense(x.flatten(1)))
         matched = (x * self.embedding[classes]).sum(1) / math.sqrt(x.shape[1])
         logits: Tensor = self.out(x)[:, 0] + matched
@@ -235,7 +235,7 @@ class Discriminator(nn.Module):
 
 
 def _leaky(x: Tensor) -> Tensor:
-    """Leaky ReLU that keeps the variance."""
+    """Leaky ReLU, scaled to preserve the variance."""
     return functional.leaky_relu(x, 0.2) * math.sqrt(2)
 
 
@@ -243,12 +243,12 @@ def _normalise(x: Tensor) -> Tensor:
     return x * torch.rsqrt(x.square().mean(1, keepdim=True) + 1e-8)
 
 
-def _spread(x: Tensor) -> Tensor:
-    """Return one map that tells how unlike the images of a group are (Karras et al. 2018, section 3)."""
+def _group_deviation(x: Tensor) -> Tensor:
+    """Return a map with the mean standard deviation within each group of images (Karras et al. 2018, section 3)."""
     count, _, height, width = x.shape
     group = GROUP if count % GROUP == 0 else count
     apart = x.reshape(group, count // group, -1)
-    # By hand: torch's own variance over a first dimension took an eighth of a step.
+    # Faster than torch.var over the first dimension, which took an eighth of a step.
     variance = (apart - apart.mean(0)).square().mean(0)
     spread = (variance + 1e-8).sqrt().mean(1)
     return spread.repeat(group)[:, None, None, None].expand(-1, 1, height, width)

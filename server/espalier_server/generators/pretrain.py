@@ -1,4 +1,4 @@
-"""Training of Espalier's own small GAN: a few minutes on one CPU core, so that FedKTL needs no download."""
+"""Training of the small GAN for FedKTL, a few minutes on one CPU core."""
 
 from __future__ import annotations
 
@@ -19,27 +19,28 @@ from espalier.data.imageset import ImageSet
 from espalier.errors import ConfigError
 from espalier.seeds import rng_for, seed_for
 from espalier.training.objectives import TrainingError
+from espalier_server.evaluation.image_grid import image_grid
 from espalier_server.generators.networks import GROUP, Discriminator, GanConfig, StyleGenerator, native_size
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """How the GAN is trained; the defaults are tuned for 8x8 digits and MNIST in three minutes.
+    """Hyperparameters of the GAN's training; the defaults are tuned for 8x8 digits and MNIST in three minutes.
 
     Attributes
     ----------
     batch : int
-        Images of a step, in groups of four of one class.
+        Images per step, in groups of four of the same class.
     rate : float
         Adam's learning rate; it falls to a tenth over the last third of the training.
     r1 : float
         gamma of the R1 penalty.
     r1_every : int
-        Steps between two penalties, each weighted by this number ("lazily", StyleGAN2 section 4).
+        Steps between two penalties, each multiplied by this number (lazy regularisation, StyleGAN2 section 4).
     average : float
-        Largest decay of the moving average that becomes the generator.
+        Largest decay of the moving average of the weights, which is the result.
     shift : int
-        Pixels that images, real and generated, are shifted by at random before the discriminator sees them.
+        Largest random shift, in pixels, of the discriminator's real and generated inputs.
     """
 
     batch: int = 32
@@ -52,7 +53,7 @@ class Recipe:
 
 @dataclass(frozen=True)
 class Progress:
-    """Where the training stands: the step, seconds since its start, share done, mean losses since the last."""
+    """Progress of a training: step, seconds, completed share, mean losses since the previous report."""
 
     step: int
     seconds: float
@@ -73,7 +74,7 @@ def pretrain(
     say: Callable[[Progress], None] = lambda _: None,
     every: float = 10.0,
 ) -> tuple[StyleGenerator, dict[str, Any]]:
-    """Train a generator on a data set, classes and all.
+    """Train a class-conditional generator on a data set.
 
     Non-saturating logistic loss (Goodfellow et al. 2014), R1 penalty on real images (Mescheder et al. 2018,
     arXiv 1801.04406) computed lazily, moving average of the generator's weights.
@@ -83,21 +84,21 @@ def pretrain(
     data : ImageSet
         Grey or RGB images; resized to the next size that a generator can have.
     minutes : float, optional
-        How long, by the clock; not used when `steps` is given.
+        Training time in minutes of wall-clock time; not used if `steps` is given.
     steps : int, optional
-        How many steps: with them the same seed gives the same generator, whatever the machine's speed.
+        Number of steps; the result then does not depend on the machine's speed.
     seed : int
-        Of weights, order and noise.
+        Seed of the weights, the order of the data and the noise.
     latent_dim : int
-        H.
+        Length H of a latent.
     device : torch.device, optional
-        The CPU unless given.
+        Device to train on; by default the CPU.
     recipe : Recipe, optional
-        How; the defaults unless given.
+        Hyperparameters.
     say : callable, optional
-        Gets the progress.
+        Called with the progress.
     every : float
-        Seconds between two calls of it.
+        Seconds between two calls.
 
     Returns
     -------
@@ -111,7 +112,7 @@ def pretrain(
     ConfigError
         The time or size is out of range, or the images are neither grey nor RGB.
     TrainingError
-        A loss is no number any more.
+        A loss is not finite.
     """
     recipe, device = recipe or Recipe(), device or torch.device("cpu")
     limit = math.inf if minutes is None or steps is not None else minutes * 60
@@ -155,7 +156,7 @@ def pretrain(
 
 
 class _Training:
-    """Networks, optimisers and randomness of one training."""
+    """Networks, optimisers and random generators of one training."""
 
     def __init__(
         self, config: GanConfig, recipe: Recipe, data: ImageSet, seed: int, device: torch.device
@@ -174,7 +175,7 @@ class _Training:
         ]
 
     def step(self, step: int, share: float) -> tuple[float, float]:
-        """Make one step of both networks, `share` of the training done; return their losses."""
+        """Train both networks for one step and return their losses; `share` is the completed share of the training."""
         rate = self.recipe.rate * min(1.0, max(0.1, 3 * (1 - share)))
         for optimizer in self.optimizers:
             optimizer.param_groups[0]["lr"] = rate
@@ -197,19 +198,19 @@ class _Training:
         self._update(1, loss)
 
         self.discriminator.requires_grad_(False)
-        deceived = functional.softplus(-self.discriminator(self._shifted(fake), classes)).mean()
-        self._update(0, deceived)
+        adversarial = functional.softplus(-self.discriminator(self._shifted(fake), classes)).mean()
+        self._update(0, adversarial)
         decay = min(self.recipe.average, (1 + step) / (10 + step))
         with torch.no_grad():
             for mean, new in zip(self.average.parameters(), self.generator.parameters(), strict=True):
                 mean.lerp_(new, 1 - decay)
-        return deceived.item(), found.item()
+        return adversarial.item(), found.item()
 
     def _draw(self) -> NDArray[np.int64]:
-        """Draw images in groups of one class.
+        """Draw image indices in groups of the same class.
 
-        The discriminator then sees how unlike generated images of a class are, and the generator cannot make do
-        with one image for each, as it does where groups mix the classes.
+        The discriminator then measures the variation within a class, so that the generator cannot collapse to one image
+        per class, as it does with groups of mixed classes.
         """
         labels = self.data.labels
         first = self.order.integers(len(labels), size=max(1, self.recipe.batch // GROUP))
@@ -230,7 +231,7 @@ class _Training:
         )
 
     def _shifted(self, images: Tensor) -> Tensor:
-        """Shift each image by its own random offset; what comes in at the edges repeats them."""
+        """Shift each image by a random offset; border pixels are repeated."""
         reach = self.recipe.shift
         if not reach:
             return images
@@ -244,19 +245,17 @@ class _Training:
 
 
 def sample_grid(network: nn.Module, *, seed: int, rows: int = 6) -> Any:
-    """Return a picture of `rows` images of each class, a column per class (at most 16 of them).
+    """Return a grid of `rows` images per class, with one column per class (at most 16).
 
     Parameters
     ----------
     network : StyleGenerator
         The generator.
     seed : int
-        Of the noise.
+        Seed of the noise.
     rows : int
-        Images of each class.
+        Images per class.
     """
-    from espalier_server.evaluation.image_grid import image_grid
-
     assert isinstance(network, StyleGenerator)
     columns = min(network.config.classes, 16)
     rng = torch.Generator().manual_seed(seed_for(seed, "generator", 0, "samples"))

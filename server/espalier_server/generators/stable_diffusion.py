@@ -1,4 +1,4 @@
-"""Stable Diffusion from a local folder as a generator: one prompt for all, only the first noise differs."""
+"""Stable Diffusion from a local folder as a generator: a fixed prompt, with the initial noise as latent."""
 
 from __future__ import annotations
 
@@ -24,19 +24,19 @@ _BATCH = 4
 class StableDiffusionGenerator:
     """A diffusers pipeline as a :class:`~espalier.generators.base.Generator`.
 
-    A latent is the noise that denoising starts from, of unit variance and flattened: H = 4 * 64 * 64 for
-    version 1. The pipeline itself multiplies it by the scheduler's ``init_noise_sigma``.
+    A latent is the initial noise, of unit variance and flattened: H = 4 * 64 * 64 for version 1. The pipeline
+    multiplies it by the scheduler's ``init_noise_sigma``.
 
     Parameters
     ----------
     pipeline : StableDiffusionPipeline
-        On the device where it shall compute.
+        The pipeline, on the device to compute on.
     prompt : str
-        What to draw.
+        Text prompt of all images.
     steps : int
         Denoising steps.
     guidance : float
-        Classifier-free guidance; 1 is none.
+        Scale of classifier-free guidance; 1 disables it.
     """
 
     def __init__(
@@ -84,7 +84,7 @@ class StableDiffusionGenerator:
             raise ConfigError(
                 f"generator: {folder} holds a {kind}; Stable Diffusion 1 and 2 ({_PIPELINE}) fit"
             )
-        import_torchvision()  # before transformers, which imports it as it is
+        import_torchvision()  # before transformers, which imports torchvision without the shim
         try:
             import transformers  # noqa: F401
         except ImportError:

@@ -1,4 +1,4 @@
-"""NVIDIA's StyleGAN3 and StyleGAN-XL as generators: pickles, which execute code when they are opened."""
+"""StyleGAN3 and StyleGAN-XL as generators, from pickles, which execute code when they are opened."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from espalier.errors import ConfigError
 from espalier.generators.base import Options
 from espalier_server.generators.images import in_batches
 
-_BATCH = 4  # what the authors of FedKTL use: a matter of memory only
+_BATCH = 4  # as in the authors' code of FedKTL; it affects memory only
 _NEEDED = ("mapping", "synthesis", "num_ws", "z_dim", "c_dim")
 
 
 class StyleGanGenerator:
-    """A StyleGAN-shaped network as a :class:`~espalier.generators.base.Generator`.
+    """A network with StyleGAN's interface as a :class:`~espalier.generators.base.Generator`.
 
     A latent is a w of the mapping without truncation: the first of the ``num_ws`` equal rows that it returns.
     For synthesis it is repeated for every layer, with constant noise.
@@ -28,14 +28,14 @@ class StyleGanGenerator:
     network : nn.Module
         Has ``mapping(z, c, truncation_psi=)``, ``synthesis(ws, noise_mode=)``, ``num_ws``, ``z_dim``, ``c_dim``.
     device : torch.device
-        Where it computes.
+        Device to compute on.
     classes : bool
-        Whether each z goes with a random class of the network (StyleGAN-XL); without, it gets None.
+        Whether the network is conditional (StyleGAN-XL): each z is then mapped with a random class.
 
     Raises
     ------
     ConfigError
-        The network has other parts, or no classes where it should have them.
+        The network has another interface, or `classes` does not match it.
     """
 
     def __init__(self, network: nn.Module, device: torch.device, *, classes: bool) -> None:
@@ -55,7 +55,7 @@ class StyleGanGenerator:
             )
         if not classes and labelled:
             raise ConfigError("generator: the network has classes; write stylegan-xl: in place of stylegan3:")
-        # The width of w is taken from a w: StyleGAN-XL's attribute leaves the part of the class out.
+        # StyleGAN-XL's attribute for the width of w excludes the class embedding, so read it from a sample.
         self._latent_dim = self.sample_latents(1, torch.Generator().manual_seed(0)).shape[1]
 
     @classmethod
