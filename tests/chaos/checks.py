@@ -1,4 +1,4 @@
-"""What must hold after a chaos schedule: the run ended, kept what it had, and counted what it went without."""
+"""Checks after a chaos schedule: the run finished, lost no checkpointed window, and recorded every missing reply."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from tests.chaos.schedules import SETTINGS, WINDOWS, Conductor
 
 
 def check_run(conductor: Conductor) -> RunRecord:
-    """Check everything that a run leaves; raises AssertionError."""
+    """Check the event log, the report and the checkpoints of a run; raises AssertionError."""
     out = conductor.out
     last = ended(out)
     assert last is not None
@@ -31,7 +31,7 @@ def check_run(conductor: Conductor) -> RunRecord:
 
 
 def _check_kept(record: RunRecord, kept: dict[int, str]) -> None:
-    """See that what was checkpointed before a fault is in the report as it was."""
+    """Check that windows checkpointed before a fault are unchanged in the report."""
     for entry in record.windows:
         if entry.window in kept:
             assert repr({str(r.round): r.loss for r in entry.rounds}) == kept[entry.window]
@@ -48,7 +48,7 @@ def _check_checkpoints(out: Path) -> None:
 
 
 def _check_participants(record: RunRecord, out: Path) -> None:
-    """See that whoever was planned and did not take part is named in a fault, or its edge is."""
+    """Check that a fault names every planned client that did not take part, or its edge."""
     planned = {
         event["window"]: {
             (r["round"], p["client"], p["edge"]) for r in event["rounds"] for p in r["participants"]
@@ -61,14 +61,14 @@ def _check_participants(record: RunRecord, out: Path) -> None:
         assert took_part <= planned[entry.window]
         blamed = {f.node for f in record.faults if f.window == entry.window}
         for round_, client, edge in planned[entry.window] - took_part:
-            assert {client, edge} & blamed, f"nobody says why {client} missed round {round_} at {edge}"
+            assert {client, edge} & blamed, f"no fault explains why {client} missed round {round_} at {edge}"
         for r in entry.rounds:
             assert r.loss is None or math.isfinite(r.loss)
             assert len({p.client for p in r.participants}) == len(r.participants)
 
 
 def _check_restarts(record: RunRecord, out: Path) -> None:
-    """See that every further start of the run's ServerApp is counted."""
+    """Check that every restart of the run's ServerApp is recorded."""
     starts = sum(event["event"] == "run" for event in read_events(out / EVENTS_FILE))
     counted = sum(f.kind == "restart" for f in record.faults)
     assert counted == starts - 1

@@ -1,4 +1,4 @@
-"""A whole cluster of real processes with a proxy on every link, whose parts can be killed, paused and cut off."""
+"""A cluster of real processes with a proxy on every link, whose parts can be killed, paused and disconnected."""
 
 from __future__ import annotations
 
@@ -27,14 +27,14 @@ MARK = "ESPALIER_CHAOS"
 
 
 class Cluster:
-    """A cloud, edges and clients as a service manager runs them: what dies is started again when asked to.
+    """A cloud, edges and clients as a service manager runs them, with restarts on request.
 
     Parameters
     ----------
     folder : Path
         States and logs.
     edges, clients : int
-        How many; every client reaches every edge.
+        Numbers of edges and clients; every client is connected to every edge.
     """
 
     def __init__(self, folder: Path, edges: int = 2, clients: int = 4) -> None:
@@ -124,11 +124,11 @@ class Cluster:
         return []
 
     def kill(self, tier: str, out: Path) -> bool:
-        """Kill -9; return whether there was something to kill."""
+        """Send SIGKILL; return whether there was a process to kill."""
         return self._signal(tier, out, signal.SIGKILL)
 
     def pause(self, tier: str, out: Path) -> bool:
-        """Stop a process where it stands; `heal` lets it go on."""
+        """Suspend a process (SIGSTOP) until :meth:`heal`."""
         self.paused.update(self.pids(tier, out))
         return self._signal(tier, out, signal.SIGSTOP)
 
@@ -146,7 +146,7 @@ class Cluster:
         return [self.up_links[name]] if name in self.up_links else list(self.links[name].values())
 
     def heal(self) -> None:
-        """Let everything go on: paused processes, links, and what is dead is started again."""
+        """Resume paused processes, open all links, and restart processes that have ended."""
         self.go_on()
         for name in [*self.edges, *self.clients]:
             for proxy in self.proxies(name):
@@ -156,7 +156,7 @@ class Cluster:
             self.start(name)
 
     def go_on(self) -> None:
-        """Let paused processes run."""
+        """Resume paused processes."""
         for pid in self.paused:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGCONT)
@@ -165,7 +165,7 @@ class Cluster:
     # --- runs --------------------------------------------------------------------------------------
 
     def submit(self, out: Path, settings: Mapping[str, bool | int | float | str]) -> None:
-        """Hand a run to the cloud."""
+        """Submit a run to the cloud."""
         path = self.folder / "states" / "cloud" / CLOUD_FILE
         cloud = Cloud(**json.loads(path.read_text()))
         submit(cloud, {"out": str(out), "run-id": out.name, **settings})
@@ -173,7 +173,7 @@ class Cluster:
     # --- the end -----------------------------------------------------------------------------------
 
     def close(self) -> list[str]:
-        """End everything as a service manager would; return what was left over."""
+        """Terminate all processes as a service manager would; return those that were left over."""
         self.go_on()
         for name in [*self.clients, *self.edges, "cloud"]:
             self.processes[name].terminate()
@@ -209,6 +209,6 @@ class Cluster:
 
 
 def ended(out: Path) -> dict[str, Any] | None:
-    """Return a run's last word, None while it goes on."""
+    """Return a run's final event, None while it is running."""
     events = read_events(out / EVENTS_FILE)
     return next((event for event in reversed(events) if event["event"] in FINAL), None)

@@ -1,4 +1,4 @@
-"""A small TCP proxy that can be slow, lossy, cut or partitioned, to stand on a link between two tiers."""
+"""A small TCP proxy for a link between two tiers that can be slow, lossy, cut or partitioned."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ MOST = 200
 
 
 class Proxy:
-    """Forwards connections to an address; every proxy has a port and an event loop of its own.
+    """Forwards connections to an address; every proxy has its own port and event loop.
 
     Modes
     -----
@@ -26,14 +26,14 @@ class Proxy:
     slow : hold every piece back by `delay` seconds.
     lossy : lose a piece now and then; as TCP loses nothing, that resets the connection.
     cut : reset every connection, and every new one.
-    partition : forward nothing and say nothing, as a pulled cable; what was held back is lost with its connection.
+    partition : forward nothing and close nothing, as an unplugged cable; pending data is lost with its connection.
 
     Parameters
     ----------
     target : str
-        HOST:PORT to forward to; nobody need listen there yet.
+        HOST:PORT to forward to; the server may start later.
     seed : int
-        Of the losses.
+        Seed of the losses.
     """
 
     def __init__(self, target: str, seed: int = 0) -> None:
@@ -60,7 +60,7 @@ class Proxy:
         """Change the link."""
         self.mode = mode
         if mode in ("cut", "open"):
-            # After a partition nobody knows what was lost, so its connections cannot go on.
+            # Connections cannot continue after a partition, as the data lost in it is unknown.
             self._call(self._reset())
 
     def close(self) -> None:

@@ -62,7 +62,7 @@ class Life:
 
 
 class Soak:
-    """One long run and what is done to it."""
+    """One long run and the faults injected into it."""
 
     def __init__(self, cluster: Cluster, windows: int, seed: int) -> None:
         self.cluster, self.windows = cluster, windows
@@ -73,7 +73,7 @@ class Soak:
         self._plan = self._draw(random.Random(f"soak {seed}"))
 
     def _draw(self, rng: random.Random) -> dict[int, list[tuple[str, str]]]:
-        """Draw who is killed or paused after which window.
+        """Draw the processes to kill or pause after each window.
 
         Cloud processes and the first edge are killed in the first quarter only, so that each tier has a process
         that lives through the windows that are judged; the others are killed all along.

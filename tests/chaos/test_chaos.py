@@ -19,7 +19,7 @@ pytestmark = [
     pytest.mark.timeout(400),
 ]
 
-#: Schedules on one cluster; the ones after a fault also show that everybody came back from it.
+#: Schedules per cluster; those after a fault also show that all processes recovered.
 PER_CLUSTER = 5
 RUN_SECONDS = 180.0
 
@@ -32,7 +32,7 @@ def seeds() -> list[int]:
 
 
 class Clusters:
-    """The cluster that is up; a new one every few schedules, and after one that failed."""
+    """The running cluster; replaced every few schedules, and after a failed one."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
