@@ -1,4 +1,4 @@
-"""What an edge does with a message of the cloud: a window, a hello, or a plain Flower message."""
+"""The edge's app: answers each message of the cloud, whether a window plan, a hello or a plain Flower message."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ from espalier_proto import espalier_pb2 as pb
 
 log = logging.getLogger("espalier.edge")
 
-#: Handled while a window runs.
+#: Message types that are answered while a window runs.
 SIDE_TYPES = frozenset({control.HELLO, control.REFUSAL, control.PROGRESS, control.DONE})
 
 
@@ -40,15 +40,25 @@ class Cloud(Protocol):
     """Requests of the edge to its cloud; run ids are Flower's."""
 
     def fetch_fab(self, run_id: int) -> Fab | None:
-        """Return the app's bundle of a run, None without one."""
+        """Return the Flower App Bundle of a run, None if it has none."""
 
     def run_is_over(self, run_id: int) -> bool:
-        """Whether a run has ended at the cloud."""
+        """Return whether a run has ended at the cloud."""
 
 
 @dataclass
 class ServedRun:
-    """The cloud run that this edge serves now: our run id, Flower's, and the run at our own clients."""
+    """The cloud run that this edge serves.
+
+    Attributes
+    ----------
+    key : str
+        Espalier's run id.
+    flower_run : int
+        Flower's run id at the cloud.
+    grid : InlineGrid
+        The grid of the edge's own clients.
+    """
 
     key: str
     flower_run: int
@@ -65,11 +75,11 @@ class EdgeApp:
     fleet : InlineFleet
         Its Fleet server.
     state : Path
-        Folder of the edge's own.
+        The edge's state folder.
     cloud : Cloud
-        Answers what an edge wants to know of the cloud's runs.
+        Requests to the cloud about its runs.
     names : Claims, optional
-        Which client may use which name; by default the first key that says it.
+        Which key may use which client name; by default a name belongs to the first key that claims it.
     """
 
     def __init__(
@@ -88,16 +98,16 @@ class EdgeApp:
         self._window = threading.Lock()
 
     def __call__(self, message: Message, context: Context) -> Message:
-        """Answer one message; a fault of the cloud's message becomes the reply's error."""
+        """Return the reply to one message; the node turns an exception into an Error reply."""
         kind = message.metadata.message_type
         if kind == control.PROGRESS:
-            self._learn(message)
+            self._note_cloud_progress(message)
             content = control.control_content(self.progress.to_proto(self.name))
         elif kind == control.HELLO:
-            self._learn(message)
+            self._note_cloud_progress(message)
             content = self._hello(message, context)
         elif kind == control.REFUSAL:
-            self._pass_refusals(message)
+            self._forward_refusals(message)
             content = RecordDict()
         elif kind == control.DONE:
             self.close()
@@ -138,24 +148,24 @@ class EdgeApp:
         )
         log.info("run %s window %d: %d rounds", plan.run, plan.window, len(plan.rounds))
         self.roster.refresh(grid, self._request, CLIENT_HELLO)
-        trim_heap()  # what starting and hellos left: a big payload's round is where the room is needed
+        trim_heap()  # free the memory of start-up and hellos before the round, whose payloads determine the peak
         window = EdgeWindow(self.name, plan, payload, grid, self.roster, self.progress, self._pace, settings)
         with bind(run=plan.run, window=plan.window):
             if plan.inquiry:
                 return self._window_content(*window.inquire())
-            report, sums = window.run()
-        del window  # its sums are in its report
+            report, aggregate = window.run()
+        del window  # its aggregate is in the payload
         trim_heap()
         self.roster.refresh(grid, self._request, CLIENT_HELLO)
         report.roster.CopyFrom(self._edge_hello())
-        return self._window_content(report, sums)
+        return self._window_content(report, aggregate)
 
-    def _learn(self, message: Message) -> None:
-        """Read which run and window the cloud works on, as far as its message says."""
-        about, metadata = control.config_of(message, control.CONFIG) or ConfigRecord(), message.metadata
-        window = about.get("window", 0)
-        self.progress.learn(
-            str(about.get("run", "")),
+    def _note_cloud_progress(self, message: Message) -> None:
+        """Read the run and window of the cloud from a message that states them."""
+        request, metadata = control.config_of(message, control.CONFIG) or ConfigRecord(), message.metadata
+        window = request.get("window", 0)
+        self.progress.note_cloud_progress(
+            str(request.get("run", "")),
             window if isinstance(window, int) else 0,
             metadata.run_id,
             metadata.created_at,
@@ -173,7 +183,7 @@ class EdgeApp:
         request = control.config_of(message, control.CONFIG) or ConfigRecord()
         run = str(request.get("run", ""))
         busy = self._busy_with(run)
-        # Clients in the middle of a window answer no hello; the roster is as good as it was.
+        # Clients do not answer a hello while a window runs; the roster then stays as it is.
         if not busy and self._window.acquire(blocking=False):
             try:
                 grid = self._serve(run, message, context)
@@ -198,8 +208,8 @@ class EdgeApp:
             facts=device_facts("cpu"),
         )
 
-    def _pass_refusals(self, message: Message) -> None:
-        """Tell clients of ours why the cloud leaves them out of its run."""
+    def _forward_refusals(self, message: Message) -> None:
+        """Send clients of this edge the reason why the cloud excludes them from its run."""
         request = control.config_of(message, control.CONFIG) or ConfigRecord()
         names, faults = request.get("clients"), request.get("faults")
         if not isinstance(names, list) or not isinstance(faults, list) or len(names) != len(faults):
@@ -208,22 +218,22 @@ class EdgeApp:
             served = self._served
         if served is None or served.key != request.get("run"):
             return
-        below = self.roster.clients()
+        clients = self.roster.clients()
         messages = []
         for name, fault in zip(names, faults, strict=True):
-            if isinstance(name, str) and name in below:
-                log.warning("the cloud leaves %s out: %s", name, fault)
+            if isinstance(name, str) and name in clients:
+                log.warning("the cloud excludes %s: %s", name, fault)
                 record = ConfigRecord({"run": served.key, "fault": str(fault)})
                 content = RecordDict({control.CONFIG: record})
-                messages.append(Message(content, below[name].node_id, control.REFUSAL))
+                messages.append(Message(content, clients[name].node_id, control.REFUSAL))
         for reply in served.grid.exchange(messages, deadline=CLIENT_REFUSAL):
             if reply.has_error():
-                log.warning("a client took no note of its refusal: %s", reply.error.reason)
+                log.warning("a client did not accept the notice of its exclusion: %s", reply.error.reason)
 
     # --- any Flower app ----------------------------------------------------------------------------
 
     def _relay(self, message: Message, context: Context) -> RecordDict:
-        # A plain run has no id of ours; Flower's is unique at its cloud.
+        # The run of a stock ServerApp has no Espalier run id; Flower's is unique at its cloud.
         run = f"flwr-{message.metadata.run_id}"
         grid = self._serve(run, message, context)
         left = message.metadata.created_at + message.metadata.ttl - time.time() - REPLY_MARGIN
@@ -235,17 +245,18 @@ class EdgeApp:
     # --- one run at a time -------------------------------------------------------------------------
 
     def _busy_with(self, run: str) -> str:
+        """Return the id of another run that this edge serves and that has not ended; "" if there is none."""
         with self._lock:
             served = self._served
             if served is None or served.key == run:
                 return ""
-        # The cloud knows best whether a run still goes on: a ServerApp that died says no goodbye.
+        # Ask the cloud whether the run still exists, as a ServerApp that was killed does not announce its end.
         return "" if self._cloud.run_is_over(served.flower_run) else served.key
 
     def _serve(self, run: str, message: Message, context: Context) -> InlineGrid:
-        """Return the grid of a cloud run, opening it (and closing the one before) if it is new."""
+        """Return the grid of a cloud run; if the run is new, close the previous grid and open one."""
         if not run:
-            raise WireError("cloud", "a message that names no run")
+            raise WireError("cloud", "a message without a run id")
         with self._lock:
             if busy := self._busy_with(run):
                 raise EspalierError(
@@ -256,6 +267,6 @@ class EdgeApp:
                 fab = self._cloud.fetch_fab(message.metadata.run_id)
                 grid = self.fleet.open_run(fab=fab, run_config=dict(context.run_config))
                 self._served = ServedRun(run, message.metadata.run_id, grid)
-            # A resumed run comes under a new id of Flower's.
+            # A resumed run has a new Flower run id.
             self._served.flower_run = message.metadata.run_id
             return self._served.grid

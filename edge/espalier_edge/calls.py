@@ -1,4 +1,4 @@
-"""Calling clients: a message to each, and its reply validated, decoded and turned into an update."""
+"""Calls clients: sends each its round plan, and validates and decodes the reply into an update."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from espalier.wire.signature import UNSIGNED, check, payload_digest
 from espalier.wire.uplink import UplinkEncoding
 from espalier_edge.fleet.server import InlineGrid
 from espalier_edge.pace import Pace, work_of
-from espalier_edge.roster import Known, Roster
+from espalier_edge.roster import Member, Roster
 from espalier_proto import espalier_pb2 as pb
 
 log = logging.getLogger("espalier.edge")
@@ -43,7 +43,7 @@ class Answered:
 
 
 class Caller:
-    """Sends a window's plans to clients and reads what they answer.
+    """Sends the round plans of a window to clients and reads their replies.
 
     Parameters
     ----------
@@ -56,13 +56,13 @@ class Caller:
     grid : InlineGrid
         The run's grid.
     roster : Roster
-        The clients below this edge.
+        The clients of this edge.
     report : pb.EdgeReport
-        Takes the faults and the bytes.
+        Faults and bytes are added to it.
     cancelled : callable
-        Whether the cloud has given up the window.
+        Returns whether the cloud has abandoned the window.
     pace : Pace, optional
-        How long clients took so far.
+        Estimates of the clients' training times.
     """
 
     def __init__(
@@ -91,28 +91,28 @@ class Caller:
         server: ServerState,
         inquiry: str = "",
     ) -> Iterator[Answered]:
-        """Send every participant its part of the server's tensors, and yield the sound replies as they come.
+        """Send every participant its view of the server's tensors, and yield the valid replies as they arrive.
 
-        In a reproducible run they are yielded in the order of the clients' names, see `in_order`.
-        What is unsound, missing or late is entered into the report as a fault of its sender.
+        In a reproducible run they are yielded in the order of the clients' names, see `in_order`. Invalid, missing and
+        late replies are added to the report as faults of their senders.
 
         Parameters
         ----------
         participants : sequence of pb.Participant
-            Whom to call.
+            The clients to call.
         starts : mapping of str to pb.Version
-            State version each one starts from.
+            The state version that each one starts from.
         round_ : int
             The round.
         server : ServerState
-            What to send from.
+            The server's tensors.
         inquiry : str
-            What to ask for instead of training.
+            The kind of inquiry; "": training.
         """
         clients = self.roster.clients()
         called = {p.client: clients[p.client] for p in participants if p.client in clients}
         for absent in (p.client for p in participants if p.client not in clients):
-            self.fault(absent, "lost", "not connected when its round began", round_)
+            self.fault(absent, "lost", "not connected at the start of its round", round_)
         views = self._views(server, participants)
         self._server_peers = server.peers
         sent = {p.client: views[p.view] for p in participants}
@@ -134,11 +134,11 @@ class Caller:
         self,
         plans: Mapping[str, pb.RoundPlan],
         sent: Mapping[str, ClientView],
-        called: Mapping[str, Known],
+        called: Mapping[str, Member],
         round_: int,
         inquiry: str,
     ) -> Iterator[tuple[str, Answered | None]]:
-        """Yield each client's sound reply as it comes, None for one that is not; enter the faults."""
+        """Yield each client's valid reply as it arrives, None for an invalid one; record the faults."""
         done: set[str] = set()
         works = self._works(called, sent)
         deadline = self._deadline(works, called, inquiry)
@@ -148,7 +148,7 @@ class Caller:
             name = self.roster.name_of(reply.metadata.src_node_id)
             done.add(name)
             if not inquiry and name in works and reply.has_content():
-                self._pace.took(name, works[name], time.monotonic() - start)
+                self._pace.record(name, works[name], time.monotonic() - start)
             try:
                 report = self._read_report(reply, plans, called, name)
                 self._check_signature(reply, report, plans[name], called[name])
@@ -164,21 +164,21 @@ class Caller:
             del reply, update
         for name in sorted(set(called) - done):
             if not inquiry:
-                self._pace.missed(name, works[name], deadline)
+                self._pace.record_miss(name, works[name], deadline)
             self.fault(name, "straggler", f"no reply within {deadline:.3g} s", round_)
 
-    def _works(self, called: Mapping[str, Known], sent: Mapping[str, ClientView]) -> dict[str, float]:
-        """Return what each client has to do."""
+    def _works(self, called: Mapping[str, Member], sent: Mapping[str, ClientView]) -> dict[str, float]:
+        """Return the work of each client, see `work_of`."""
         settings = self.method.settings
         return {
             name: work_of(settings, known.hello.samples, sent[name].payload.nbytes)
             for name, known in called.items()
         }
 
-    def _deadline(self, works: Mapping[str, float], called: Mapping[str, Known], inquiry: str) -> float:
-        """Return how long to wait: as the clients' pace says, at most the plan's deadline.
+    def _deadline(self, works: Mapping[str, float], called: Mapping[str, Member], inquiry: str) -> float:
+        """Return the seconds to wait, estimated from the clients' pace and at most the plan's deadline.
 
-        A reproducible run waits as long as it may: who comes too late there costs the window.
+        A reproducible run always waits until the plan's deadline, as a straggler would invalidate its window.
         """
         limit, settings = self.plan.round_deadline, self.method.settings
         if inquiry or settings.reproducible or not settings.adaptive_deadline:
@@ -186,7 +186,7 @@ class Caller:
         return self._pace.deadline(works, {n: k.hello.facts.speed for n, k in called.items()}, limit)
 
     def fault(self, node: str, kind: str, detail: str, round_: int) -> None:
-        """Enter what went wrong into the report."""
+        """Log a fault and add it to the report."""
         fields = {"round": round_, "client": node, "fault": kind}
         log.warning(
             "window %d round %d: %s %s: %s", self.plan.window, round_, node, kind, detail, extra=fields
@@ -198,19 +198,19 @@ class Caller:
     # --- down --------------------------------------------------------------------------------------
 
     def _views(self, server: ServerState, participants: Sequence[pb.Participant]) -> dict[str, ClientView]:
-        """Cut every view that is needed once."""
+        """Return the views of all participants by key; each is built once."""
         found = {}
         for key in {p.view for p in participants}:
             if key:
                 if key not in self.plan.views:
-                    raise WireError("cloud", f"a plan with the view {key!r}, which it does not describe")
+                    raise WireError("cloud", f"a plan that does not describe its view {key!r}")
                 found[key] = self.method.cut(key, self.plan.views[key], server)
             else:
                 found[key] = whole_view(server, self.method.server_sections)
         return {key: self._encoded(view) for key, view in found.items()}
 
     def _encoded(self, view: ClientView) -> ClientView:
-        """Return a view with its tensors as clients will read them, and in the form that is sent."""
+        """Return a view with its tensors as clients decode them, and their encoded form."""
         settings = self.method.settings
         if settings.of(CodecSettings).downlink == "none":
             return replace(view, payload=view.payload.frozen())
@@ -221,7 +221,7 @@ class Caller:
     def _round_plan(
         self, round_: int, client: str, start: pb.Version, sent: ClientView, inquiry: str
     ) -> pb.RoundPlan:
-        """Tell one client what to do, and from which state of its own."""
+        """Return the round plan of one client."""
         return pb.RoundPlan(
             schema=control.SCHEMA,
             run=self.plan.run,
@@ -243,21 +243,21 @@ class Caller:
 
     @staticmethod
     def _sections(sent: ClientView) -> list[pb.Section]:
-        """Return what the plan says of the payload: nothing where it is the architecture's tensors in order."""
+        """Return the plan's description of the payload; empty if that is the architecture's tensors in order."""
         layouts = sent.payload.layouts
         if layouts == {MODEL: architecture_layout(sent.architecture)}:
             return []
         return layouts_to_proto(layouts or {MODEL: Layout(())})
 
     def _peers(self, sent: ClientView) -> dict[str, pb.ArchitectureSpec]:
-        """Return the clients' own networks of which a copy is sent."""
+        """Return the architectures of the clients' own networks of which a copy is sent."""
         owners = {section.member for section in sent.payload if section.name == PEER}
         return {client: spec for client, spec in self._server_peers.items() if client in owners}
 
     def _messages(
-        self, plans: Mapping[str, pb.RoundPlan], sent: Mapping[str, ClientView], called: Mapping[str, Known]
+        self, plans: Mapping[str, pb.RoundPlan], sent: Mapping[str, ClientView], called: Mapping[str, Member]
     ) -> Iterator[Message]:
-        """Yield one message a client; those of one view share a payload, which is stored and hashed once."""
+        """Yield one message per client; those of one view share a payload, which is stored and hashed once."""
         for name, plan in plans.items():
             part = sent[name]
             content = control.plan_content(plan, part.coded or part.payload)
@@ -272,7 +272,7 @@ class Caller:
         self,
         reply: Message,
         plans: Mapping[str, pb.RoundPlan],
-        called: Mapping[str, Known],
+        called: Mapping[str, Member],
         name: str,
     ) -> pb.ClientReport:
         report = control.read_control(pb.ClientReport, reply, name)
@@ -281,22 +281,22 @@ class Caller:
         control.check_same_run(plans[name], report, name)
         if not 0 < report.samples <= called[name].hello.samples:
             raise WireError(name, f"{report.samples} samples, its hello had {called[name].hello.samples}")
-        # Under differential privacy a client keeps its exact loss to itself.
-        untold = (
+        # Under differential privacy a client does not report its exact loss.
+        withheld = (
             np.isnan(report.loss)
             and self.method.settings.of(PrivacySettings).private
             and not plans[name].inquiry
         )
-        told = [] if untold else [report.loss]
-        if not np.isfinite([*told, *report.metrics.values()]).all():
-            raise WireError(name, "a loss or another metric that is not a number")
+        losses = [] if withheld else [report.loss]
+        if not np.isfinite([*losses, *report.metrics.values()]).all():
+            raise WireError(name, "a loss or another metric that is not finite")
         report.up_bytes = payload_bytes(reply.content)
         return report
 
     def _check_signature(
-        self, reply: Message, report: pb.ClientReport, plan: pb.RoundPlan, known: Known
+        self, reply: Message, report: pb.ClientReport, plan: pb.RoundPlan, known: Member
     ) -> None:
-        """Check that the client signed this very reply to this very plan."""
+        """Check that the client signed exactly this reply to exactly this plan."""
         if not report.HasField("signed"):
             if self.method.settings.require_signatures:
                 raise WireError(report.client, UNSIGNED)
@@ -305,9 +305,9 @@ class Caller:
         check(plan, report, digest, known.hello.public_key)
 
     def _read_update(
-        self, reply: Message, report: pb.ClientReport, plan: pb.RoundPlan, sent: ClientView, known: Known
+        self, reply: Message, report: pb.ClientReport, plan: pb.RoundPlan, sent: ClientView, known: Member
     ) -> Update:
-        """Validate and decode the tensors of a reply, and sort them into the server's sections."""
+        """Validate and decode the tensors of a reply, and assign them to the server's sections."""
         name, received = report.client, sent.payload.views()
         metrics = {**report.metrics, "loss": report.loss, "steps": report.steps}
         try:

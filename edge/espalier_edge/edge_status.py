@@ -33,12 +33,12 @@ class EdgeTotals:
         self._last: dict[str, pb.ClientReport] = {}
 
     def add(self, report: pb.EdgeReport, up_bytes: int) -> None:
-        """Count a window that ended, and the payload bytes of its report."""
+        """Count a finished window, and the payload bytes of its report."""
         with self._lock:
-            totals, below = self._totals, self._links[CLIENT_EDGE]
-            below.up_bytes += report.client_edge.up_bytes
-            below.down_bytes += report.client_edge.down_bytes
-            below.messages += report.client_edge.messages
+            totals, clients = self._totals, self._links[CLIENT_EDGE]
+            clients.up_bytes += report.client_edge.up_bytes
+            clients.down_bytes += report.client_edge.down_bytes
+            clients.messages += report.client_edge.messages
             self._links[EDGE_CLOUD].up_bytes += up_bytes
             self._links[EDGE_CLOUD].messages += 1
             totals.windows += 1
@@ -53,7 +53,7 @@ class EdgeTotals:
         self.count(report.faults)
 
     def count_window_plan(self, size: int) -> None:
-        """Count the payload of a window's plan."""
+        """Count the payload bytes of a window plan."""
         with self._lock:
             self._links[EDGE_CLOUD].down_bytes += size
             self._links[EDGE_CLOUD].messages += 1
@@ -103,9 +103,9 @@ class EdgeSource:
     roster : Roster
         Its clients.
     progress : callable
-        Returns how far the window is.
+        Returns the progress of the current window.
     totals : EdgeTotals
-        What it did so far.
+        Totals since the edge started.
     uplink : NodeStatus
         Its connection to the cloud.
     """
@@ -147,17 +147,17 @@ class EdgeSource:
                     run=progress.run, status="running", window=progress.window, round=progress.round
                 )
             )
-        for name, known in sorted(clients.items()):
+        for name, member in sorted(clients.items()):
             state = "training" if name in edge.training else "done" if name in edge.done else "idle"
             client = status.clients.add(
                 name=name,
                 edges=[self.name],
                 edge=self.name if state != "idle" else "",
-                samples=known.hello.samples,
+                samples=member.hello.samples,
                 state=state,
                 last_seen=now,
-                device=known.hello.facts.device,
-                versions=known.hello.facts.versions,
+                device=member.hello.facts.device,
+                versions=member.hello.facts.versions,
             )
             last = self.totals.last_report(name)
             if last is not None:
@@ -172,12 +172,12 @@ class EdgeSource:
 def monitored(
     source: EdgeSource, monitor: str, metrics: Address | None, security: Security
 ) -> Iterator[None]:
-    """Serve an edge's monitoring API and metrics, if enabled, while the context lasts.
+    """Serve an edge's monitoring API and metrics, if enabled, while the context is open.
 
     Raises
     ------
     EspalierError
-        An address cannot be served, or not without TLS.
+        An address cannot be served, or needs TLS.
     """
     with ExitStack() as stack:
         if monitor and monitor != "none":

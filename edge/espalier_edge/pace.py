@@ -9,8 +9,8 @@ from espalier.config.timeouts import LEAST_ROUND
 
 #: A deadline is this multiple of the expected time of the slowest participant.
 MARGIN = 3.0
-#: Weight of a client's newest time in its estimate, if it was faster than expected.
-NEWEST = 0.3
+#: Weight of a client's latest time in the moving average of its estimate, if it was faster than expected.
+SMOOTHING = 0.3
 
 
 def work_of(settings: RunSettings, samples: int, numbers: int) -> float:
@@ -23,29 +23,29 @@ def work_of(settings: RunSettings, samples: int, numbers: int) -> float:
     samples : int
         Samples the client holds.
     numbers : int
-        Length of the payload; what a sample costs grows with it.
+        Size of the payload; the cost of a sample grows with it.
     """
-    passed = settings.local_steps * settings.batch_size or settings.local_epochs * samples
-    return float(max(passed, 1)) * max(numbers, 1)
+    trained = settings.local_steps * settings.batch_size or settings.local_epochs * samples
+    return float(max(trained, 1)) * max(numbers, 1)
 
 
 class Pace:
     """Seconds that clients take per unit of work, estimated from previous rounds and their measured speed.
 
-    What is measured is what the edge waits for: from a round's beginning to the reply's arrival.
+    The measured time is the one that the edge waits: from the start of the round to the arrival of the reply.
     """
 
     def __init__(self) -> None:
         self._rates: dict[str, float] = {}
 
-    def took(self, client: str, work: float, seconds: float) -> None:
+    def record(self, client: str, work: float, seconds: float) -> None:
         """Record a client's time for a round: slower times count immediately, faster ones gradually."""
         rate = seconds / work
-        former = self._rates.get(client, rate)
-        self._rates[client] = max(rate, former + NEWEST * (rate - former))
+        previous = self._rates.get(client, rate)
+        self._rates[client] = max(rate, previous + SMOOTHING * (rate - previous))
 
-    def missed(self, client: str, work: float, deadline: float) -> None:
-        """Record that a client missed the deadline: its next one is longer, up to the limit."""
+    def record_miss(self, client: str, work: float, deadline: float) -> None:
+        """Record that a client missed the deadline, which makes the next one longer, up to the limit."""
         self._rates[client] = max(2.0 * deadline / MARGIN / work, self._rates.get(client, 0.0))
 
     def deadline(self, works: Mapping[str, float], speeds: Mapping[str, float], limit: float) -> float:
@@ -54,11 +54,11 @@ class Pace:
         Parameters
         ----------
         works : mapping of str to float
-            What each participant has to do.
+            The work of each participant, see :func:`work_of`.
         speeds : mapping of str to float
             Measured speed of clients, in any unit they share; absent or 0: not measured.
         limit : float
-            The longest deadline, in seconds; the deadline while nothing is known of some participant.
+            Maximum deadline in seconds; it applies while there is no estimate for some participant.
 
         Returns
         -------

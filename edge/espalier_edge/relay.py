@@ -93,12 +93,12 @@ class ReplySum:
         return found
 
     def content(self) -> RecordDict:
-        """Return the combined reply.
+        """Return the aggregated reply.
 
         Raises
         ------
         WireError
-            If nobody replied, or nobody with an example.
+            If no client replied, or all replies have `num-examples` 0.
         """
         if self.replies == 0:
             raise WireError("clients", "none of them gave a usable reply")

@@ -22,8 +22,18 @@ log = logging.getLogger("espalier.edge")
 
 
 @dataclass(frozen=True)
-class Known:
-    """A client that sent its hello: its node at this edge, the hello, and since when the node is connected."""
+class Member:
+    """A client that has sent its hello.
+
+    Attributes
+    ----------
+    node_id : int
+        Its node at this edge.
+    hello : pb.ClientHello
+        The hello.
+    since : str
+        When its node was last activated.
+    """
 
     node_id: int
     hello: pb.ClientHello
@@ -43,54 +53,55 @@ class Roster:
     fleet : InlineFleet
         The edge's Fleet server.
     names : Claims
-        Who may use which name.
+        Which key may use which name.
     """
 
     def __init__(self, fleet: InlineFleet, names: Claims) -> None:
         self._fleet = fleet
         self._names = names
-        self._known: dict[int, Known] = {}
-        self._silent: dict[int, str] = {}
+        self._members: dict[int, Member] = {}
+        self._refused: dict[int, str] = {}  # nodes whose hello was refused, and when they were activated
         self._mismatches: set[tuple[str, str]] = set()
         self.faults: list[pb.Fault] = []
 
     def reset(self) -> None:
         """Forget all hellos, as another run may ask for noisy histograms."""
-        self._known.clear()
-        self._silent.clear()
+        self._members.clear()
+        self._refused.clear()
         self._mismatches.clear()
 
-    def clients(self) -> dict[str, Known]:
+    def clients(self) -> dict[str, Member]:
         """Return the clients that are connected now, by name."""
         online = {n.node_id for n in self._fleet.nodes()}
-        return {k.hello.name: k for node, k in sorted(self._known.items()) if node in online}
+        return {k.hello.name: k for node, k in sorted(self._members.items()) if node in online}
 
     def name_of(self, node_id: int) -> str:
         """Return the name of a node, or "node ID" if it has not sent a hello."""
-        known = self._known.get(node_id)
-        return known.hello.name if known else f"node {node_id}"
+        member = self._members.get(node_id)
+        return member.hello.name if member else f"node {node_id}"
 
     def refresh(self, grid: InlineGrid, request: ConfigRecord, deadline: float) -> None:
         """Request a hello from every connected node that is new or has restarted.
 
-        A node that answers badly is left out and reported as a fault; a busy one is asked again next time.
+        A node whose hello is invalid is excluded and reported as a fault; one that does not answer in time is asked
+        again at the next refresh.
 
         Parameters
         ----------
         grid : InlineGrid
             The run's grid.
         request : ConfigRecord
-            What the cloud asks (run, epsilon of the label histogram).
+            The cloud's request (run, epsilon of the label histogram).
         deadline : float
             Seconds to wait for answers.
         """
         nodes = {n.node_id: n for n in self._fleet.nodes()}
         since = {i: n.last_activated_at for i, n in nodes.items()}
-        self._known = {i: k for i, k in self._known.items() if since.get(i) == k.since}
-        self._silent = {i: at for i, at in self._silent.items() if since.get(i) == at}
-        asked = [i for i in nodes if i not in self._known and i not in self._silent]
+        self._members = {i: k for i, k in self._members.items() if since.get(i) == k.since}
+        self._refused = {i: at for i, at in self._refused.items() if since.get(i) == at}
+        unknown = [i for i in nodes if i not in self._members and i not in self._refused]
         start = time.monotonic()
-        for reply in grid.exchange(self._hellos(asked, request), deadline=deadline):
+        for reply in grid.exchange(self._hello_requests(unknown, request), deadline=deadline):
             node_id = reply.metadata.src_node_id
             try:
                 hello = control.read_control(pb.ClientHello, reply, f"node {node_id}")
@@ -99,15 +110,15 @@ class Roster:
                 self._names.claim(hello.name, nodes[node_id].public_key)
             except (WireError, StateError) as error:
                 log.warning("%s", error)
-                self._silent[node_id] = since[node_id]
+                self._refused[node_id] = since[node_id]
                 self.faults.append(_refusal(error, node_id, reply))
                 continue
             self._check_versions(hello)
             # A client that reconnected with the same key replaces its previous entry.
-            self._known = {i: k for i, k in self._known.items() if k.hello.name != hello.name}
+            self._members = {i: k for i, k in self._members.items() if k.hello.name != hello.name}
             hello.link_seconds = time.monotonic() - start
             hello.public_key = nodes[node_id].public_key
-            self._known[node_id] = Known(node_id, hello, since[node_id])
+            self._members[node_id] = Member(node_id, hello, since[node_id])
 
     def _check_versions(self, hello: pb.ClientHello) -> None:
         """Report once per run a client whose versions differ from the edge's; it participates anyway."""
@@ -118,13 +129,13 @@ class Roster:
             self.faults.append(pb.Fault(tier="edge", node=hello.name, kind="version", detail=fault))
 
     @staticmethod
-    def _hellos(nodes: list[int], request: ConfigRecord) -> Iterator[Message]:
+    def _hello_requests(nodes: list[int], request: ConfigRecord) -> Iterator[Message]:
         for node_id in nodes:
             yield Message(RecordDict({control.CONFIG: request}), node_id, control.HELLO)
 
 
 def _refusal(error: WireError | StateError, node_id: int, reply: Message) -> pb.Fault:
-    """Return the fault of a hello; a failure to store its name is a fault of the edge."""
+    """Return the fault of a refused hello; a StateError is the edge's own failure to store the name."""
     if isinstance(error, WireError):
         return pb.Fault(tier="edge", node=error.sender, kind="refused", detail=error.fault)
     name = control.read_control(pb.ClientHello, reply, f"node {node_id}").name

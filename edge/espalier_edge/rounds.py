@@ -1,4 +1,4 @@
-"""A window at an edge: its rounds with its clients, aggregated as the replies arrive."""
+"""A window at an edge: runs its rounds with the clients and aggregates their replies as they arrive."""
 
 from __future__ import annotations
 
@@ -36,7 +36,15 @@ log = logging.getLogger("espalier.edge")
 
 @dataclass
 class EdgeProgress:
-    """How far a window is; read and told what the cloud is at by the thread that answers `query.progress`."""
+    """The progress of a window; the thread that answers `query.progress` reads it and notes the cloud's progress.
+
+    Attributes
+    ----------
+    sent_at : float
+        When the cloud sent the window plan, in seconds since the epoch.
+    overtaken : threading.Event
+        Set once the cloud has continued without this window.
+    """
 
     run: str = ""
     window: int = 0
@@ -49,19 +57,19 @@ class EdgeProgress:
     sent_at: float = 0.0
     overtaken: threading.Event = field(default_factory=threading.Event)
 
-    def learn(self, run: str, window: int, flower_run: int, sent_at: float) -> None:
-        """Take note of what the cloud is at: a window that it went on without is given up.
+    def note_cloud_progress(self, run: str, window: int, flower_run: int, sent_at: float) -> None:
+        """Note the run and window of the cloud, and abandon the window if the cloud has continued without it.
 
         Parameters
         ----------
         run : str
             Espalier's run id.
         window : int
-            The cloud's window; 0 where it did not say.
+            The cloud's window; 0 if the message does not state it.
         flower_run : int
-            Flower's run id: a run that was submitted again has a new one, and its former windows count no more.
+            Flower's run id. A resubmitted run has a new one, and its earlier windows are obsolete.
         sent_at : float
-            When the cloud said so, in seconds; what was sent before the window is no news.
+            When the cloud sent the message, in seconds since the epoch; messages older than the window are ignored.
         """
         newer = sent_at > self.sent_at and (window > self.window or flower_run != self.flower_run)
         if self.window and run == self.run and newer:
@@ -85,26 +93,26 @@ class EdgeProgress:
 class EdgeWindow:
     """One window of one edge.
 
-    Between its rounds the edge is a server of its own: it moves its tensors on by the method's step.
-    What it reports is not the moved model but the window's aggregate, so that the cloud takes the step
-    over all clients; with one round a window this is flat federated learning.
+    Between its rounds the edge acts as the server: it updates its tensors by the method's step. Its report holds the
+    aggregate of the window instead of the updated model, so that the cloud takes the step over all clients; with one
+    round per window this equals flat federated learning.
 
     Parameters
     ----------
     edge : str
         This edge's name.
     plan : pb.WindowPlan
-        The cloud's plan; the parts of other edges are passed over.
+        The cloud's plan; participants of other edges are skipped.
     payload : Payload
-        The cloud's tensors to start from.
+        The cloud's tensors.
     grid : InlineGrid
         The run's grid.
     roster : Roster
-        The clients below this edge.
+        The clients of this edge.
     progress : EdgeProgress
-        Updated while the window runs; monitoring reads it.
+        Updated while the window runs.
     pace : Pace, optional
-        How long clients took in earlier windows.
+        Estimates of the clients' training times from earlier windows.
     settings : RunSettings, optional
         The validated settings of the plan; by default they are validated here.
     """
@@ -142,32 +150,32 @@ class EdgeWindow:
         Returns
         -------
         pb.EdgeReport
-            Samples, labels, who took part, losses, bytes and faults.
+            Samples, labels, participants, losses, bytes and faults.
         Payload
-            The aggregate of the window; a round in which too few clients replied adds nothing to it.
+            The aggregate of the window, without the rounds that missed the quorum.
         """
         start = time.monotonic()
         for schedule in self.plan.rounds:
             mine = [p for p in schedule.participants if p.edge == self.edge]
-            self._check_wanted()
+            self._check_current()
             if mine and schedule.keep:
-                mine = self._best(schedule, mine)
+                mine = self._select_candidates(schedule, mine)
             if mine:
                 self._round(schedule.round, mine)
-        self._check_wanted()
+        self._check_current()
         if self._labels is not None:
             self.report.labels.counts.extend(self._labels.tolist())
         return self._close(start)
 
-    def _check_wanted(self) -> None:
-        """Raise EspalierError if the cloud waits for this window no more."""
+    def _check_current(self) -> None:
+        """Raise EspalierError if the cloud no longer waits for this window."""
         if self._grid.closed:
-            raise EspalierError("the run was ended in the middle of the window")
+            raise EspalierError("the run ended during the window")
         if self.progress.overtaken.is_set():
-            raise EspalierError(f"the cloud went on without window {self.plan.window}")
+            raise EspalierError(f"the cloud continued without window {self.plan.window}")
 
     def inquire(self) -> tuple[pb.EdgeReport, Payload]:
-        """Ask the plan's participants what it wants to know, and pass on what they answer."""
+        """Send the plan's inquiry to its participants, and return their answers."""
         start = time.monotonic()
         schedule = self.plan.rounds[0]
         mine = [p for p in schedule.participants if p.edge == self.edge]
@@ -179,7 +187,7 @@ class EdgeWindow:
         return self._close(start)
 
     def _round(self, round_: int, participants: list[pb.Participant]) -> None:
-        """Send the tensors, add up the replies, take the edge's own step."""
+        """Run one round: send the tensors, aggregate the replies, and take the method's step."""
         start = time.monotonic()
         record = self.report.rounds.add(round=round_)
         self.progress.round, self.progress.done = round_, []
@@ -196,7 +204,7 @@ class EdgeWindow:
             record.clients.append(_brief(report))
             labels.append(update.labels)
             self._count(report)
-            del answer, update  # before the next one comes in
+            del answer, update  # free the payload before the next one arrives
         record.seconds = time.monotonic() - start
         if len(record.clients) < max(self.plan.quorum, 1):
             detail = f"{len(record.clients)} usable replies, quorum {self.plan.quorum}"
@@ -217,7 +225,7 @@ class EdgeWindow:
         log.info(
             "round %d: %d replies, loss %.4f", round_, len(counted), record.loss, extra={"round": round_}
         )
-        self.progress.loss = 0.0 if math.isnan(record.loss) else record.loss  # untold under privacy
+        self.progress.loss = 0.0 if math.isnan(record.loss) else record.loss  # NaN under differential privacy
         self.server.round = round_
         if round_ != self.plan.rounds[-1].round:
             self.method.step(self.server, aggregate)
@@ -225,7 +233,7 @@ class EdgeWindow:
         self.aggregate = self.method.gather(self.aggregate, aggregate)
 
     def _start(self, participant: pb.Participant) -> pb.Version:
-        """Return the state a client goes on from: the plan supposes that every round before counted."""
+        """Return the state version that a client starts from; the plan assumes that every earlier round counted."""
         known = (participant.start, self._reached.get(participant.client, participant.start))
         start = max(known, key=lambda v: (v.window, v.round))
         while (key := (participant.client, start.window, start.round)) in self._discarded:
@@ -236,8 +244,10 @@ class EdgeWindow:
         for client, start in starts.items():
             self._discarded[client, self.plan.window, round_] = start
 
-    def _best(self, schedule: pb.RoundSchedule, candidates: list[pb.Participant]) -> list[pb.Participant]:
-        """Keep this edge's share of a round's clients: those of largest loss under its own tensors."""
+    def _select_candidates(
+        self, schedule: pb.RoundSchedule, candidates: list[pb.Participant]
+    ) -> list[pb.Participant]:
+        """Select this edge's share of a round's candidates by their losses under the edge's tensors (pow-d)."""
         counts: dict[str, int] = {}
         for participant in schedule.participants:
             counts[participant.edge] = counts.get(participant.edge, 0) + 1
@@ -254,12 +264,12 @@ class EdgeWindow:
 
     def _close(self, start: float) -> tuple[pb.EdgeReport, Payload]:
         if late := self._grid.late - self._late:
-            detail = f"{late} replies came after their deadline and were dropped"
+            detail = f"{late} replies arrived after their deadline and were dropped"
             self.caller.fault("clients", "late", detail, 0)
         settings, received = self.method.settings, self._received
         name = settings.of(CodecSettings).edge_codec
         codec = None if name == "none" else create_codec(settings, name)
-        # A coordinate that no client held is no difference.
+        # With a codec, a coordinate that no client held takes the received value: its difference is zero.
         payload, scalars = self.aggregate.report(received.views() if codec else None)
         self.report.metrics.update(scalars)
         self.report.sections.extend(layouts_to_proto(payload.layouts))
@@ -272,7 +282,7 @@ class EdgeWindow:
         return self.report, payload
 
     def _count(self, report: pb.ClientReport) -> None:
-        """Update the progress by an accepted reply."""
+        """Update the progress after an accepted reply."""
         self.progress.done.append(report.client)
         if report.client in self.progress.training:
             self.progress.training.remove(report.client)
@@ -280,15 +290,15 @@ class EdgeWindow:
 
 
 def settings_of(plan: pb.WindowPlan) -> RunConfig:
-    """Return a plan's settings; raises WireError where they are not this edge's."""
+    """Return a plan's settings; raises WireError if this edge rejects them."""
     try:
         return RunConfig.from_struct(plan.settings)
     except ConfigError as error:
-        raise WireError("cloud", f"settings this edge does not take ({error})") from error
+        raise WireError("cloud", f"settings that this edge rejects ({error})") from error
 
 
 def _brief(report: pb.ClientReport) -> pb.ClientReport:
-    """Return a client's report without what only its edge needs."""
+    """Return a client's report without the fields that only its edge needs."""
     brief = pb.ClientReport()
     brief.CopyFrom(report)
     for read_here in ("sections", "table", "architecture"):

@@ -42,25 +42,26 @@ def run_edge(
     cloud : str
         HOST:PORT of the cloud's Fleet API.
     listen : str
-        HOST:PORT to serve clients at; port 0 takes a free one (written to `state`/address).
+        HOST:PORT to serve clients at; port 0 selects a free one, which is written to `state`/address.
     state : Path
-        Folder for the node key, client names and states; held by one process at a time.
+        Folder for the node key and the client names; locked by one process at a time.
     key : Path or None
         Private node key; by default one below `state`.
     security : Security
-        Certificates of both links. With one for its clients, the edge admits those of `state`/clients.json only.
+        Certificates of both links. With a server certificate the edge admits only clients registered in
+        `state`/clients.json.
     monitor : str
-        HOST:PORT of a live view of this edge; "" for none.
+        HOST:PORT of the monitoring API of this edge; "": none.
     metrics : Address, optional
-        Where to answer Prometheus.
+        Address to serve Prometheus metrics at.
 
     Raises
     ------
     EspalierError
-        If the name is none, the state is in use, or the address cannot be served.
+        If the name is invalid, the state folder is in use, or an address cannot be served.
     """
     if not is_name(name):
-        raise ConfigError(f"--name {name!r} is no name for an edge; use letters, digits, '.', '-', '_'")
+        raise ConfigError(f"--name {name!r} is not a valid edge name; use letters, digits, '.', '-', '_'")
     roots = security.client_roots(cloud)
     upstream = Upstream(cloud, root_certificates=roots, insecure=roots is None)
     registry = KeyRegistry(state / CLIENT_KEYS) if security.keys_only else None

@@ -17,7 +17,7 @@ from google.protobuf.struct_pb2 import Value
 from espalier.methods.base import CloudState
 from espalier.wire import control
 from espalier.wire.sections import Payload, Sections
-from espalier_edge.roster import Known, Roster
+from espalier_edge.roster import Member, Roster
 from espalier_edge.rounds import EdgeProgress, EdgeWindow
 from espalier_proto import espalier_pb2 as pb
 from espalier_server.exchange import Exchange
@@ -35,7 +35,7 @@ class EdgeScene:
     edge: str
     plan: pb.WindowPlan
     payload: Payload
-    known: dict[str, Known]
+    known: dict[str, Member]
     replies: dict[tuple[int, str, str], RecordDict]
 
     @property
@@ -76,11 +76,11 @@ def bare(content: RecordDict) -> RecordDict:
 class Fixed:
     """A roster that does not change."""
 
-    def __init__(self, known: dict[str, Known]) -> None:
+    def __init__(self, known: dict[str, Member]) -> None:
         self._known = known
         self._names = {k.node_id: n for n, k in known.items()}
 
-    def clients(self) -> dict[str, Known]:
+    def clients(self) -> dict[str, Member]:
         return self._known
 
     def name_of(self, node_id: int) -> str:

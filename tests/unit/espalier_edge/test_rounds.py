@@ -27,7 +27,7 @@ from espalier.wire.sections import (
     layouts_to_proto,
 )
 from espalier.wire.uplink import CODE
-from espalier_edge.roster import Known, Roster
+from espalier_edge.roster import Member, Roster
 from espalier_edge.rounds import EdgeProgress, EdgeWindow
 from espalier_proto import espalier_pb2 as pb
 
@@ -41,7 +41,7 @@ Answer = Callable[[pb.RoundPlan, Payload, Message], Message | None]
 class FakeRoster:
     """Two clients that are always there."""
 
-    def clients(self) -> dict[str, Known]:
+    def clients(self) -> dict[str, Member]:
         found = {}
         for name, node in NODES.items():
             labels = [SAMPLES[name], 0] if name == "c1" else [0, SAMPLES[name]]
@@ -51,7 +51,7 @@ class FakeRoster:
                 histogram=pb.LabelHistogram(counts=labels),
                 classes=["a", "b"],
             )
-            found[name] = Known(node, hello)
+            found[name] = Member(node, hello)
         return found
 
     def name_of(self, node_id: int) -> str:
@@ -232,8 +232,8 @@ GOOD = {"w": np.ones((2, 2), np.float32), "b": np.ones(2, np.float32)}
         (GOOD, {"client": "c1"}, "an update in the name of 'c1'"),
         (GOOD, {"samples": 31}, "31 samples, its hello had 30"),
         (GOOD, {"samples": 0}, "0 samples"),
-        (GOOD, {"loss": float("nan")}, "a loss or another metric that is not a number"),
-        (GOOD, {"metrics": {"sparse-penalty": float("inf")}}, "another metric that is not a number"),
+        (GOOD, {"loss": float("nan")}, "a loss or another metric that is not finite"),
+        (GOOD, {"metrics": {"sparse-penalty": float("inf")}}, "another metric that is not finite"),
         (GOOD | {"w/x": np.ones(2, np.float32)}, {"with_layout": True}, "tensor 'w/x' was not asked for"),
         (GOOD, {"schema": 99}, "of schema 99"),
     ],
@@ -301,14 +301,14 @@ def test_settings_that_do_not_fit_are_the_clouds_fault() -> None:
     plan = pb.WindowPlan(schema=control.SCHEMA, run="r", window=1)
     plan.settings.update({"method": "fedmagic"})
     empty = Payload({})
-    with pytest.raises(WireError, match="'cloud' refused: settings this edge does not take"):
+    with pytest.raises(WireError, match="'cloud' refused: settings that this edge rejects"):
         EdgeWindow("e", plan, empty, cast(Any, FakeGrid(add_one)), cast(Roster, FakeRoster()), EdgeProgress())
 
 
 def test_closed_run_ends_the_window() -> None:
     edge, grid = window(add_one, rounds=2)
     grid.closed = True
-    with pytest.raises(EspalierError, match="ended in the middle"):
+    with pytest.raises(EspalierError, match="ended during the window"):
         edge.run()
 
 
@@ -435,7 +435,7 @@ def test_a_view_the_plan_does_not_describe_is_the_clouds_fault() -> None:
     plan, payload = window_plan(1, 1, {})
     plan.rounds[0].participants[0].view = "missing"
     edge, _ = edge_window(plan, payload, add_one)
-    with pytest.raises(WireError, match="'cloud' refused: a plan with the view 'missing'"):
+    with pytest.raises(WireError, match="'cloud' refused: a plan that does not describe its view 'missing'"):
         edge.run()
 
 
@@ -572,7 +572,7 @@ def test_answers_are_passed_on_by_client() -> None:
         ("loss", {MODEL: {"w": np.ones((2, 2), np.float32)}}, {"with_layout": True}, "'w' was not asked for"),
         ("loss", {MODEL: {"w": np.ones((2, 2), np.float32)}}, {}, "the record 'arrays' was not asked for"),
         ("loss", {OTHER: {"w": np.ones((2, 2), np.float32)}}, {}, "the record 'other' was not asked for"),
-        ("loss", {}, {"loss": float("inf")}, "a loss or another metric that is not a number"),
+        ("loss", {}, {"loss": float("inf")}, "a loss or another metric that is not finite"),
         ("loss", {}, {"round": 12}, "a reply to round 12, this is round 11"),
     ],
 )

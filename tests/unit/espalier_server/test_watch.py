@@ -192,8 +192,8 @@ def test_an_edge_drops_a_window_the_cloud_skipped(
     run: str, window: int, flower_run: int, sent_at: float, overtaken: bool
 ) -> None:
     progress = EdgeProgress(run="r", window=3, flower_run=77, sent_at=10.0)
-    progress.learn(run, window, flower_run, sent_at)
+    progress.note_cloud_progress(run, window, flower_run, sent_at)
     assert progress.overtaken.is_set() is overtaken
     idle = EdgeProgress()
-    idle.learn(run, window, flower_run, sent_at)
+    idle.note_cloud_progress(run, window, flower_run, sent_at)
     assert not idle.overtaken.is_set()

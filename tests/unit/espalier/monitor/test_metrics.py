@@ -15,7 +15,7 @@ from espalier.monitor.node_status import NodeStatus
 from espalier.security.transport import Address
 from espalier_client.metrics import NodeCollector
 from espalier_edge.edge_status import EdgeSource, EdgeTotals
-from espalier_edge.roster import Known
+from espalier_edge.roster import Member
 from espalier_edge.rounds import EdgeProgress
 from espalier_proto import espalier_pb2 as pb
 from tests.support.event_log import status
@@ -86,8 +86,10 @@ def test_a_client(tmp_path: Path) -> None:
 class MadeUpRoster:
     """Two clients that are connected."""
 
-    def clients(self) -> dict[str, Known]:
-        return {n: Known(i, pb.ClientHello(name=n, samples=10 * (i + 1))) for i, n in enumerate(("c1", "c2"))}
+    def clients(self) -> dict[str, Member]:
+        return {
+            n: Member(i, pb.ClientHello(name=n, samples=10 * (i + 1))) for i, n in enumerate(("c1", "c2"))
+        }
 
 
 def test_an_edge_for_itself(tmp_path: Path) -> None:
