@@ -19,6 +19,7 @@ from grpc_health.v1.health_pb2 import HealthCheckRequest
 from grpc_health.v1.health_pb2_grpc import HealthStub
 
 from espalier.wire import control
+from espalier.wire.sections import SectionId
 from espalier.wire.signature import payload_digest
 from espalier_proto import espalier_pb2 as pb
 from espalier_server.run import TreeRun
@@ -40,9 +41,10 @@ def rss(pid: int) -> int:
     return int(psutil.Process(pid).memory_info().rss)
 
 
-def tensors(run: TreeRun) -> dict[str, bytes]:
+def tensors(run: TreeRun) -> dict[tuple[SectionId, str], bytes]:
     assert run.state is not None
-    return {name: array.tobytes() for name, array in run.state.tensors.items()}
+    sections = run.state.payload.views()
+    return {(s, name): array.tobytes() for s, arrays in sections.items() for name, array in arrays.items()}
 
 
 class Siege:

@@ -16,6 +16,7 @@ from flwr.app import Message
 from torch.nn import functional
 
 from espalier.data.spec import open_data
+from espalier.flower.arrays import payload_bytes
 from espalier.flower.node_state import load_key
 from espalier.methods.aggregate import Aggregate
 from espalier.methods.base import CloudState, Method, Update
@@ -163,13 +164,17 @@ def trained(run: TreeRun) -> Arrays:
 
 @dataclass
 class Call:
-    """A message to a client of a local tree, and what it answered."""
+    """A message to a client of a local tree, and what it answered.
+
+    `up_bytes` are measured as the edge measures them, which enters them into the report that it receives.
+    """
 
     plan: pb.RoundPlan
     sent_sections: Nested
     report: pb.ClientReport
     sections: Nested
     raw: bytes
+    up_bytes: int
 
     @property
     def sent(self) -> Arrays:
@@ -245,6 +250,7 @@ def _tap(app: Callable[[Message, Any], Message], calls: list[Call], change: Chan
                 report,
                 copied(payload),
                 raw_bytes(reply),
+                payload_bytes(reply.content),
             )
         )
         return reply

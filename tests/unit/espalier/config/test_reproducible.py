@@ -93,9 +93,8 @@ def bits(run: TreeRun) -> dict[str, bytes]:
     assert run.state is not None
     tensors, meta = Snapshot(run.state, members=run.tree.frozen_members).pack()
     found = {name: array.tobytes() for name, array in tensors.items()}
-    found |= {
-        name: repr(meta[name]).encode() for name in ("window", "round", "architecture", "layout", "members")
-    }
+    described = ("window", "round", "architecture", "sections", "memory", "members")
+    found |= {name: repr(meta[name]).encode() for name in described}
     clients = run.out.parent.parent / "clients"
     for path in [*(run.out / "model").glob("*.safetensors"), *sorted(clients.glob("*/rounds/*/*"))]:
         found[str(path.relative_to(run.out.parent.parent))] = path.read_bytes()

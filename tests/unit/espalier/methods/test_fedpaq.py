@@ -9,6 +9,7 @@ import numpy as np
 
 from espalier.wire.compression import QSGD
 from espalier.wire.payload import Layout
+from espalier.wire.uplink import CODE
 from tests.support.by_hand import (
     Call,
     run_tree,
@@ -35,8 +36,7 @@ def test_fedpaq_adds_the_plain_mean_of_the_quantised_differences(tmp_path: Path)
     total = {n: np.zeros(calls[0].sent[n].shape) for n in names}
     assert len({call.report.samples for call in calls}) == 3  # weighted, the mean would be another
     for call in calls:
-        code = {n.removeprefix("code/"): a for n, a in call.payload.items()}
-        decoded = QSGD(5).decode(code, layout, "me")
+        decoded = QSGD(5).decode(call.sections[CODE], layout, "me")
         other = exact[call.plan.client]
         difference = {n: (other.payload[n] - other.sent[n]).astype(np.float64) for n in names}
         norm = math.sqrt(sum(float((d**2).sum()) for d in difference.values()))
@@ -47,4 +47,5 @@ def test_fedpaq_adds_the_plain_mean_of_the_quantised_differences(tmp_path: Path)
     same(trained(run), {n: calls[0].sent[n] + total[n] / 3 for n in names})
     # 32 + d(1 + ⌈log2(s + 1)⌉) bits, the padding of a byte aside.
     size = sum(a.size for a in total.values())
-    assert sum(a.nbytes for a in calls[0].payload.values()) == 4 + math.ceil(size * 4 / 8)
+    assert calls[0].sections.keys() == {CODE}
+    assert sum(a.nbytes for a in calls[0].sections[CODE].values()) == 4 + math.ceil(size * 4 / 8)

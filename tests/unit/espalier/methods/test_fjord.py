@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -13,72 +14,95 @@ from torch import Generator
 from torch.nn import functional
 
 from espalier.methods.fjord import OrderedDropout, statistics
+from espalier.methods.state import CloudState
 from espalier.training.objectives import TrainingError
+from espalier.wire.sections import MODEL, SectionId
 from espalier_client.trainer import train_local
 from tests.support.by_hand import (
     EDGES,
-    Arrays,
+    Nested,
     aggregate,
     corner,
     method,
-    reply,
+    reply_of,
     same,
     server,
     wave,
 )
 from tests.support.terms import Images, batch, gradients, local_round, network, received, result
 
-FJORD = {
-    "hidden.weight": (4, 2),
-    "hidden.bias": (4,),
-    "classifier.weight": (3, 4),
-    "p0.25/norm.running_mean": (1,),
-    "p0.5/norm.running_mean": (2,),
-    "p1/norm.running_mean": (4,),
-}
+WIDTHS = (0.25, 0.5, 1.0)
+MEAN = "norm.running_mean"
+Key = tuple[SectionId, str]
 
 
-def fjord_shapes(width: float) -> dict[str, tuple[int, ...]]:
+def fjord_shapes(width: float) -> dict[Key, tuple[int, ...]]:
+    """Return the shapes of the tensors that a client of a width holds."""
     w = int(4 * width)
-    shapes: dict[str, tuple[int, ...]] = {
-        "hidden.weight": (w, 2),
-        "hidden.bias": (w,),
-        "classifier.weight": (3, w),
+    shapes: dict[Key, tuple[int, ...]] = {
+        (MODEL, "hidden.weight"): (w, 2),
+        (MODEL, "hidden.bias"): (w,),
+        (MODEL, "classifier.weight"): (3, w),
     }
-    return shapes | {f"p{p:g}/norm.running_mean": (int(4 * p),) for p in (0.25, 0.5, 1.0) if p <= width}
+    return shapes | {(statistics(p), MEAN): (int(4 * p),) for p in WIDTHS if p <= width}
 
 
-def blocks_overwritten(before: Arrays, clients: list[tuple[Arrays, float, int]]) -> Arrays:
+FJORD = fjord_shapes(1)
+
+
+def nested(arrays: Mapping[Key, np.ndarray]) -> Nested:
+    found: Nested = {}
+    for (section, name), array in arrays.items():
+        found.setdefault(section, {})[name] = array
+    return found
+
+
+def fjord_server(arrays: Mapping[Key, np.ndarray]) -> CloudState:
+    sections = nested(arrays)
+    state = server(sections.pop(MODEL))
+    state.put(sections)
+    return state
+
+
+def by_key(state: CloudState) -> dict[Key, np.ndarray]:
+    return {(s, n): a for s, arrays in state.payload.views().items() for n, a in arrays.items()}
+
+
+def blocks_overwritten(
+    before: Mapping[Key, np.ndarray], clients: list[tuple[dict[Key, np.ndarray], float, int]]
+) -> dict[Key, np.ndarray]:
     """Overwrite each block by its holders' mean, from the largest width down, as the paper's authors do."""
-    after = {name: array.astype(np.float64) for name, array in before.items()}
+    after = {key: array.astype(np.float64) for key, array in before.items()}
     for p in (1.0, 0.5, 0.25):
         holders = [(own, n) for own, width, n in clients if width >= p]
         total = sum(n for _, n in holders)
         if not holders:
             continue
-        for name in after:
-            shape = fjord_shapes(p).get(name)
-            if shape is None or ("/" in name and not name.startswith(f"p{p:g}/")):
+        for key in after:
+            shape = fjord_shapes(p).get(key)
+            if shape is None or key[0] not in (MODEL, statistics(p)):
                 continue
-            block = sum(n * corner(own[name], shape).astype(np.float64) for own, n in holders) / total
-            after[name][tuple(slice(0, d) for d in shape)] = block
+            block = sum(n * corner(own[key], shape).astype(np.float64) for own, n in holders) / total
+            after[key][tuple(slice(0, d) for d in shape)] = block
     return after
 
 
 @EDGES
 def test_fjord_overwrites_nested_blocks_by_their_holders_means(edges: int) -> None:
     rng = np.random.default_rng(2)
-    state = server({n: rng.normal(size=s).astype(np.float32) for n, s in FJORD.items()})
+    state = fjord_server({n: rng.normal(size=s).astype(np.float32) for n, s in FJORD.items()})
     rule = method("fjord", model="mlp")
     for widths in ([0.25, 0.5, 1.0, 0.5], [0.5, 0.25, 0.5], [0.25, 0.25]):
         clients = [
             ({n: rng.normal(size=s).astype(np.float32) for n, s in fjord_shapes(w).items()}, w, 10 + 7 * k)
             for k, w in enumerate(widths)
         ]
-        before = {n: a.copy() for n, a in state.tensors.items()}
-        replies = [reply(state, f"c{k}", own, samples=n) for k, (own, _, n) in enumerate(clients)]
+        before = {key: a.copy() for key, a in by_key(state).items()}
+        assert before.keys() == FJORD.keys()
+        replies = [reply_of(state, f"c{k}", nested(own), samples=n) for k, (own, _, n) in enumerate(clients)]
         aggregate(rule, state, replies, edges)
-        same(state.tensors, blocks_overwritten(before, clients))
+        for section, expected in nested(blocks_overwritten(before, clients)).items():
+            same(state.section(section), expected)
 
 
 def test_fjord_gives_the_numbers_of_its_authors_baseline() -> None:
@@ -87,12 +111,12 @@ def test_fjord_gives_the_numbers_of_its_authors_baseline() -> None:
     adap/flower@fdef7afb1dca3030553be302366cfd285ed6632c, baselines/fjord/fjord/strategy.py; p_max 0.5 with
     30 samples, 0.25 with 10 and 50. That code ships whole tensors of which only the held blocks count.
     """
-    state = server({n: wave(i, *s) for i, (n, s) in enumerate(FJORD.items())})
+    state = fjord_server({n: wave(i, *s) for i, (n, s) in enumerate(FJORD.items())})
     replies = []
     for k, (width, samples) in enumerate(((0.5, 30), (0.25, 10), (0.25, 50))):
         whole = {n: wave(10 + 10 * k + i, *s) for i, (n, s) in enumerate(FJORD.items())}
         own = {n: corner(whole[n], s) for n, s in fjord_shapes(width).items()}
-        replies.append(reply(state, f"c{k}", own, samples=samples))
+        replies.append(reply_of(state, f"c{k}", nested(own), samples=samples))
     aggregate(method("fjord", model="mlp"), state, replies)
     expected = {
         "hidden.weight": [
@@ -107,16 +131,15 @@ def test_fjord_gives_the_numbers_of_its_authors_baseline() -> None:
             [-0.947690467039744, -0.5527545809745789, 0.9964756369590759, 0.5182282328605652],
             [-0.07304624054167005, -0.8283243775367737, -0.3488751947879791, 0.6842898726463318],
         ],
-        "p0.25/norm.running_mean": [-0.2323966667883926],
-        "p0.5/norm.running_mean": [-0.66923987865448, -0.9945526123046875],
-        "p1/norm.running_mean": [
-            0.7965654730796814,
-            -0.9631309509277344,
-            0.36796051263809204,
-            0.5182282328605652,
-        ],
+    }
+    means = {
+        0.25: [-0.2323966667883926],
+        0.5: [-0.66923987865448, -0.9945526123046875],
+        1.0: [0.7965654730796814, -0.9631309509277344, 0.36796051263809204, 0.5182282328605652],
     }
     same(state.tensors, {n: np.array(a) for n, a in expected.items()})
+    for width, mean in means.items():
+        same(state.section(statistics(width)), {MEAN: np.array(mean)})
 
 
 LEVELS = "1,0.5,0.2"

@@ -14,7 +14,7 @@ from tests.support.by_hand import (
     aggregate,
     method,
     network_loss,
-    reply,
+    reply_of,
     run_tree,
     same,
     server,
@@ -28,31 +28,27 @@ from tests.support.by_hand import (
 def test_ifca_averages_by_cluster_and_shared_layers_over_all(edges: int) -> None:
     """Nobody picked model 2: it stays bit for bit."""
     shapes = {"body.weight": (3, 2), "classifier.weight": (2, 3)}
-    start = {"body.weight": wave(0, 3, 2)} | {
-        f"cluster{j}/classifier.weight": wave(1 + j, 2, 3) for j in range(3)
-    }
-    state = server(start)
+    start = {cluster(j): {"classifier.weight": wave(1 + j, 2, 3)} for j in range(3)}
+    state = server({"body.weight": wave(0, 3, 2)})
+    state.put(start)
     rule = method("ifca", model="mlp", clusters=3, shared_layers="body")
     picks, samples = [0, 1, 0, 0, 1], [10, 40, 30, 5, 8]
     replies = []
     for k, (j, n) in enumerate(zip(picks, samples, strict=True)):
-        own = {"body.weight": wave(20 + k, 3, 2), f"cluster{j}/classifier.weight": wave(30 + k, 2, 3)}
-        assert {a.shape for a in own.values()} == set(shapes.values())
-        replies.append(reply(state, f"c{k}", own, samples=n, cluster=j))
+        shared, picked = {"body.weight": wave(20 + k, 3, 2)}, {"classifier.weight": wave(30 + k, 2, 3)}
+        assert {name: a.shape for name, a in (shared | picked).items()} == shapes
+        replies.append(reply_of(state, f"c{k}", {MODEL: shared, cluster(j): picked}, samples=n, cluster=j))
     aggregate(rule, state, replies, edges)
     total = sum(samples)
-    expected = {
-        "body.weight": np.sum([n / total * wave(20 + k, 3, 2) for k, n in enumerate(samples)], axis=0)
-    }
+    body = np.sum([n / total * wave(20 + k, 3, 2) for k, n in enumerate(samples)], axis=0)
+    same(state.tensors, {"body.weight": body})
     for j in (0, 1):
-        members = [k for k, picked in enumerate(picks) if picked == j]
+        members = [k for k, number in enumerate(picks) if number == j]
         size = sum(samples[k] for k in members)
-        expected[f"cluster{j}/classifier.weight"] = np.sum(
-            [samples[k] / size * wave(30 + k, 2, 3) for k in members], axis=0
-        )
-    same(state.tensors, expected)
-    untouched = "cluster2/classifier.weight"
-    assert state.tensors[untouched].tobytes() == start[untouched].tobytes()
+        mean = np.sum([samples[k] / size * wave(30 + k, 2, 3) for k in members], axis=0)
+        same(state.section(cluster(j)), {"classifier.weight": mean})
+    untouched = state.section(cluster(2))["classifier.weight"]
+    assert untouched.tobytes() == start[cluster(2)]["classifier.weight"].tobytes()
 
 
 @pytest.mark.parametrize("shared", ["", "hidden1"])

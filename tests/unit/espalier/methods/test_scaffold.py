@@ -158,7 +158,7 @@ def test_scaffolds_step_is_algorithm_1(edges: int) -> None:
     rule.before_run(state, lambda *_: {})
     own_c = np.zeros((population, 3, 2))
     for picked in ([0, 1, 4], [2], [1, 2, 3, 4]):
-        w, c = (state.tensors[n].astype(np.float64) for n in ("w", "control/w"))
+        w, c = (arrays["w"].astype(np.float64) for arrays in (state.tensors, state.section(CONTROL)))
         y = {k: (w + 0.2 * rng.normal(size=(3, 2))).astype(np.float32) for k in picked}
         step = {k: 0.05 * (k + 2) for k in picked}  # K η differs from client to client
         statistics = {k: wave(10 + k, 2) for k in picked}
@@ -173,11 +173,11 @@ def test_scaffolds_step_is_algorithm_1(edges: int) -> None:
             state.tensors,
             {
                 "w": w + server_rate * np.mean([y[k] - w for k in picked], axis=0),
-                "control/w": own_c.mean(axis=0),
                 "mean": np.mean(list(statistics.values()), axis=0),
             },
             atol=3e-6,
         )
+        same(state.section(CONTROL), {"w": own_c.mean(axis=0)}, atol=3e-6)
 
 
 @pytest.mark.parametrize(

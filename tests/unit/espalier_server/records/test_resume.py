@@ -24,6 +24,7 @@ from espalier.cli import command_line
 from espalier.errors import ConfigError, EspalierError, StateError
 from espalier.methods.run_config import RunConfig
 from espalier.storage.tensor_file import write_tensors
+from espalier.wire.sections import SectionId
 from espalier_client import device
 from espalier_server.records.checkpoint import Checkpoints
 from espalier_server.records.events import EventLog, read_events
@@ -56,9 +57,10 @@ def run(folder: Path, **more: bool | int | float | str) -> TreeRun:
     return tree_of(folder).run("r", SETTINGS | {k.replace("_", "-"): v for k, v in more.items()})
 
 
-def weights(run: TreeRun) -> dict[str, bytes]:
+def weights(run: TreeRun) -> dict[tuple[SectionId, str], bytes]:
     assert run.state is not None
-    return {name: array.tobytes() for name, array in run.state.tensors.items()}
+    sections = run.state.payload.views()
+    return {(s, name): array.tobytes() for s, arrays in sections.items() for name, array in arrays.items()}
 
 
 # --- settings ------------------------------------------------------------------------------------------
