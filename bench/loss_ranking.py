@@ -25,20 +25,21 @@ SETTINGS: Values = {
     "levels": "1,0.5,0.25",
     "level-choice": "device",
     "fraction": 0.2,
-    "candidates": 10,
     "rounds": 24,
     "learning-rate": 0.2,
     "local-steps": 10,
     "eval-every": 4,
 }
+#: Power-of-Choice: the clients of largest loss of ten candidates.
+RANK: Values = {"selection": "pow-d", "candidates": 10}
 #: Selection rule, and weighting of the mean.
 STRATEGIES: Mapping[str, Values] = {
     "uniform draw, mean by n_k": {"selection": "uniform", "weighting": "samples"},
     "draw by n_k, plain mean": {"selection": "proportional", "weighting": "uniform"},
-    "rank by F_k, plain mean": {"selection": "pow-d", "weighting": "uniform"},
-    "rank by n_k F_k, plain mean": {"selection": "pow-d", "weighting": "uniform", "loss-weight": "samples"},
-    "rank by F_k, mean by n_k": {"selection": "pow-d", "weighting": "samples"},
-    "rank by n_k F_k, mean by n_k": {"selection": "pow-d", "weighting": "samples", "loss-weight": "samples"},
+    "rank by F_k, plain mean": {**RANK, "weighting": "uniform"},
+    "rank by n_k F_k, plain mean": {**RANK, "weighting": "uniform", "loss-weight": "samples"},
+    "rank by F_k, mean by n_k": {**RANK, "weighting": "samples"},
+    "rank by n_k F_k, mean by n_k": {**RANK, "weighting": "samples", "loss-weight": "samples"},
 }
 #: How widths are assigned.
 DEVICES = {"with-data": "large data on strong devices", "against-data": "large data on weak devices"}
