@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
+from espalier.methods.base import CloudState, Update
+from espalier.wire.sections import MODEL
 from tests.support.by_hand import (
     EDGES,
     aggregate,
@@ -27,7 +28,7 @@ from tests.support.by_hand import (
 LOSSES, RATE = (2.5, 0.4, 1.1), 0.1
 
 
-def fair_replies(state: Any, rate: float = RATE) -> list[Any]:
+def fair_replies(state: CloudState, rate: float = RATE) -> list[Update]:
     return [
         reply(
             state,
@@ -51,7 +52,7 @@ def test_qfedavg_is_its_formula_written_out(q: float, edges: int) -> None:
     replies, lipschitz = fair_replies(state), 1 / RATE
     numerator, denominator = {n: np.zeros_like(a) for n, a in w.items()}, 0.0
     for update, loss in zip(replies, LOSSES, strict=True):
-        step = {n: lipschitz * (w[n] - update.arrays[n].astype(np.float64)) for n in w}
+        step = {n: lipschitz * (w[n] - update.sections[MODEL][n].astype(np.float64)) for n in w}
         square = sum(float((s**2).sum()) for s in step.values())
         for n in w:
             numerator[n] += loss**q * step[n]
@@ -59,7 +60,7 @@ def test_qfedavg_is_its_formula_written_out(q: float, edges: int) -> None:
     aggregate(method("qfedavg", model="mlp", fairness_q=q), state, replies, edges)
     same(state.tensors, {n: w[n] - numerator[n] / denominator for n in w})
     if q == 0:
-        same(state.tensors, {n: np.mean([u.arrays[n] for u in replies], axis=0) for n in w})
+        same(state.tensors, {n: np.mean([u.sections[MODEL][n] for u in replies], axis=0) for n in w})
 
 
 @pytest.mark.parametrize(
