@@ -109,7 +109,7 @@ def _node_config(
         raise ConfigError(f"--node-config: {error}; write it as 'key=value key=value'") from error
     if level is not None:
         if not 0 < level <= 1:
-            raise ConfigError(f"--level {level:g} is no share in (0, 1]; give e.g. --level 0.5")
+            raise ConfigError(f"--level {level:g} is not a share in (0, 1]; give e.g. --level 0.5")
         config["level"] = level
     if model is not None:
         from espalier.models.presets import classifiers

@@ -1,4 +1,4 @@
-"""Aggregation of updates: weighted means, sums and forwarded tensors that merge from edges to the cloud."""
+"""Aggregation of updates: weighted means, sums, stacked rows and forwarded tensors, merged from edges to the cloud."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from espalier.wire.sections import MODEL, Layouts, Payload, SectionId, Sections
 WEIGHTS, SUMS, ROWS, FORWARDED = "weights", "sums", "rows", "forwarded"
 #: Section of the stacked rows.
 ROWS_SECTION = SectionId("rows", record=ROWS)
-#: Scalars of an edge's report.
+#: Names of the scalars of an edge's report: the total weight, and the prefix of counts.
 NOMINAL, COUNT = "weight", "count/"
 
 Arrays = Mapping[str, np.ndarray]
@@ -24,17 +24,17 @@ Arrays = Mapping[str, np.ndarray]
 Forwarded = Mapping[SectionId, Mapping[str, np.ndarray]]
 Key = tuple[SectionId, str]
 
-#: Largest weight of one update, and of an edge's sum: times the largest number that is accepted
-#: (`espalier.wire.payload.LARGEST`) a float32 still holds it.
+#: Largest weight of one update, and of an edge's total: the product with the largest accepted value
+#: (`espalier.wire.payload.LARGEST`) fits into a float32.
 MAX_WEIGHT, MAX_TOTAL = 1e15, 1e18
 
 
 class Aggregate:
-    """Sums over updates that merge: edges' aggregates absorbed at the cloud are the aggregate over all clients.
+    """Mergeable sums over updates: merging the edges' aggregates at the cloud gives the aggregate over all clients.
 
-    A mean is kept per coordinate: a client may hold only a leading slice ``w[:d0, :d1]`` of a tensor, or
-    only some tensors, and a coordinate that no client held has no mean. Integer tensors (counters) take the
-    element-wise maximum, which merges in any order and never makes a fraction of a counter.
+    A mean has a weight per coordinate: a client may have only a leading slice ``w[:d0, :d1]`` of a tensor, or only
+    some tensors; a coordinate that no client has trained has no mean. Integer tensors (counters) are reduced by the
+    element-wise maximum, which does not depend on the order and yields an integer.
 
     Parameters
     ----------
@@ -44,11 +44,11 @@ class Aggregate:
     Attributes
     ----------
     weight : float
-        Total weight of the updates behind the means.
+        Total weight of the updates in the means.
     counts : dict[str, float]
-        Scalars that add up.
+        Scalars that are summed.
     forwarded : dict[str, dict[SectionId, dict[str, np.ndarray]]]
-        Tensors passed on unchanged, by client and section.
+        Tensors forwarded unaggregated, by client and section.
     """
 
     def __init__(self, layouts: Layouts) -> None:
@@ -80,17 +80,17 @@ class Aggregate:
         sections : mapping of SectionId to mapping of str to array
             Whole tensors of the server, or leading slices of them, by section.
         weight : float
-            Their weight, not negative; nothing is added at 0.
+            Their weight, not negative; with 0 nothing is added.
         rows : mapping of SectionId to mapping of str to array, optional
-            For a tensor of which only some leading rows count: bool [rows of the slice].
+            Masks of the rows to average, for tensors of which not all rows are: bool [rows of the slice].
         counted : bool
-            Whether the weight of this update was counted before, so that only its tensors are added.
+            Whether `weight` has been added to the total by an earlier call for the same update.
 
         Raises
         ------
         ValueError
-            If the server does not have a tensor, or has a smaller one or one of another kind of number, or
-            the weight is negative, absurdly large or not finite. Then nothing was added.
+            If the server has no such tensor, or a smaller one or one of another kind of dtype, or the weight is
+            negative, above `MAX_WEIGHT` or not finite. Nothing is added then.
         """
         if not 0 <= weight <= MAX_WEIGHT:  # NaN fails here, too
             raise ValueError(f"the aggregation weight {weight}")
@@ -99,16 +99,16 @@ class Aggregate:
         if weight == 0:
             return
         masks = _flat(rows or {})
-        held = {
-            key: _holders(key[1], a.shape, self._server[key].shape, weight, masks.get(key))
+        weights = {
+            key: _coordinate_weights(key[1], a.shape, self._server[key].shape, weight, masks.get(key))
             for key, a in arrays.items()
         }
         self.weight += 0.0 if counted else weight
         for key, array in arrays.items():
-            self._add_mean(key, array, held[key])
+            self._add_mean(key, array, weights[key])
 
     def sum(self, sections: Sections, factor: float = 1.0) -> None:
-        """Add factor times tensors (whole or leading slices) to the sums; raises like :meth:`mean`."""
+        """Add ``factor`` times tensors (whole or leading slices) to the sums; raises like :meth:`mean`."""
         arrays = _flat(sections)
         self._check(arrays)
         for key, array in arrays.items():
@@ -119,9 +119,9 @@ class Aggregate:
         self.counts[name] = self.counts.get(name, 0.0) + value
 
     def rows(self, arrays: Arrays) -> None:
-        """Stack rows of a client under those of others, without its name; all arrays have as many."""
+        """Append the rows of a client, without its name; all arrays have the same number of rows."""
         if len({a.shape[:1] for a in arrays.values()}) > 1 or (self._rows and set(arrays) != set(self._rows)):
-            raise ValueError(f"rows {sorted(arrays)} that do not go together")
+            raise ValueError(f"rows {sorted(arrays)} of different lengths, or with other names than before")
         for name, array in arrays.items():
             first = self._rows.get(name, [array])[0] if array.ndim else None
             if first is None or first.dtype != array.dtype or first.shape[1:] != array.shape[1:]:
@@ -130,7 +130,7 @@ class Aggregate:
             self._rows.setdefault(name, []).append(array)
 
     def forward(self, client: str, sections: Sections) -> None:
-        """Pass a client's tensors on to the cloud unchanged."""
+        """Add tensors of a client that are forwarded to the cloud unaggregated."""
         own = self.forwarded.setdefault(client, {})
         for section, arrays in sections.items():
             own[section] = {**own.get(section, {}), **arrays}
@@ -138,7 +138,7 @@ class Aggregate:
     # --- reading -----------------------------------------------------------------------------------
 
     def means(self, previous: Sections) -> dict[SectionId, dict[str, np.ndarray]]:
-        """Return the mean of every tensor that a client held; coordinates without a holder are the previous ones."""
+        """Return the mean of every aggregated tensor; coordinates that no client has are taken from `previous`."""
         found: dict[SectionId, dict[str, np.ndarray]] = {}
         for section, name in self._weighted:
             mean = self._mean((section, name), previous.get(section, {}))
@@ -147,24 +147,24 @@ class Aggregate:
 
     def _mean(self, key: Key, previous: Arrays) -> np.ndarray:
         total, weight = self._weighted[key], self._weights[key]
-        held = weight > 0
+        has_mean = weight > 0
         mean = total
         if total.dtype.kind == "f":
-            mean = total / np.where(held, weight, 1).astype(total.dtype)
-        if not held.all():
-            mean = np.where(held, mean, previous[key[1]])
+            mean = total / np.where(has_mean, weight, 1).astype(total.dtype)
+        if not has_mean.all():
+            mean = np.where(has_mean, mean, previous[key[1]])
         return mean.astype(STORED_AS[self._server[key].dtype], copy=False)
 
     def held(self, name: str, section: SectionId = MODEL) -> np.ndarray:
-        """Return which coordinates of a tensor any client held; bool, broadcasts to the tensor's shape."""
+        """Return which coordinates of a tensor have a mean; bool, broadcasts to the tensor's shape."""
         return np.asarray(self.weights(name, section) > 0)
 
     def weights(self, name: str, section: SectionId = MODEL) -> np.ndarray:
-        """Return the weight of each coordinate of a mean; it broadcasts to the tensor's shape."""
+        """Return the total weight of each coordinate of a mean; broadcasts to the tensor's shape."""
         return self._weights.get((section, name), np.zeros(()))
 
     def stacked_rows(self) -> dict[str, np.ndarray]:
-        """Return the stacked rows by name, ordered by their values alone, so that the order identifies no client."""
+        """Return the stacked rows by name, sorted by value, so that their order does not identify a client."""
         joined = {name: np.concatenate(parts) for name, parts in sorted(self._rows.items())}
         columns = [c for a in joined.values() for c in a.reshape(len(a), -1).T]
         order = np.lexsort(columns[::-1]) if columns else np.zeros(0, np.int64)
@@ -177,10 +177,11 @@ class Aggregate:
     # --- merging -----------------------------------------------------------------------------------
 
     def report(self, previous: Sections | None = None) -> tuple[Payload, dict[str, float]]:
-        """Return what an edge reports to the cloud: a payload, and scalars.
+        """Return an edge's report to the cloud: a payload and scalars.
 
-        The means lie in records of their sections' names, the rest in those that the module names. Coordinates of a
-        mean that no client held are those of `previous`, or else what changes neither sum nor maximum.
+        The means are in the records of their sections, the rest in the records `WEIGHTS`, `SUMS`, `ROWS` and
+        `FORWARDED`. Coordinates that no client has are taken from `previous`; without it they are the neutral element
+        of the sum or the maximum.
         """
         weights = {
             key: np.array(weight)
@@ -204,7 +205,7 @@ class Aggregate:
         } | {section: Layout.of(arrays) for section, arrays in others.items()}
         payload = Payload({section: Weights.empty(layout) for section, layout in layouts.items()})
         views = payload.views()
-        # One mean at a time: all of them at once would be a third model in memory.
+        # One mean at a time, so that the means do not take the memory of another model.
         for key, total in self._weighted.items():
             section, name = key
             before = {name: _lowest(total.dtype)} if previous is None else previous.get(section, {})
@@ -220,35 +221,35 @@ class Aggregate:
         Parameters
         ----------
         report : Payload
-            Its sections.
+            The sections of the report.
         scalars : mapping of str to float
-            Its scalars.
+            The scalars of the report.
         scale : float
-            Factor on the weights of its means; sums and counts are not scaled.
+            Factor on the weights of the means; sums and counts are not scaled.
 
         Raises
         ------
         ValueError
-            If a section or tensor is not expected, is of another shape or dtype, or has a weight that is not valid.
+            If a section or tensor is unexpected, has another shape or dtype, or a weight is invalid.
         """
         parts: dict[str, dict[SectionId, dict[str, np.ndarray]]] = {
             record: {} for record in ("", WEIGHTS, SUMS, ROWS, FORWARDED)
         }
         for section, arrays in report.views().items():
             if section.record not in parts:
-                raise ValueError(f"the record {section.record!r}, which no report has")
+                raise ValueError(f"the unknown record {section.record!r}")
             parts[section.record][section._replace(record="")] = arrays
         rows = parts[ROWS].pop(ROWS_SECTION._replace(record=""), {})
         if parts[ROWS]:
-            raise ValueError(f"rows {min(parts[ROWS])}, which no report has")
+            raise ValueError(f"the unknown section {min(parts[ROWS])} of rows")
         nominal = scalars.get(NOMINAL, 0.0)
         if not (0 <= nominal <= MAX_TOTAL and 0 <= nominal * scale <= MAX_TOTAL):
             raise ValueError(f"the aggregation weight {nominal}")
         means, given, sums = _flat(parts[""]), _flat(parts[WEIGHTS]), _flat(parts[SUMS])
         self._check(means, whole=True)
         self._check(sums, whole=True)
-        if strange := given.keys() - means.keys():
-            section, name = min(strange)
+        if unknown := given.keys() - means.keys():
+            section, name = min(unknown)
             raise ValueError(f"weights of tensor {name!r} in {section}, which has no mean")
         if bad := [n for n, v in scalars.items() if n.startswith(COUNT) and not math.isfinite(v)]:
             raise ValueError(f"the count {bad[0].removeprefix(COUNT)!r} is not finite")
@@ -256,7 +257,7 @@ class Aggregate:
             key: _checked_weight(key[1], a, given.get(key, np.asarray(nominal)), scale)
             for key, a in means.items()
         }
-        if rows:  # refused rows must be noticed before anything was added
+        if rows:  # first, because it may raise, and then nothing must have been added
             self.rows(rows)
         for key, array in means.items():
             self._add_mean(key, array, weights[key] * scale)
@@ -272,8 +273,8 @@ class Aggregate:
     def extend(self, later: Aggregate) -> None:
         """Add a later round of the same window.
 
-        Sums, counts and weights add up; a mean becomes the later round's where that has one, because it
-        was trained from this one's.
+        Sums, counts and weights are added. A mean is replaced by the later round's if that has one, because the later
+        round continues from this one.
         """
         for key, total in later._weighted.items():
             if key not in self._weighted:
@@ -282,8 +283,10 @@ class Aggregate:
             mine, theirs = self._weights[key], later._weights[key]
             if total.dtype.kind == "f":
                 scale = np.where(theirs > 0, (mine + theirs) / np.where(theirs > 0, theirs, 1), 0)
-                held = np.broadcast_to(theirs > 0, total.shape)
-                self._weighted[key] = np.where(held, total * scale.astype(total.dtype), self._weighted[key])
+                replaced = np.broadcast_to(theirs > 0, total.shape)
+                self._weighted[key] = np.where(
+                    replaced, total * scale.astype(total.dtype), self._weighted[key]
+                )
             else:
                 self._weighted[key] = np.maximum(self._weighted[key], total)
             self._weights[key] = mine + theirs
@@ -297,7 +300,7 @@ class Aggregate:
         for client, own in later.forwarded.items():
             self.forwarded[client] = dict(own)
 
-    # --- inside ------------------------------------------------------------------------------------
+    # --- internals ------------------------------------------------------------------------------------
 
     def _check(self, arrays: Mapping[Key, np.ndarray], whole: bool = False) -> None:
         for key, array in arrays.items():
@@ -305,7 +308,7 @@ class Aggregate:
             spec = self._server.get(key)
             where = f"tensor {name!r}" if section == MODEL else f"tensor {name!r} of {section}"
             if spec is None:
-                raise ValueError(f"{where} is none of the server's")
+                raise ValueError(f"{where} is not one of the server's")
             if spec.dtype == "bfloat16":
                 raise ValueError(f"{where} is bfloat16, which cannot be averaged")
             if array.dtype.kind != STORED_AS[spec.dtype].kind:
@@ -317,7 +320,7 @@ class Aggregate:
                 raise ValueError(f"{where} has shape {list(array.shape)}, the server's is {list(spec.shape)}")
 
     def _add_mean(self, key: Key, array: np.ndarray, weight: np.ndarray) -> None:
-        """Add weight·array, the weight being 0 outside the leading slice that the array is."""
+        """Add weight·array; the weight is 0 outside the leading slice that the array covers."""
         region = _region(array.shape)
         if key not in self._weighted:
             dtype = _sum_dtype(array.dtype)
@@ -356,34 +359,34 @@ def _nested(arrays: Mapping[Key, np.ndarray]) -> dict[SectionId, dict[str, np.nd
 
 
 def _region(shape: Iterable[int]) -> tuple[Any, ...]:
-    # The ellipsis makes a part of a tensor without dimensions (a counter) an array, too.
+    # With the ellipsis, indexing a 0-d array (a counter) returns a view instead of a scalar.
     return (*(slice(0, n) for n in shape), ...)
 
 
 def _sum_dtype(dtype: np.dtype[np.generic]) -> np.dtype[np.generic]:
-    """Half precision is summed in single."""
+    """Return the dtype to sum in: float32 for float16, else the same."""
     return np.dtype(np.float32) if dtype == np.float16 else dtype
 
 
 def _lowest(dtype: np.dtype[np.generic]) -> np.ndarray:
-    """Return what changes neither a sum nor, of integers, a maximum."""
+    """Return the neutral element: of the sum for floats, of the maximum for integers."""
     return np.array(0 if dtype.kind in "fub" else np.iinfo(str(dtype)).min, dtype)
 
 
-def _holders(
-    name: str, held: tuple[int, ...], whole: tuple[int, ...], weight: float, rows: np.ndarray | None
+def _coordinate_weights(
+    name: str, part: tuple[int, ...], whole: tuple[int, ...], weight: float, rows: np.ndarray | None
 ) -> np.ndarray:
-    """Return the weight of each coordinate: a scalar where all is held, else one a row and column."""
-    if held == whole and rows is None:
+    """Return the weight of each coordinate: a scalar for a whole tensor, else an array over rows and columns."""
+    if part == whole and rows is None:
         return np.asarray(weight)
-    if rows is not None and rows.shape != held[:1]:
-        raise ValueError(f"tensor {name!r} has shape {list(held)}, {rows.size} entries in its row mask")
-    # One number a row or column only where they differ: an edge's report carries these.
-    differ = [held[i] != whole[i] or (i == 0 and rows is not None) for i in range(min(2, len(whole)))]
+    if rows is not None and rows.shape != part[:1]:
+        raise ValueError(f"tensor {name!r} has shape {list(part)}, {rows.size} entries in its row mask")
+    # An axis is expanded only if weights differ along it, because they are sent in the edge's report.
+    differ = [part[i] != whole[i] or (i == 0 and rows is not None) for i in range(min(2, len(whole)))]
     shape = [whole[i] if d else 1 for i, d in enumerate(differ)] + [1] * (len(whole) - 2)
     found = np.zeros(shape)
-    part = found[_region(held[:2])]
-    part[...] = weight if rows is None else (weight * rows).reshape(-1, *(1,) * (found.ndim - 1))
+    covered = found[_region(part[:2])]
+    covered[...] = weight if rows is None else (weight * rows).reshape(-1, *(1,) * (found.ndim - 1))
     return found
 
 
@@ -397,7 +400,7 @@ def _checked_weight(name: str, array: np.ndarray, weight: np.ndarray, scale: flo
         weight.dtype.kind != "f"
         or not ((weight >= 0) & (weight <= MAX_TOTAL) & (weight * scale <= MAX_TOTAL)).all()
     ):
-        raise ValueError(f"the weights of tensor {name!r} are negative, absurdly large or not finite")
+        raise ValueError(f"the weights of tensor {name!r} are negative, too large or not finite")
     return weight
 
 

@@ -1,4 +1,4 @@
-"""Configuration checks that span method, model, selection and codec."""
+"""Configuration checks of combinations of method, model, selection, levels and reproducibility."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from espalier.training.privacy import PrivacySettings
 
 
 def contradictions(method: type[Method], settings: RunSettings) -> list[str]:
-    """Return the faults of combinations of settings, one line each, key first."""
+    """Return the faults of combinations of settings, one line each, starting with the key."""
     faults = list(method.contradictions(settings))
     task, family = task_of(settings.model), family_of(settings.model)
     if task not in method.tasks or (method.families and family not in method.families):
@@ -46,7 +46,7 @@ def contradictions(method: type[Method], settings: RunSettings) -> list[str]:
 
 
 def _not_reproducible(settings: RunSettings, edge_choice: str) -> list[str]:
-    """Return the settings of a reproducible run by which chance would get in, one line each, key first.
+    """Return the settings that make a reproducible run nondeterministic, one line each, starting with the key.
 
     Parameters
     ----------
@@ -60,7 +60,7 @@ def _not_reproducible(settings: RunSettings, edge_choice: str) -> list[str]:
     faults = []
     if edge_choice == "shape":
         faults.append(
-            "edge-choice: shape goes by measured link times, which reproducible=true rules out; "
+            "edge-choice: shape depends on measured link times, which reproducible=true rules out; "
             "use homogeneity, random or fixed"
         )
     if settings.of(LevelSettings).level_choice == "speed":

@@ -82,7 +82,7 @@ def parse_levels(text: str) -> tuple[float, ...]:
             level = 0.0
         if not 0 < level <= 1:  # NaN fails here, too
             raise ConfigError(
-                f'levels: "{part.strip()}" in "{text}" is no share in (0, 1]; give numbers such as "1,0.5,0.25"'
+                f'levels: "{part.strip()}" in "{text}" is not a share in (0, 1]; give numbers such as "1,0.5,0.25"'
             )
         levels.append(level)
     if any(a <= b for a, b in itertools.pairwise(levels)):

@@ -43,6 +43,8 @@ class Member:
         Bytes of memory for training; 0: unknown.
     speed : float
         Measured speed in a unit common to all clients; 0: not measured.
+    model : str
+        The network that the client trains if it has its own; empty: not set.
     links : Mapping[str, float]
         Latency to each edge in seconds, by the edge's name; an edge without an entry was not measured.
     """
@@ -94,7 +96,7 @@ class EdgeChoice(Protocol):
 
 
 class DrawnEdge(ABC):
-    """A rule by which each participant draws its edge independently, given the same loads for all of a round."""
+    """A rule that samples the edge of each participant independently, given the loads at the start of the round."""
 
     @abstractmethod
     def probabilities(self, member: Member, loads: Mapping[str, np.ndarray]) -> np.ndarray:
@@ -103,7 +105,7 @@ class DrawnEdge(ABC):
         Parameters
         ----------
         member : Member
-            The client that draws.
+            The client.
         loads : Mapping[str, np.ndarray]
             Label counts accumulated at each edge since the last central aggregation.
         """
@@ -116,7 +118,7 @@ class DrawnEdge(ABC):
         seed: int,
         round_: int,
     ) -> Round:
-        """Draw an edge for every participant; see :class:`EdgeChoice`."""
+        """Sample an edge for every participant; see :class:`EdgeChoice`."""
         assignment: Round = {}
         for member in picked:
             chances = self.probabilities(member, loads)
@@ -126,7 +128,7 @@ class DrawnEdge(ABC):
 
 
 class HomogeneitySettings(SettingsGroup):
-    """The constants of the draw by homogeneity."""
+    """The constants of the edge choice by homogeneity."""
 
     selection_a: float = Field(
         default=10000.0, description="a of the edge choice, p_e ~ ReLU(a mu - n_e + b)"
@@ -158,7 +160,7 @@ class AtRandom(DrawnEdge):
 
 
 class Fixed(DrawnEdge):
-    """A client always uses the same edge, drawn by its name, so clients are spread over the edges."""
+    """A client always uses the same edge, sampled with its name as seed, so that clients spread over the edges."""
 
     def probabilities(self, member: Member, loads: Mapping[str, np.ndarray]) -> np.ndarray:
         """Return a one-hot distribution."""

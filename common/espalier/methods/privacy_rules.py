@@ -1,4 +1,4 @@
-"""Configuration checks of differential privacy: what cannot be combined with noise at the clients."""
+"""Configuration checks of differential privacy: settings that are incompatible with noise at the clients."""
 
 from __future__ import annotations
 
@@ -8,17 +8,17 @@ from espalier.methods.faug import AugmentSettings
 from espalier.models.presets import MODELS, normalises_batches, task_of
 from espalier.training.privacy import PrivacySettings
 
-#: Selections without an inquiry to clients.
+#: Selections that send no inquiry to clients.
 _WITHOUT_INQUIRY = ("uniform", "proportional", "bernoulli")
 #: Inquiries that a client under differential privacy answers: the guarantee does not cover its test images.
 ANSWERED = frozenset({"accuracy", "samples"})
 
 
 def privacy_faults(method: type[Method], settings: RunSettings) -> list[str]:
-    """Return the faults of the privacy settings, one line each, key first.
+    """Return the faults of the privacy settings, one line each, starting with the key.
 
-    Disclosures without noise are refused, so that the reported epsilon covers everything that a server receives from
-    training.
+    Settings that disclose data without noise are rejected, so that the reported epsilon covers everything that a
+    server receives from training.
     """
     faults, private = _own_faults(settings), settings.of(PrivacySettings)
     selection = method.chosen(settings, "selection")
@@ -61,7 +61,7 @@ def privacy_faults(method: type[Method], settings: RunSettings) -> list[str]:
 
 
 def _own_faults(settings: RunSettings) -> list[str]:
-    """Return the faults among the privacy settings themselves."""
+    """Return the faults of the privacy settings alone, without method and model."""
     faults, private = [], settings.of(PrivacySettings)
     if private.dp_sgd_noise and private.dp_sgd_epsilon:
         faults.append("dp-sgd-epsilon: dp-sgd-noise determines it already; set one of the two to 0")

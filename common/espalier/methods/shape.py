@@ -2,9 +2,8 @@
 
 Y. Deng, F. Lyu, T. Xia, Y. Zhou, Y. Zhang, J. Ren, Y. Yang: "A Communication-Efficient Hierarchical
 Federated Learning Framework via Shaping Data Distribution at Edge", IEEE/ACM Transactions on Networking
-32(3), 2024, doi 10.1109/TNET.2024.3363916. The equations and the two
-algorithms are taken from a public re-implementation (taut0logy/shapefl_implementation), as the paper's text was not
-available.
+32(3), 2024, doi 10.1109/TNET.2024.3363916. The equations and the two algorithms are taken from a public
+re-implementation (taut0logy/shapefl_implementation), as the paper's text was not available.
 
 From the paper: the objective, with E the open edges, M_e the clients of e and D_e their samples,
 
@@ -36,7 +35,7 @@ from espalier.seeds import rng_for
 #: Gains below this are rounding errors.
 _EPSILON = 1e-12
 #: Largest number of clients for which exchanges are tried: evaluating them takes O(N²).
-_EXCHANGED = 500
+_MAX_EXCHANGE = 500
 #: Random assignments that are improved at the end in addition to GoA's.
 _RESTARTS = 8
 
@@ -181,22 +180,21 @@ class Problem:
         columns = np.array(sorted(opened))
         weight = self.diversity / len(columns)
         assignment = np.full(len(self.names), -1)
-        pairs, held = np.zeros(len(columns)), np.zeros(len(columns))
+        pairs, totals = np.zeros(len(columns)), np.zeros(len(columns))
         sizes = np.zeros(len(columns), dtype=int)
-        met = np.zeros((len(self.names), len(columns)))  # Σ_{j∈M_e} S_nj D_n D_j
-        added = self.cost[
-            :, columns
-        ]  # to J, by client and edge; only the link's cost for an edge without clients
+        pair_sums = np.zeros((len(self.names), len(columns)))  # Σ_{j∈M_e} S_nj D_n D_j
+        # Increase of J by client and edge; for an edge without clients only the cost of the link.
+        added = self.cost[:, columns]
         for _ in self.names:
-            roomy = np.where(sizes < self.bound, added, math.inf)
-            choice = roomy if np.isfinite(roomy).any() else added
+            below_bound = np.where(sizes < self.bound, added, math.inf)
+            choice = below_bound if np.isfinite(below_bound).any() else added
             n, e = divmod(int(np.argmin(choice)), len(columns))
             assignment[n] = columns[e]
-            pairs[e] += met[n, e]
-            held[e] += self.samples[n]
+            pairs[e] += pair_sums[n, e]
+            totals[e] += self.samples[n]
             sizes[e] += 1
-            met[:, e] += self._pairs[:, n]
-            mixed = _ratio(pairs[e] + met[:, e], held[e] + self.samples) - _ratio(pairs[e], held[e])
+            pair_sums[:, e] += self._pairs[:, n]
+            mixed = _ratio(pairs[e] + pair_sums[:, e], totals[e] + self.samples) - _ratio(pairs[e], totals[e])
             added[:, e] = self.cost[:, columns[e]] - weight * mixed
             added[assignment >= 0] = math.inf
         return assignment
@@ -247,26 +245,26 @@ class Problem:
         penalty = 2 * (1 + float(finite.sum()) + 2 * self.diversity)
         while True:
             member = assignment[:, None] == np.arange(len(self.edges))
-            met = self._pairs @ member
-            held, sizes = self.samples @ member, member.sum(axis=0)
-            pairs = (met * member).sum(axis=0) / 2
+            pair_sums = self._pairs @ member
+            totals, sizes = self.samples @ member, member.sum(axis=0)
+            pairs = (pair_sums * member).sum(axis=0) / 2
             own, size = assignment, self.samples
-            ratio = _ratio(pairs, held)
-            here, spent = met[everyone, own], self.cost[everyone, own]
-            left = _ratio(pairs[own] - here, held[own] - size) - ratio[own]
-            joined = _ratio(pairs + met, held + size[:, None]) - ratio
+            ratio = _ratio(pairs, totals)
+            here, spent = pair_sums[everyone, own], self.cost[everyone, own]
+            left = _ratio(pairs[own] - here, totals[own] - size) - ratio[own]
+            joined = _ratio(pairs + pair_sums, totals + size[:, None]) - ratio
             above = (sizes >= self.bound) * 1.0 - (sizes > self.bound)[own][:, None]
             moves = self.cost - spent[:, None] - weight * (left[:, None] + joined) + penalty * above
             usable = np.isin(np.arange(len(self.edges)), sorted(opened)) & ~member
             moves = np.where(usable, moves, math.inf)
             n, e = divmod(int(np.argmin(moves)), len(self.edges))
             gain, step = float(moves[n, e]), [(n, e)]
-            if gain >= -_EPSILON and len(self.names) <= _EXCHANGED:
-                there = met[:, own]  # [n, k]: pairs of n with the clients of k's edge
+            if gain >= -_EPSILON and len(self.names) <= _MAX_EXCHANGE:
+                there = pair_sums[:, own]  # [n, k]: pairs of n with the clients of k's edge
                 change = size - size[:, None]  # [n, k]: D_k − D_n
                 # n is replaced by k at n's edge; the other half of an exchange is the transposed matrix.
                 half = _ratio(
-                    pairs[own][:, None] - here[:, None] + there.T - self._pairs, held[own][:, None] + change
+                    pairs[own][:, None] - here[:, None] + there.T - self._pairs, totals[own][:, None] + change
                 )
                 half = self.cost[:, own].T - spent[:, None] - weight * (half - ratio[own][:, None])
                 swaps = np.where(own[:, None] == own, math.inf, half + half.T)
@@ -283,10 +281,10 @@ class Problem:
         return float(_ratio(float(pairs), float(self.samples[clients].sum())))
 
 
-def _ratio(pairs: np.ndarray | float, held: np.ndarray | float) -> np.ndarray:
+def _ratio(pairs: np.ndarray | float, totals: np.ndarray | float) -> np.ndarray:
     """Return Σ S_ij D_i D_j / C(D, 2), 0 with fewer than two samples."""
-    held = np.asarray(held)
-    count = held * (held - 1) / 2
+    totals = np.asarray(totals)
+    count = totals * (totals - 1) / 2
     result: np.ndarray = np.where(count > 0, pairs, 0.0) / np.where(count > 0, count, 1.0)
     return result
 

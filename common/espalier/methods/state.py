@@ -1,4 +1,4 @@
-"""The state of servers: sections of tensors and their network, and at the cloud the contents of a checkpoint."""
+"""State of the servers: the network and the sections of tensors, and at the cloud the contents of a checkpoint."""
 
 from __future__ import annotations
 
@@ -28,10 +28,10 @@ class ServerState:
     architecture : pb.ArchitectureSpec
         The network.
     payload : Payload
-        The network's tensors in the section `MODEL`, and the method's further sections. Not modified in place; a
+        The network's tensors in the section `MODEL`, and the method's other sections. It is not modified in place: a
         step replaces sections.
     population : int
-        Clients in the run (N), participants of a round or not.
+        Number of clients in the run (N), whether or not they participate in a round.
     round : int
         Finished rounds; in a method's step, the current round.
     peers : dict[str, pb.ArchitectureSpec]
@@ -46,7 +46,7 @@ class ServerState:
 
     @property
     def weights(self) -> Weights:
-        """The network's tensors; none where the servers hold no network."""
+        """The network's tensors; empty if the servers have no network."""
         return self.payload.get(MODEL) or Weights.pack({})
 
     @property
@@ -60,15 +60,15 @@ class ServerState:
         return frozenset(t.name for t in self.architecture.tensors if t.buffer)
 
     def section(self, section: SectionId) -> dict[str, np.ndarray]:
-        """Return the tensors of a section by name, as views; {} where there is no such section."""
+        """Return the tensors of a section by name, as views; {} if there is no such section."""
         return self.payload[section].views() if section in self.payload else {}
 
     def members(self, name: str) -> list[str]:
-        """Return the members of the sections of a name, in order."""
+        """Return the members of the sections with this name, in order."""
         return [section.member for section in self.payload if section.name == name]
 
     def put(self, sections: Sections) -> None:
-        """Add sections, or replace them by others of any layout."""
+        """Add or replace sections; the layout may change."""
         self.payload = self.payload.replaced({s: Weights.pack(arrays) for s, arrays in sections.items()})
 
     def add_section(self, section: SectionId) -> None:
@@ -78,7 +78,7 @@ class ServerState:
         self.put({section: {name: np.zeros_like(own[name]) for name in trained}})
 
     def assign(self, changed: Sections) -> None:
-        """Replace some tensors by others of the same shape; they are converted to the old dtypes."""
+        """Replace some tensors by others of the same shapes; they are converted to the existing dtypes."""
         replaced = {}
         for section, arrays in changed.items():
             if arrays:
@@ -103,7 +103,7 @@ class CloudState(ServerState):
     memory : dict[SectionId, dict[str, np.ndarray]]
         State of the method or the selection that only the cloud has.
     notes : dict[str, float]
-        Scalars of the newest window for the report; not in the checkpoint.
+        Scalars of the last window for the report; not in the checkpoint.
     """
 
     window: int = 0
@@ -117,14 +117,14 @@ class CloudState(ServerState):
         return build_model(self.architecture, self.weights)
 
     def adopt(self, model: nn.Module) -> None:
-        """Make a torch module the global model; the moving average is reset."""
+        """Replace the global model by a torch module, and reset the moving average."""
         self.architecture = models.describe(model)
         self.payload = self.payload.replaced({MODEL: Weights.pack(models.model_arrays(model))})
         self.ema = None
 
 
 def build_model(architecture: pb.ArchitectureSpec, weights: Weights) -> nn.Module:
-    """Build a torch module from an architecture and a payload that holds (at least) its tensors."""
+    """Build a torch module from an architecture and a payload that contains its tensors."""
     views = weights.views()
     return models.build_with(
         architecture, {t.name: torch.from_numpy(views[t.name].copy()) for t in architecture.tensors}
@@ -132,7 +132,7 @@ def build_model(architecture: pb.ArchitectureSpec, weights: Weights) -> nn.Modul
 
 
 def architecture_layout(architecture: pb.ArchitectureSpec) -> Layout:
-    """Return the layout of a payload that holds just the architecture's tensors."""
+    """Return the layout of a network's tensors."""
     return Layout.from_proto(architecture.tensors, "cloud")
 
 

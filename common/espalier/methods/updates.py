@@ -1,4 +1,4 @@
-"""Inputs and outputs of a method: clients' updates, deployed networks, inquiries to clients."""
+"""Inputs and outputs of a method: clients' updates, deployed networks and inquiries to clients."""
 
 from __future__ import annotations
 
@@ -16,26 +16,26 @@ from espalier_proto import espalier_pb2 as pb
 
 @dataclass(frozen=True)
 class Update:
-    """A client's reply as a server reads it: decoded, and under the server's sections.
+    """A client's decoded reply, with its tensors mapped to the server's sections.
 
     Attributes
     ----------
     name : str
-        The client.
+        Name of the client.
     sections : dict[SectionId, dict[str, np.ndarray]]
-        What it trained: whole tensors of the server, or leading slices of them.
+        The trained tensors: whole tensors of the server, or leading slices of them.
     received : dict[SectionId, dict[str, np.ndarray]]
         The same tensors as they were sent to it.
     samples : int
-        Training samples behind it (n_k).
+        The client's training samples (n_k).
     labels : np.ndarray
         The client's label counts, shape (classes,).
     metrics : Mapping[str, float]
-        Further scalars.
+        Other scalars.
     extra : dict[SectionId, dict[str, np.ndarray]]
         Sections that the server does not have, e.g. a gradient.
     report : pb.ClientReport
-        The reply's report.
+        The client report of the reply.
     """
 
     name: str
@@ -50,7 +50,7 @@ class Update:
 
 @dataclass(frozen=True)
 class Deployed:
-    """A network that users would deploy after a window, and that is evaluated.
+    """A network to evaluate after a window, which users would deploy.
 
     Attributes
     ----------
@@ -59,13 +59,13 @@ class Deployed:
     architecture : pb.ArchitectureSpec
         The network.
     weights : Weights
-        Its tensors (at least).
+        Tensors that include those of the network.
     clients : tuple of str, optional
-        Clients that it serves; None: all.
+        Clients for which it is intended; None: all.
     at_cloud, at_clients : bool
-        Where it can be measured: clients may be sent all clusters to choose from.
+        Whether the cloud and the clients can evaluate it.
     sections : mapping of SectionId to Weights
-        What clients are sent besides the network to measure it.
+        Other sections that clients need to evaluate it.
     """
 
     label: str
@@ -78,13 +78,13 @@ class Deployed:
 
     @property
     def payload(self) -> Payload:
-        """What clients are sent to measure it."""
+        """The payload that is sent to clients to evaluate it."""
         model = {MODEL: self.weights} if self.weights.layout.tensors else {}
         return Payload({**model, **self.sections})
 
 
 class Inquiry(Protocol):
-    """Asks clients something about a network; see `WindowAggregator.ask`."""
+    """Sends an inquiry about a network to clients; see `WindowAggregator.ask`."""
 
     def __call__(
         self,

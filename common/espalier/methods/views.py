@@ -42,13 +42,13 @@ class ClientView:
     architecture : pb.ArchitectureSpec
         The client's network.
     payload : Payload
-        What it is sent.
+        The sections that are sent to the client.
     sources : dict[str, SectionId]
-        Tensors of its network that are not in the server's `MODEL`, with the server's section that has them.
+        For tensors of its network that are not in the server's `MODEL`: the server's section that contains them.
     returns : tuple[str, ...]
-        Tensors of its network that come back.
+        Tensors of its network that the client sends back.
     coded : Payload, optional
-        `payload` in the form that is sent, where that is another one.
+        `payload` as encoded by the downlink codec, if there is one.
     """
 
     architecture: pb.ArchitectureSpec
@@ -58,12 +58,12 @@ class ClientView:
     coded: Payload | None = None
 
     def at_server(self, sections: Sections) -> dict[SectionId, dict[str, np.ndarray]]:
-        """Return a client's tensors by the server's sections."""
+        """Map a client's tensors to the server's sections."""
         found: dict[SectionId, dict[str, np.ndarray]] = {}
         for section, arrays in sections.items():
             for name, array in arrays.items():
-                place = self.sources.get(name, section) if section == MODEL else section
-                found.setdefault(place, {})[name] = array
+                source = self.sources.get(name, section) if section == MODEL else section
+                found.setdefault(source, {})[name] = array
         return found
 
 
@@ -88,7 +88,7 @@ def slice_view(view: pb.View, server: ServerState, sender: str) -> ClientView:
     Raises
     ------
     WireError
-        If the view has a tensor that the server does not have, or a larger one.
+        If the server does not have a tensor of the view, or has a smaller one.
     """
     layouts = (
         layouts_from_proto(view.sections, sender)
@@ -106,7 +106,7 @@ def slice_view(view: pb.View, server: ServerState, sender: str) -> ClientView:
             if whole is None or len(whole.shape) != len(spec.shape) or not _fits(spec, whole):
                 raise WireError(
                     sender,
-                    f"a view with tensor {spec.name!r}{list(spec.shape)}, which is no slice of the server's",
+                    f"a view with tensor {spec.name!r}{list(spec.shape)}, which is not a slice of the server's",
                 )
             parts[section][spec.name] = whole[tuple(slice(0, n) for n in spec.shape)]
     network = parts.get(MODEL, {})
@@ -138,7 +138,7 @@ def answer_layouts(
     kind : str
         One of `INQUIRIES`.
     architecture : pb.ArchitectureSpec
-        The network asked about.
+        The network that the inquiry is about.
     settings : RunSettings
         The run's configuration.
     population : int
@@ -160,7 +160,7 @@ def answer_layouts(
     if kind == "seeds":
         return {SEEDS: seeds_layout(metrics or {}, image_shape)}
     if kind == "samples":
-        # Generated images, as many as the cloud would generate with the whole network.
+        # Together the clients generate as many images as the cloud would.
         config = MessageToDict(architecture.config)
         if "sample_size" not in config:
             raise ValueError(f"samples of a {architecture.family} network, which generates no images")

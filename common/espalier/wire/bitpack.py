@@ -1,4 +1,4 @@
-"""Codes of any width packed without gaps, so that a quantised update takes the bits its formula says."""
+"""Packing of integer codes of 1 to 24 bits without padding, for quantised updates."""
 
 from __future__ import annotations
 
@@ -6,9 +6,9 @@ from collections.abc import Iterator
 
 import numpy as np
 
-#: Widest code: a float32 has 24 significant bits, finer levels and their sign would add nothing.
+#: Maximum bits of a code: a float32 has 24 significant bits, so wider codes would not be more accurate.
 MAX_WIDTH = 24
-#: Groups of eight codes worked on at a time, so that the temporary arrays stay in cache.
+#: Groups of eight codes that are processed at a time, so that the temporary arrays stay in cache.
 _GROUPS = 1 << 14
 
 
@@ -23,7 +23,7 @@ def code_dtype(width: int) -> np.dtype[np.generic]:
 
 
 def pack(codes: np.ndarray, width: int) -> np.ndarray:
-    """Write codes one after the other, the most significant bit of each first.
+    """Concatenate the bits of codes, each with its most significant bit first.
 
     Parameters
     ----------
@@ -35,14 +35,14 @@ def pack(codes: np.ndarray, width: int) -> np.ndarray:
     Returns
     -------
     np.ndarray
-        uint8, shape (ceil(count · width / 8),); the bits left over in the last byte are zero.
+        uint8, shape (ceil(count · width / 8),); the unused bits of the last byte are zero.
     """
     size = packed_size(len(codes), width)
     packed = np.empty(-(-len(codes) // 8) * width, np.uint8)
     for first in range(0, len(packed), _GROUPS * width):
         start = first // width * 8
         part = codes[start : start + 8 * _GROUPS]
-        # Eight codes fill exactly `width` bytes: byte and shift then depend on the place in the group only.
+        # Eight codes take exactly `width` bytes, so byte and shift depend only on the position in the group.
         group = np.zeros((-(-len(part) // 8), 8), np.uint32)
         group.reshape(-1)[: len(part)] = part
         out = np.zeros((len(group), width), np.uint8)
@@ -54,7 +54,7 @@ def pack(codes: np.ndarray, width: int) -> np.ndarray:
 
 
 def unpack(packed: np.ndarray, count: int, width: int) -> np.ndarray:
-    """Read what :func:`pack` wrote.
+    """Return the codes that :func:`pack` packed.
 
     Parameters
     ----------
@@ -73,7 +73,7 @@ def unpack(packed: np.ndarray, count: int, width: int) -> np.ndarray:
     Raises
     ------
     ValueError
-        If the length does not fit, or a bit after the last code is set.
+        If the number of bytes is wrong, or a bit after the last code is set.
     """
     if len(packed) != packed_size(count, width):
         raise ValueError(f"{len(packed)} bytes for {count} codes of {width} bits")
@@ -94,7 +94,7 @@ def unpack(packed: np.ndarray, count: int, width: int) -> np.ndarray:
 
 
 def _overlaps(width: int) -> Iterator[tuple[int, int, int]]:
-    """Yield (place in the group, byte of the group, left shift of the code) where the two share bits."""
+    """Yield (position of the code in its group, byte of the group, left shift) for every code and byte that overlap."""
     for place in range(8):
         end = (place + 1) * width
         for byte in range(place * width // 8, -(-end // 8)):

@@ -1,8 +1,8 @@
-"""Class tables: per class a vector and how many contributions it is the mean of (FD, FedProto, FedKTL).
+"""Class tables: a mean vector per class and the number of vectors averaged (FD, FedProto, FedKTL).
 
-A table is what clients of unlike models can add up: an edge merges its clients' tables and the cloud the edges',
-and a client can take its own share out again, ``(sum - own) / (count - 1)``. A class that nobody holds has no row;
-it is absent, not zero. Where the server's map is not linear (FedKTL) rows are stacked instead of added.
+Tables can be averaged over clients with different models: an edge merges its clients' tables, the cloud those of the
+edges, and a client can remove its own contribution, ``(sum - own) / (count - 1)``. A class without a contribution is
+absent, not zero. If the server's map is not linear (FedKTL), rows are stacked instead of averaged.
 """
 
 from __future__ import annotations
@@ -22,17 +22,17 @@ from espalier_proto import espalier_pb2 as pb
 SOFT_LABEL, PROTOTYPE, UNIT_PROTOTYPE = "soft-label", "prototype", "unit-prototype"
 KINDS = (SOFT_LABEL, PROTOTYPE, UNIT_PROTOTYPE)
 
-#: Section of the table that clients are given, and its tensors: means, counts, and the round whose replies it was
-#: made of (int64; absent: the round before).
+#: Section of the table that is sent to clients, and its tensors: means, counts, and the round whose replies were
+#: averaged (int64; absent: the previous round).
 TABLE = SectionId("table")
 MEAN, COUNT, ROUND = "mean", "count", "round"
 #: Section of the vectors that a client sends, and its tensor.
 REPLY = SectionId("vectors")
 VECTORS = "vectors"
 
-#: How far the sum of a distribution and the norm of a unit vector may be from 1, and a probability below 0.
+#: Tolerance for the sum of a distribution, the norm of a unit vector, and negative probabilities.
 TOLERANCE = 1e-4
-#: No larger count can be added to without loss.
+#: Largest count: above it a float64 does not represent every integer.
 MAX_COUNT = 2.0**53
 
 
@@ -49,7 +49,7 @@ class ClassTable:
     labels : numpy.ndarray
         int64 [n], ascending; the classes that are present.
     counts : numpy.ndarray
-        float64 [n], how many contributions each vector is the mean of; a client's own table has ones.
+        float64 [n], the number of contributions that each vector averages; 1 in a client's own table.
     vectors : numpy.ndarray
         float32 [n, D].
     """
@@ -69,7 +69,7 @@ class ClassTable:
         vectors: np.ndarray,
         counts: np.ndarray | Sequence[float] | None = None,
     ) -> Self:
-        """Return a table of rows with the dtypes of a table; counts are 1 where none are given."""
+        """Return a table with the given rows, converted to the dtypes of a table; counts default to 1."""
         labels = np.asarray(labels, dtype=np.int64)
         counts = np.ones(len(labels)) if counts is None else np.asarray(counts, dtype=np.float64)
         return cls(kind, classes, labels, counts, np.asarray(vectors, dtype=np.float32))
@@ -85,7 +85,7 @@ class ClassTable:
     # --- on the link -------------------------------------------------------------------------------
 
     def to_proto(self) -> pb.ClassTable:
-        """Return the description of the vectors, for the report."""
+        """Return the table without its vectors, for the report."""
         return pb.ClassTable(
             schema=SCHEMA,
             kind=self.kind,
@@ -106,21 +106,21 @@ class ClassTable:
         vectors : numpy.ndarray
             The tensor ``VECTORS`` of the section ``REPLY``.
         sender : str
-            Whom an error names.
+            Name of the sender, for error messages.
 
         Raises
         ------
         WireError
-            The message is of another schema, or the tensor is not float32 [labels, dimension].
+            If the message is of another schema, or the tensor is not float32 [labels, dimension].
         """
         if message.schema != SCHEMA:
-            raise WireError(sender, f"a class table of schema {message.schema}, this side speaks {SCHEMA}")
+            raise WireError(sender, f"a class table of schema {message.schema}, this side uses {SCHEMA}")
         labels = np.array(message.labels, dtype=np.int64)
         shape = (len(labels), message.dimension)
         if vectors.dtype != np.float32 or vectors.shape != shape:
             raise WireError(
                 sender,
-                f"class-table vectors {vectors.dtype} {list(vectors.shape)} where float32 {list(shape)} was said",
+                f"class-table vectors {vectors.dtype} {list(vectors.shape)}, expected float32 {list(shape)}",
             )
         counts = np.array(message.counts, dtype=np.float64)
         return cls(message.kind, message.classes, labels, counts, vectors)
@@ -131,16 +131,16 @@ class ClassTable:
         Parameters
         ----------
         sender : str
-            Whom an error names.
+            Name of the sender, for error messages.
         kind, classes : str, int
-            What the run exchanges.
+            Kind and number of classes that the run exchanges.
         dimension : int
-            Length of the run's vectors; 0 takes any.
+            Length of the run's vectors; 0: any.
 
         Raises
         ------
         WireError
-            Naming the first fault: kind, number of classes, dimension, labels, counts or vectors.
+            With the first fault in kind, number of classes, dimension, labels, counts or vectors.
         """
         if fault := self._fault(kind, classes, dimension):
             raise WireError(sender, fault)
@@ -187,7 +187,7 @@ class ClassTable:
             sums = self.vectors.sum(axis=1, dtype=np.float64)
             wrong = (self.vectors < -TOLERANCE).any(axis=1) | (np.abs(sums - 1) > TOLERANCE)
             if wrong.any():
-                return f"a soft label of class {self.labels[wrong][0]} that is no distribution"
+                return f"a soft label of class {self.labels[wrong][0]} that is not a distribution"
         if self.kind == UNIT_PROTOTYPE:
             norms = np.linalg.norm(self.vectors.astype(np.float64), axis=1)
             wrong = np.abs(norms - 1) > TOLERANCE
@@ -196,21 +196,21 @@ class ClassTable:
                 return f"a prototype of class {label} of norm {norm:.6g}, this run's have norm 1"
         return ""
 
-    # --- adding up ---------------------------------------------------------------------------------
+    # --- merging ---------------------------------------------------------------------------------
 
     def without(self, own: ClassTable) -> Self:
-        """Return the means over the others' contributions, ``(sum - own) / (count - own count)``.
+        """Return the means without some contributions, ``(sum - own) / (count - own count)``.
 
         Parameters
         ----------
         own : ClassTable
-            What was merged into this table; where a client's counts are 1, this is the leave-one-out mean of
-            Jeong et al. (2018) over the *other* contributors of a class.
+            A table that was merged into this one. If it is a client's, with counts of 1, the result is the
+            leave-one-out mean of Jeong et al. (2018) over the other contributors of a class.
 
         Returns
         -------
         ClassTable
-            A class of which less than one contribution is left is absent.
+            Classes with less than one remaining contribution are absent.
         """
         self._check_same(own)
         sums, counts = self._sums()
@@ -218,7 +218,7 @@ class ClassTable:
         left = self._from_sums(sums - own_sums, counts - own_counts, least=1.0)
         if self.kind != SOFT_LABEL:
             return left
-        # Sums were rounded before: a -1e-8 must not become a negative probability, which no loss bounds.
+        # Rounding errors of the sums can make a probability slightly negative, and the loss unbounded.
         vectors = np.maximum(left.vectors, 0.0)
         return replace(left, vectors=vectors / vectors.sum(axis=1, keepdims=True))
 
@@ -231,7 +231,7 @@ class ClassTable:
 
     @classmethod
     def from_dense(cls, kind: str, mean: np.ndarray, count: np.ndarray) -> Self:
-        """Return the table of what `dense` gives: the classes whose count is positive are present."""
+        """Return the table for the result of `dense`: classes with a positive count are present."""
         present = np.flatnonzero(count > 0)
         return cls.of(kind, len(count), present, mean[present], count[present])
 
@@ -248,23 +248,24 @@ class ClassTable:
         return self.of(self.kind, self.classes, present, means, counts[present])
 
     def _check_same(self, other: ClassTable) -> None:
-        mine, its = (self.kind, self.classes, self.dimension), (other.kind, other.classes, other.dimension)
-        if mine != its:
-            raise ValueError(f"class tables of unlike form: {mine} and {its}")
+        mine, others = (self.kind, self.classes, self.dimension), (other.kind, other.classes, other.dimension)
+        if mine != others:
+            raise ValueError(f"class tables of different form: {mine} and {others}")
 
 
 def merge(tables: Iterable[ClassTable]) -> ClassTable:
-    """Return the table of all contributions: sums and counts per class add up, absent classes stay absent.
+    """Return the table of all contributions: sums and counts are added per class.
 
     Parameters
     ----------
     tables : iterable of ClassTable
-        At least one, all of one kind, number of classes and dimension.
+        At least one, all of the same kind, number of classes and dimension.
 
     Raises
     ------
     ValueError
-        There is none, they differ, or they are of unit vectors, whose mean is no unit vector; stack their rows.
+        If there is no table, they differ in form, or they have unit vectors, whose mean is not a unit vector: stack
+        their rows instead.
     """
     first, *rest = tables
     if first.kind == UNIT_PROTOTYPE:
@@ -284,21 +285,21 @@ def given_arrays(table: ClassTable, round_: int) -> dict[str, np.ndarray]:
     Parameters
     ----------
     table : ClassTable
-        As merged.
+        The merged table.
     round_ : int
-        The round whose replies it was made of: a client that sent one for it takes its own out again.
+        The round whose replies were merged: a client that replied in it removes its own contribution.
     """
     mean, count = table.dense()
     return {MEAN: mean, COUNT: count, ROUND: np.array(round_, np.int64)}
 
 
 def given_table(arrays: Mapping[str, np.ndarray], kind: str, classes: int, sender: str) -> ClassTable | None:
-    """Read what `given_arrays` made; None where nothing was given yet.
+    """Read the tensors of `given_arrays`; None if no table has been sent yet.
 
     Raises
     ------
     WireError
-        The arrays do not fit each other, or `ClassTable.validate` finds a fault.
+        If means and counts do not match, or `ClassTable.validate` finds a fault.
     """
     if MEAN not in arrays:
         return None

@@ -1,4 +1,4 @@
-"""How a client's update is coded for the link: whole, in half precision, quantised or sparse."""
+"""The protocol of codecs for updates, and the codecs that code each number by itself: none, fp16 and bf16."""
 
 from __future__ import annotations
 
@@ -22,61 +22,62 @@ class CodecError(EspalierError):
 
 
 class Codec(Protocol):
-    """Codes the difference local − received of the trained tensors, float32, in the order of a layout.
+    """Encodes the differences local − received of the trained float32 tensors, in the order of a layout.
 
-    What decides is in the settings and the layout alone, so a receiver knows the length of every
-    coded array before it looks at one. Counters and running statistics never come in here.
+    The layout of the code depends on the settings and on the layout of the difference only, so a receiver knows the
+    length of every coded array in advance. Counters and running statistics are not passed to a codec.
     """
 
     #: Value of the setting `codec`.
     name: ClassVar[str]
-    #: Whether the decoded update is the update in expectation over `rng`.
+    #: Whether the expectation of the decoded update over `rng` is the update.
     unbiased: ClassVar[bool]
-    #: Whether it codes each tensor by itself, so that a sender may give it one after another.
+    #: Whether each tensor is coded independently, so that a sender may call `encode` per tensor.
     by_tensor: ClassVar[bool]
-    #: Whether no code stands for a number too large to be added up.
+    #: Whether every code decodes to a value within ±`espalier.wire.payload.LARGEST`.
     bounded: ClassVar[bool]
 
     def encode(
         self, arrays: Arrays, rng: np.random.Generator, into: Arrays | None = None
     ) -> dict[str, np.ndarray]:
-        """Return what goes on the wire, arrays that fit ``self.layout(Layout.of(arrays))``.
+        """Return the coded arrays, with the layout ``self.layout(Layout.of(arrays))``.
 
         Parameters
         ----------
         arrays : mapping of str to array
             The differences, float32.
         rng : np.random.Generator
-            Where a number is rounded at random.
+            Generator for stochastic rounding.
         into : mapping of str to array, optional
-            C-contiguous arrays of that layout to write to and return.
+            C-contiguous arrays of that layout, to which the code is written; they are returned.
 
         Raises
         ------
         CodecError
-            If a number is not finite.
+            If a value is not finite.
         """
 
     def decode(
         self, coded: Arrays, like: Layout, sender: str, into: Arrays | None = None
     ) -> dict[str, np.ndarray]:
-        """Return float32 arrays of the layout's names and shapes, in its order, that are the caller's own.
+        """Return float32 arrays with the names, shapes and order of a layout: `into`, or newly allocated ones.
 
         Parameters
         ----------
         coded : mapping of str to array
-            What came.
+            The received arrays.
         like : Layout
-            The difference's.
+            The layout of the difference.
         sender : str
-            Whom an error names.
+            Name of the sender, for error messages.
         into : mapping of str to array, optional
-            C-contiguous arrays to write to and return; what they hold after an error is undefined.
+            C-contiguous arrays to which the values are written, and which are returned; their content after an error
+            is undefined.
 
         Raises
         ------
         WireError
-            Naming `sender` and the fault, if `coded` is nothing that `encode` makes of such arrays.
+            If `coded` is not a possible result of `encode` for such arrays.
         """
 
     def layout(self, like: Layout) -> Layout:
@@ -84,7 +85,7 @@ class Codec(Protocol):
 
 
 class Whole:
-    """Sends every number as it is."""
+    """The identity: sends float32 values unchanged."""
 
     name: ClassVar[str] = "none"
     unbiased: ClassVar[bool] = True
@@ -103,7 +104,9 @@ class Whole:
     ) -> dict[str, np.ndarray]:
         """Return copies of the arrays."""
         check_coded(coded, self.layout(like), sender)
-        return filled({t.name: coded[t.name] for t in like.tensors}, room(like) if into is None else into)
+        return filled(
+            {t.name: coded[t.name] for t in like.tensors}, empty_arrays(like) if into is None else into
+        )
 
     def layout(self, like: Layout) -> Layout:
         """Return the same names and shapes in float32."""
@@ -113,9 +116,8 @@ class Whole:
 class Float16:
     """IEEE half precision, rounded to nearest: half the bytes.
 
-    A number beyond ±65504 becomes ±65504 instead of an infinity: a difference that large is rare, and
-    a clipped coordinate costs less than a client's whole round. Numbers below 3e-8 become zero; `bf16`
-    keeps them.
+    Values beyond ±65504 are clipped to ±65504 instead of overflowing: a difference that large is rare, and clipping
+    one coordinate is better than losing the whole update. Values below 3e-8 underflow to zero; `bf16` preserves them.
     """
 
     name: ClassVar[str] = "fp16"
@@ -128,15 +130,15 @@ class Float16:
     ) -> dict[str, np.ndarray]:
         """Return float16 arrays."""
         check_numbers(arrays)
-        halves = room(self.layout(Layout.of(arrays))) if into is None else into
+        halves = empty_arrays(self.layout(Layout.of(arrays))) if into is None else into
         return {name: to_half(a, halves[name], clip=True) for name, a in arrays.items()}
 
     def decode(
         self, coded: Arrays, like: Layout, sender: str, into: Arrays | None = None
     ) -> dict[str, np.ndarray]:
-        """Widen; exact."""
+        """Convert to float32, which is exact."""
         check_coded(coded, self.layout(like), sender)
-        wide = room(like) if into is None else into
+        wide = empty_arrays(like) if into is None else into
         return {t.name: from_half(coded[t.name], wide[t.name]) for t in like.tensors}
 
     def layout(self, like: Layout) -> Layout:
@@ -145,9 +147,9 @@ class Float16:
 
 
 class BFloat16:
-    """The upper half of a float32, rounded to nearest with ties to even: its range, 8 significant bits.
+    """bfloat16: the range of float32 with 8 significant bits, rounded to nearest with ties to even.
 
-    The few numbers that would round to infinity become the largest finite one, as in :class:`Float16`.
+    Values that would round to infinity are clipped to the largest finite value, as in :class:`Float16`.
     """
 
     name: ClassVar[str] = "bf16"
@@ -158,16 +160,16 @@ class BFloat16:
     def encode(
         self, arrays: Arrays, rng: np.random.Generator, into: Arrays | None = None
     ) -> dict[str, np.ndarray]:
-        """Return the 16 bits of each number as uint16, as a payload stores bfloat16."""
+        """Return the bfloat16 bits as uint16, the representation of bfloat16 in a payload."""
         check_numbers(arrays)
         return filled({name: _to_bfloat16(a) for name, a in arrays.items()}, into)
 
     def decode(
         self, coded: Arrays, like: Layout, sender: str, into: Arrays | None = None
     ) -> dict[str, np.ndarray]:
-        """Widen; exact."""
+        """Convert to float32, which is exact."""
         check_coded(coded, self.layout(like), sender)
-        wide = room(like) if into is None else into
+        wide = empty_arrays(like) if into is None else into
         for tensor in like.tensors:
             bits = wide[tensor.name].view(np.uint32)
             bits[...] = coded[tensor.name]
@@ -183,12 +185,12 @@ class BFloat16:
 
 
 def check_numbers(arrays: Arrays) -> None:
-    """Refuse an update that no receiver would take, before it is rounded into one that looks sound.
+    """Check that an update is finite, before clipping or rounding can hide a value that is not.
 
     Raises
     ------
     CodecError
-        If a number is not finite.
+        If a value is not finite.
     ValueError
         If an array is not float32.
     """
@@ -203,17 +205,17 @@ def check_numbers(arrays: Arrays) -> None:
 
 
 def check_coded(coded: Arrays, layout: Layout, sender: str) -> None:
-    """Refuse coded arrays that do not have a layout's names, dtypes, shapes and finite numbers.
+    """Check that coded arrays have the names, dtypes and shapes of a layout, and finite values.
 
     Raises
     ------
     WireError
-        Naming `sender` and the first fault.
+        With the first fault found.
     """
     expected = {t.name: t for t in layout.tensors}
     if set(coded) != set(expected):
-        odd = sorted(set(coded) ^ set(expected))[0]
-        raise WireError(sender, f"coded array {odd!r} is {'missing' if odd in expected else 'superfluous'}")
+        name = sorted(set(coded) ^ set(expected))[0]
+        raise WireError(sender, f"coded array {name!r} is {'missing' if name in expected else 'superfluous'}")
     for name, tensor in expected.items():
         array = coded[name]
         if array.dtype != STORED_AS[tensor.dtype] or array.shape != tensor.shape:
@@ -232,13 +234,13 @@ def check_coded(coded: Arrays, layout: Layout, sender: str) -> None:
             raise WireError(sender, f"coded array {name!r} holds a value that is not finite")
 
 
-def room(like: Layout) -> dict[str, np.ndarray]:
-    """Return arrays of a layout to be filled, in one block: a tensor's pages each cost more than its numbers do."""
+def empty_arrays(like: Layout) -> dict[str, np.ndarray]:
+    """Return uninitialised arrays of a layout; one allocation for all causes fewer page faults than one per tensor."""
     return Weights.empty(like).views()
 
 
 def filled(arrays: Arrays, into: Arrays | None) -> dict[str, np.ndarray]:
-    """Return arrays, copied to others where those are given."""
+    """Return arrays, or copy them to `into` and return that."""
     if into is None:
         return dict(arrays)
     for name, array in arrays.items():
@@ -247,14 +249,14 @@ def filled(arrays: Arrays, into: Arrays | None) -> dict[str, np.ndarray]:
 
 
 def flatten(arrays: Arrays) -> np.ndarray:
-    """Return all numbers of an update as one new float32 vector, after :func:`check_numbers`."""
+    """Return an update as one new float32 vector, checked with :func:`check_numbers`."""
     check_numbers(arrays)
     parts = [a.reshape(-1) for a in arrays.values()]
     return np.concatenate(parts) if parts else np.empty(0, np.float32)
 
 
 def unflatten(flat: np.ndarray, like: Layout) -> dict[str, np.ndarray]:
-    """Return a vector's tensors as views."""
+    """Return the tensors of a flat update as views."""
     arrays, start = {}, 0
     for tensor in like.tensors:
         arrays[tensor.name] = flat[start : start + tensor.size].reshape(tensor.shape)
@@ -263,7 +265,7 @@ def unflatten(flat: np.ndarray, like: Layout) -> dict[str, np.ndarray]:
 
 
 def numbers(like: Layout) -> int:
-    """Return d, the numbers of an update."""
+    """Return d, the number of elements of an update."""
     return sum(t.size for t in like.tensors)
 
 
@@ -273,8 +275,8 @@ def _retyped(like: Layout, dtype: str) -> Layout:
 
 def _to_bfloat16(array: np.ndarray) -> np.ndarray:
     bits = np.ascontiguousarray(array).reshape(-1).view(np.uint32)
-    # Adding just under half of the lower 16 bits' range, and one more where the result is odd,
-    # carries into the upper half exactly when the nearest, or on a tie the even, neighbour is above.
+    # Round half to even: adding 0x7FFF, and 1 more if the lowest bit of the upper half is set, carries into the
+    # upper half exactly if the nearest bfloat16 (on a tie: the even one) is the next larger.
     rounded = bits + (np.uint32(0x7FFF) + ((bits >> np.uint32(16)) & np.uint32(1)))
     half = (rounded >> np.uint32(16)).astype(np.uint16).reshape(array.shape)
     overflow = (half & _BF16_EXPONENT) == _BF16_EXPONENT

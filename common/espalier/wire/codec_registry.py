@@ -33,14 +33,14 @@ def create_codec(settings: RunSettings, name: str = "") -> Codec:
     Parameters
     ----------
     settings : RunSettings
-        The run's settings; those of the chosen codec (`QSGD.Settings`, `TopK.Settings`) are read, too.
+        The run's settings, including those of the codec (`QSGD.Settings`, `TopK.Settings`).
     name : str, optional
         The codec that the method uses for ``codec=auto``; by default the value of the setting.
 
     Raises
     ------
     ValueError
-        There is no codec of that name; "auto" is none.
+        If there is no codec of that name; "auto" is not a codec.
     """
     name = name or settings.of(CodecSettings).codec
     if name == "qsgd":

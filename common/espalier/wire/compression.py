@@ -1,4 +1,4 @@
-"""The codecs that drop information to save uplink: stochastic quantisation and sparsification."""
+"""Lossy codecs of whole updates: stochastic quantisation (QSGD) and sparsification (top-k)."""
 
 from __future__ import annotations
 
@@ -15,26 +15,26 @@ from espalier.wire.codec import Arrays, CodecError, check_coded, filled, flatten
 from espalier.wire.payload import Layout, TensorSpec
 
 MAX_LEVELS = 2 ** (MAX_WIDTH - 1) - 1
-"""Most levels of :class:`QSGD`: with the sign they fill the widest code."""
+"""Maximum number of levels of :class:`QSGD`: with the sign bit they take `MAX_WIDTH` bits."""
 
-#: Numbers quantised at a time: the arithmetic is in double precision and must not double a large model.
+#: Elements quantised at a time; it bounds the memory of the temporary double-precision arrays.
 _CHUNK = 1 << 16
 
 
 class QSGD:
     """Stochastic quantisation to s levels of the 2-norm (FedPAQ, arXiv 1909.13014, §3.2; QSGD, 1610.02132).
 
-    ``Q(x)_i = ‖x‖ · sign(x_i) · ξ_i`` with ``s·ξ_i`` one of the two whole numbers around
-    ``a = s·|x_i|/‖x‖``, the upper one with probability ``a − ⌊a⌋``. So ``E Q(x) = x`` and
-    ``E‖Q(x) − x‖² ≤ min(d/s², √d/s)·‖x‖²``. A number takes 1 + ⌈log2(s+1)⌉ bits, a norm 32.
+    ``Q(x)_i = ‖x‖ · sign(x_i) · ξ_i``, where ``s·ξ_i`` is ``a = s·|x_i|/‖x‖`` rounded up with probability
+    ``a − ⌊a⌋`` and down otherwise. So ``E Q(x) = x`` and ``E‖Q(x) − x‖² ≤ min(d/s², √d/s)·‖x‖²``. An element takes
+    1 + ⌈log2(s+1)⌉ bits, a norm 32.
 
     Parameters
     ----------
     levels : int
         s, 1 (ternary) to `MAX_LEVELS`.
     per_tensor : bool
-        Whether each tensor has a norm of its own, a scheme of less variance than the paper's, where
-        the norm is that of the whole difference.
+        Whether each tensor is scaled by its own norm, which reduces the variance; in the paper the norm is that of the
+        whole difference.
     """
 
     class Settings(SettingsGroup):
@@ -59,18 +59,18 @@ class QSGD:
         if not 1 <= levels <= MAX_LEVELS:
             raise ValueError(f"{levels} levels; 1 to {MAX_LEVELS} can be coded")
         self.levels, self.per_tensor = levels, per_tensor
-        #: Bits per number: s.bit_length() is ceil(log2(s + 1)) without its rounding errors.
+        #: Bits per element: s.bit_length() is ceil(log2(s + 1)) without rounding errors.
         self.width = 1 + levels.bit_length()
 
     def encode(
         self, arrays: Arrays, rng: np.random.Generator, into: Arrays | None = None
     ) -> dict[str, np.ndarray]:
-        """Return the packed codes, a number's sign above its level, and the float32 norms.
+        """Return the packed codes (the sign bit, then the level) and the float32 norms.
 
         Raises
         ------
         CodecError
-            If a number is not finite, or a norm exceeds what a float32 holds.
+            If a value is not finite, or a norm exceeds the range of float32.
         """
         flat = flatten(arrays)
         blocks = self._blocks(Layout.of(arrays))
@@ -90,7 +90,7 @@ class QSGD:
     def decode(
         self, coded: Arrays, like: Layout, sender: str, into: Arrays | None = None
     ) -> dict[str, np.ndarray]:
-        """Return norm · sign · level / s for every number."""
+        """Return norm · sign · level / s for every element."""
         check_coded(coded, self.layout(like), sender)
         norms = coded[self.NORMS]
         if (norms < 0).any():
@@ -121,19 +121,19 @@ class QSGD:
         )
 
     def _blocks(self, like: Layout) -> list[tuple[int, int]]:
-        """Return the ranges of the flat update that have a norm each."""
+        """Return the ranges of the flat update that are scaled by one norm each."""
         if not self.per_tensor:
             return [(0, numbers(like))]
         ends = np.cumsum([t.size for t in like.tensors], dtype=np.int64)
         return [(int(end) - t.size, int(end)) for t, end in zip(like.tensors, ends, strict=True)]
 
     def _quantise(self, values: np.ndarray, norm: np.float32, rng: np.random.Generator) -> np.ndarray:
-        """Round at random to codes; draws even for a zero norm, so that one block never shifts the next."""
+        """Round stochastically to codes; `rng` advances by the same amount if the norm is 0."""
         draws = rng.random(len(values))
         if norm == 0:
             return np.zeros(len(values), code_dtype(self.width))
-        # Product before quotient: |x|·s is exact in double precision, so a number that lies on a level
-        # stays there, and none comes out above s.
+        # Multiply before dividing: |x|·s is exact in double precision, so a value that equals a level is not rounded,
+        # and no level exceeds s.
         scaled = np.abs(values, dtype=np.float64) * self.levels / np.float64(norm)
         lower = np.floor(scaled)
         levels = (lower + (draws < scaled - lower)).astype(np.uint32)
@@ -143,20 +143,20 @@ class QSGD:
 
 
 class TopK:
-    """The largest numbers of the whole difference, the rest zero (Aji and Heafield 2017, arXiv 1704.05021).
+    """Sparsification to the largest absolute values of the whole difference (Aji and Heafield 2017, arXiv 1704.05021).
 
-    Biased: what is left out is lost (no error is carried over). Of equally large numbers the first ones
-    are kept. Positions travel as a bit mask or as rising uint32 indices, whichever is smaller for the
-    share that is kept: the mask from one number in 32 on.
+    Biased: the other elements become zero, and their error is not accumulated. Among equal absolute values the first
+    are selected. Positions are sent as a bit mask or as ascending uint32 indices, whichever is smaller: the mask from
+    a share of 1/32 on.
 
     Parameters
     ----------
     keep : float
-        Share of the numbers that is sent, in (0, 1]; at least one is.
+        Share of the elements that are sent, in (0, 1]; at least one is.
     """
 
     class Settings(SettingsGroup):
-        """The share of numbers."""
+        """The share of elements that are sent."""
 
         codec_keep: float = Field(default=0.05, gt=0, le=1, description="share of the numbers that are sent")
 
@@ -165,7 +165,7 @@ class TopK:
     by_tensor: ClassVar[bool] = False
     bounded: ClassVar[bool] = False
 
-    #: Names of the coded arrays; one of the latter two is there.
+    #: Names of the coded arrays: the values, and either the indices or the mask.
     VALUES, INDICES, MASK = "top-k/values", "top-k/indices", "top-k/mask"
 
     def __init__(self, keep: float) -> None:
@@ -173,16 +173,16 @@ class TopK:
             raise ValueError(f"a share of {keep}; a number in (0, 1] is expected")
         self.keep = keep
 
-    def kept(self, size: int) -> int:
-        """Return how many of `size` numbers are sent: their share, rounded, and at least one."""
+    def selected(self, size: int) -> int:
+        """Return how many of `size` elements are sent: the rounded share, at least one."""
         return min(size, max(1, math.floor(self.keep * size + 0.5)))
 
     def encode(
         self, arrays: Arrays, rng: np.random.Generator, into: Arrays | None = None
     ) -> dict[str, np.ndarray]:
-        """Return the largest numbers in the order of their positions, and those positions."""
+        """Return the values of largest magnitude in the order of their positions, and the positions."""
         flat = flatten(arrays)
-        count = self.kept(len(flat))
+        count = self.selected(len(flat))
         chosen = _largest(np.abs(flat), count)
         values = flat[chosen]
         if self._masked(len(flat)):
@@ -192,7 +192,7 @@ class TopK:
     def decode(
         self, coded: Arrays, like: Layout, sender: str, into: Arrays | None = None
     ) -> dict[str, np.ndarray]:
-        """Return the sent numbers in their places, zeros elsewhere."""
+        """Return the values at their positions, and zeros elsewhere."""
         check_coded(coded, self.layout(like), sender)
         size = numbers(like)
         flat = np.zeros(size, np.float32)
@@ -202,7 +202,9 @@ class TopK:
                 raise WireError(sender, "the mask of the update has bits after the last number")
             chosen = bits[:size].view(np.bool_)
             if (count := int(np.count_nonzero(chosen))) != len(coded[self.VALUES]):
-                raise WireError(sender, f"the mask names {count} numbers, {len(coded[self.VALUES])} came")
+                raise WireError(
+                    sender, f"the mask marks {count} elements for {len(coded[self.VALUES])} values"
+                )
             flat[chosen] = coded[self.VALUES]
         else:
             indices = coded[self.INDICES]
@@ -216,9 +218,9 @@ class TopK:
         return filled(unflatten(flat, like), into)
 
     def layout(self, like: Layout) -> Layout:
-        """Return the layout of the values and of their positions."""
+        """Return the layout of the values and their positions."""
         size = numbers(like)
-        count = self.kept(size)
+        count = self.selected(size)
         positions = (
             TensorSpec(self.MASK, "uint8", (packed_size(size, 1),))
             if self._masked(size)
@@ -227,12 +229,12 @@ class TopK:
         return Layout((TensorSpec(self.VALUES, "float32", (count,)), positions))
 
     def _masked(self, size: int) -> bool:
-        """Whether a bit for every number takes no more bytes than an index for each one kept."""
-        return packed_size(size, 1) <= 4 * self.kept(size)
+        """Whether the mask of `size` bits takes no more bytes than the indices."""
+        return packed_size(size, 1) <= 4 * self.selected(size)
 
 
 def _norm(values: np.ndarray) -> np.float32:
-    """Return the 2-norm; summed in double precision it is never below the largest |value|."""
+    """Return the 2-norm, summed in double precision so that it is not below the largest |value|."""
     squares = sum(
         float(np.sum(np.square(values[at : at + _CHUNK], dtype=np.float64)))
         for at in range(0, len(values), _CHUNK)
@@ -242,7 +244,7 @@ def _norm(values: np.ndarray) -> np.float32:
 
 
 def _largest(sizes: np.ndarray, count: int) -> np.ndarray:
-    """Return the mask of the `count` largest of `sizes`; of equal ones the first."""
+    """Return the mask of the `count` largest of `sizes`; among equal ones the first."""
     if count == len(sizes):
         return np.ones(len(sizes), np.bool_)
     threshold = np.partition(sizes, len(sizes) - count)[len(sizes) - count]

@@ -1,4 +1,4 @@
-"""Control messages: how a protobuf becomes part of a Flower message, and how one is read back."""
+"""Control messages: packing of protobufs into Flower messages, and reading them back."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from espalier.wire.payload import Layout
 from espalier.wire.sections import MODEL, Layouts, Payload, SectionId, layouts_from_proto
 from espalier_proto import espalier_pb2 as pb
 
-#: Version of proto/espalier_proto/espalier.proto; raised when a message changes its meaning.
+#: Version of proto/espalier_proto/espalier.proto; incremented when the meaning of a message changes.
 SCHEMA = 2
 
-#: Message types. A plan rides on Flower's own "train", so that any Flower strategy can carry one;
-#: the actions of ours are named so that no user's app has them too.
+#: Message types. A plan is sent in Flower's own "train", so that any Flower strategy can send one; the prefix of the
+#: other actions avoids collisions with those of a user's app.
 TRAIN = "train"
 HELLO = "query.espalier_hello"
 INQUIRY = "query.espalier_inquiry"
@@ -27,11 +27,11 @@ REFUSAL = "query.espalier_refusal"
 PROGRESS = "query.espalier_progress"
 DONE = "query.espalier_done"
 
-#: Record keys: Flower's own defaults for arrays, config and metrics, one of ours for the report.
+#: Record keys: Flower's defaults for arrays, config and metrics, and Espalier's for the report.
 ARRAYS, CONFIG, METRICS, REPORT = "arrays", "config", "metrics", "espalier"
-#: Key inside the config record that holds a plan, inside the report record that holds a report.
+#: Key of the plan in the config record, and of the report in the report record.
 PLAN = "espalier"
-#: Flower's weighting key.
+#: Flower's key of the weight of a reply.
 NUM_EXAMPLES = "num-examples"
 
 P = TypeVar("P", bound=Proto)
@@ -45,14 +45,14 @@ def decode(kind: type[P], data: object, sender: str) -> P:
     kind : type
         The expected protobuf class; it has a field `schema`.
     data : object
-        What the record held; bytes if all is well.
+        The value in the record; bytes if the message is valid.
     sender : str
-        Whom an error names.
+        Name of the sender, for error messages.
 
     Raises
     ------
     WireError
-        If it is not bytes, truncated, of another type or of an unknown schema version.
+        If `data` is not bytes, is truncated, is not of that class, or is of another schema version.
     """
     if not isinstance(data, bytes):
         raise WireError(sender, f"no {kind.__name__} in the message")
@@ -60,48 +60,48 @@ def decode(kind: type[P], data: object, sender: str) -> P:
     try:
         message.ParseFromString(data)
     except DecodeError as error:
-        raise WireError(sender, f"a {kind.__name__} that is truncated or no protobuf") from error
+        raise WireError(sender, f"a {kind.__name__} that is truncated or not a protobuf") from error
     schema: int = getattr(message, "schema", 0)
     if schema != SCHEMA:
         raise WireError(
             sender,
-            f"a {kind.__name__} of schema {schema}{_version_of(message)}, this side speaks {SCHEMA} (espalier "
+            f"a {kind.__name__} of schema {schema}{_version_of(message)}, this side uses {SCHEMA} (espalier "
             f"{distribution.version()}); install the same version of espalier-fl on both",
         )
     return message
 
 
 def _version_of(message: Proto) -> str:
-    """Return which Espalier a hello of another schema says it is from, as far as that can be read."""
+    """Return the Espalier version in a hello of another schema, if it can be read; else ""."""
     facts = getattr(message, "facts", None)
     version = facts.versions.get("espalier", "") if facts is not None else ""
     return f" (espalier {version[:32]})" if version else ""
 
 
 def plan_bytes(message: Message) -> bytes | None:
-    """Return the plan that a message carries, None for a plain Flower message."""
+    """Return the serialized plan of a message, or None for a plain Flower message."""
     record = config_of(message, CONFIG)
     data = record.get(PLAN) if record is not None else None
     return data if isinstance(data, bytes) else None
 
 
 def config_of(message: Message, key: str) -> ConfigRecord | None:
-    """Return a config record of a message, None where there is none of that key.
+    """Return a config record of a message, or None if there is none of that key.
 
-    Not by `content.config_records`: that view makes a reference cycle which keeps the payload in
-    memory until the next garbage collection.
+    It does not use `content.config_records`, which creates a reference cycle: the payload would stay in memory until
+    the next garbage collection.
     """
     record = message.content.get(key) if message.has_content() else None
     return record if isinstance(record, ConfigRecord) else None
 
 
 def plan_content(plan: Proto, payload: Payload) -> RecordDict:
-    """Pack a plan and its payload."""
+    """Return the content of a message with a plan and its payload."""
     return RecordDict({**payload.to_records(), CONFIG: ConfigRecord({PLAN: plan.SerializeToString()})})
 
 
 def report_content(report: Proto, payload: Payload, samples: int, loss: float) -> RecordDict:
-    """Pack a report and its payload, with the MetricRecord of an ordinary Flower reply."""
+    """Return the content of a reply with a report, its payload and the MetricRecord that Flower strategies expect."""
     return RecordDict(
         {
             **payload.to_records(),
@@ -112,17 +112,17 @@ def report_content(report: Proto, payload: Payload, samples: int, loss: float) -
 
 
 def control_content(message: Proto) -> RecordDict:
-    """Pack a control message without a payload (a hello, a progress note)."""
+    """Return the content of a control message without a payload (a hello, an edge's progress)."""
     return RecordDict({REPORT: ConfigRecord({PLAN: message.SerializeToString()})})
 
 
 def read_control(kind: type[P], message: Message, sender: str) -> P:
-    """Read the report or hello in a reply; see :func:`decode`.
+    """Read the report or hello of a reply; see :func:`decode`.
 
     Raises
     ------
     WireError
-        If the reply is an error or holds no such message.
+        If the reply is an error, or :func:`decode` rejects its control message.
     """
     if message.has_error():
         raise WireError(sender, f"an error instead of a {kind.__name__}: {message.error.reason}")
@@ -131,17 +131,17 @@ def read_control(kind: type[P], message: Message, sender: str) -> P:
 
 
 def array_records(content: RecordDict) -> dict[str, ArrayRecord]:
-    """Return the ArrayRecords of a message by key; not by `content.array_records`, see :func:`config_of`."""
+    """Return the ArrayRecords of a message by key, without `content.array_records`: see :func:`config_of`."""
     return {key: record for key, record in content.items() if isinstance(record, ArrayRecord)}
 
 
 def read_payload(message: Message, layouts: Layouts, sender: str) -> Payload:
-    """Read the payload of a message against the sections that are expected; see `Payload.read`."""
+    """Read the payload of a message and check it against the expected sections; see `Payload.read`."""
     return Payload.read(array_records(message.content), layouts, sender)
 
 
 def plan_sections(plan: pb.WindowPlan | pb.RoundPlan, sender: str) -> dict[SectionId, Layout]:
-    """Return the sections of a plan's payload: its own, or the architecture's tensors."""
+    """Return the sections of a plan's payload: those that it lists, or else the architecture's tensors."""
     if plan.sections:
         data = pb.View(sections=plan.sections).SerializeToString(deterministic=True)
     else:
@@ -152,26 +152,26 @@ def plan_sections(plan: pb.WindowPlan | pb.RoundPlan, sender: str) -> dict[Secti
 
 @lru_cache(maxsize=16)
 def _sections(data: bytes, sender: str) -> dict[SectionId, Layout]:
-    """Read the sections of a plan, which is nearly always that of the round before."""
+    """Read the sections of a plan; cached, because consecutive rounds usually have the same ones."""
     view = pb.View.FromString(data)
     layouts = (
         layouts_from_proto(view.sections, sender)
         if view.sections
         else {MODEL: Layout.from_proto(view.architecture.tensors, sender)}
     )
-    # A section without tensors says that there are none: a plan that lists no section sends the network.
+    # A plan without a payload lists an empty section, because a plan that lists no section sends the network.
     return {section: layout for section, layout in layouts.items() if layout.tensors}
 
 
 def check_same_run(
     plan: pb.WindowPlan | pb.RoundPlan, report: pb.ClientReport | pb.EdgeReport, sender: str
 ) -> None:
-    """Refuse a reply to another run, window or round.
+    """Check that a reply is to this run, window and round.
 
     Raises
     ------
     WireError
-        If the reply is foreign or stale.
+        If the reply is to another run, window or round.
     """
     if report.run != plan.run or report.window != plan.window:
         raise WireError(

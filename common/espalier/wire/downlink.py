@@ -1,4 +1,4 @@
-"""Encodes and decodes what servers send down, to edges and to clients: a plan and its payload."""
+"""Encoding of payloads from servers to edges and clients."""
 
 from __future__ import annotations
 
@@ -18,20 +18,20 @@ from espalier_proto import espalier_pb2 as pb
 
 
 class DownlinkEncoding:
-    """How a server's tensors are encoded on the link: sender and receiver both derive it from the plan.
+    """The encoding of a server's tensors; sender and receiver both derive it from the plan.
 
-    Only trained float32 tensors of the plan's network are coded; statistics, counters and the sections of a
-    method travel as they are. The sender keeps its own numbers in full precision: each rounding is of those, so
-    rounding errors do not accumulate.
+    Only trained float32 tensors of the plan's network are coded; statistics, counters and a method's sections are
+    sent unchanged. The sender rounds its own full-precision values each time, so rounding errors do not
+    accumulate.
 
     Parameters
     ----------
     layouts : mapping of SectionId to Layout
         The sections before coding.
     architecture : pb.ArchitectureSpec
-        The network that is sent.
+        The network that the plan describes.
     settings : RunSettings
-        The run's; `downlink` names the codec.
+        The run's settings; `downlink` names the codec.
     """
 
     def __init__(self, layouts: Layouts, architecture: pb.ArchitectureSpec, settings: RunSettings) -> None:
@@ -50,18 +50,18 @@ class DownlinkEncoding:
         self.wire[MODEL] = Layout(tuple(narrow.get(t.name, t) for t in self._layout.tensors))
 
     def encode(self, payload: Payload) -> tuple[Payload, Payload]:
-        """Return the payload to send, and the tensors as its receivers will read them.
+        """Return the payload to send, and the tensors as the receivers will decode them.
 
         Raises
         ------
         CodecError
-            If a number is not finite.
+            If a value is not finite.
         """
         if self._codec is None:
             return payload, payload
         model = payload[MODEL]
         if model.link is not None and model.link.layout == self.wire[MODEL]:
-            # Rounding again what was rounded before gives the same bits.
+            # The values are rounded already; rounding them again would give the same bits.
             return payload.replaced({MODEL: model.link}), payload
         views, coded, names = model.views(), Weights.blank(self.wire[MODEL]), set(self._coded.names)
         into = coded.views()
@@ -79,7 +79,7 @@ class DownlinkEncoding:
         Raises
         ------
         WireError
-            If a code is not valid, or stands for a number that cannot be added up.
+            If a code is invalid, or decodes to a value that `fault_of` rejects.
         """
         if self._codec is None:
             return payload
@@ -87,17 +87,17 @@ class DownlinkEncoding:
 
     def _decode(self, model: Weights, sender: str) -> Weights:
         assert self._codec is not None
-        came = model.views()
+        encoded = model.views()
         found = Weights.empty(self._layout)
         into = found.views()
         coded = {n: into[n] for n in self._coded.names}
-        self._codec.decode({n: came[n] for n in coded}, self._coded, sender, coded)
+        self._codec.decode({n: encoded[n] for n in coded}, self._coded, sender, coded)
         for name, array in coded.items() if not self._codec.bounded else ():
             if fault := fault_of(array):
-                raise WireError(sender, f"tensor {name!r} comes to {fault}")
+                raise WireError(sender, f"tensor {name!r} decodes to {fault}")
         for name, array in into.items():
             if name not in coded:
-                np.copyto(array, came[name], casting="no")
+                np.copyto(array, encoded[name], casting="no")
         return found
 
 
@@ -109,7 +109,7 @@ def read_downlink(
     *,
     send_on: bool = False,
 ) -> Payload:
-    """Read the payload that came with a plan.
+    """Read the payload of a message that carries a plan.
 
     Parameters
     ----------
@@ -118,16 +118,16 @@ def read_downlink(
     plan : pb.WindowPlan or pb.RoundPlan
         The plan in it.
     settings : RunSettings
-        The run's.
+        The run's settings.
     sender : str
-        Whom an error names.
+        Name of the sender, for error messages.
     send_on : bool
-        Whether the tensors will be sent on: then their received form is stored with them.
+        Whether the tensors will be forwarded; if so, their encoded form is stored with them (`Weights.link`).
 
     Raises
     ------
     WireError
-        Naming the sender, if the payload is not what the plan says.
+        If the payload does not have the sections that the plan describes.
     """
     encoding = DownlinkEncoding(control.plan_sections(plan, sender), plan.architecture, settings)
     received = control.read_payload(message, encoding.wire, sender)

@@ -1,4 +1,4 @@
-"""Hellos: what a client or an edge says of itself, checked on receipt."""
+"""Hellos: device facts and versions that a node sends, and the checks of a received hello."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from espalier.errors import WireError
 from espalier.models.presets import classifiers
 from espalier_proto import espalier_pb2 as pb
 
-#: A histogram or class list longer than this is no label set.
+#: Maximum number of classes.
 MAX_CLASSES = 100_000
-#: More samples than any device holds; the sums of many such clients still fit every field that counts them.
+#: Maximum number of samples of a client, chosen so that the sum over many clients fits into every field for it.
 MAX_SAMPLES = 10**12
 
 
@@ -24,9 +24,9 @@ def check_client_hello(hello: pb.ClientHello, sender: str) -> None:
     Raises
     ------
     WireError
-        If the histogram does not fit the classes, a count is negative or not finite, the image
-        shape is no (C, H, W), there is no sample, the level is no share, the model is no classifier,
-        or the speed or the link's time is negative or not finite.
+        If the histogram does not have one count per class, a count is negative or not finite, the image shape is not
+        (C, H, W), there is no sample, the level is outside [0, 1], the model is not a known classifier, or the speed
+        or the link's round-trip time is negative or not finite.
     """
     classes = len(hello.classes)
     if not 0 < classes <= MAX_CLASSES:
@@ -50,37 +50,37 @@ def check_client_hello(hello: pb.ClientHello, sender: str) -> None:
     if not 0 <= hello.level <= 1:  # NaN fails here, too
         raise WireError(sender, f"the level {hello.level:g}, expected a share in (0, 1], or 0 for none")
     if hello.model and hello.model not in classifiers():
-        raise WireError(sender, f"the model {hello.model!r}, which is none of this version's classifiers")
+        raise WireError(sender, f"the model {hello.model!r}, which is not a classifier of this version")
     if not 0 <= hello.facts.speed < math.inf:
-        raise WireError(sender, f"the speed {hello.facts.speed:g}, which no device has")
+        raise WireError(sender, f"the speed {hello.facts.speed:g}, expected a finite number, not negative")
     if not 0 <= hello.link_seconds < math.inf:
-        raise WireError(sender, f"a link of {hello.link_seconds:g} s")
+        raise WireError(sender, f"a link of {hello.link_seconds:g} s, expected a finite number, not negative")
 
 
 def device_facts(device: str) -> pb.DeviceFacts:
-    """Describe this machine: device, cores, memory in bytes, versions of what must match."""
+    """Describe this machine: device, cores, memory in bytes, and the versions of `own_versions`."""
     pages, page = os.sysconf("SC_PHYS_PAGES"), os.sysconf("SC_PAGE_SIZE")
     return pb.DeviceFacts(
         device=device, cores=os.cpu_count() or 1, memory_bytes=pages * page, versions=own_versions()
     )
 
 
-@functools.cache  # each is a file to be read, and they are compared with every client's
+@functools.cache  # each version is read from a file, and they are compared for every client
 def own_versions() -> Mapping[str, str]:
-    """Return the versions of what must match between tiers, and of torch."""
+    """Return the installed versions of Espalier, Flower and torch."""
     return distribution.versions("flwr", "torch")
 
 
 def version_mismatch(theirs: Mapping[str, str], ours: Mapping[str, str] | None = None) -> str:
-    """Return what differs between a sender's versions and ours, and what to do; "" where they fit.
+    """Return a warning if the versions of a sender and of this process differ, else "".
 
-    Espalier and Flower must agree in major and minor version. This is for a warning: whether messages are
-    understood is the schema's matter (`control.decode`), and a run of unlike patches goes on.
+    The major and minor versions of Espalier and Flower are compared. A mismatch is not an error: incompatible messages
+    are rejected by their schema version (`control.decode`).
 
     Parameters
     ----------
     theirs : mapping of str to str
-        What the sender told; a package that it does not tell is passed over.
+        The versions in the hello; packages that it does not list are not compared.
     ours : mapping of str to str, optional
         By default `own_versions`.
     """

@@ -1,4 +1,4 @@
-"""Generated images with the vectors a client's features are to match: what FedKTL's cloud gives its clients."""
+"""Pairs of a generated image and the target vector for its features, which FedKTL's cloud sends to clients."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ IMAGES, CENTROIDS = "images", "centroids"
 
 
 def to_pixels(images: np.ndarray) -> np.ndarray:
-    """Return images in [-1, 1] as uint8, a quarter of the bytes; values outside are clipped."""
+    """Return images in [-1, 1] as uint8, a quarter of the bytes of float32; values outside are clipped."""
     return np.clip(np.rint((images + 1.0) * 127.5), 0, 255).astype(np.uint8)
 
 
@@ -28,7 +28,7 @@ def from_pixels(pixels: np.ndarray) -> np.ndarray:
 
 @dataclass(frozen=True, eq=False)
 class Pairs:
-    """Images and their centroids, one pair for every class that a client holds.
+    """Images and their centroids, one pair per class of a client.
 
     Attributes
     ----------
@@ -53,21 +53,22 @@ class Pairs:
     def received(
         cls, arrays: Mapping[str, np.ndarray], shape: tuple[int, int, int], sender: str
     ) -> Self | None:
-        """Read and check the pairs of a payload; None where there are none.
+        """Read and check the pairs of a payload; None if there are none.
 
         Parameters
         ----------
         arrays : mapping of str to numpy.ndarray
-            The section's tensors by name; {} where there is none.
+            The section's tensors by name; {} if the payload has no such section.
         shape : tuple of int
             The client's images: channels, height, width.
         sender : str
-            Whom an error names.
+            Name of the sender, for error messages.
 
         Raises
         ------
         WireError
-            Images of another size or type, centroids of another number or type, or values that make no sense.
+            If the images have another size or dtype, the centroids another number or dtype, or a value is not finite or
+            outside its range.
         """
         if IMAGES not in arrays or not len(arrays[IMAGES]):
             return None
@@ -75,8 +76,8 @@ class Pairs:
         if images.dtype not in (np.float32, np.uint8) or images.shape[1:] != shape:
             raise WireError(
                 sender,
-                f"generated images {images.dtype} {list(images.shape[1:])} where float32 or uint8 "
-                f"{list(shape)} is wanted",
+                f"generated images {images.dtype} {list(images.shape[1:])}, expected float32 or uint8 "
+                f"{list(shape)}",
             )
         centroids = arrays.get(CENTROIDS)
         if centroids is None or centroids.dtype != np.float32 or centroids.ndim != 2:
@@ -85,7 +86,7 @@ class Pairs:
             raise WireError(sender, f"{len(centroids)} centroids for {len(images)} generated images")
         if not np.isfinite(centroids).all():
             raise WireError(sender, "centroids that are not finite")
-        # Written so that NaN fails as well.
+        # NaN fails this comparison, too.
         if images.dtype == np.float32 and not (np.abs(images) <= 1.0 + 1e-3).all():
             raise WireError(sender, "generated images outside [-1, 1]")
         return cls(images, centroids)

@@ -1,4 +1,4 @@
-"""One section of tensors on a link: a flat buffer per dtype and the layout that says what lies where."""
+"""One section of tensors in a message: a flat buffer per dtype, and the layout of the tensors in the buffers."""
 
 from __future__ import annotations
 
@@ -33,11 +33,12 @@ STORED_AS: dict[str, np.dtype[np.generic]] = {
     )
 } | {"bfloat16": np.dtype("uint16")}
 
-#: Limits of what a message may announce: they bound what a receiver spends on it.
+#: Limits on the size that a message may declare; they bound the memory and time that a receiver spends on it.
 MAX_TENSORS = 20_000
 MAX_ELEMENTS = 4_000_000_000
 MAX_DIMENSIONS = 32
-#: Largest value that is accepted: no model's is near it, and a float32 still holds it times any number of samples.
+#: Largest absolute value that is accepted: far above the values of any model, and small enough that its product with
+#: any number of samples fits into a float32.
 LARGEST = 2.0**60
 
 
@@ -57,7 +58,7 @@ class TensorSpec:
 
 @dataclass(frozen=True)
 class Layout:
-    """The tensors of a payload in order; each dtype's tensors lie in its buffer without gaps."""
+    """The tensors of a payload in order; the tensors of one dtype are contiguous in its buffer."""
 
     tensors: tuple[TensorSpec, ...]
 
@@ -73,16 +74,16 @@ class Layout:
         Raises
         ------
         WireError
-            If a dtype is unknown, a name is empty or repeated, or the list or a tensor is absurdly large.
+            If a dtype is unknown, a name is empty or repeated, or the list or a tensor exceeds the limits above.
         """
         found = list(specs)
         if len(found) > MAX_TENSORS:
             raise WireError(sender, f"a layout of {len(found)} tensors, more than {MAX_TENSORS}")
         for spec in found:
-            # Before anything is multiplied: the product of a million large numbers takes minutes.
+            # Checked before the product below: the product of a million large integers takes minutes.
             if len(spec.shape) > MAX_DIMENSIONS:
                 raise WireError(sender, f"tensor {spec.name[:100]!r} has {len(spec.shape)} dimensions")
-            # A 0 among them makes no room for numbers that numpy refuses.
+            # Zeros are left out: with one the product is 0, but NumPy still rejects the other, too large dimensions.
             if math.prod(n for n in spec.shape if n) > MAX_ELEMENTS:
                 raise WireError(sender, f"tensor {spec.name[:100]!r} has more than {MAX_ELEMENTS} elements")
         tensors = tuple(TensorSpec(s.name, s.dtype, tuple(s.shape)) for s in found)
@@ -120,7 +121,7 @@ class Layout:
         return {t.name: t for t in self.tensors}
 
     def get(self, name: str) -> TensorSpec | None:
-        """Return a tensor's description; None where there is no such tensor."""
+        """Return a tensor's description, or None if there is no tensor of that name."""
         return self._by_name.get(name)
 
     def only(self, names: Iterable[str]) -> Layout:
@@ -129,17 +130,17 @@ class Layout:
         Raises
         ------
         ValueError
-            If a name is none of them.
+            If a name is not in this layout.
         """
         wanted = set(names)
-        if strange := wanted.difference(self.names):
-            raise ValueError(f"tensor {min(strange)!r} is none of the payload's")
+        if unknown := wanted.difference(self.names):
+            raise ValueError(f"tensor {min(unknown)!r} is not in the payload")
         return Layout(tuple(t for t in self.tensors if t.name in wanted))
 
     def in_order(self, other: Layout) -> Layout:
-        """Return another layout with its tensors in this one's order, unknown ones last."""
-        place = {name: i for i, name in enumerate(self.names)}
-        return Layout(tuple(sorted(other.tensors, key=lambda t: place.get(t.name, len(place)))))
+        """Return `other` with its tensors in the order of this layout, unknown tensors last."""
+        position = {name: i for i, name in enumerate(self.names)}
+        return Layout(tuple(sorted(other.tensors, key=lambda t: position.get(t.name, len(position)))))
 
     @property
     def nbytes(self) -> int:
@@ -147,7 +148,7 @@ class Layout:
         return sum(n * STORED_AS[dtype].itemsize for dtype, n in self.lengths.items())
 
     def difference(self, other: Layout) -> str:
-        """Say in a few words how `other` departs from this layout ("" where it does not)."""
+        """Return a short description of the first difference between `other` and this layout, or ""."""
         mine = {t.name: t for t in self.tensors}
         theirs = {t.name: t for t in other.tensors}
         if missing := [name for name in mine if name not in theirs]:
@@ -170,14 +171,15 @@ class Weights:
     Attributes
     ----------
     layout : Layout
-        What lies where.
+        Names, dtypes and shapes of the tensors.
     buffers : dict[str, np.ndarray]
-        One 1-D array per dtype of the layout, of exactly its length.
+        One 1-D array per dtype of the layout, with the number of elements that the layout gives.
     record : ArrayRecord or None
-        What the buffers are views of, so that they can be sent on without a copy; read-only ones, once filled.
+        The record whose memory the buffers are views of, if any; it is sent without a copy. Once filled, the views are
+        read-only.
     link : Weights or None
-        The same numbers in the narrower form in which they were received, to be sent on in that form; only where the
-        reader asked for it.
+        The same values in the encoded form in which they were received, to be forwarded without encoding them again;
+        set only if the reader requested it.
     """
 
     layout: Layout
@@ -192,19 +194,19 @@ class Weights:
 
     @classmethod
     def empty(cls, layout: Layout) -> Weights:
-        """Return buffers of a layout, to be filled."""
+        """Return uninitialised buffers for a layout."""
         return cls(layout, {d: np.empty(n, STORED_AS[d]) for d, n in layout.lengths.items()})
 
     @classmethod
     def blank(cls, layout: Layout) -> Weights:
-        """Return zeros that lie in what will be sent, to be filled before :meth:`frozen`: no copy is made of them."""
+        """Return zeros in the memory of the record to be sent, to avoid a copy; fill them, then call :meth:`frozen`."""
         made = {dtype: blank_array(STORED_AS[dtype], (n,)) for dtype, n in layout.lengths.items()}
         record = ArrayRecord({dtype: array for dtype, (array, _) in made.items()})
         return cls(layout, {dtype: numbers for dtype, (_, numbers) in made.items()}, record)
 
     @classmethod
     def fill(cls, layout: Layout, arrays: Mapping[str, np.ndarray]) -> Weights:
-        """Copy arrays into new buffers of a given layout (bfloat16 tensors come as their uint16 bits)."""
+        """Copy arrays into new buffers of a given layout (bfloat16 tensors are passed as uint16 bits)."""
         weights = cls.empty(layout)
         for name, view in weights.views().items():
             np.copyto(view, arrays[name], casting="no")
@@ -226,13 +228,13 @@ class Weights:
         return sum(b.nbytes for b in self.buffers.values())
 
     def to_record(self) -> ArrayRecord:
-        """Return an ArrayRecord with one flat Array per dtype; it is not to be changed."""
+        """Return an ArrayRecord with one flat Array per dtype; do not modify it."""
         if self.record is not None:
             return self.record
         return ArrayRecord({dtype: array_from_numpy(buffer) for dtype, buffer in self.buffers.items()})
 
     def frozen(self) -> Weights:
-        """Return the same numbers as read-only views of what is sent, so that they lie in memory once."""
+        """Return the same values as read-only views of the record to be sent, so that only one copy is in memory."""
         if self.record is not None:
             for buffer in self.buffers.values():
                 buffer.flags.writeable = False
@@ -249,15 +251,15 @@ class Weights:
         record : ArrayRecord
             One flat Array per dtype of the layout.
         layout : Layout
-            What the receiver expects.
+            The layout that the receiver expects.
         sender : str
-            Whom an error names.
+            Name of the sender, for error messages.
 
         Raises
         ------
         WireError
-            If a buffer is missing, superfluous, of another dtype, shape or length, or holds what cannot be
-            added up.
+            If a buffer is missing, superfluous, or of another dtype, shape or length, or holds a value that
+            `fault_of` rejects.
         """
         buffers = read_buffers(record, layout.lengths, sender)
         weights = cls(layout, buffers, record)
@@ -266,7 +268,7 @@ class Weights:
         return weights
 
     def not_finite(self) -> str:
-        """Name the first tensor with a number that cannot be added up ("" where all can): see `fault_of`."""
+        """Return a message that names the first tensor with a value that `fault_of` rejects, or ""."""
         for dtype, buffer in self.buffers.items():
             if buffer.dtype.kind == "f" and fault_of(buffer):
                 for name, view in self.views().items():
@@ -281,11 +283,11 @@ def read_buffers(record: ArrayRecord, lengths: Mapping[str, int], sender: str) -
     Parameters
     ----------
     record : ArrayRecord
-        What came.
+        The received record.
     lengths : mapping of str to int
         The expected elements per dtype.
     sender : str
-        Whom an error names.
+        Name of the sender, for error messages.
 
     Raises
     ------
@@ -312,17 +314,18 @@ def read_buffers(record: ArrayRecord, lengths: Mapping[str, int], sender: str) -
 
 
 def fault_of(array: np.ndarray) -> str:
-    """Say what keeps floats from being added up: a NaN, an infinity, or a value beyond ±`LARGEST` ("": nothing).
+    """Describe why a float array cannot be summed: a NaN, an infinity, or a value beyond ±`LARGEST`; "" if it can.
 
-    A number of 3e38 is finite, and twice that is not: whoever sends one would spoil the sum that all share.
+    A value such as 3e38 is finite, but the sum of two is not: one client could make the aggregate infinite.
     """
     flat = array.reshape(-1)
     with np.errstate(over="ignore", invalid="ignore"):
         if flat.dtype.itemsize >= 4:
-            # No value is larger than the norm: one quick pass, without a mask as large as the model, clears all.
+            # No absolute value exceeds the 2-norm, so this one pass accepts nearly all arrays without a mask of the
+            # size of the model.
             if np.dot(flat, flat) < LARGEST**2:
                 return ""
-        elif is_finite(flat):  # float16 holds nothing too large
+        elif is_finite(flat):  # every finite float16 is below LARGEST
             return ""
         if not np.isfinite(flat).all():
             return "a value that is not finite"

@@ -15,13 +15,13 @@ from espalier.flower.arrays import array_from_numpy, blank_array, numpy_view
 from espalier.wire.payload import MAX_ELEMENTS, MAX_TENSORS, STORED_AS, Layout, Weights, read_buffers
 from espalier_proto import espalier_pb2 as pb
 
-#: Most sections of one payload; a peer's network or a client's forwarded tensors are a section each.
+#: Maximum number of sections of a payload; each peer's network and each client's forwarded tensors are one section.
 MAX_SECTIONS = 10_000
-#: Longest member of a section. Members are names of clients, or numbers.
+#: Maximum length of a section's member, which is the name of a client or a number.
 MAX_MEMBER = 64
 
 _NAME = re.compile(r"[a-z][a-z0-9-]{0,31}")
-#: Keys of a message's other records: no section may use them.
+#: Keys of the other records of a message; a section cannot use them.
 _RESERVED = frozenset({"arrays", "config", "metrics", "espalier"})
 
 
@@ -31,11 +31,11 @@ class SectionId(NamedTuple):
     Attributes
     ----------
     name : str
-        "model" is the network; other names belong to the method that defines them.
+        "model" for the network; other names are defined by the method that uses them.
     member : str
-        Which one of several sections of that name, e.g. a client's name or a cluster's number; else empty.
+        Distinguishes sections of the same name, e.g. by a client's name or a cluster's number; empty if there is one.
     record : str
-        The ArrayRecord that holds the section; empty: the one named after the section.
+        Name of the ArrayRecord that holds the section; empty: the name of the section.
     """
 
     name: str
@@ -48,15 +48,15 @@ class SectionId(NamedTuple):
 
     @property
     def key(self) -> str:
-        """Key of its ArrayRecord in a message; Flower's strategies look for the model under "arrays"."""
+        """Key of its ArrayRecord in a message; Flower's strategies expect the model under "arrays"."""
         record = self.record or self.name
         return "arrays" if record == MODEL.name else record
 
 
 MODEL = SectionId("model")
-#: A client's gradient at the received network: answers to inquiries, and what DivFL's selection asks back.
+#: A client's gradient at the received network, in answers to inquiries and for DivFL's selection.
 GRADIENT = SectionId("gradient")
-#: Name of the sections that hold clients' own networks at the servers (co-distillation); their members are the clients.
+#: Name of the sections with clients' own networks at the servers (co-distillation); the member is the client's name.
 #: A plan describes these networks in `peers`.
 PEER = "peer"
 
@@ -75,14 +75,14 @@ class Sectioned(Protocol):
 
 
 class Payload(Mapping[SectionId, Weights]):
-    """Sections of tensors, in order; those of one record share its buffers.
+    """An ordered mapping of sections to tensors; sections of the same record share its buffers.
 
     Parameters
     ----------
     sections : mapping of SectionId to Weights
         The sections.
     records : mapping of str to ArrayRecord, optional
-        The records whose bytes the sections are views of, by key; they are sent on without a copy.
+        The records whose memory the sections are views of, by key; they are sent without a copy.
     """
 
     def __init__(
@@ -101,7 +101,7 @@ class Payload(Mapping[SectionId, Weights]):
 
     @classmethod
     def of(cls, model: Weights) -> Payload:
-        """Return the payload that holds the model alone."""
+        """Return a payload with the model as its only section."""
         return cls({MODEL: model})
 
     @classmethod
@@ -116,7 +116,7 @@ class Payload(Mapping[SectionId, Weights]):
 
     @classmethod
     def blank(cls, layouts: Layouts) -> Payload:
-        """Return zeros that lie in the records to be sent, to be filled before :meth:`frozen`."""
+        """Return zeros in the memory of the records to be sent; fill them, then call :meth:`frozen`."""
         buffers: dict[str, dict[str, np.ndarray]] = {}
         records: dict[str, ArrayRecord] = {}
         for key, members in grouped(layouts).items():
@@ -140,7 +140,7 @@ class Payload(Mapping[SectionId, Weights]):
         return {section: weights.views() for section, weights in self._sections.items()}
 
     def only(self, sections: Iterable[SectionId]) -> Payload:
-        """Return some of the sections, without a copy; `self` where these are all."""
+        """Return some of the sections, without a copy; `self` if all are selected."""
         wanted = set(sections)
         chosen = {s: w for s, w in self._sections.items() if s in wanted}
         return self if len(chosen) == len(self._sections) else Payload(chosen)
@@ -150,7 +150,7 @@ class Payload(Mapping[SectionId, Weights]):
         return Payload(self._sections | dict(sections))
 
     def to_records(self) -> dict[str, ArrayRecord]:
-        """Return the ArrayRecords to send, by key; empty sections have none. They are not to be changed."""
+        """Return the ArrayRecords to send, by key; empty sections have none. Do not modify them."""
         if self._records is not None:
             return dict(self._records)
         records: dict[str, ArrayRecord] = {}
@@ -170,7 +170,7 @@ class Payload(Mapping[SectionId, Weights]):
         return records
 
     def frozen(self) -> Payload:
-        """Return the same numbers as read-only views of the records to send, so that they lie in memory once."""
+        """Return the same values as read-only views of the records to send, so that only one copy is in memory."""
         if self._records is not None:
             for weights in self._sections.values():
                 for buffer in weights.buffers.values():
@@ -192,20 +192,20 @@ class Payload(Mapping[SectionId, Weights]):
         records : mapping of str to ArrayRecord
             All ArrayRecords of the message, by key.
         layouts : mapping of SectionId to Layout
-            The sections that are expected.
+            The expected sections.
         sender : str
-            Whom an error names.
+            Name of the sender, for error messages.
 
         Raises
         ------
         WireError
-            If a record or a buffer is missing or superfluous, is of another dtype, shape or length, or holds a number
-            that cannot be added up.
+            If a record or a buffer is missing or superfluous, is of another dtype, shape or length, or holds a value
+            that `espalier.wire.payload.fault_of` rejects.
         """
         expected = grouped(layouts)
         if missing := expected.keys() - records.keys():
             raise WireError(sender, f"no record {min(missing)!r} in the message")
-        # An empty record is what a plain Flower reply without tensors has.
+        # A plain Flower reply without tensors has an empty record.
         if extra := {key for key, record in records.items() if record} - expected.keys():
             raise WireError(sender, f"the record {min(extra)[:64]!r} was not asked for")
         buffers = {
@@ -223,7 +223,7 @@ class Payload(Mapping[SectionId, Weights]):
 
 
 def grouped(layouts: Layouts) -> dict[str, dict[SectionId, Layout]]:
-    """Return the sections that have any buffer by the key of their record, in order."""
+    """Group the sections that have tensors by the key of their record, in order."""
     found: dict[str, dict[SectionId, Layout]] = {}
     for section, layout in layouts.items():
         if layout.tensors:
@@ -232,7 +232,7 @@ def grouped(layouts: Layouts) -> dict[str, dict[SectionId, Layout]]:
 
 
 def total_lengths(layouts: Iterable[Layout]) -> dict[str, int]:
-    """Return the elements per dtype of sections that share a record."""
+    """Return the number of elements per dtype of the sections of one record."""
     total: dict[str, int] = {}
     for layout in layouts:
         for dtype, length in layout.lengths.items():
@@ -243,16 +243,16 @@ def total_lengths(layouts: Iterable[Layout]) -> dict[str, int]:
 def _split(
     layouts: Layouts, buffers: Mapping[str, Mapping[str, np.ndarray]], records: Mapping[str, ArrayRecord]
 ) -> dict[SectionId, Weights]:
-    """Cut the records' buffers into sections."""
+    """Slice the buffers of the records into sections."""
     offsets: dict[tuple[str, str], int] = {}
     shared = {key: len(members) > 1 for key, members in grouped(layouts).items()}
     found = {}
     for section, layout in layouts.items():
         parts = {}
         for dtype, length in layout.lengths.items():
-            place = (section.key, dtype)
-            start = offsets.get(place, 0)
-            offsets[place] = start + length
+            buffer = (section.key, dtype)
+            start = offsets.get(buffer, 0)
+            offsets[buffer] = start + length
             parts[dtype] = buffers[section.key][dtype][start : start + length]
         alone = layout.tensors and not shared[section.key]
         found[section] = Weights(layout, parts, records[section.key] if alone else None)
@@ -265,13 +265,13 @@ def layouts_to_proto(layouts: Layouts) -> list[pb.Section]:
 
 
 def layouts_from_proto(sections: Iterable[pb.Section], sender: str) -> dict[SectionId, Layout]:
-    """Read and validate the sections that a message lists.
+    """Read and validate the list of sections of a message.
 
     Raises
     ------
     WireError
-        If a section's name is none or is repeated, a layout is not sound, or there are too many sections, tensors or
-        elements in all.
+        If a section's name is invalid or repeated, a layout is invalid, or the total number of sections, tensors or
+        elements is too large.
     """
     listed = list(sections)
     if len(listed) > MAX_SECTIONS:
@@ -283,11 +283,11 @@ def layouts_from_proto(sections: Iterable[pb.Section], sender: str) -> dict[Sect
         section = SectionId(s.name, s.member, s.record)
         for text in (s.name, s.record or s.name):
             if not _NAME.fullmatch(text) or text in _RESERVED:
-                raise WireError(sender, f"a section or record called {text[:64]!r}")
+                raise WireError(sender, f"the invalid section or record name {text[:64]!r}")
         if len(s.member) > MAX_MEMBER or not s.member.isprintable():
-            raise WireError(sender, f"a section {s.name!r} of the member {s.member[:MAX_MEMBER]!r}")
+            raise WireError(sender, f"a section {s.name!r} with the invalid member {s.member[:MAX_MEMBER]!r}")
         if section in found:
-            raise WireError(sender, f"the section {section} twice")
+            raise WireError(sender, f"the section {section} is repeated")
         found[section] = Layout.from_proto(s.layout.tensors, sender)
     if sum(t.size for layout in found.values() for t in layout.tensors) > MAX_ELEMENTS:
         raise WireError(sender, f"a payload of more than {MAX_ELEMENTS} elements")
@@ -295,7 +295,7 @@ def layouts_from_proto(sections: Iterable[pb.Section], sender: str) -> dict[Sect
 
 
 def difference(expected: Layouts, other: Layouts) -> str:
-    """Say in a few words how sections depart from those that are expected ("" where they do not)."""
+    """Return a short description of the first difference between sections and the expected ones, or ""."""
     if missing := [s for s, layout in expected.items() if s not in other and layout.tensors]:
         tensors = expected[missing[0]].tensors
         return _in_section(f"tensor {tensors[0].name!r} is missing ({len(tensors)} in all)", missing[0])

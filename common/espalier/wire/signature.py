@@ -1,4 +1,4 @@
-"""Signed updates: a client's statement about its reply, so that no server in between can forge one."""
+"""Signed updates: a client signs a statement about its reply, so that no server on the path can forge one."""
 
 from __future__ import annotations
 
@@ -19,34 +19,34 @@ from espalier.flower.payloads import content_id
 from espalier.wire import control
 from espalier_proto import espalier_pb2 as pb
 
-#: Prefix of what is signed: Flower signs other things with the same key, which must not pass for a statement.
+#: Prefix of the signed bytes (domain separation): Flower signs other data with the same key.
 DOMAIN = b"espalier.v1.UpdateStatement\0"
 
-#: Fields of a ClientReport that say how to read the payload; only the edge gets them.
+#: Fields of a ClientReport that describe the payload; only the edge receives them.
 FORM = ("sections", "table", "architecture")
 
-#: Why an update without a signature is refused.
+#: Error message for an update without a signature.
 UNSIGNED = (
     "an update without a signature; run our client, or name a SuperNode's key file in its node config "
     '(key="…"), or set require-signatures=false'
 )
 
 _MISMATCH = {
-    "architecture": "another architecture than the one that was sent",
-    "payload": "another payload than the one that came",
-    "form": "another layout of the payload than the one that came",
-    "report": "another report than the one that came",
+    "architecture": "another architecture than the one sent",
+    "payload": "another payload than the one received",
+    "form": "another layout of the payload than the one received",
+    "report": "another report than the one received",
     "nonce": "another plan than this one",
 }
 
 
 def digest(message: Proto) -> bytes:
-    """Return the SHA-256 of a protobuf: fields in the order of their numbers, map entries in that of their keys."""
+    """Return the SHA-256 of a protobuf in deterministic serialization."""
     return hashlib.sha256(message.SerializeToString(deterministic=True)).digest()
 
 
 def payload_digest(records: Mapping[str, ArrayRecord]) -> bytes:
-    """Return the SHA-256 of a payload: of the keys of its ArrayRecords and of what names their contents."""
+    """Return the SHA-256 of a payload: of the keys and the content ids of its ArrayRecords."""
     whole = hashlib.sha256()
     for key, record in sorted(records.items()):
         name = key.encode()
@@ -55,27 +55,27 @@ def payload_digest(records: Mapping[str, ArrayRecord]) -> bytes:
 
 
 def statement_of(plan: pb.RoundPlan, report: pb.ClientReport, payload: bytes) -> pb.UpdateStatement:
-    """Return the statement that belongs to a reply: the client signs it, and its edge expects it.
+    """Return the statement about a reply, which the client signs and the edge compares.
 
     Parameters
     ----------
     plan : pb.RoundPlan
-        What the reply answers.
+        The plan that the reply answers.
     report : pb.ClientReport
-        The reply's report; its `up_bytes` are not covered: the edge measures them.
+        The reply's report; the statement does not cover `up_bytes`, which the edge measures.
     payload : bytes
-        Digest of the reply's payload, see `payload_digest`.
+        Digest of the reply's payload; see `payload_digest`.
     """
-    said, form = pb.ClientReport(), pb.ClientReport()
-    said.CopyFrom(report)
-    form.sections.extend(said.sections)
+    stripped, form = pb.ClientReport(), pb.ClientReport()
+    stripped.CopyFrom(report)
+    form.sections.extend(stripped.sections)
     for name in ("table", "architecture"):
-        if said.HasField(name):
-            getattr(form, name).CopyFrom(getattr(said, name))
+        if stripped.HasField(name):
+            getattr(form, name).CopyFrom(getattr(stripped, name))
     for name in FORM:
-        said.ClearField(name)
-    said.ClearField("signed")
-    said.ClearField("up_bytes")
+        stripped.ClearField(name)
+    stripped.ClearField("signed")
+    stripped.ClearField("up_bytes")
     return pb.UpdateStatement(
         schema=control.SCHEMA,
         run=plan.run,
@@ -89,7 +89,7 @@ def statement_of(plan: pb.RoundPlan, report: pb.ClientReport, payload: bytes) ->
         architecture=digest(plan.architecture),
         payload=payload,
         form=digest(form),
-        report=digest(said),
+        report=digest(stripped),
     )
 
 
@@ -97,7 +97,7 @@ def sign(statement: pb.UpdateStatement, key: ec.EllipticCurvePrivateKey) -> pb.S
     """Sign a statement with a node key."""
     content = statement.SerializeToString()
     size = _half(key.curve)
-    # Both numbers at full length: in DER the size of a reply would vary at random.
+    # Fixed length: with DER encoding the size of a reply would vary.
     numbers = decode_dss_signature(key.sign(DOMAIN + content, ec.ECDSA(SHA256())))
     return pb.SignedStatement(
         statement=content, signature=b"".join(number.to_bytes(size, "big") for number in numbers)
@@ -105,25 +105,25 @@ def sign(statement: pb.UpdateStatement, key: ec.EllipticCurvePrivateKey) -> pb.S
 
 
 def verify(signed: pb.SignedStatement, public_key: bytes, signer: str) -> pb.UpdateStatement:
-    """Check a signature and return what was signed.
+    """Check a signature and return the signed statement.
 
     Parameters
     ----------
     signed : pb.SignedStatement
-        What came.
+        The received statement and signature.
     public_key : bytes
-        PEM of the key that the receiver knows the signer by.
+        PEM of the signer's node key, as registered at the receiver.
     signer : str
-        Whom an error names.
+        Name of the signer, for error messages.
 
     Raises
     ------
     WireError
-        If the key did not make the signature, or it is none of a statement.
+        If the signature does not match the key, or the signed bytes are not a statement.
     """
     key = _load(public_key)
     if key is None:
-        raise WireError(signer, "a signature, and its node key is none that could have made it")
+        raise WireError(signer, "a signature, but its node key is not an elliptic-curve key")
     size, signature = _half(key.curve), signed.signature
     if len(signature) != 2 * size:
         raise WireError(signer, f"a signature of {len(signature)} bytes, its key makes {2 * size}")
@@ -138,26 +138,26 @@ def verify(signed: pb.SignedStatement, public_key: bytes, signer: str) -> pb.Upd
 
 
 def check(plan: pb.RoundPlan, report: pb.ClientReport, payload: bytes, public_key: bytes) -> None:
-    """Check that a client signed this very reply to this very plan; the edge's side of `statement_of`.
+    """Check that a client signed exactly this reply to exactly this plan.
 
     Raises
     ------
     WireError
-        If it did not; the error says where its statement departs from the reply.
+        If it did not; the message names the first difference.
     """
-    said = verify(report.signed, public_key, report.client)
-    if fault := mismatch(said, statement_of(plan, report, payload)):
+    statement = verify(report.signed, public_key, report.client)
+    if fault := mismatch(statement, statement_of(plan, report, payload)):
         raise WireError(report.client, fault)
 
 
-def mismatch(said: pb.UpdateStatement, expected: pb.UpdateStatement) -> str:
-    """Say in a few words where a statement departs from the one that is expected ("" where it does not)."""
+def mismatch(statement: pb.UpdateStatement, expected: pb.UpdateStatement) -> str:
+    """Return a short description of the first difference between a statement and the expected one, or ""."""
     for field in pb.UpdateStatement.DESCRIPTOR.fields:
-        theirs, ours = getattr(said, field.name), getattr(expected, field.name)
+        theirs, ours = getattr(statement, field.name), getattr(expected, field.name)
         if theirs != ours:
             other = _MISMATCH.get(field.name, f"{field.name} {theirs!r}, this is {field.name} {ours!r}")
             return f"its signature is for {other}"
-    return "" if said == expected else "its signature is for more than this version knows"
+    return "" if statement == expected else "its signature covers fields that this version does not know"
 
 
 def _half(curve: ec.EllipticCurve) -> int:

@@ -1,4 +1,4 @@
-"""How many payload bytes crossed each kind of link, counted where they are sent."""
+"""Counters of the payload bytes and messages per kind of link."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ class Traffic:
 
 
 class Ledger:
-    """Running totals per link, safe to add to from several threads."""
+    """Totals per kind of link; thread-safe."""
 
     def __init__(self) -> None:
         self._links = {link: Traffic() for link in LINKS}
         self._lock = threading.Lock()
 
     def add(self, link: str, *, up_bytes: int = 0, down_bytes: int = 0, messages: int = 1) -> None:
-        """Count bytes of `messages` messages on a link, one of `LINKS`."""
+        """Add bytes and messages to a link, one of `LINKS`; raises ValueError for a negative number."""
         if min(up_bytes, down_bytes, messages) < 0:
             raise ValueError(
                 f"negative traffic on {link}: {up_bytes} up, {down_bytes} down, {messages} messages"
@@ -40,7 +40,7 @@ class Ledger:
             traffic.messages += messages
 
     def merge(self, other: Ledger | Mapping[str, Mapping[str, int]]) -> None:
-        """Add the totals of another ledger, or of what `as_dict` gave."""
+        """Add the totals of another ledger, or of a result of `as_dict`."""
         for link, counts in (other.as_dict() if isinstance(other, Ledger) else other).items():
             self.add(link, **counts)
 

@@ -1,4 +1,4 @@
-"""Encodes and decodes what clients and edges send up: trained tensors as coded differences, all else as it is."""
+"""Encoding of replies from clients and edges: trained tensors as coded differences, all others unchanged."""
 
 from __future__ import annotations
 
@@ -22,22 +22,22 @@ Key = tuple[SectionId, str]
 
 
 class UplinkEncoding:
-    """How one reply is encoded on the link: sender and receiver both derive it from what was sent down.
+    """The encoding of one reply; sender and receiver both derive it from the payload that was sent down.
 
-    Only float32 tensors that the client had received are coded, as local − received; buffers
-    (running statistics, counters) and the method's further tensors travel as they are. The codec sees the coded
-    tensors of all sections as one update, so that a norm or a threshold is over all of them.
+    Only float32 tensors that the client has received are coded, as the difference local − received. Buffers
+    (running statistics, counters) and the method's other tensors are sent unchanged. The codec encodes the coded
+    tensors of all sections as one update, so a norm or a threshold covers all of them.
 
     Parameters
     ----------
     returned : mapping of SectionId to Layout
         The reply's sections before coding.
     received : mapping of SectionId to Layout
-        What the client was sent.
+        The sections that were sent to the client.
     buffers : frozenset of str
         Tensors of the network that are not trained.
     codec : Codec or None
-        None sends everything as it is.
+        None: all tensors are sent unchanged.
     """
 
     def __init__(
@@ -59,7 +59,7 @@ class UplinkEncoding:
                 if not is_coded(section, t):
                     rest.append(t)
                     continue
-                # The codec's own label of the tensor; it is not read as a section again.
+                # A label that is unique within the code; `_keys` maps it back to section and name.
                 label = t.name
                 while label in coded:
                     label += f" of {section}"
@@ -80,14 +80,14 @@ class UplinkEncoding:
     def encode(
         self, arrays: Sections, received: Sections, rng: np.random.Generator
     ) -> tuple[Payload, dict[SectionId, dict[str, np.ndarray]]]:
-        """Return the payload, and the tensors as its receiver will read them."""
+        """Return the payload, and the tensors as the receiver will decode them."""
         payload = self.payload(arrays, received, rng)
         if not self._keys:
             return payload, {section: dict(tensors) for section, tensors in arrays.items()}
         return payload, self.decode(payload, received, "this client")
 
     def payload(self, arrays: Sections, received: Sections, rng: np.random.Generator) -> Payload:
-        """Return the payload alone, for a sender that does not need the decoded tensors."""
+        """Return only the payload, for a sender that does not need the decoded tensors."""
         sent = Payload.blank(self.wire)
         into = sent.views()
         for section, layout in self.plain.items():
@@ -105,7 +105,7 @@ class UplinkEncoding:
         rng: np.random.Generator,
         into: Mapping[str, np.ndarray],
     ) -> None:
-        """Code the differences; where it can be, each in the memory of the one before, which is in the cache."""
+        """Encode the differences; for a codec that works per tensor in one buffer, which stays in cache."""
         if not codec.by_tensor:
             differences = Weights.empty(self.coded).views()
             for label, difference in differences.items():
@@ -123,7 +123,7 @@ class UplinkEncoding:
     def decode(
         self, payload: Payload, received: Sections, sender: str
     ) -> dict[SectionId, dict[str, np.ndarray]]:
-        """Return the reply's tensors by section; raises WireError where a code is not valid."""
+        """Return the reply's tensors by section; raises WireError if a code is invalid."""
         views = payload.views()
         if not self._keys:
             return views
@@ -138,7 +138,7 @@ class UplinkEncoding:
         }
 
     def whole(self, payload: Payload, received: Sections, sender: str) -> Payload:
-        """Return the reply's sections in buffers of their own; raises like :meth:`decode`."""
+        """Return the decoded sections in newly allocated buffers; raises like :meth:`decode`."""
         views = payload.views()
         found = {section: Weights.empty(layout) for section, layout in self._returned.items()}
         into = {section: weights.views() for section, weights in found.items()}
@@ -156,11 +156,11 @@ class UplinkEncoding:
         sender: str,
         into: Mapping[str, np.ndarray],
     ) -> None:
-        """Write the coded tensors to `into`, by label."""
+        """Decode the coded tensors into `into`, by label."""
         if self._codec and into:
             self._codec.decode(code, self.coded, sender, into)
         for label, array in into.items():
             section, name = self._keys[label]
             array += received[section][name]
-            if fault := fault_of(array):  # a small code may stand for large numbers
-                raise WireError(sender, f"tensor {name!r} comes to {fault}")
+            if fault := fault_of(array):  # valid codes may decode to values that are too large
+                raise WireError(sender, f"tensor {name!r} decodes to {fault}")

@@ -41,7 +41,7 @@ def test_hello_carries_the_owners_model() -> None:
     check_client_hello(hello, "edge-1")
     hello.model = "resnet5"
     with pytest.raises(
-        WireError, match="'cam-7' refused: the model 'resnet5', which is none of this version's"
+        WireError, match="'cam-7' refused: the model 'resnet5', which is not a classifier of this version"
     ):
         check_client_hello(hello, "cam-7")
 

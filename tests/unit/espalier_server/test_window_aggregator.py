@@ -186,24 +186,27 @@ def test_reports_become_the_next_model() -> None:
             "tensor 'w' has shape [1], the server's is [3]",
         ),
         ({"sections": {MODEL: {"w": np.ones(3, np.int64)}}}, "tensor 'w' is int64, the server's is float32"),
-        ({"sections": {MODEL: {"x": np.ones(3, np.float32)}}}, "tensor 'x' is none of the server's"),
+        ({"sections": {MODEL: {"x": np.ones(3, np.float32)}}}, "tensor 'x' is not one of the server's"),
         (
             {"sections": {MODEL._replace(record=SUMS): {"x": np.ones(3, np.float32)}}},
-            "tensor 'x' is none of the server's",
+            "tensor 'x' is not one of the server's",
         ),
         (
             {"sections": {SectionId("other"): {"w": np.ones(3, np.float32)}}},
-            "tensor 'w' of other is none of the server's",
+            "tensor 'w' of other is not one of the server's",
         ),
         (
             {"sections": {SectionId("model", record="guesses"): {"w": np.ones(3, np.float32)}}},
-            "the record 'guesses', which no report has",
+            "the unknown record 'guesses'",
         ),
-        ({"sections": {SectionId("Model"): {"w": np.ones(3, np.float32)}}}, "called 'Model'"),
-        ({"sections": {SectionId("config"): {"w": np.ones(3, np.float32)}}}, "called 'config'"),
+        ({"sections": {SectionId("Model"): {"w": np.ones(3, np.float32)}}}, "section or record name 'Model'"),
+        (
+            {"sections": {SectionId("config"): {"w": np.ones(3, np.float32)}}},
+            "section or record name 'config'",
+        ),
         (
             {"sections": {SectionId("other", record="espalier"): {"w": np.ones(3, np.float32)}}},
-            "called 'espalier'",
+            "section or record name 'espalier'",
         ),
         (
             {"sections": {forwarded(GRADIENT, "b"): {"w": np.ones(3, np.float32)}}},

@@ -251,7 +251,7 @@ WIDE = {"kernel": np.zeros((4, 4, 3, 3), np.float32), "bias": np.zeros(4, np.flo
         ("kernel", np.float32(1), "shape"),
         ("bias", np.ones((4, 1), np.float32), "shape"),
         ("bias", np.ones(4, np.int64), "'bias' is int64, the server's is float32"),
-        ("gain", np.ones(4, np.float32), "'gain' is none of the server's"),
+        ("gain", np.ones(4, np.float32), "'gain' is not one of the server's"),
     ],
 )
 def test_what_numpy_would_broadcast_is_refused(name: str, array: np.ndarray, fault: str) -> None:
@@ -398,10 +398,10 @@ def test_sections_are_aggregated_apart() -> None:
 @pytest.mark.parametrize(
     ("section", "fault"),
     [
-        (SectionId("model", record="guesses"), "the record 'guesses', which no report has"),
-        (SectionId("other", record=ROWS), "rows other, which no report has"),
-        (SectionId("other"), "tensor 'bias' of other is none of the server's"),
-        (SectionId("other", record=SUMS), "tensor 'bias' of other is none of the server's"),
+        (SectionId("model", record="guesses"), "the unknown record 'guesses'"),
+        (SectionId("other", record=ROWS), "the unknown section other of rows"),
+        (SectionId("other"), "tensor 'bias' of other is not one of the server's"),
+        (SectionId("other", record=SUMS), "tensor 'bias' of other is not one of the server's"),
         (SectionId("model", record=WEIGHTS), "weights of tensor 'bias' in model, which has no mean"),
     ],
 )

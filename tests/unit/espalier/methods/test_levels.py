@@ -33,7 +33,7 @@ def test_parse() -> None:
 @pytest.mark.parametrize(
     ("text", "fault"),
     [
-        ("", 'levels: "" in "" is no share in \\(0, 1\\]'),
+        ("", 'levels: "" in "" is not a share in \\(0, 1\\]'),
         ("1,,0.5", 'levels: "" in'),
         ("1,half", 'levels: "half" in'),
         ("1.5,1", 'levels: "1.5" in'),

@@ -107,8 +107,8 @@ FAULTS: list[tuple[str, Spoil, str]] = [
     ("fd", negative_count, "the count -1 for class 0; a count is positive and finite"),
     ("fd", endless_count, "the count nan for class 0; a count is positive and finite"),
     ("fd", kind, "a class table of kind 'raw-logits', this run exchanges 'soft-label'"),
-    ("fd", doubled, "a soft label of class 0 that is no distribution"),
-    ("fd", logits, "a soft label of class 0 that is no distribution"),
+    ("fd", doubled, "a soft label of class 0 that is not a distribution"),
+    ("fd", logits, "a soft label of class 0 that is not a distribution"),
     ("fd", nothing, "a table of 0 vectors of length 0"),
     ("fd", not_finite, "tensor 'vectors' holds a value that is not finite"),
     ("fedproto", dimension, "vectors of length 9, at most 10 of length 64 are expected"),
@@ -199,9 +199,9 @@ def beyond(sent: Arrays) -> Arrays:
 @pytest.mark.parametrize(
     ("spoil", "fault"),
     [
-        (larger, r"generated images uint8 \[1, 9, 9\] where float32 or uint8 \[1, 8, 8\] is wanted"),
-        (coloured, r"generated images float32 \[3, 8, 8\] where"),
-        (whole_numbers, r"generated images int64 \[1, 8, 8\] where"),
+        (larger, r"generated images uint8 \[1, 9, 9\], expected float32 or uint8 \[1, 8, 8\]"),
+        (coloured, r"generated images float32 \[3, 8, 8\], expected"),
+        (whole_numbers, r"generated images int64 \[1, 8, 8\], expected"),
         (fewer, "9 centroids for 10 generated images"),
         (beyond, r"generated images outside \[-1, 1\]"),
     ],

@@ -140,7 +140,7 @@ def test_a_tensor_the_server_lacks_is_refused() -> None:
             sources={"bn.bias": pb.SectionName(name="x")},
         ),
     ):
-        with pytest.raises(WireError, match="which is no slice of the server"):
+        with pytest.raises(WireError, match="which is not a slice of the server"):
             slice_view(view, SERVER, "cloud")
 
 

@@ -105,7 +105,7 @@ def test_dense_and_back(tables: list[ClassTable]) -> None:
 
 
 def test_unlike_tables_are_not_added() -> None:
-    with pytest.raises(ValueError, match="unlike form"):
+    with pytest.raises(ValueError, match="different form"):
         merge([soft([0]), ClassTable.of(PROTOTYPE, CLASSES, [0], np.zeros((1, CLASSES)))])
     with pytest.raises(ValueError, match="stacked"):
         merge([ClassTable.of(UNIT_PROTOTYPE, 2, [0], np.array([[0.6, 0.8]]))])
@@ -120,7 +120,7 @@ def test_a_table_travels() -> None:
     np.testing.assert_array_equal(back.vectors, table.vectors)
     with pytest.raises(WireError, match=r"'c1' refused: class-table vectors float64"):
         ClassTable.from_proto(message, table.vectors.astype(np.float64), "c1")
-    with pytest.raises(WireError, match=r"\[1, 4\] where float32 \[2, 4\]"):
+    with pytest.raises(WireError, match=r"\[1, 4\], expected float32 \[2, 4\]"):
         ClassTable.from_proto(message, table.vectors[:1], "c1")
     message.schema = 9
     with pytest.raises(WireError, match="schema 9"):
@@ -143,9 +143,12 @@ FAULTS: list[tuple[dict[str, Any], str]] = [
     ({"counts": np.array([1.0])}, "1 counts for 2 labels"),
     (
         {"vectors": np.array([[1, 0, 0, 0], [0.5, 0.5, 0.1, 0]], np.float32)},
-        "class 3 that is no distribution",
+        "class 3 that is not a distribution",
     ),
-    ({"vectors": np.array([[1.5, -0.5, 0, 0], [1, 0, 0, 0]], np.float32)}, "class 1 that is no distribution"),
+    (
+        {"vectors": np.array([[1.5, -0.5, 0, 0], [1, 0, 0, 0]], np.float32)},
+        "class 1 that is not a distribution",
+    ),
     ({"vectors": np.array([[1, 0, 0, 0], [np.nan, 0, 0, 0]], np.float32)}, "class 3 that is not finite"),
 ]
 
@@ -217,7 +220,7 @@ def test_pairs_of_another_size_or_type_are_refused() -> None:
     assert (pairs.floats() == -1).all()
     assert Pairs.received({}, (1, 8, 8), "edge") is None
     wrong: list[tuple[dict[str, np.ndarray], str]] = [
-        ({IMAGES: np.zeros((2, 3, 8, 8), np.uint8)}, r"uint8 \[3, 8, 8\] where"),
+        ({IMAGES: np.zeros((2, 3, 8, 8), np.uint8)}, r"uint8 \[3, 8, 8\], expected"),
         ({IMAGES: np.zeros((2, 1, 8, 8))}, "images float64"),
         ({IMAGES: np.full((2, 1, 8, 8), 2, np.float32)}, "outside"),
         ({IMAGES: np.full((2, 1, 8, 8), np.nan, np.float32)}, "outside"),

@@ -420,7 +420,7 @@ def test_codes_and_norms_that_no_encoder_makes_are_refused() -> None:
 )
 def test_the_largest_are_kept_and_of_equal_ones_the_first(x: np.ndarray, keep: float) -> None:
     codec, half = TopK(keep), len(x) // 2
-    order = sorted(range(len(x)), key=lambda i: (-abs(float(x[i])), i))[: codec.kept(len(x))]
+    order = sorted(range(len(x)), key=lambda i: (-abs(float(x[i])), i))[: codec.selected(len(x))]
     expected = np.zeros_like(x)
     for i in order:
         expected[i] = x[i]
@@ -428,10 +428,10 @@ def test_the_largest_are_kept_and_of_equal_ones_the_first(x: np.ndarray, keep: f
     np.testing.assert_array_equal(np.concatenate([decoded["a"], decoded["b"]]), expected)
 
 
-def test_how_many_are_kept() -> None:
-    assert [TopK(0.05).kept(d) for d in (0, 1, 29, 30, 100, 1000)] == [0, 1, 1, 2, 5, 50]
-    assert TopK(0.07).kept(100) == 7  # 0.07 · 100 is 7.000000000000001
-    assert TopK(1.0).kept(13) == 13
+def test_how_many_elements_are_selected() -> None:
+    assert [TopK(0.05).selected(d) for d in (0, 1, 29, 30, 100, 1000)] == [0, 1, 1, 2, 5, 50]
+    assert TopK(0.07).selected(100) == 7  # 0.07 · 100 is 7.000000000000001
+    assert TopK(1.0).selected(13) == 13
 
 
 def test_top_k_over_the_whole_difference_not_per_tensor() -> None:
@@ -461,7 +461,7 @@ def test_positions_that_do_not_fit_are_refused() -> None:
     broken(sparse, TopK.INDICES, lambda a: np.copyto(a, a[::-1].copy()), "not rising")
     broken(sparse, TopK.INDICES, lambda a: np.copyto(a, a[0]), "repeated")
     broken(sparse, TopK.INDICES, lambda a: a.__setitem__(-1, 300), "index 300 is out of range.* 300 numbers")
-    broken(dense, TopK.MASK, lambda a: a.fill(0), "the mask names 0 numbers, 150 came")
+    broken(dense, TopK.MASK, lambda a: a.fill(0), "the mask marks 0 elements for 150 values")
     broken(dense, TopK.MASK, lambda a: a.__setitem__(-1, a[-1] | 1), "bits after the last number")
 
 

@@ -30,7 +30,7 @@ def test_truncated() -> None:
 def test_unknown_schema() -> None:
     other = plan()
     other.schema = control.SCHEMA + 1
-    with pytest.raises(WireError, match=f"of schema {control.SCHEMA + 1}, this side speaks {control.SCHEMA}"):
+    with pytest.raises(WireError, match=f"of schema {control.SCHEMA + 1}, this side uses {control.SCHEMA}"):
         control.decode(pb.RoundPlan, other.SerializeToString(), "edge-1")
     with pytest.raises(WireError, match="schema 0"):
         control.decode(pb.RoundPlan, b"", "edge-1")

@@ -31,7 +31,7 @@ def test_a_foreign_schema_is_refused_with_the_senders_version() -> None:
     facts = pb.DeviceFacts(versions={"espalier": "9.8.7"})
     hello = pb.ClientHello(schema=control.SCHEMA + 1, name="c", facts=facts)
     with pytest.raises(
-        WireError, match=r"schema 3 \(espalier 9\.8\.7\), this side speaks 2 \(espalier "
+        WireError, match=r"schema 3 \(espalier 9\.8\.7\), this side uses 2 \(espalier "
     ) as caught:
         control.decode(pb.ClientHello, hello.SerializeToString(), "c")
     assert own_versions()["espalier"] in str(caught.value)
