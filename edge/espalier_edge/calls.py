@@ -1,45 +1,36 @@
-"""Calls clients: sends each its round plan, and validates and decodes the reply into an update."""
+"""Calls clients: sends each its round plan, and yields the valid replies as they arrive."""
 
 from __future__ import annotations
 
 import logging
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
-import numpy as np
 from flwr.app import Message
 
 from espalier.config.reproducible import in_order
-from espalier.errors import UNSOUND, WireError, unsound
+from espalier.errors import EspalierError, WireError
 from espalier.flower.arrays import payload_bytes
 from espalier.flower.reply_outcome import fault_kind
-from espalier.methods.base import Method, Update
+from espalier.methods.base import Method
 from espalier.methods.state import ServerState, architecture_layout
-from espalier.methods.views import ClientView, answer_layouts, buffers_of, whole_view
-from espalier.training.privacy import PrivacySettings
+from espalier.methods.views import ClientView, whole_view
 from espalier.wire import control
-from espalier.wire.codec import Codec
-from espalier.wire.codec_registry import CodecSettings, create_codec
+from espalier.wire.codec_registry import CodecSettings
 from espalier.wire.downlink import DownlinkEncoding
 from espalier.wire.payload import Layout
-from espalier.wire.sections import MODEL, PEER, difference, layouts_from_proto, layouts_to_proto
-from espalier.wire.signature import UNSIGNED, check, payload_digest
-from espalier.wire.uplink import UplinkEncoding
+from espalier.wire.sections import MODEL, PEER, layouts_to_proto
 from espalier_edge.fleet.server import InlineGrid
 from espalier_edge.pace import Pace, work_of
+from espalier_edge.replies import Answered, ReplyReader
 from espalier_edge.roster import Member, Roster
 from espalier_proto import espalier_pb2 as pb
 
 log = logging.getLogger("espalier.edge")
 
-
-@dataclass(frozen=True)
-class Answered:
-    """A client's reply that passed validation."""
-
-    report: pb.ClientReport
-    update: Update
+#: Number of clients that an error message names.
+NAMES_SHOWN = 5
 
 
 class Caller:
@@ -59,8 +50,8 @@ class Caller:
         The clients of this edge.
     report : pb.EdgeReport
         Faults and bytes are added to it.
-    cancelled : callable
-        Returns whether the cloud has abandoned the window.
+    interruption : callable
+        Returns why the window was ended early, "" while the cloud waits for it.
     pace : Pace, optional
         Estimates of the clients' training times.
     """
@@ -73,15 +64,14 @@ class Caller:
         grid: InlineGrid,
         roster: Roster,
         report: pb.EdgeReport,
-        cancelled: Callable[[], bool] = lambda: False,
+        interruption: Callable[[], str] = lambda: "",
         pace: Pace | None = None,
     ) -> None:
         self.edge, self.plan, self.method = edge, plan, method
-        self._cancelled, self._pace = cancelled, pace or Pace()
+        self._interruption, self._pace = interruption, pace or Pace()
         self.grid, self.roster, self.report = grid, roster, report
         self._server_peers: dict[str, pb.ArchitectureSpec] = {}
-        name = method.chosen(method.settings, "codec")
-        self.codec: Codec | None = None if name == "none" else create_codec(method.settings, name)
+        self._replies = ReplyReader(method)
 
     def call(
         self,
@@ -108,6 +98,12 @@ class Caller:
             The server's tensors.
         inquiry : str
             The kind of inquiry; "": training.
+
+        Raises
+        ------
+        EspalierError
+            The window was ended before every client had replied. The others are not stragglers, as the deadline had
+            not passed.
         """
         clients = self.roster.clients()
         called = {p.client: clients[p.client] for p in participants if p.client in clients}
@@ -144,28 +140,35 @@ class Caller:
         deadline = self._deadline(works, called, inquiry)
         messages = self._messages(plans, sent, called)
         start = time.monotonic()
-        for reply in self.grid.exchange(messages, deadline=deadline, cancelled=self._cancelled):
+        for reply in self.grid.exchange(messages, deadline=deadline, cancelled=self._interrupted):
             name = self.roster.name_of(reply.metadata.src_node_id)
             done.add(name)
             if not inquiry and name in works and reply.has_content():
                 self._pace.record(name, works[name], time.monotonic() - start)
             try:
-                report = self._read_report(reply, plans, called, name)
-                self._check_signature(reply, report, plans[name], called[name])
-                update = self._read_update(reply, report, plans[name], sent[name], called[name])
+                answer = self._replies.read(reply, name, plans, sent, called)
             except WireError as error:
                 self.fault(name, fault_kind(reply), error.fault, round_)
                 yield name, None
                 continue
-            self.report.client_edge.up_bytes += report.up_bytes
+            self.report.client_edge.up_bytes += answer.report.up_bytes
             self.report.client_edge.messages += 1
-            self.report.signatures += report.HasField("signed")
-            yield name, Answered(report, update)
-            del reply, update
-        for name in sorted(set(called) - done):
+            self.report.signatures += answer.report.HasField("signed")
+            yield name, answer
+            del reply, answer
+        missing = sorted(set(called) - done)
+        if missing and (reason := self._interruption()):
+            first = ", ".join(missing[:NAMES_SHOWN]) + (", …" if len(missing) > NAMES_SHOWN else "")
+            raise EspalierError(
+                f"{reason}; round {round_} is abandoned without {len(missing)} of {len(called)} replies ({first})"
+            )
+        for name in missing:
             if not inquiry:
                 self._pace.record_miss(name, works[name], deadline)
             self.fault(name, "straggler", f"no reply within {deadline:.3g} s", round_)
+
+    def _interrupted(self) -> bool:
+        return bool(self._interruption())
 
     def _works(self, called: Mapping[str, Member], sent: Mapping[str, ClientView]) -> dict[str, float]:
         """Return the work of each client, see `work_of`."""
@@ -194,8 +197,6 @@ class Caller:
         self.report.faults.append(
             pb.Fault(tier="edge", node=node, kind=kind, detail=detail, window=self.plan.window, round=round_)
         )
-
-    # --- down --------------------------------------------------------------------------------------
 
     def _views(self, server: ServerState, participants: Sequence[pb.Participant]) -> dict[str, ClientView]:
         """Return the views of all participants by key; each is built once."""
@@ -265,84 +266,3 @@ class Caller:
             self.report.client_edge.messages += 1
             kind = control.INQUIRY if plan.inquiry else control.TRAIN
             yield Message(content, called[name].node_id, kind, group_id=str(plan.round))
-
-    # --- up ----------------------------------------------------------------------------------------
-
-    def _read_report(
-        self,
-        reply: Message,
-        plans: Mapping[str, pb.RoundPlan],
-        called: Mapping[str, Member],
-        name: str,
-    ) -> pb.ClientReport:
-        report = control.read_control(pb.ClientReport, reply, name)
-        if name not in plans or report.client != name:
-            raise WireError(name, f"an update in the name of {report.client!r}")
-        control.check_same_run(plans[name], report, name)
-        if not 0 < report.samples <= called[name].hello.samples:
-            raise WireError(name, f"{report.samples} samples, its hello had {called[name].hello.samples}")
-        # Under differential privacy a client does not report its exact loss.
-        withheld = (
-            np.isnan(report.loss)
-            and self.method.settings.of(PrivacySettings).private
-            and not plans[name].inquiry
-        )
-        losses = [] if withheld else [report.loss]
-        if not np.isfinite([*losses, *report.metrics.values()]).all():
-            raise WireError(name, "a loss or another metric that is not finite")
-        report.up_bytes = payload_bytes(reply.content)
-        return report
-
-    def _check_signature(
-        self, reply: Message, report: pb.ClientReport, plan: pb.RoundPlan, known: Member
-    ) -> None:
-        """Check that the client signed exactly this reply to exactly this plan."""
-        if not report.HasField("signed"):
-            if self.method.settings.require_signatures:
-                raise WireError(report.client, UNSIGNED)
-            return
-        digest = payload_digest(control.array_records(reply.content))
-        check(plan, report, digest, known.hello.public_key)
-
-    def _read_update(
-        self, reply: Message, report: pb.ClientReport, plan: pb.RoundPlan, sent: ClientView, known: Member
-    ) -> Update:
-        """Validate and decode the tensors of a reply, and assign them to the server's sections."""
-        name, received = report.client, sent.payload.views()
-        metrics = {**report.metrics, "loss": report.loss, "steps": report.steps}
-        try:
-            returned = (
-                answer_layouts(
-                    plan.inquiry,
-                    sent.architecture,
-                    self.method.settings,
-                    plan.population,
-                    metrics,
-                    tuple(known.hello.image_shape),
-                )
-                if plan.inquiry
-                else self.method.reply_layouts(sent.architecture, sent.payload.layouts, sent.returns, report)
-            )
-        except UNSOUND as error:
-            raise WireError(name, unsound(error)) from error
-        encoding = UplinkEncoding(
-            returned,
-            sent.payload.layouts,
-            buffers_of(sent.architecture),
-            None if plan.inquiry else self.codec,
-        )
-        claimed = layouts_from_proto(report.sections, name) if report.sections else encoding.wire
-        if fault := difference(encoding.wire, claimed):
-            raise WireError(name, fault)
-        arrays = encoding.decode(control.read_payload(reply, encoding.wire, name), received, name)
-        own = {section: tensors for section, tensors in arrays.items() if section in received}
-        return Update(
-            name=name,
-            sections=sent.at_server(own),
-            received=sent.at_server({s: {n: received[s][n] for n in own[s]} for s in own}),
-            samples=report.samples,
-            labels=known.labels,
-            metrics=metrics,
-            extra={section: tensors for section, tensors in arrays.items() if section not in received},
-            report=report,
-        )

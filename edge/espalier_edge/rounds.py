@@ -25,9 +25,10 @@ from espalier.wire import control
 from espalier.wire.codec_registry import CodecSettings, create_codec
 from espalier.wire.sections import Payload, layouts_to_proto
 from espalier.wire.uplink import UplinkEncoding
-from espalier_edge.calls import Answered, Caller
+from espalier_edge.calls import Caller
 from espalier_edge.fleet.server import InlineGrid
 from espalier_edge.pace import Pace
+from espalier_edge.replies import Answered
 from espalier_edge.roster import Roster
 from espalier_proto import espalier_pb2 as pb
 
@@ -133,9 +134,7 @@ class EdgeWindow:
         self.server = ServerState(plan.architecture, payload, max(plan.population, 1), peers=dict(plan.peers))
         self.aggregate = Aggregate(payload.layouts)
         self.report = pb.EdgeReport(schema=control.SCHEMA, run=plan.run, window=plan.window, edge=edge)
-        self.caller = Caller(
-            edge, plan, self.method, grid, roster, self.report, progress.overtaken.is_set, pace
-        )
+        self.caller = Caller(edge, plan, self.method, grid, roster, self.report, self._interruption, pace)
         self._received = payload
         self._grid, self._roster = grid, roster
         self._labels: np.ndarray | None = None
@@ -153,6 +152,11 @@ class EdgeWindow:
             Samples, labels, participants, losses, bytes and faults.
         Payload
             The aggregate of the window, without the rounds that missed the quorum.
+
+        Raises
+        ------
+        EspalierError
+            The run ended, or the cloud continued without this window.
         """
         start = time.monotonic()
         for schedule in self.plan.rounds:
@@ -169,13 +173,19 @@ class EdgeWindow:
 
     def _check_current(self) -> None:
         """Raise EspalierError if the cloud no longer waits for this window."""
+        if reason := self._interruption():
+            raise EspalierError(reason)
+
+    def _interruption(self) -> str:
+        """Return why the cloud no longer waits for this window, "" while it does."""
         if self._grid.closed:
-            raise EspalierError("the run ended during the window")
+            return f"the run ended during window {self.plan.window}"
         if self.progress.overtaken.is_set():
-            raise EspalierError(f"the cloud continued without window {self.plan.window}")
+            return f"the cloud continued without window {self.plan.window}"
+        return ""
 
     def inquire(self) -> tuple[pb.EdgeReport, Payload]:
-        """Send the plan's inquiry to its participants, and return their answers."""
+        """Send the plan's inquiry to its participants, and return their answers; see `run` for what is raised."""
         start = time.monotonic()
         schedule = self.plan.rounds[0]
         mine = [p for p in schedule.participants if p.edge == self.edge]

@@ -19,7 +19,7 @@ app = ServerApp()
 
 @app.main()
 def main(grid: Grid, context: Context) -> None:
-    """Run one run of the tree, as the run config says."""
+    """Execute one run with the settings of the run config."""
     configure(os.environ.get(FORMAT_ENV, "text"))
     settings = RunConfig.from_flat(context.run_config)
     out = run_folder(settings, context.run_id)

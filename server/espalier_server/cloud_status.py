@@ -31,7 +31,7 @@ log = logging.getLogger("espalier.cloud")
 DEFAULT_ADDRESS = "127.0.0.1:9094"
 #: File in the cloud's state folder that names the run that was started last.
 RUN_FILE = "run.json"
-#: Seconds after which the list of nodes is requested again, and that a snapshot waits for it.
+#: Age in seconds at which the list of nodes is requested again, and how long a snapshot waits for it.
 NODES_AGE, NODES_WAIT = 4.0, 1.0
 
 
@@ -51,7 +51,7 @@ class Nodes:
         self._nodes: list[Node] | None = None
 
     def get(self) -> list[Node] | None:
-        """Return the newest list of nodes, None if there is none; wait at most `NODES_WAIT` seconds."""
+        """Return the newest list of nodes, None if there is none; waits at most `NODES_WAIT` seconds for a new one."""
         with self._lock:
             if not self._busy and time.monotonic() - self._asked > NODES_AGE:
                 self._busy, self._asked = True, time.monotonic()
@@ -142,7 +142,7 @@ class CloudSource:
         return list_nodes(self.cloud.control, self.cloud.root_certificates)
 
     def _add_nodes(self, status: mpb.TreeStatus, nodes: list[Node]) -> None:
-        """Set which edges are connected according to the SuperLink, which knows it between runs, too."""
+        """Set which edges are connected according to the SuperLink, which also knows this between runs."""
         try:
             owners = (
                 NameRegistry(self.state / EDGE_NAMES).owners() | KeyRegistry(self.state / EDGE_KEYS).owners()

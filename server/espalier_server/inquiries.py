@@ -14,6 +14,7 @@ from espalier.wire.payload import Layout
 from espalier.wire.sections import Payload, difference
 from espalier_proto import espalier_pb2 as pb
 from espalier_server.exchange import MAX_ATTEMPTS, Exchange
+from espalier_server.planning.joining import wait_for_members
 
 #: Inquiries whose answers are recorded only and do not affect training.
 EVALUATION_ONLY = frozenset({"accuracy", "samples"})
@@ -48,7 +49,7 @@ def ask(create_exchange: Callable[[], Exchange]) -> dict[str, Answer]:
         unanswered = sorted(recipients - set(answers))
         if not (unanswered and settings.reproducible) or kind in EVALUATION_ONLY:
             return answers
-        exchange.tree.gather(settings, lambda: False)
+        wait_for_members(exchange.tree, settings, lambda: False)
     raise EspalierError(
         f"{', '.join(unanswered)} did not answer an inquiry ({kind}) in {MAX_ATTEMPTS} attempts, so the run is "
         "not reproducible; restart them and resume it"

@@ -32,6 +32,7 @@ from espalier_server.ema import ema_update
 from espalier_server.evaluation.assessment import Assessment
 from espalier_server.evaluation.evaluator import create_evaluator
 from espalier_server.exchange import MAX_ATTEMPTS
+from espalier_server.planning.joining import wait_for_members
 from espalier_server.planning.tree import Tree
 from espalier_server.records.recorder import RunRecorder
 from espalier_server.records.resume import check_changes, existing_record
@@ -110,7 +111,7 @@ class TreeRun:
         if resumed is not None:
             self.tree.freeze_members(resumed.members)
         import_ahead(s)  # before edges and clients have joined, so that they do not wait for it
-        self.tree.gather(s, self._stopping)
+        wait_for_members(self.tree, s, self._stopping)
         self._check_stop()
         self.method.set_data_shape(self.tree.image_shape, len(self.tree.classes))
         if resumed is None:
@@ -196,7 +197,7 @@ class TreeRun:
         """Exchange hellos and wait until there is a member, or, in a reproducible run, all members are connected."""
         self.tree.refresh(all_edges=all_edges)
         while not self.tree.members() or self.tree.absent():
-            self.tree.gather(self.settings, self._stopping)
+            wait_for_members(self.tree, self.settings, self._stopping)
             self._check_stop()
 
     def _collect(self, strategy: WindowAggregator, window: int) -> tuple[CentralAggregate, int]:

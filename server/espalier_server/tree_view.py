@@ -55,9 +55,9 @@ class TreeView:
         elif kind == "window-start":
             self._window_started = now
         elif kind == "progress":
-            self._mentioned(self._edges, event.get("edge"), now)
+            self._touch(self._edges, event.get("edge"), now)
             for client in (*event.get("training", ()), *event.get("done", ())):
-                self._mentioned(self._clients, client, now)
+                self._touch(self._clients, client, now)
         elif kind == "window-end":
             self._window_seconds[int(event["window"])] = now - self._window_started
             self._apply_trainings(event.get("clients") or {}, now)
@@ -85,7 +85,8 @@ class TreeView:
     # --- events ------------------------------------------------------------------------------------
 
     @staticmethod
-    def _mentioned(group: dict[str, NodeRecord], name: object, now: float) -> NodeRecord:
+    def _touch(group: dict[str, NodeRecord], name: object, now: float) -> NodeRecord:
+        """Return the record of a node, and note the time of the event that mentions it."""
         node = group.setdefault(str(name), NodeRecord())
         node.last_seen = max(node.last_seen, now)
         return node
@@ -94,14 +95,14 @@ class TreeView:
         for group, key in ((self._edges, "edges"), (self._clients, "clients")):
             present: Mapping[str, Any] = event.get(key) or {}
             for name, facts in present.items():
-                node = self._mentioned(group, name, now)
+                node = self._touch(group, name, now)
                 node.facts, node.connected = dict(facts), True
             for name in group.keys() - present.keys():
                 group[name].connected = False
 
     def _apply_trainings(self, clients: Mapping[str, Any], now: float) -> None:
         for name, last in clients.items():
-            self._mentioned(self._clients, name, now).last_round = dict(last)
+            self._touch(self._clients, name, now).last_round = dict(last)
             self._trainings += int(last.get("rounds") or 1)
             self._training_seconds += float(last.get("total_seconds") or last.get("seconds") or 0.0)
 
@@ -182,7 +183,7 @@ class TreeView:
         return status
 
     def _place(self, name: str, node: NodeRecord) -> tuple[str, str]:
-        """Return the edge at which a client is now, if it is planned, and its state."""
+        """Return the edge of a client in the current round, "" if it does not participate, and the client's state."""
         for edge, inside in self.run.at_edges.items():
             if name in inside.training:
                 return edge, "training"

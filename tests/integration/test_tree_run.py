@@ -20,6 +20,7 @@ from espalier.models.pipeline import load_pipeline
 from espalier.security.name_registry import NameRegistry
 from espalier_client.privacy_accounting import epsilon_of
 from espalier_server.client_keys import ClientKeys
+from espalier_server.planning.joining import wait_for_members
 from espalier_server.planning.tree import Tree
 from espalier_server.records.checkpoint import Checkpoints
 from espalier_server.records.snapshot import Snapshot
@@ -263,7 +264,7 @@ def test_two_runs_do_not_mix(tree: LiveTree) -> None:
         second.refresh()
         assert second.edges() == {}
         with pytest.raises(EspalierError, match="edge-1 serves run first"):
-            second.gather(RunConfig.from_flat({"hello-timeout": 0.1}), lambda: False)
+            wait_for_members(second, RunConfig.from_flat({"hello-timeout": 0.1}), lambda: False)
         first.finish()
         second.refresh(all_edges=True)
         assert len(second.edges()) == 2

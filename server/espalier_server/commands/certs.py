@@ -1,4 +1,4 @@
-"""The command `espalier certs`: certificates and node keys, with a folder for the authority and one per machine."""
+"""The command `espalier certs`: creates certificates and node keys, in one folder per authority or machine."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ Hosts = Annotated[
     list[str] | None,
     typer.Option(
         "--host",
-        help="DNS name or IP address that others connect to; repeatable. A renewal keeps the old ones.",
+        help="DNS name or IP address that others connect to; repeatable. By default a renewal takes the old ones.",
     ),
 ]
 Days = Annotated[float, typer.Option(min=0.01, help="Days of validity.")]
@@ -51,10 +51,10 @@ def init(
 
     roots = folder / CA
     if retire:
-        held = in_force(_read(roots), str(roots))[:1]
-        if not held:
+        valid = in_force(_read(roots), str(roots))[:1]
+        if not valid:
             raise ConfigError(f"{roots} has expired; make a new authority with --renew")
-        write_bytes(roots, held[0], 0o644)
+        write_bytes(roots, valid[0], 0o644)
         typer.echo(f"{roots}: one authority; copy it to every machine")
         return
     _refuse_overwriting(roots, renew, "--renew")
@@ -145,31 +145,33 @@ def show(
 
     files = sorted(path.rglob("*.pem")) if path.is_dir() else [path]
     if not files:
-        raise ConfigError(f"{path} holds no .pem file; make some with `espalier certs init`")
-    rows = [(file, said) for file in files for said in facts(_read(file), str(file))]
+        raise ConfigError(f"{path} contains no .pem file; create one with `espalier certs init`")
+    rows = [(file, entry) for file in files for entry in facts(_read(file), str(file))]
     if form == "json":
-        typer.echo(json.dumps([_plain(file, said) for file, said in rows], indent=1))
+        typer.echo(json.dumps([_as_dict(file, entry) for file, entry in rows], indent=1))
         return
-    for file, said in rows:
-        left = f"{said.days_left:.0f} days left" if said.days_left > 0 else "EXPIRED"
-        what = "authority" if said.authority else f"for {', '.join(said.hosts) or 'no host'}"
-        typer.echo(f"{file}: {said.subject}, {what}; by {said.issuer}; until {said.ends:%Y-%m-%d} ({left})")
+    for file, entry in rows:
+        left = f"{entry.days_left:.0f} days left" if entry.days_left > 0 else "EXPIRED"
+        what = "authority" if entry.authority else f"for {', '.join(entry.hosts) or 'no host'}"
+        typer.echo(
+            f"{file}: {entry.subject}, {what}; by {entry.issuer}; until {entry.ends:%Y-%m-%d} ({left})"
+        )
 
 
 # --- files -----------------------------------------------------------------------------------------
 
 
-def _plain(file: Path, said: Facts) -> dict[str, object]:
+def _as_dict(file: Path, entry: Facts) -> dict[str, object]:
     return {
         "file": str(file),
-        "subject": said.subject,
-        "issuer": said.issuer,
-        "hosts": list(said.hosts),
-        "authority": said.authority,
-        "begins": said.begins.isoformat(),
-        "ends": said.ends.isoformat(),
-        "days_left": round(said.days_left, 2),
-        "sha256": said.fingerprint,
+        "subject": entry.subject,
+        "issuer": entry.issuer,
+        "hosts": list(entry.hosts),
+        "authority": entry.authority,
+        "begins": entry.begins.isoformat(),
+        "ends": entry.ends.isoformat(),
+        "days_left": round(entry.days_left, 2),
+        "sha256": entry.fingerprint,
     }
 
 
@@ -203,14 +205,16 @@ def _make_node_key(out: Path) -> None:
     write_bytes(out / NODE_KEY, private, 0o600)
     write_bytes(out / NODE_PUBLIC, public, 0o644)
     typer.echo(f"{out / NODE_KEY}: --key")
-    typer.echo(f"{out / NODE_PUBLIC}: its public half")
+    typer.echo(f"{out / NODE_PUBLIC}: its public key")
 
 
 def _authority(folder: Path) -> Pair:
     from espalier.security.certificates import Pair
 
     if not (folder / CA_KEY).exists():
-        raise ConfigError(f"{folder} holds no authority; make one with `espalier certs init --dir {folder}`")
+        raise ConfigError(
+            f"{folder} contains no authority; create one with `espalier certs init --dir {folder}`"
+        )
     return Pair(_read(folder / CA), _read(folder / CA_KEY))
 
 

@@ -67,13 +67,13 @@ def run_demo(edges: int, clients: int, data: str, out: Path, settings: Mapping[s
     tree: dict[str, FlatValue] = {"eval-data": source, "min-edges": edges, "min-clients": clients}
     out = out.expanduser().resolve()
     view = RunView()
-    _set_aside(out, view)
+    _rename_earlier(out, view)
     from espalier.methods.run_config import with_defaults  # late: the methods load Flower
 
     config = prepare(with_defaults(DEMO, {**tree, **settings}), out)
     with signals_interrupt(), Group() as group:
-        # Start-up is overlapped, because it takes most of a short demonstration: edges start together with the cloud,
-        # and clients while the ServerApp, the slowest process to start, does.
+        # Start the edges together with the cloud, and the clients together with the ServerApp, which takes longest:
+        # start-up is most of the duration of a short demonstration.
         folder = out / "processes"
         name, listen, control = _start_cloud(group, folder)
         addresses = _start_edges(group, folder, listen, edges)
@@ -91,7 +91,7 @@ def run_demo(edges: int, clients: int, data: str, out: Path, settings: Mapping[s
     return status
 
 
-def _set_aside(out: Path, view: RunView) -> None:
+def _rename_earlier(out: Path, view: RunView) -> None:
     """Rename the folder of an earlier demonstration, so that its results are not overwritten."""
     if not (out / EVENTS_FILE).exists():
         check_folder(out, "demo")
@@ -99,10 +99,10 @@ def _set_aside(out: Path, view: RunView) -> None:
         shutil.rmtree(out / "processes", ignore_errors=True)
         return
     number = 1
-    while (aside := out.with_name(f"{out.name}.{number}")).exists():
+    while (renamed := out.with_name(f"{out.name}.{number}")).exists():
         number += 1
-    out.rename(aside)
-    view.print_line(f"the earlier run in {out} is now {aside}")
+    out.rename(renamed)
+    view.print_line(f"the earlier run in {out} is now {renamed}")
 
 
 def _start_cloud(group: Group, folder: Path) -> tuple[str, Address, Address]:

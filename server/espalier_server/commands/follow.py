@@ -16,8 +16,10 @@ from espalier_server.records.events import EVENTS_FILE, FINAL, read_events, read
 from espalier_server.superlink.clouds import Cloud
 from espalier_server.superlink.submission import Submission, flower_status, forget, stop_run, submit
 
+#: Seconds that an interrupted run has for a clean end.
 STOP_SECONDS = 60.0
-_SILENT_SECONDS = 20.0  # without a first event, after which Flower is asked for the run's status
+#: Seconds without a first event after which the run's status is requested from Flower.
+_SILENT_SECONDS = 20.0
 _TICK_SECONDS = 0.25
 
 
@@ -57,11 +59,10 @@ def check_folder(out: Path, run: str) -> None:
         raise StateError(
             f"--out {out} cannot be used: {error.strerror}; give a folder this user may write"
         ) from error
-    held = {str(event.get("run")) for event in read_events(out / EVENTS_FILE) if event["event"] == "run"} - {
-        run
-    }
-    if held:
-        old = sorted(held)[0]
+    starts = (event for event in read_events(out / EVENTS_FILE) if event["event"] == "run")
+    other_runs = sorted({str(event.get("run")) for event in starts} - {run})
+    if other_runs:
+        old = other_runs[0]
         raise StateError(
             f"--out {out} holds the run {old}; give another folder, or -c run-id={old} to resume it"
         )
@@ -143,7 +144,7 @@ def _ask_flower(cloud: Cloud, submission: Submission) -> None:
 
 
 def _show_rest(submission: Submission, view: RunView) -> None:
-    """Show the final event of a stopped run."""
+    """Show the final event of a run that was stopped, if there is one."""
     events, _ = read_from(submission.events, submission.offset)
     for event in events:
         if event["event"] in FINAL:

@@ -1,4 +1,4 @@
-"""Figures as people read them: sizes, durations, lists of names, curves in one line."""
+"""Formats sizes, durations, lists of names and curves as short text."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ _BARS = "▁▂▃▄▅▆▇█"
 
 
 def names(found: Sequence[str], most: int = 6) -> str:
-    """Return names in one line, the first ones only where they are many."""
+    """Return names separated by commas; of more than `most` names, the first ones and the number of all."""
     if len(found) <= most:
         return ", ".join(found) or "-"
     return f"{', '.join(found[:most])} … ({len(found)})"
 
 
 def spark(values: Sequence[float], width: int = 40) -> str:
-    """Return the last values as a row of bars."""
+    """Return the last `width` values as a row of bars; values that are not finite are left out."""
     values = [value for value in values[-width:] if math.isfinite(value)]
     if not values:
         return ""

@@ -1,4 +1,4 @@
-"""The terminal view of a run: live on a terminal, one line per event elsewhere."""
+"""The view of a run: redrawn in place on a terminal, one line per event otherwise."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ class RunView:
             self.tick()
 
     def tick(self) -> None:
-        """Update times and bars."""
+        """Redraw the times and progress bars."""
         if self._live is not None:
             self._live.update(self._render(), refresh=True)
 
@@ -110,9 +110,8 @@ def describe(event: Mapping[str, Any], state: RunState) -> str:
         return f"fault: {_fault(event)}"
     if kind == "resumed":
         return f"resumed after window {window}, round {event.get('round')}"
-    if event.get(
-        "reason"
-    ):  # finished, stopped, failed, interrupted; without a reason the exit status suffices
+    # finished, stopped, failed or interrupted; without a reason the command's exit status says enough
+    if event.get("reason"):
         return f"{kind}: {event['reason']}"
     return ""
 

@@ -1,4 +1,4 @@
-"""A snapshot of the tree as people read it: what is wrong with it, and a view that fits 80 columns."""
+"""Status snapshots as text: the problems of a tree, and a view of it that fits 80 columns."""
 
 from __future__ import annotations
 
@@ -20,16 +20,18 @@ _STYLES = {"training": "cyan", "done": "green", "lost": "red", "dead": "red", "f
 
 
 def troubles(status: mpb.TreeStatus) -> list[str]:
-    """Return what is wrong with a tree, in plain sentences; faults that a run goes on without are no trouble."""
+    """Return the problems of a tree, one sentence each; faults that a run tolerates are not among them."""
     found = []
     run = status.run
     running = run.status == "running"
     if status.HasField("cloud") and not status.cloud.superlink:
         found.append("the SuperLink does not serve; see superlink.log in the cloud's --state")
     if run.status == "dead":
-        found.append(f"run {run.run} has lost its ServerApp; the cloud brings it back from its checkpoint")
+        found.append(
+            f"the ServerApp of run {run.run} has ended; the cloud resumes the run from its checkpoint"
+        )
     if run.status == "failed":
-        found.append(f"run {run.run} failed: {run.reason or 'without a reason'}")
+        found.append(f"run {run.run} failed: {run.reason or 'no reason given'}")
     if running:
         found += [f"edge {e.name} is not connected" for e in status.edges if not e.connected]
         lost = [c.name for c in status.clients if c.state == "lost"]
@@ -38,21 +40,21 @@ def troubles(status: mpb.TreeStatus) -> list[str]:
 
 
 def exit_status(status: mpb.TreeStatus) -> int:
-    """Return 1 if something is wrong, 0 while a run goes on, 3 while none does."""
+    """Return 1 if there are problems, else 0 if a run is active or waiting to start, else 3."""
     if troubles(status):
         return TROUBLE
     return GOING_ON if status.run.status == "running" or status.cloud.waiting else IDLE
 
 
 def render(status: mpb.TreeStatus, note: str = "") -> RenderableType:
-    """Return a view of a snapshot.
+    """Return the view of a snapshot for a terminal.
 
     Parameters
     ----------
     status : TreeStatus
         The snapshot.
     note : str
-        A last line, e.g. how to leave.
+        Text of the last line, e.g. the key that ends the view.
     """
     parts: list[RenderableType] = [_run(status), _tree(status), _numbers(status)]
     parts += [Text(f"✗ {trouble}", style="red") for trouble in troubles(status)]
@@ -99,7 +101,7 @@ def _run(status: mpb.TreeStatus) -> RenderableType:
 
 
 def _tree(status: mpb.TreeStatus) -> RenderableType:
-    """One row an edge, below it one for each of its clients: where it is planned, or the first it reaches."""
+    """Return a row for each edge and, below it, its clients: those planned there, or connected to it first."""
     table = Table(box=None, padding=(0, 2, 0, 0), header_style="dim", expand=True)
     table.add_column("", ratio=1, no_wrap=True, overflow="ellipsis")
     for name in ("state", "round", "images", "loss", "steps/s", "seen", "faults"):
@@ -166,5 +168,5 @@ def _count(faults: int) -> Text:
 
 
 def _ago(now: float, then: float) -> str:
-    """Return how long ago it was, in its largest unit: "5 s", "3 min", "2 h"."""
+    """Return the time since `then` in its largest unit: "5 s", "3 min", "2 h"; "-" if `then` is 0."""
     return " ".join(duration(max(0.0, now - then)).split()[:2]) if then else "-"

@@ -1,4 +1,4 @@
-"""`espalier top`: the live tree in a terminal, until q or Ctrl-C."""
+"""`espalier top`: shows the status of the tree live in a terminal, until q or Ctrl-C."""
 
 from __future__ import annotations
 
@@ -20,18 +20,30 @@ from espalier_proto import monitor_pb2 as mpb
 from espalier_server.commands.status_client import watch
 from espalier_server.commands.status_text import render
 
-AGAIN_SECONDS = 2.0
-_TICK = 0.1
-LEAVE = "q to leave"
+#: Seconds between attempts to connect.
+RECONNECT_SECONDS = 2.0
+_TICK_SECONDS = 0.1
+_HELP = "q to leave"
 
 
 def run_top(address: str, security: Security, interval: float, *, server_name: str = "") -> None:
-    """Show the tree until somebody leaves; a server that goes away is waited for.
+    """Show the status of the tree until q is pressed; reconnect if the connection is lost.
+
+    Parameters
+    ----------
+    address : str
+        HOST:PORT of the monitoring service.
+    security : Security
+        How to connect to it.
+    interval : float
+        Seconds between updates.
+    server_name : str
+        Name in the server's certificate, if it is not the address.
 
     Raises
     ------
     EspalierError
-        The first connection does not come about.
+        There is no terminal, or the first connection fails.
     """
     console = Console()
     if not console.is_terminal or not sys.stdin.isatty():
@@ -40,16 +52,16 @@ def run_top(address: str, security: Security, interval: float, *, server_name: s
     newest = feed.first()
     with (
         keys() as pressed,
-        Live(render(newest, LEAVE), console=console, screen=True, auto_refresh=False) as live,
+        Live(render(newest, _HELP), console=console, screen=True, auto_refresh=False) as live,
     ):
-        while pressed(_TICK) not in ("q", "Q"):
+        while pressed(_TICK_SECONDS) not in ("q", "Q"):
             if (found := feed.newest()) is not None:
                 newest = found
-                live.update(render(newest, feed.trouble or LEAVE), refresh=True)
+                live.update(render(newest, feed.trouble or _HELP), refresh=True)
 
 
 class Feed:
-    """Snapshots that another thread takes from a server, again and again; `trouble` says why none come."""
+    """Receives status snapshots in a background thread; `trouble` holds the last error, "" while connected."""
 
     def __init__(self, address: str, security: Security, interval: float, server_name: str) -> None:
         self._queue: queue.Queue[mpb.TreeStatus | EspalierError] = queue.Queue()
@@ -64,7 +76,7 @@ class Feed:
         Raises
         ------
         EspalierError
-            There is none.
+            The first connection failed.
         """
         found = self._queue.get()
         if isinstance(found, EspalierError):
@@ -73,14 +85,14 @@ class Feed:
         return found
 
     def newest(self) -> mpb.TreeStatus | None:
-        """Return the snapshot to show if anything is new, else None."""
+        """Return the newest snapshot if it or `trouble` has changed since the last call, else None."""
         changed = False
         with contextlib.suppress(queue.Empty):
             while True:
                 found = self._queue.get_nowait()
                 changed = True
                 if isinstance(found, EspalierError):
-                    self.trouble = f"{found}; trying again"
+                    self.trouble = f"{found}; reconnecting"
                 else:
                     self._last, self.trouble = found, ""
         return self._last if changed else None
@@ -92,24 +104,24 @@ class Feed:
             try:
                 for status in watch(address, security, interval, server_name=server_name):
                     self._queue.put(status)
-                self._queue.put(AddressError(f"{address} has ended the view"))
+                self._queue.put(AddressError(f"{address} closed the connection"))
             except EspalierError as error:
                 self._queue.put(error)
-            pause.wait(AGAIN_SECONDS)
+            pause.wait(RECONNECT_SECONDS)
 
 
 class Keys:
-    """Reads single keys of a terminal."""
+    """Reads single key presses from the terminal."""
 
     def __call__(self, timeout: float) -> str:
-        """Return a key that was pressed within `timeout` seconds, or ""."""
+        """Return the next key press, or "" if there is none within `timeout` seconds."""
         ready, _, _ = select.select([sys.stdin], [], [], timeout)
         return sys.stdin.read(1) if ready else ""
 
 
 @contextlib.contextmanager
 def keys() -> Iterator[Keys]:
-    """Take keys one by one and unseen while the context lasts."""
+    """Read keys without line buffering and echo within the context."""
     before = termios.tcgetattr(sys.stdin)
     try:
         tty.setcbreak(sys.stdin)

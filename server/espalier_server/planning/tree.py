@@ -1,18 +1,17 @@
-"""The edges and clients of a run: who is connected, and who is a member."""
+"""The edges and clients of a run: which are connected, and which clients are members."""
 
 from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Protocol
 
 import numpy as np
 
-from espalier.config.run_settings import RunSettings
 from espalier.config.timeouts import EDGE_HELLO, RETURN_HELLO
-from espalier.errors import EspalierError, WireError
+from espalier.errors import WireError
 from espalier.methods.planning import Member
 from espalier.names import check_sender
 from espalier.security.name_registry import Claims
@@ -36,8 +35,6 @@ from espalier_server.superlink.grid import TreeGrid
 
 log = logging.getLogger("espalier.cloud")
 
-#: Seconds between checks for edges and clients that have not joined yet.
-JOIN_INTERVAL = 0.5
 #: Seconds for which an edge's client list is considered fresh; a client that joins later waits for the next window.
 ROSTER_AGE = 5.0
 
@@ -99,6 +96,10 @@ class Tree:
         connected = set(self.grid.get_node_ids()) - self._unresponsive
         return {e.name: n for n, e in sorted(self._edges.items()) if n in connected and not e.busy_with}
 
+    def busy_edges(self) -> dict[str, str]:
+        """Return the run that each edge serves instead of this one, by edge name."""
+        return {e.name: e.busy_with for e in self._edges.values() if e.busy_with}
+
     def name_of(self, node_id: int) -> str:
         """Return the name of a node, or "node ID" if it has not sent a hello."""
         return self._edges[node_id].name if node_id in self._edges else f"node {node_id}"
@@ -113,7 +114,7 @@ class Tree:
         In a reproducible run these are the fixed members, connected or not: a message to one that is not connected
         fails and is sent again.
         """
-        edges_of = {name: list(m.edges) for name, m in self._frozen.items()} or self._connected_clients()
+        edges_of = {name: list(m.edges) for name, m in self._frozen.items()} or self.connected_clients()
         return [
             Member(
                 name=name,
@@ -130,7 +131,7 @@ class Tree:
             if name in self._clients
         ]
 
-    def _connected_clients(self) -> dict[str, list[str]]:
+    def connected_clients(self) -> dict[str, list[str]]:
         """Return the edges of each client that is connected and whose key is valid."""
         edges_of: dict[str, list[str]] = {}
         keys = self.keys.in_force()  # a client may have been revoked since its hello
@@ -160,7 +161,7 @@ class Tree:
 
     def absent(self) -> list[str]:
         """Return the fixed members that are not connected to all of their edges, as "CLIENT at EDGE"."""
-        edges_of = self._connected_clients()
+        edges_of = self.connected_clients()
         return [
             f"{name} at {edge}"
             for name, member in sorted(self._frozen.items())
@@ -184,59 +185,6 @@ class Tree:
         return tuple(next(iter(self._clients.values())).classes)
 
     # --- hellos ------------------------------------------------------------------------------------
-
-    def gather(self, settings: RunSettings, cancelled: Callable[[], bool]) -> None:
-        """Wait until `min-edges` edges and `min-clients` clients have joined.
-
-        In a reproducible run, wait until all members are connected, each client to all of its edges.
-
-        Raises
-        ------
-        EspalierError
-            Too few joined within `hello-timeout` seconds, or more than a reproducible run expects.
-        """
-        deadline = time.monotonic() + settings.hello_timeout
-        while not cancelled():
-            self.refresh(all_edges=True)
-            edges, members = self.edges(), self.members()
-            missing = self._missing(settings) if self.reproducible else []
-            if len(edges) >= settings.min_edges and len(members) >= settings.min_clients and not missing:
-                return
-            if time.monotonic() > deadline and missing:
-                raise EspalierError(
-                    f"a reproducible run needs all of its members, and {', '.join(missing[:5])} did not join within "
-                    f"{settings.hello_timeout:g} s; start what is missing and resume the run"
-                )
-            if time.monotonic() > deadline:
-                busy = [f"{e.name} serves run {e.busy_with}" for e in self._edges.values() if e.busy_with]
-                raise EspalierError(
-                    f"{len(edges)} of {settings.min_edges} edges and {len(members)} of "
-                    f"{settings.min_clients} clients joined within {settings.hello_timeout:g} s"
-                    + (f"; {'; '.join(busy)}" if busy else "")
-                    + "; start the missing ones or lower min-edges and min-clients"
-                )
-            time.sleep(JOIN_INTERVAL)
-
-    def _missing(self, settings: RunSettings) -> list[str]:
-        """Return what a reproducible run still waits for; raises EspalierError if more joined than expected."""
-        if self._frozen:
-            return self.absent()
-        edges_of, edges = self._connected_clients(), self.edges()
-        for found, expected, what in (
-            (len(edges), settings.min_edges, "edges"),
-            (len(edges_of), settings.min_clients, "clients"),
-        ):
-            if found > expected:
-                raise EspalierError(
-                    f"{found} {what} joined, and min-{what}={expected}; a reproducible run needs their exact "
-                    "number"
-                )
-        expected_edges = {name: max(self._clients[name].homes, 1) for name in edges_of}
-        return [
-            f"{name} at {expected_edges[name] - len(found)} of its edges"
-            for name, found in edges_of.items()
-            if len(found) < expected_edges[name]
-        ]
 
     def refresh(self, *, all_edges: bool = False) -> None:
         """Exchange hellos with the edges, which list their clients.

@@ -1,4 +1,4 @@
-"""The cloud's checkpoints: one folder a window, complete or absent, the last few and the best one kept."""
+"""The checkpoints of a run: one folder per window, written atomically; the newest ones and the best one remain."""
 
 from __future__ import annotations
 
@@ -28,10 +28,15 @@ class Checkpoints:
     Parameters
     ----------
     folder : Path
-        Made when first written to.
+        Created at the first write.
     keep : int
-        Newest checkpoints kept. Beside them the best one stays: the one of the lowest ``meta["score"]``
-        (a number; absent or None means unscored).
+        Number of newest checkpoints to retain. The best one is retained, too: the one with the lowest
+        ``meta["score"]`` (a number; absent or None means unscored).
+
+    Raises
+    ------
+    ValueError
+        `keep` is less than 1.
     """
 
     def __init__(self, folder: Path, keep: int = 3) -> None:
@@ -39,19 +44,19 @@ class Checkpoints:
             raise ValueError(f"keep must be at least 1, not {keep}")
         self.folder = folder
         self.keep = keep
-        self._mend()
+        self._repair()
 
     def save(self, window: int, tensors: Mapping[str, np.ndarray], meta: Mapping[str, Any]) -> None:
-        """Write the checkpoint of `window`, then remove those that are neither new nor best.
+        """Write the checkpoint of a window, then remove those that are no longer retained.
 
         Parameters
         ----------
         window : int
-            The window it was made after.
+            The window after which the checkpoint is written.
         tensors : mapping of str to array
-            The global state, any shapes.
+            The global state by name, arrays of any shape.
         meta : mapping
-            What JSON can hold; ``"score"`` (lower is better) decides which one is best.
+            Values that JSON can represent; the lowest ``"score"`` marks the best checkpoint.
 
         Raises
         ------
@@ -75,18 +80,20 @@ class Checkpoints:
             partial.replace(target)
             sync_folder(self.folder)
         except (OSError, StateError) as error:
-            # What was begun must not fill the disk further, and what was there comes back.
+            # Remove the incomplete checkpoint, which takes disk space, and restore the one that it was to replace.
             shutil.rmtree(partial, ignore_errors=True)
             if replaced.exists() and not target.exists():
                 replaced.replace(target)
             older = self.latest()
-            stays = "no earlier one" if older is None else f"that of window {older} stays"
+            newest = (
+                "there is no earlier one" if older is None else f"the newest one is that of window {older}"
+            )
             raise StateError(
-                f"cannot write checkpoint {target} ({error}); {stays}; free space or rights there, "
-                "and resume the run"
+                f"cannot write checkpoint {target} ({error}); {newest}; free disk space or correct the permissions, "
+                "then resume the run"
             ) from error
         shutil.rmtree(replaced, ignore_errors=True)
-        self._thin()
+        self._remove_old()
 
     def windows(self) -> list[int]:
         """Return the windows that have a checkpoint, oldest first."""
@@ -101,12 +108,12 @@ class Checkpoints:
         return windows[-1] if windows else None
 
     def load(self, window: int) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
-        """Return tensors and meta of a checkpoint.
+        """Return the tensors and the meta of a checkpoint.
 
         Raises
         ------
         StateError
-            It is absent or damaged; the file is named, and nothing is removed.
+            The checkpoint is absent or damaged; the message names the file, and nothing is removed.
         """
         try:
             tensors = read_tensors(self._path(window) / _TENSORS)
@@ -129,15 +136,15 @@ class Checkpoints:
     def _advice(self, window: int) -> str:
         older = [other for other in self.windows() if other < window]
         if not older:
-            return "there is no older checkpoint; start the run anew"
+            return "there is no older checkpoint; start a new run"
         return f"remove the folder {self._path(window)} to resume after window {older[-1]}"
 
-    def _thin(self) -> None:
+    def _remove_old(self) -> None:
         windows = self.windows()
         keep = set(windows[-self.keep :])
         scored = {}
         for window in windows:
-            # A damaged old checkpoint cannot be the best one; it still leaves by age.
+            # A damaged checkpoint cannot be the best one; it is removed when it is no longer among the newest.
             with contextlib.suppress(StateError):
                 score = self._meta(window).get("score")
                 if isinstance(score, int | float):
@@ -146,14 +153,14 @@ class Checkpoints:
             keep.add(min(scored, key=lambda window: (scored[window], -window)))
         for window in windows:
             if window not in keep:
-                # By way of another name: killed in between, it must not be left as half a checkpoint.
+                # Rename it first, so that a process killed during the removal does not leave an incomplete checkpoint.
                 gone = self._hidden("gone", window)
                 with contextlib.suppress(OSError):
                     self._path(window).replace(gone)
                 shutil.rmtree(gone, ignore_errors=True)
 
-    def _mend(self) -> None:
-        """Undo what a crash inside `save` left: put a replaced checkpoint back, drop unfinished ones."""
+    def _repair(self) -> None:
+        """Clean up after a crash inside `save`: restore a replaced checkpoint, remove incomplete ones."""
         if not self.folder.is_dir():
             return
         for path in self.folder.glob(".old-*"):

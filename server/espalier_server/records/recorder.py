@@ -1,4 +1,4 @@
-"""Recording of a run: report.json, events, TensorBoard, checkpoints and the model, updated during the run."""
+"""Writes the files of a run while it runs: report.json, events, TensorBoard, checkpoints and the model."""
 
 from __future__ import annotations
 
@@ -30,17 +30,15 @@ from espalier_server.records.record import (
     Evaluation,
     FaultEntry,
     ModelSize,
-    Participation,
-    RoundEntry,
     RunRecord,
     SignatureEntry,
     Traffic,
-    WindowEntry,
 )
 from espalier_server.records.report import build_report
 from espalier_server.records.resume import existing_record
 from espalier_server.records.snapshot import Snapshot
 from espalier_server.records.tensorboard import TensorBoardWriter
+from espalier_server.records.window_entries import client_trainings, signature_entry, window_entry
 from espalier_server.window_aggregator import WindowAggregator
 from espalier_server.window_outcome import WindowOutcome
 
@@ -48,7 +46,7 @@ log = logging.getLogger("espalier.cloud")
 
 
 class RunRecorder:
-    """Keeps the run folder up to date during the run.
+    """Writes what happens in a run to its folder.
 
     Parameters
     ----------
@@ -153,7 +151,7 @@ class RunRecorder:
         self.connected(tree)
 
     def connected(self, tree: Tree) -> None:
-        """Write who is connected, if that changed."""
+        """Write a ``roster`` event if the connected edges and clients, or their facts, have changed."""
         roster = tree.roster()
         if roster != self._roster:
             self._roster = roster
@@ -172,39 +170,32 @@ class RunRecorder:
         self.connected(strategy.tree)
 
     def window(self, strategy: WindowAggregator, seconds: float, mu_planned: float, mu_random: float) -> None:
-        """Record an aggregated window."""
-        outcome, window = strategy.outcome, strategy.state.window
+        """Record an aggregated window.
+
+        Parameters
+        ----------
+        strategy : WindowAggregator
+            The window after its aggregation.
+        seconds : float
+            Its duration.
+        mu_planned, mu_random : float
+            See :class:`~espalier_server.records.record.WindowEntry`.
+        """
+        outcome = strategy.outcome
         self.ledger.merge(outcome.ledger)
-        entry = WindowEntry(
-            window=window,
-            rounds=_round_entries(strategy),
-            rho=dict(outcome.rho),
-            mu=dict(outcome.mu),
-            mu_planned=mu_planned,
-            mu_random=mu_random,
-            samples={name: r.samples for name, r in outcome.reports.items()},
-            labels={name: list(r.labels.counts) for name, r in outcome.reports.items()},
-            # What follows an "@" in a key distinguishes the clients of a group; it is not part of the name.
-            assignments={
-                c: key.partition("@")[0] for keys in strategy.drawn.keys for c, key in keys.items() if key
-            },
-            links={k: Traffic(**v) for k, v in outcome.ledger.as_dict().items()},
-            metrics=dict(strategy.state.notes),
-            signatures=_signatures(outcome),
-            timings={"train": seconds},
-        )
+        entry = window_entry(strategy, seconds, mu_planned, mu_random)
         self.record.windows.append(entry)
         for report in (c for edge in outcome.reports.values() for r in edge.rounds for c in r.clients):
             self.record.clients.setdefault(report.client, ClientEntry()).privacy.update_from(report.metrics)
         self.tensorboard.window(entry)
         self.events.write(
             "window-end",
-            window=window,
+            window=entry.window,
             losses={r.round: r.loss for r in entry.rounds},
             rho=outcome.rho,
             mu=outcome.mu,
             links=self.ledger.as_dict(),
-            clients=_trainings(strategy),
+            clients=client_trainings(outcome),
         )
         self.connected(strategy.tree)
 
@@ -258,7 +249,7 @@ class RunRecorder:
             entry.up_bytes += counts["up_bytes"]
             entry.down_bytes += counts["down_bytes"]
             entry.messages += counts["messages"]
-        before, found = self.record.windows[-1].signatures, _signatures(outcome)
+        before, found = self.record.windows[-1].signatures, signature_entry(outcome)
         self.record.windows[-1].signatures = SignatureEntry(
             edges=before.edges + found.edges,
             cloud=before.cloud + found.cloud,
@@ -281,8 +272,8 @@ class RunRecorder:
         self.write()
         tensors, meta = snapshot.pack()
         window = snapshot.state.window
-        more = {"run": self.run, "config": self.settings.to_flat(), "score": self._score()}
-        self.checkpoints.save(window, tensors, meta | more)
+        run_meta = {"run": self.run, "config": self.settings.to_flat(), "score": self._score()}
+        self.checkpoints.save(window, tensors, meta | run_meta)
         self.events.write("checkpoint", window=window)
 
     def _score(self) -> float | None:
@@ -325,52 +316,3 @@ class RunRecorder:
         self.tensorboard.close()
         self.events.write(status, reason=reason)
         self.events.close()
-
-
-def _trainings(strategy: WindowAggregator) -> dict[str, dict[str, float]]:
-    """Return each client's training in a window: loss, steps and seconds of its last round, and totals."""
-    found: dict[str, dict[str, float]] = {}
-    records = [record for report in strategy.outcome.reports.values() for record in report.rounds]
-    for record in sorted(records, key=lambda record: record.round):
-        for client in record.clients:
-            before = found.get(client.client, {"rounds": 0, "total_seconds": 0.0, "total_cpu_seconds": 0.0})
-            found[client.client] = {
-                "loss": client.loss,
-                "steps": client.steps,
-                "seconds": client.seconds,
-                "rounds": before["rounds"] + 1,
-                "total_seconds": before["total_seconds"] + client.seconds,
-                "total_cpu_seconds": before["total_cpu_seconds"] + client.cpu_seconds,
-            }
-    return found
-
-
-def _signatures(outcome: WindowOutcome) -> SignatureEntry:
-    found = outcome.signatures
-    return SignatureEntry(edges=found.edges, cloud=found.cloud, unsigned=sorted(found.unsigned))
-
-
-def _round_entries(strategy: WindowAggregator) -> list[RoundEntry]:
-    """Merge the edges' records of each round."""
-    entries = []
-    for round_ in range(strategy.first_round, strategy.first_round + len(strategy.plan)):
-        records = [
-            (name, record)
-            for name, report in sorted(strategy.outcome.reports.items())
-            for record in report.rounds
-            if record.round == round_
-        ]
-        clients = [(edge, client) for edge, record in records for client in record.clients]
-        samples = sum(c.samples for _, c in clients)
-        entries.append(
-            RoundEntry(
-                round=round_,
-                loss=sum(c.loss * c.samples for _, c in clients) / samples if samples else None,
-                participants=[
-                    Participation(client=c.client, edge=e, signed=c.HasField("signed")) for e, c in clients
-                ],
-                samples=samples,
-                seconds=max((record.seconds for _, record in records), default=0.0),
-            )
-        )
-    return entries

@@ -10,7 +10,7 @@ import numpy as np
 from espalier.wire.payload import Layout, TensorSpec
 from espalier.wire.sections import MODEL, SectionId
 
-#: Prefixes of the state's tensors, with the name of the section; a group is its member.
+#: Prefixes of the state's tensors, each with the name and the member of its section.
 _STATE = (
     (re.compile(r"(control|dyn|head|table|pairs|handout|limit)/"), r"\1", ""),
     (re.compile(r"cluster(\d+)/"), "cluster", r"\1"),
@@ -19,7 +19,7 @@ _STATE = (
     (re.compile(r"p([\d.e+-]+)/"), "width", r"\1"),
     (re.compile(r"peer/([^/]+)/"), "peer", r"\1"),
 )
-#: The same for what the method and the selection stored at the cloud; the member of the selection's is a part of it.
+#: The same for the tensors that the method and the selection stored at the cloud.
 _MEMORY = (
     (re.compile(r"cluster/"), "membership", ""),
     (re.compile(r"given/"), "given", ""),
@@ -39,9 +39,9 @@ def from_schema_1(
     Parameters
     ----------
     layout : Layout
-        Its layout of the state's tensors, sections as prefixes.
+        The checkpoint's layout of the state's tensors, with sections as prefixes.
     tensors : mapping of str to array
-        All its tensors: "model/NAME" the state's, "extra/NAME" what the cloud stored besides.
+        The checkpoint's tensors: "model/NAME" for the state, "extra/NAME" for the method and the selection.
 
     Returns
     -------
@@ -50,7 +50,7 @@ def from_schema_1(
     dict of SectionId to dict of str to array
         The state's sections.
     dict of SectionId to dict of str to array
-        What the method and the selection stored at the cloud.
+        The tensors that the method and the selection stored at the cloud.
     """
     specs: dict[SectionId, list[TensorSpec]] = {}
     arrays: Arrays = {}

@@ -60,7 +60,7 @@ class Cloud:
         Raises
         ------
         StateError
-            One of the folders cannot be written to.
+            The state folder or the registry cannot be written to.
         """
         security = f"root-certificates = {json.dumps(self.root_certificates)}"
         connection = (
@@ -72,13 +72,13 @@ class Cloud:
         )
         for path in registry().glob("*.json"):
             other = _read(path)
-            if other is not None and not other.running:  # it was killed and could not unregister
+            if other is not None and not other.running:  # it was killed before it could unregister
                 path.unlink(missing_ok=True)
         for path in (self.folder / CLOUD_FILE, registry() / f"{self.name}.json"):
             write_json(path, asdict(self))
 
     def unregister(self) -> None:
-        """Remove the cloud from the registry, unless another one has its name now."""
+        """Remove the cloud from the registry, unless its entry is that of another cloud of the same name."""
         path = registry() / f"{self.name}.json"
         if _read(path) == self:
             path.unlink(missing_ok=True)
@@ -90,7 +90,7 @@ class Cloud:
 
 
 def registry() -> Path:
-    """Return the folder that holds one file for each cloud of this user."""
+    """Return the registry's folder, with one file for each cloud of this user."""
     base = os.environ.get("XDG_STATE_HOME") or str(Path.home() / ".local" / "state")
     return Path(base) / "espalier" / "clouds"
 
@@ -102,12 +102,12 @@ def running_clouds() -> list[Cloud]:
 
 
 def find_cloud(name: str) -> Cloud:
-    """Return the running cloud with a name.
+    """Return the running cloud of a name.
 
     Raises
     ------
     ConfigError
-        There is none.
+        No cloud of this name runs on this machine.
     """
     clouds = {cloud.name: cloud for cloud in running_clouds()}
     if name in clouds:

@@ -1,4 +1,4 @@
-"""A SuperLink's Control API, as far as its nodes go: which there are, and which are admitted."""
+"""Calls of a SuperLink's Control API that list, register and unregister its nodes."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from flwr.supercore.interceptors import RuntimeVersionHttpInterceptor
 
 from espalier.errors import AddressError
 
-#: Seconds that a node's lease outlasts its newest heartbeat: twice Flower's smallest interval.
+#: Seconds from a node's last heartbeat to the end of its lease: twice Flower's shortest heartbeat interval.
 LEASE = 20.0
 
 
 @dataclass(frozen=True)
 class Node:
-    """A node of a SuperLink: its public key, whether it is online, and its last sign of life (Unix seconds)."""
+    """A node of a SuperLink: its public key, whether it is online, and its last heartbeat (Unix seconds)."""
 
     public_key: bytes
     online: bool
@@ -27,19 +27,19 @@ class Node:
 
 
 def list_nodes(control: str, root_certificates: str = "") -> list[Node]:
-    """Ask a SuperLink for its nodes.
+    """Return the nodes of a SuperLink.
 
     Parameters
     ----------
     control : str
         HOST:PORT of its Control API.
     root_certificates : str
-        PEM file to check its certificate against; "" where the port is plain.
+        PEM file to verify its certificate with; "" for a port without TLS.
 
     Raises
     ------
     AddressError
-        It does not answer.
+        The SuperLink does not answer.
     """
     try:
         answer = _client(control, root_certificates).ListNodes(ListNodesRequest())
@@ -54,13 +54,13 @@ def register_node(control: str, root_certificates: str, public_key: bytes, name:
     Raises
     ------
     AddressError
-        The SuperLink does not answer or refuses, as it does for a key that it had before.
+        The SuperLink does not answer, or refuses the key, e.g. because it was registered before.
     """
     request = RegisterNodeRequest(public_key=public_key, name=name)
     try:
         return int(_client(control, root_certificates).RegisterNode(request).node_id)
     except Exception as error:
-        raise AddressError(f"the Control API at {control} does not register it: {error}") from error
+        raise AddressError(f"the Control API at {control} did not register the node: {error}") from error
 
 
 def unregister_node(control: str, root_certificates: str, node_id: int) -> None:
@@ -74,7 +74,7 @@ def unregister_node(control: str, root_certificates: str, node_id: int) -> None:
     try:
         _client(control, root_certificates).UnregisterNode(UnregisterNodeRequest(node_id=node_id))
     except Exception as error:
-        raise AddressError(f"the Control API at {control} does not unregister it: {error}") from error
+        raise AddressError(f"the Control API at {control} did not unregister the node: {error}") from error
 
 
 def _client(control: str, root_certificates: str) -> ControlHttpClient:

@@ -1,4 +1,4 @@
-"""The Grid of the cloud over a stock SuperLink: yields replies as they arrive, and frees what it abandons."""
+"""The Grid of the cloud over a stock SuperLink: yields replies as they arrive, and deletes abandoned payloads."""
 
 from __future__ import annotations
 
@@ -26,13 +26,18 @@ from espalier.flower.payloads import Content, PayloadError, chunk_ids, tree_ids,
 from espalier.flower.receive_buffers import ReceiveBuffers
 from espalier.flower.streaming_grid import Countdown, StreamingGrid, error_reply, set_origin, set_ttl
 
-FASTEST = 0.02
-SLOWEST = 0.5
-SHARE = 0.15  # interval between polls, as a fraction of the time since the last progress
-FRESH = 0.2  # seconds for which the list of nodes is cached: planning a window reads it ten times
-SMALL_AT_ONCE, CHUNKS_AT_ONCE = 4, 2  # objects of a reply that are fetched in parallel
-FEW = 8  # a reply with more objects has chunks of 5 MiB
-UPLOAD_DOUBT = 10.0  # seconds without progress after which to check that the uploading node is online
+#: Shortest and longest interval between polls, in seconds.
+MIN_POLL, MAX_POLL = 0.02, 0.5
+#: Interval between polls, as a fraction of the time since the last progress.
+POLL_FRACTION = 0.15
+#: Seconds for which the list of nodes is cached; planning a window reads it ten times.
+NODES_CACHED = 0.2
+#: Number of objects of a reply that are fetched in parallel: of small ones, and of chunks of 5 MiB.
+PARALLEL_SMALL, PARALLEL_CHUNKS = 4, 2
+#: Number of objects up to which a reply has no chunks.
+SMALL_REPLY = 8
+#: Seconds without progress of an upload after which to check that its node is online.
+STALL_CHECK = 10.0
 
 #: Exceptions of a call when the SuperLink does not answer, after all retries.
 LINK_LOST = (httpx.HTTPError,)
@@ -48,7 +53,7 @@ class _Arriving:
     contents: dict[str, Content] = field(default_factory=dict)
     buffers: ReceiveBuffers = field(default_factory=ReceiveBuffers)
     progress_at: float = field(default_factory=time.monotonic)
-    doubted_at: float = 0.0
+    checked_at: float = 0.0
 
 
 class TreeGrid(StreamingGrid):
@@ -66,8 +71,8 @@ class TreeGrid(StreamingGrid):
         super().__init__()
         self._grid = grid
         self._node = Node(node_id=SUPERLINK_NODE_ID)
-        self._pool = ThreadPoolExecutor(SMALL_AT_ONCE, thread_name_prefix="fetch")
-        self._nodes: tuple[float, list[NodeInfo]] = (-FRESH, [])
+        self._pool = ThreadPoolExecutor(PARALLEL_SMALL, thread_name_prefix="fetch")
+        self._nodes: tuple[float, list[NodeInfo]] = (-NODES_CACHED, [])
         self._given_up: set[str] = set()
 
     # Flower's Grid ------------------------------------------------------------------------------
@@ -102,9 +107,9 @@ class TreeGrid(StreamingGrid):
         return [node.node_id for node in self.get_nodes()]
 
     def get_nodes(self) -> Iterable[NodeInfo]:
-        """Nodes that are online, or were so just now."""
+        """Return the nodes that are online; the list is cached for `NODES_CACHED` seconds."""
         asked_at, nodes = self._nodes
-        if time.monotonic() - asked_at >= FRESH:
+        if time.monotonic() - asked_at >= NODES_CACHED:
             nodes = list(self._grid.get_nodes())
             self._nodes = time.monotonic(), nodes
         return list(nodes)
@@ -114,7 +119,7 @@ class TreeGrid(StreamingGrid):
         return self._grid.push_messages(messages)
 
     def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
-        """Take the replies that have come."""
+        """Return the replies that have arrived, and delete them at the SuperLink."""
         return self._grid.pull_messages(message_ids)
 
     # Streaming ----------------------------------------------------------------------------------
@@ -128,7 +133,7 @@ class TreeGrid(StreamingGrid):
         grace: float = 0.0,
         cancelled: Callable[[], bool] | None = None,
         lost: Callable[[int], str] | None = None,
-        first_wait: float = FASTEST,
+        first_wait: float = MIN_POLL,
     ) -> Iterator[Message]:
         """Send messages and yield the replies as they arrive; see :meth:`StreamingGrid.exchange`.
 
@@ -197,7 +202,7 @@ class TreeGrid(StreamingGrid):
                 if left <= 0 or (cancelled is not None and cancelled()):
                     break
                 progress_at = time.monotonic() if progress else progress_at
-                wait = min(SLOWEST, max(first_wait, SHARE * (time.monotonic() - progress_at)))
+                wait = min(MAX_POLL, max(first_wait, POLL_FRACTION * (time.monotonic() - progress_at)))
                 if waiting or arriving:
                     time.sleep(min(wait, left))
         finally:
@@ -255,7 +260,8 @@ class TreeGrid(StreamingGrid):
     def _fetch(self, one: _Arriving) -> Message | None:
         """Fetch the available objects of a reply; return the reply once it is complete, or an Error in its place."""
         run_id = one.sent.metadata.run_id
-        at_once = SMALL_AT_ONCE if len(one.missing) + len(one.contents) <= FEW else CHUNKS_AT_ONCE
+        small = len(one.missing) + len(one.contents) <= SMALL_REPLY
+        at_once = PARALLEL_SMALL if small else PARALLEL_CHUNKS
         while one.missing:
             asked = one.missing[:at_once]
             for object_id, answer in zip(asked, self._pull_objects(run_id, asked), strict=True):
@@ -294,13 +300,13 @@ class TreeGrid(StreamingGrid):
         return list(self._pool.map(pull, requests))
 
     def _stalled(self, one: _Arriving) -> bool:
-        now_ = time.monotonic()
-        if now_ - max(one.progress_at, one.doubted_at) < UPLOAD_DOUBT:
+        now = time.monotonic()
+        if now - max(one.progress_at, one.checked_at) < STALL_CHECK:
             return False
-        one.doubted_at = now_
+        one.checked_at = now
         one.missing.reverse()  # a stock node sends chunks first, so ask for those to see progress
-        gone = one.sent.metadata.dst_node_id not in set(self._grid.get_node_ids())
-        return gone or now_ - one.progress_at > CLOUD_UPLOAD_STALL
+        offline = one.sent.metadata.dst_node_id not in set(self._grid.get_node_ids())
+        return offline or now - one.progress_at > CLOUD_UPLOAD_STALL
 
     def _abandon(self, waiting: dict[str, Message], arriving: dict[str, _Arriving]) -> None:
         with self._lock:

@@ -1,4 +1,4 @@
-"""Runs as a cloud knows them: submitted with Flower's own CLI, remembered on disk, watched until they end."""
+"""The runs submitted to a cloud: submission with Flower's CLI, the records of them on disk, and stopping."""
 
 from __future__ import annotations
 
@@ -25,9 +25,9 @@ from espalier_server.superlink.clouds import Cloud, running_clouds
 
 log = logging.getLogger("espalier.cloud")
 
+#: Name of the connection in the cloud's own Flower configuration.
 CONNECTION = "espalier"
-"""Name of the connection in the cloud's own Flower configuration."""
-
+#: Seconds that a command of Flower's CLI may take.
 FLWR_SECONDS = 120.0
 
 
@@ -42,11 +42,11 @@ class Submission:
     out : str
         The run's folder.
     config : dict
-        Flat settings as submitted, run id and out included.
+        Flat settings as submitted, including the run id and `out`.
     flower_run : str
-        Flower's id of the newest submission.
+        Flower's run id of the last submission.
     offset : int
-        Size of the event log when it was submitted: what follows is this submission's.
+        Size of the event log in bytes at submission; the events of this submission follow it.
     """
 
     run: str
@@ -67,25 +67,25 @@ class Submission:
 
     @property
     def ended(self) -> bool:
-        """Whether the log's last word is that the run is over."""
+        """Whether the event log holds a final event of this submission."""
         events, _ = read_from(self.events, self.offset)
         return any(event["event"] in FINAL for event in events)
 
 
 def submit(cloud: Cloud, config: Mapping[str, FlatValue]) -> Submission:
-    """Hand a run to a cloud and remember it in the cloud's state.
+    """Submit a run to a cloud and record it in the cloud's state folder.
 
     Parameters
     ----------
     cloud : Cloud
         A running cloud.
     config : mapping
-        Flat settings; ``run-id`` and an absolute ``out`` must be among them.
+        Flat settings, including ``run-id`` and an absolute ``out``.
 
     Raises
     ------
     EspalierError
-        Flower refuses it; its words are passed on.
+        Flower refuses the run; the message quotes Flower's.
     StateError
         The folder of the run or of the cloud cannot be written to.
     """
@@ -99,7 +99,7 @@ def submit(cloud: Cloud, config: Mapping[str, FlatValue]) -> Submission:
         raise StateError(f"cannot write {out}: {error.strerror}; give another --out") from error
     with tempfile.TemporaryDirectory(prefix="espalier-") as scratch:
         settings = Path(scratch) / "run.toml"
-        # JSON's texts, numbers and truth values are TOML's too.
+        # Strings, numbers and booleans are written alike in JSON and TOML.
         lines = [f"{key} = {json.dumps(value, ensure_ascii=False)}\n" for key, value in config.items()]
         settings.write_text("".join(lines), encoding="utf-8")
         reply = flwr(cloud, "run", str(FLOWER_APP), CONNECTION, "--run-config", str(settings))
@@ -109,17 +109,17 @@ def submit(cloud: Cloud, config: Mapping[str, FlatValue]) -> Submission:
 
 
 def remember(cloud: Cloud, submission: Submission) -> None:
-    """Write a submission into the cloud's state."""
+    """Write a submission to the cloud's state folder."""
     write_json(_folder(cloud) / f"{submission.run}.json", asdict(submission))
 
 
 def forget(cloud: Cloud, submission: Submission) -> None:
-    """Remove a submission from the cloud's state."""
+    """Remove a submission from the cloud's state folder."""
     (_folder(cloud) / f"{submission.run}.json").unlink(missing_ok=True)
 
 
 def submissions(cloud: Cloud) -> list[Submission]:
-    """Return the runs a cloud was given, oldest first."""
+    """Return the submissions to a cloud, oldest first."""
     found = []
     with contextlib.suppress(OSError):
         for path in sorted(_folder(cloud).glob("*.json"), key=lambda path: path.stat().st_mtime_ns):
@@ -129,12 +129,12 @@ def submissions(cloud: Cloud) -> list[Submission]:
 
 
 def find_run(run: str) -> tuple[Cloud, Submission]:
-    """Return the cloud and submission of a run, given Espalier's or Flower's id of it.
+    """Return the cloud and the submission of a run, by Espalier's or Flower's run id.
 
     Raises
     ------
     ConfigError
-        No running cloud knows it.
+        No running cloud has this run.
     """
     known = []
     for cloud in running_clouds():
@@ -155,7 +155,7 @@ def flower_status(cloud: Cloud, submission: Submission) -> tuple[str, str]:
     Raises
     ------
     EspalierError
-        The cloud does not answer or does not know the run.
+        The cloud does not answer, or does not have the run.
     """
     reply = flwr(cloud, "list", CONNECTION, "--run-id", submission.flower_run)
     row = reply["runs"][0]
@@ -163,18 +163,23 @@ def flower_status(cloud: Cloud, submission: Submission) -> tuple[str, str]:
 
 
 def stop_run(cloud: Cloud, submission: Submission, timeout: float) -> bool:
-    """End a run: ask its ServerApp, and after `timeout` seconds let Flower end it.
+    """Stop a run: request a clean end from its ServerApp, and after `timeout` seconds stop it with Flower's CLI.
 
     Returns
     -------
     bool
-        Whether the ServerApp ended by itself, cleanly.
+        Whether the ServerApp ended cleanly.
+
+    Raises
+    ------
+    StateError
+        The run's folder cannot be written to.
     """
     try:
         (submission.folder / STOP_FILE).touch()
     except OSError as error:
         raise StateError(
-            f"cannot write {submission.folder}: {error.strerror}; use that folder's owner"
+            f"cannot write {submission.folder}: {error.strerror}; run this command as that folder's owner"
         ) from error
     deadline = time.monotonic() + timeout
     try:
@@ -182,32 +187,34 @@ def stop_run(cloud: Cloud, submission: Submission, timeout: float) -> bool:
             if submission.ended:
                 return True
             time.sleep(0.2)
-        with contextlib.suppress(EspalierError):  # it may have ended meanwhile
+        with contextlib.suppress(EspalierError):  # it may have ended in the meantime
             flwr(cloud, "stop", submission.flower_run, CONNECTION)
         if not submission.ended:
-            close_log(submission, "stopped", f"did not end by itself within {timeout:g} s; ended by Flower")
+            close_log(submission, "stopped", f"did not end within {timeout:g} s and was ended by Flower")
         return False
     finally:
         (submission.folder / STOP_FILE).unlink(missing_ok=True)
 
 
 def close_log(submission: Submission, event: str, reason: str) -> None:
-    """Write the last word of a run whose ServerApp cannot; on a full disk it is only logged."""
+    """Write the final event of a run whose ServerApp did not; if the disk is full, only log it."""
     try:
         events = EventLog(submission.events)
         events.write(event, reason=reason)
         events.close()
     except StateError as error:
-        log.error("run %s %s: %s; this could not be written down: %s", submission.run, event, reason, error)
+        log.error(
+            "run %s %s: %s; its final event could not be written: %s", submission.run, event, reason, error
+        )
 
 
 def flwr(cloud: Cloud, command: str, *arguments: str) -> dict[str, Any]:
-    """Run a command of Flower's CLI against a cloud and return its JSON.
+    """Run a command of Flower's CLI at a cloud, and return its JSON output.
 
     Raises
     ------
     EspalierError
-        With Flower's own words when it refuses or does not answer.
+        The command fails or does not end; the message quotes Flower's.
     """
     tool = Path(sys.executable).parent / "flwr"
     env = {**os.environ, **espalier_env(), "FLWR_HOME": str(cloud.flwr_home)}
@@ -223,21 +230,21 @@ def flwr(cloud: Cloud, command: str, *arguments: str) -> dict[str, Any]:
         )
     except subprocess.TimeoutExpired as error:
         raise EspalierError(
-            f"`flwr {command}` did not answer in {FLWR_SECONDS:g} s; is the cloud up?"
+            f"`flwr {command}` did not end within {FLWR_SECONDS:g} s; is the cloud running?"
         ) from error
     except OSError as error:
         raise EspalierError(
-            f"cannot start {tool}: {error.strerror}; install espalier-fl in this environment again"
+            f"cannot start {tool}: {error.strerror}; reinstall espalier-fl in this environment"
         ) from error
     reply = _json(done.stdout)
     if done.returncode != 0 or not reply.get("success"):
-        words = reply.get("error-message") or done.stderr or done.stdout
-        raise EspalierError(f"`flwr {command}` failed: {' '.join(str(words).split()) or 'without a word'}")
+        reason = reply.get("error-message") or done.stderr or done.stdout
+        raise EspalierError(f"`flwr {command}` failed: {' '.join(str(reason).split()) or 'no reason given'}")
     return reply
 
 
 def _json(text: str) -> dict[str, Any]:
-    """Return the JSON object in an output that may hold notices before it."""
+    """Return the JSON object in an output, which notices may precede; {} if there is none."""
     start = text.find("{")
     with contextlib.suppress(ValueError):
         reply = json.loads(text[start:]) if start >= 0 else {}

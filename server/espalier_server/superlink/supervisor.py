@@ -1,4 +1,4 @@
-"""The cloud's process: keeps a stock SuperLink alive and brings unfinished runs back after a crash."""
+"""The cloud's process: restarts a stock SuperLink that ends, and resubmits unfinished runs after a crash."""
 
 from __future__ import annotations
 
@@ -9,7 +9,6 @@ import sys
 import time
 from collections.abc import Callable
 from contextlib import ExitStack
-from dataclasses import dataclass
 from pathlib import Path
 
 from espalier.errors import ConfigError, EspalierError, StateError
@@ -26,28 +25,29 @@ from espalier_server.processes import (
     Process,
     espalier_env,
     listens,
-    process_alive,
     signals_ignored,
     spawn,
     stop,
 )
-from espalier_server.records.events import FINAL, read_from
 from espalier_server.superlink import submission as runs
 from espalier_server.superlink.clouds import Cloud, running_clouds
 from espalier_server.superlink.edge_admission import EdgeAdmission
 from espalier_server.superlink.log_forwarder import LogForwarder
-from espalier_server.superlink.submission import Submission
+from espalier_server.superlink.watched_run import WatchedRun
 
 log = logging.getLogger("espalier.cloud")
 
+#: Seconds in which both ports of the SuperLink must answer after its start.
 READY_SECONDS = 60.0
-#: Pauses between restarts double from the first to the last of these; a SuperLink that lived long starts over.
+#: Shortest and longest pause before a restart of the SuperLink; it doubles with each restart.
 BACKOFF_SECONDS = (1.0, 30.0)
-LONG_LIFE_SECONDS = 60.0
-#: A SuperLink that dies this often without ever having been ready will not come up by itself.
-FUTILE_STARTS = 4
-#: A run that dies this often without a new checkpoint in between is given up.
-FUTILE_RUNS = 3
+#: Seconds of operation after which the pause is reset to the shortest one.
+BACKOFF_RESET_SECONDS = 60.0
+#: Number of consecutive failed starts of the SuperLink after which the cloud ends.
+MAX_FAILED_STARTS = 4
+#: Number of ends of a ServerApp without a new checkpoint in between after which its run is not resubmitted.
+MAX_FAILED_RUNS = 3
+#: Seconds between checks of the SuperLink, the registry of edges and the runs.
 POLL_SECONDS = 0.5
 
 
@@ -69,22 +69,22 @@ def run_cloud(
     listen, control : str
         ``HOST:PORT`` of the Fleet API and of the Control API.
     state : Path
-        Folder of this cloud; one process at a time.
+        State folder of this cloud; one process at a time can use it.
     name : str
-        What ``espalier run --cloud`` calls it; one running cloud of a name per user.
+        Name for ``espalier run --cloud``, unique among the user's running clouds.
     security : Security
         TLS files for both ports. With a certificate, only the edges of `state`/edge-keys.json are admitted.
     expose_control : bool
-        Allow a control address beyond this machine. Whoever reaches it can submit code.
+        Allow a control address that other machines can reach. Whoever can reach it can submit code.
     monitor : str
-        ``HOST:PORT`` of the live view; "" for the default one, "none" for none.
+        ``HOST:PORT`` of the monitoring service; "" for the default address, "none" for no service.
     metrics : Address, optional
-        Where to answer Prometheus.
+        Address of the Prometheus endpoint.
 
     Raises
     ------
     EspalierError
-        An address, a name, a certificate or the state folder cannot be used, or the SuperLink never comes up.
+        An address, the name, a certificate or the state folder cannot be used, or the SuperLink does not start.
     """
     security = security or Security()
     check_name(name, "--name")
@@ -105,7 +105,7 @@ def run_cloud(
         check_free(fleet_address, "--listen")
         check_free(control_address, "--control")
         with ExitStack() as stack:
-            looked_on = stack.enter_context(monitored(source, monitor, security))
+            monitor_server = stack.enter_context(monitored(source, monitor, security))
             if metrics is not None:
                 stack.callback(serve_metrics(metrics, TreeCollector(source)))
             if is_json():
@@ -117,17 +117,17 @@ def run_cloud(
                 pid=os.getpid(),
                 state=str(state),
                 root_certificates=_roots(security),
-                monitor=looked_on.address if looked_on else "",
+                monitor=monitor_server.address if monitor_server else "",
             )
 
-            def tell(ready: bool) -> None:
+            def set_ready(ready: bool) -> None:
                 source.ready = ready
-                if looked_on:
-                    looked_on.set_health(ready)
+                if monitor_server:
+                    monitor_server.set_health(ready)
 
             source.cloud = cloud
             registry = KeyRegistry(state / EDGE_KEYS) if security.keys_only else None
-            supervisor = Supervisor(cloud, security, tell, registry)
+            supervisor = Supervisor(cloud, security, set_ready, registry)
             try:
                 supervisor.run()
             finally:
@@ -139,101 +139,74 @@ def run_cloud(
 
 
 def _roots(security: Security) -> str:
-    """Return the file that the SuperLink's own processes check its certificate against; empty without TLS."""
+    """Return the PEM file with which the SuperLink's own processes verify its certificate; "" without TLS."""
     if security.certificate is None:
         return ""
     return str((security.root_certificates or security.certificate).expanduser().resolve())
 
 
-@dataclass
-class Watched:
-    """What the supervisor knows of an unfinished run."""
-
-    submission: Submission
-    offset: int
-    pid: int | None = None
-    ended: bool = False
-    deaths: int = 0
-
-    def look(self) -> None:
-        """Read what its event log says since the last look."""
-        events, self.offset = read_from(self.submission.events, self.offset)
-        for event in events:
-            if event["event"] == "run":
-                self.pid = event.get("pid")
-            elif event["event"] == "checkpoint":
-                self.deaths = 0
-            elif event["event"] in FINAL:
-                self.ended = True
-
-    @property
-    def dead(self) -> bool:
-        """Whether its ServerApp ended without a last word."""
-        return not self.ended and self.pid is not None and not process_alive(self.pid)
-
-
 class Supervisor:
-    """Starts the SuperLink again when it dies, and submits unfinished runs again.
+    """Restarts the SuperLink when it ends, and resubmits unfinished runs.
 
     Parameters
     ----------
     cloud : Cloud
-        How this cloud is found.
+        The cloud's entry in the registry of clouds.
     security : Security
         TLS files of the SuperLink.
-    tell_ready : callable
-        Called with whether the SuperLink serves, when that changes.
+    set_ready : callable
+        Called with True once the SuperLink serves, and with False when it ends.
     registry : KeyRegistry, optional
-        Edges that the SuperLink admits; None admits every one.
+        Edges that the SuperLink admits; None admits all.
     """
 
     def __init__(
         self,
         cloud: Cloud,
         security: Security,
-        tell_ready: Callable[[bool], None] = lambda ready: None,
+        set_ready: Callable[[bool], None] = lambda ready: None,
         registry: KeyRegistry | None = None,
     ) -> None:
-        self._tell_ready = tell_ready
+        self._set_ready = set_ready
         self.cloud = cloud
         self.security = security
         self.admission = None if registry is None else EdgeAdmission(cloud, registry)
         self.process: Process | None = None
-        self.watched: dict[str, Watched] = {}
+        self.watched: dict[str, WatchedRun] = {}
         self._suspects: set[str] = set()
 
     def run(self) -> None:
         """Supervise until interrupted; see `run_cloud`."""
-        pause, futile = BACKOFF_SECONDS[0], 0
+        pause, failed_starts = BACKOFF_SECONDS[0], 0
         first = True
         while True:
             started = time.monotonic()
             try:
                 self._start()
-                futile = 0
+                failed_starts = 0
                 if self.admission is not None:
-                    self.admission.start_over()
-                self._tell_ready(True)
+                    self.admission.register_all()
+                self._set_ready(True)
                 if first:
                     announce(f"cloud {self.cloud.name!r} is ready: edges at {self.cloud.listen}")
                 first = False
-                self._bring_back()
-                self._attend()
+                self._resubmit_unfinished()
+                self._watch()
             except EspalierError as error:
-                futile += 1
-                if futile >= (1 if first else FUTILE_STARTS):
+                failed_starts += 1
+                if failed_starts >= (1 if first else MAX_FAILED_STARTS):
                     raise
                 log.error("%s", error)
             self.close()
-            if time.monotonic() - started > LONG_LIFE_SECONDS:
+            if time.monotonic() - started > BACKOFF_RESET_SECONDS:
                 pause = BACKOFF_SECONDS[0]
-            log.warning("the SuperLink ended; starting it again in %g s", pause)
+            log.warning("the SuperLink ended; restarting it in %g s", pause)
             time.sleep(pause)
             pause = min(2 * pause, BACKOFF_SECONDS[1])
 
     def close(self) -> None:
-        """End the SuperLink and what it started."""
-        self._tell_ready(False)
+        """End the SuperLink and its child processes."""
+        self._set_ready(False)
         if self.process is not None:
             stop([self.process])
             self.process = None
@@ -256,8 +229,9 @@ class Supervisor:
         deadline = time.monotonic() + READY_SECONDS
         while not all(listens(*address) for address in addresses):
             if not process.running:
-                words = process.last_lines()
-                raise StateError(f"flower-superlink ended at once: {words} (log: {process.log})")
+                raise StateError(
+                    f"flower-superlink ended at once: {process.last_lines()} (log: {process.log})"
+                )
             if time.monotonic() > deadline:
                 raise StateError(
                     f"flower-superlink is not ready after {READY_SECONDS:g} s (log: {process.log})"
@@ -284,62 +258,63 @@ class Supervisor:
             *(["--enable-supernode-auth"] if self.admission is not None else []),
         ]
 
-    def _attend(self) -> None:
+    def _watch(self) -> None:
         """Watch the SuperLink and the runs until the SuperLink ends."""
         while self.process is not None and self.process.running:
             time.sleep(POLL_SECONDS)
             if self.admission is not None:
-                self.admission.follow()
-            self._look_after_runs()
+                self.admission.update()
+            self._check_runs()
 
     # --- the runs ----------------------------------------------------------------------------------
 
-    def _bring_back(self) -> None:
-        """Submit again what a SuperLink that died, or an earlier cloud on this state, left unfinished."""
+    def _resubmit_unfinished(self) -> None:
+        """Resubmit the runs that the previous SuperLink, or an earlier cloud with this state, did not finish."""
         self.watched.clear()
         for submission in runs.submissions(self.cloud):
             if submission.ended or not submission.folder.is_dir():
                 runs.forget(self.cloud, submission)
             else:
-                self._submit_again(Watched(submission, submission.offset))
+                self._resubmit(WatchedRun(submission, submission.offset))
 
-    def _look_after_runs(self) -> None:
+    def _check_runs(self) -> None:
+        """Read the events of the runs, and resubmit those whose ServerApp ended without a final event."""
         for submission in runs.submissions(self.cloud):
             watched = self.watched.get(submission.run)
             if watched is None or watched.submission.flower_run != submission.flower_run:
-                self.watched[submission.run] = Watched(submission, submission.offset)
+                self.watched[submission.run] = WatchedRun(submission, submission.offset)
         for run, watched in list(self.watched.items()):
             if watched.ended:
                 continue
-            watched.look()
+            watched.read_events()
             if not watched.dead:
                 self._suspects.discard(run)
             elif run not in self._suspects:
-                self._suspects.add(run)  # its last word may be on its way; look once more
+                self._suspects.add(run)  # its final event may not be visible yet; check again
             else:
                 self._suspects.discard(run)
-                self._submit_again(watched)
+                self._resubmit(watched)
 
-    def _submit_again(self, watched: Watched) -> None:
-        """Bring a run back from its checkpoint, unless that is futile."""
-        watched.look()
+    def _resubmit(self, watched: WatchedRun) -> None:
+        """Resubmit a run, which resumes from its checkpoint, unless it has failed `MAX_FAILED_RUNS` times."""
+        watched.read_events()
         watched.deaths += 1
         old = watched.submission
-        if watched.deaths > FUTILE_RUNS:
-            reason = f"its ServerApp died {watched.deaths} times without a new checkpoint; see superlink.log"
+        if watched.deaths > MAX_FAILED_RUNS:
+            reason = f"its ServerApp ended {watched.deaths} times without a new checkpoint; see superlink.log"
             runs.close_log(old, "failed", reason)
             watched.ended = True
             return
         if old.flower_run:
-            # A SuperLink that lived on may still hold the dead ServerApp for running.
+            # If the SuperLink did not end, it may still list the ServerApp as running.
             with contextlib.suppress(EspalierError):
                 runs.flwr(self.cloud, "stop", old.flower_run, runs.CONNECTION)
-        log.warning("run %s lost its ServerApp; submitting it again", old.run)
+        log.warning("the ServerApp of run %s ended unexpectedly; resubmitting the run", old.run)
         try:
             new = runs.submit(self.cloud, old.config)
         except EspalierError as error:
-            log.error("run %s cannot be submitted again: %s", old.run, error)
+            log.error("run %s cannot be resubmitted: %s", old.run, error)
             runs.close_log(old, "failed", str(error))
             watched.ended = True
             return
-        self.watched[old.run] = Watched(new, new.offset, deaths=watched.deaths)
+        self.watched[old.run] = WatchedRun(new, new.offset, deaths=watched.deaths)

@@ -1,4 +1,4 @@
-"""A window at an edge with a grid that answers as told: sums, stragglers, refusals, versions, views."""
+"""A window at an edge over a fake grid: aggregates, stragglers, interruptions, refusals, versions, views."""
 
 from __future__ import annotations
 
@@ -27,6 +27,7 @@ from espalier.wire.sections import (
     layouts_to_proto,
 )
 from espalier.wire.uplink import CODE
+from espalier_edge.pace import Pace
 from espalier_edge.roster import Member, Roster
 from espalier_edge.rounds import EdgeProgress, EdgeWindow
 from espalier_proto import espalier_pb2 as pb
@@ -308,8 +309,54 @@ def test_settings_that_do_not_fit_are_the_clouds_fault() -> None:
 def test_closed_run_ends_the_window() -> None:
     edge, grid = window(add_one, rounds=2)
     grid.closed = True
-    with pytest.raises(EspalierError, match="ended during the window"):
+    with pytest.raises(EspalierError, match="the run ended during window 3"):
         edge.run()
+
+
+@pytest.mark.parametrize("inquiry", [False, True])
+def test_the_end_of_the_run_during_a_round_makes_no_stragglers(
+    inquiry: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    def answer(plan: pb.RoundPlan, payload: Payload, message: Message) -> Message | None:
+        if plan.client == "c1":
+            return train(plan, payload, message)
+        grid.closed = True
+        return None
+
+    edge, grid = inquiry_window(answer, "loss") if inquiry else window(answer, quorum=2)
+    train = ask_or_train if inquiry else add_one
+    words = "the run ended during window 3; round 11 is abandoned without 1 of 2 replies (c2)"
+    with pytest.raises(EspalierError, match=re.escape(words)):
+        _ = edge.inquire() if inquiry else edge.run()
+    assert list(edge.report.faults) == []
+    assert "straggler" not in caplog.text
+
+
+def test_a_window_that_the_cloud_abandoned_has_no_stragglers() -> None:
+    pace = Pace()
+
+    def answer(plan: pb.RoundPlan, payload: Payload, message: Message) -> Message | None:
+        edge.progress.overtaken.set()
+        return None
+
+    plan, payload = window_plan(1, 1, {})
+    grid, roster = cast(Any, FakeGrid(answer)), cast(Roster, FakeRoster())
+    edge = EdgeWindow("edge-1", plan, payload, grid, roster, EdgeProgress(), pace)
+    words = "the cloud continued without window 3; round 11 is abandoned without 2 of 2 replies (c1, c2)"
+    with pytest.raises(EspalierError, match=re.escape(words)):
+        edge.run()
+    assert list(edge.report.faults) == []
+    # The clients' pace does not count a deadline that had not passed.
+    assert pace.deadline({"c1": 1.0}, {}, 600.0) == Pace().deadline({"c1": 1.0}, {}, 600.0)
+
+
+def test_clients_without_a_reply_at_the_deadline_are_stragglers() -> None:
+    pace = Pace()
+    plan, payload = window_plan(1, 0, {})
+    grid, roster = cast(Any, FakeGrid(lambda *_: None)), cast(Roster, FakeRoster())
+    report, _ = EdgeWindow("edge-1", plan, payload, grid, roster, EdgeProgress(), pace).run()
+    details = [(f.node, f.detail) for f in report.faults if f.kind == "straggler"]
+    assert details == [("c1", "no reply within 5 s"), ("c2", "no reply within 5 s")]
 
 
 def test_an_update_the_method_refuses_is_its_clients_fault() -> None:

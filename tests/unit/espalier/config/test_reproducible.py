@@ -22,7 +22,7 @@ from espalier.methods.run_config import RunConfig, with_defaults
 from espalier.training.determinism import deterministic
 from espalier_client import device
 from espalier_edge.rounds import EdgeWindow
-from espalier_server.planning.tree import Tree
+from espalier_server import run as server_run
 from espalier_server.records import checkpoint
 from espalier_server.records.checkpoint import Checkpoints
 from espalier_server.records.recorder import RunRecorder
@@ -216,14 +216,14 @@ def kill_when(patch: pytest.MonkeyPatch, owner: Any, name: str, count: int, *, b
 
 #: Where a run can be killed, in its second window where it has windows.
 INSTANTS: dict[str, Callable[[pytest.MonkeyPatch], None]] = {
-    "after hello": lambda p: kill_when(p, Tree, "gather", 1, before=False),
+    "after hello": lambda p: kill_when(p, server_run, "wait_for_members", 1, before=False),
     "before the first window": lambda p: kill_when(p, WindowAggregator, "draw", 1),
     "in a window, between two clients": lambda p: kill_when(p, device.Device, "save_state", 6, before=False),
     "in a window, before a client saves": lambda p: kill_when(p, device.Device, "save_state", 7),
     "in a window, after an edge": lambda p: kill_when(p, EdgeWindow, "run", 3, before=False),
     "between aggregation and checkpoint": lambda p: kill_when(p, RunRecorder, "checkpoint", 2),
     "while a checkpoint is written": lambda p: kill_when(p, checkpoint, "write_tensors", 2, before=False),
-    "when a checkpoint has its place": lambda p: kill_when(p, Checkpoints, "_thin", 2),
+    "when a checkpoint has its place": lambda p: kill_when(p, Checkpoints, "_remove_old", 2),
     "after a checkpoint": lambda p: kill_when(p, RunRecorder, "checkpoint", 2, before=False),
     "after the last checkpoint": lambda p: kill_when(p, RunRecorder, "checkpoint", 3, before=False),
     "at the last word": lambda p: kill_when(p, TreeRun, "_close", 1),

@@ -226,7 +226,9 @@ def test_a_full_disk_costs_the_checkpoint_that_is_written(window: int, tmp_path:
     checkpoints.save(1, {"w": np.ones(3)}, {"round": 1})
     with (
         small_files(4096),
-        pytest.raises(StateError, match=r"tensors\.safetensors.*window 1 stays; free space"),
+        pytest.raises(
+            StateError, match=r"tensors\.safetensors.*the newest one is that of window 1; free disk space"
+        ),
     ):
         checkpoints.save(window, {"w": np.zeros(100_000)}, {"round": 2})
     assert [path.name for path in tmp_path.iterdir()] == ["window-000001"]
@@ -249,7 +251,7 @@ def test_a_full_disk_fails_the_run_which_resumes_later(
 
     with monkeypatch.context() as patch:
         patch.setattr("espalier_server.records.checkpoint.write_tensors", full)
-        with pytest.raises(StateError, match="window 1 stays; free space"):
+        with pytest.raises(StateError, match="the newest one is that of window 1; free disk space"):
             run(tmp_path / "full")
     assert RunRecord.read(tmp_path / "full" / "runs" / "r").status == "failed"
     assert weights(run(tmp_path / "full")) == weights(whole)

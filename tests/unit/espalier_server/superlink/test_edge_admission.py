@@ -1,4 +1,4 @@
-"""Who is admitted where keys are required: the SuperLink's nodes follow the registry, and refusals are told."""
+"""Admission by key: the SuperLink's nodes match the registry, and refusals are logged."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class Flower:
 
     def register(self, control: str, roots: str, public_key: bytes, name: str) -> int:
         if self.down:
-            raise AddressError("nobody answers")
+            raise AddressError("no answer")
         assert (control, roots) == ("127.0.0.1:2", "ca.pem")
         self.count += 1
         self.nodes[self.count] = (name, public_key)
@@ -64,26 +64,26 @@ def test_the_superlink_follows_the_registry(
 ) -> None:
     registry.add("a", PEMS[0])
     registry.add("b", PEMS[1])
-    admission.start_over()
+    admission.register_all()
     assert flower.admitted() == {"a": PEMS[0], "b": PEMS[1]}
     other = KeyRegistry(registry.path)
     other.revoke("a")
     other.add("c", PEMS[2])
-    admission.follow()
+    admission.update()
     assert flower.admitted() == {"b": PEMS[1], "c": PEMS[2]}
     other.forget("b")
     other.add("d", PEMS[1])
-    admission.follow()
+    admission.update()
     assert flower.admitted() == {"c": PEMS[2], "d": PEMS[1]}
     flower.nodes.clear()  # the SuperLink was killed
-    admission.start_over()
+    admission.register_all()
     assert set(flower.admitted()) == {"c", "d"}
     calls = flower.count
-    admission.follow()
+    admission.update()
     assert flower.count == calls
 
 
-def test_what_flower_refuses_is_tried_again(
+def test_a_failed_registration_is_retried(
     flower: Flower,
     registry: KeyRegistry,
     admission: EdgeAdmission,
@@ -94,13 +94,13 @@ def test_what_flower_refuses_is_tried_again(
     monkeypatch.setattr("espalier_server.superlink.edge_admission.time.monotonic", lambda: now)
     registry.add("a", PEMS[0])
     flower.down = True
-    admission.start_over()
-    assert "edge a: nobody answers; trying again in 30 s" in caplog.text
+    admission.register_all()
+    assert "edge a: no answer; retrying in 30 s" in caplog.text
     flower.down = False
-    admission.follow()
+    admission.update()
     assert flower.admitted() == {}
     now += 31
-    admission.follow()
+    admission.update()
     assert set(flower.admitted()) == {"a"}
 
 
@@ -108,20 +108,20 @@ def test_a_damaged_registry_changes_nothing(
     flower: Flower, registry: KeyRegistry, admission: EdgeAdmission, caplog: pytest.LogCaptureFixture
 ) -> None:
     registry.add("a", PEMS[0])
-    admission.start_over()
+    admission.register_all()
     registry.path.write_text("{")
     for _ in range(3):
-        admission.follow()
+        admission.update()
     assert set(flower.admitted()) == {"a"}
     assert caplog.text.count("is damaged") == 1
 
 
-def test_the_superlinks_refusals_are_told_here(
+def test_the_superlinks_refusals_are_logged(
     flower: Flower, registry: KeyRegistry, admission: EdgeAdmission, caplog: pytest.LogCaptureFixture
 ) -> None:
     log = registry.path.with_name("superlink.log")
     log.write_text("of the SuperLink before\n")
-    admission.start_over()
+    admission.register_all()
     line = (
         "ERROR :     [/flwr.proto.Fleet/ActivateNode][ApiError:2004] Attempted to register SuperNode with public "
         f"key: {PEMS[0]!r}, exception: No SuperNode found with the given public key.\n"
@@ -129,12 +129,12 @@ def test_the_superlinks_refusals_are_told_here(
     with log.open("a") as file:
         file.write(line[:80])
         file.flush()
-        admission.follow()
+        admission.update()
         assert "refused" not in caplog.text
         file.write(line[80:] + line)
         file.flush()
-    admission.follow()
-    admission.follow()
+    admission.update()
+    admission.update()
     assert caplog.text.count("refused a node") == 1
     assert fingerprint(PEMS[0]) in caplog.text
     assert f"espalier edges add NAME KEY.pub --state {registry.path.parent}" in caplog.text

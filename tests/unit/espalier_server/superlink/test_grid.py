@@ -17,7 +17,7 @@ from flwr.superlink.grid.http_grid import HttpGrid
 from espalier.flower.arrays import array_from_numpy
 from espalier.flower.payloads import pack, tree_ids
 from espalier_server.superlink import grid as cloud_grid
-from espalier_server.superlink.grid import CHUNKS_AT_ONCE, FRESH, SMALL_AT_ONCE, TreeGrid, _Arriving
+from espalier_server.superlink.grid import NODES_CACHED, PARALLEL_CHUNKS, PARALLEL_SMALL, TreeGrid, _Arriving
 
 
 class Link:
@@ -77,7 +77,7 @@ def reply_of(elements: int) -> tuple[TreeGrid, Link, _Arriving]:
     return TreeGrid(Http(link)), link, _Arriving(sent, link.reply_id, list(link.order))
 
 
-@pytest.mark.parametrize(("elements", "at_once"), [(10, SMALL_AT_ONCE), (9_000_000, CHUNKS_AT_ONCE)])
+@pytest.mark.parametrize(("elements", "at_once"), [(10, PARALLEL_SMALL), (9_000_000, PARALLEL_CHUNKS)])
 def test_objects_are_fetched_a_few_at_a_time(elements: int, at_once: int) -> None:
     grid, link, one = reply_of(elements)
     reply = grid._fetch(one)
@@ -108,7 +108,7 @@ def test_a_reply_that_is_gone_or_stands_still_becomes_an_error(monkeypatch: pyte
     assert "ended early" in str(gone.error.reason)
     grid, link, one = reply_of(10)
     link.late = {link.order[0]}
-    monkeypatch.setattr(cloud_grid, "UPLOAD_DOUBT", 0.0)
+    monkeypatch.setattr(cloud_grid, "STALL_CHECK", 0.0)
     monkeypatch.setattr(cloud_grid, "CLOUD_UPLOAD_STALL", -1.0)
     still = grid._fetch(one)
     assert still is not None
@@ -126,7 +126,7 @@ def test_a_node_that_sends_chunks_first_counts_as_active(
     link.late = set(link.order) - chunks
     assert grid._fetch(one) is None
     assert not one.contents
-    monkeypatch.setattr(cloud_grid, "UPLOAD_DOUBT", 0.0)
+    monkeypatch.setattr(cloud_grid, "STALL_CHECK", 0.0)
     assert grid._fetch(one) is None  # nothing moved: the other end of the list is next
     began = one.progress_at
     assert grid._fetch(one) is None
@@ -153,6 +153,6 @@ def test_an_answer_about_the_nodes_is_good_for_a_moment() -> None:
     for _ in range(5):
         assert list(grid.get_node_ids()) == [node.node_id for node in grid.get_nodes()] == [7, 9]
     assert link.nodes_asked == 1
-    time.sleep(FRESH + 0.01)
+    time.sleep(NODES_CACHED + 0.01)
     grid.get_nodes()
     assert link.nodes_asked == 2
