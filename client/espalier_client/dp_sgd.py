@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import time
 import warnings
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
@@ -15,7 +14,7 @@ from torch import Tensor, nn
 from espalier.training.objectives import LocalResult, LocalRound, Objective, Sum, TrainingError
 from espalier_client.optimizers import create_optimizer
 from espalier_client.privacy_accounting import Mechanism, require_opacus
-from espalier_client.trainer import seeded
+from espalier_client.trainer import TrainingContext
 
 if TYPE_CHECKING:
     from espalier.data.imageset import ImageSet
@@ -75,17 +74,11 @@ def train_private(
         Opacus is not installed.
     """
     settings, count = local.settings, len(data)
-    if count == 0:
-        raise TrainingError(f"round {local.round}: this client has no images to train on")
-    device = torch.device(device)
-    model.to(device).train()
-    start, cpu_start = time.perf_counter(), time.process_time()
-    generator = torch.Generator(device=device).manual_seed(seed)
+    training = TrainingContext(model, data, local, seed, device)
+    generator, parameters = training.generator, training.parameters
     sampling = np.random.default_rng((seed, 1))
-    labels = np.asarray(data.labels)
-    parameters = [p for p in model.parameters() if p.requires_grad]
     loss_sum, lr_sum, seen = 0.0, 0.0, 0
-    with seeded(seed, device):
+    with training.seeded():
         objective.begin(model, local)
         per_image, data_free = split_terms(objective)
         if own := list(objective.parameters()):
@@ -99,12 +92,8 @@ def train_private(
             for _ in range(mechanism.steps):
                 chosen = np.flatnonzero(sampling.random(count) < mechanism.rate)
                 for chunk in _chunks(chosen, settings.batch_size):
-                    images = data.fetch(chunk).to(device, non_blocking=True)
-                    if settings.flip:
-                        mirrored = torch.rand(len(chunk), generator=generator, device=device) < 0.5
-                        images = torch.where(mirrored[:, None, None, None], images.flip(-1), images)
-                    batch_labels = torch.from_numpy(labels[chunk]).to(device, non_blocking=True)
-                    loss = per_image.loss(model, images, batch_labels, generator)
+                    images, labels = training.batch(chunk)
+                    loss = per_image.loss(model, images, labels, generator)
                     gradients.add(loss, len(chunk))
                     loss_sum += float(loss.detach()) * len(chunk)
                     seen += len(chunk)
@@ -119,14 +108,7 @@ def train_private(
         finally:
             gradients.close()
     optimizer.store(local.state)
-    return LocalResult(
-        steps=mechanism.steps,
-        samples=count,
-        loss=loss_sum / seen if seen else math.nan,
-        lr_sum=lr_sum,
-        seconds=time.perf_counter() - start,
-        cpu_seconds=time.process_time() - cpu_start,
-    )
+    return training.result(mechanism.steps, loss_sum / seen if seen else math.nan, lr_sum)
 
 
 def split_terms(objective: Objective) -> tuple[Objective, Objective]:

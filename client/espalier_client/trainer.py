@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from espalier.training.objectives import LocalResult, LocalRound, Objective
 from espalier.training.objectives import TrainingError as TrainingError
@@ -65,20 +65,14 @@ def train_local(
         If the client has no images, or the loss is not finite.
     """
     settings, count = local.settings, len(data)
-    if count == 0:
-        raise TrainingError(f"round {local.round}: this client has no images to train on")
-    device = torch.device(device)
-    model.to(device).train()
-    started, worked = time.perf_counter(), time.process_time()
-    generator = torch.Generator(device=device).manual_seed(seed)
+    training = TrainingContext(model, data, local, seed, device)
+    device, generator = training.device, training.generator
     order = np.random.default_rng(seed)
-    parameters = [p for p in model.parameters() if p.requires_grad]
-    labels = np.asarray(data.labels)
     loss_sum = torch.zeros((), device=device, dtype=torch.float64)
     lr_sum, steps, seen = 0.0, 0, 0
-    with seeded(seed, device), _full_convolution_speed(device):
+    with training.seeded(), _full_convolution_speed(device):
         objective.begin(model, local)
-        parameters += objective.parameters()
+        parameters = [*training.parameters, *objective.parameters()]
         separate = list(objective.separately_clipped_parameters())
         others = set(map(id, separate))
         together = [p for p in parameters if id(p) not in others]
@@ -87,22 +81,17 @@ def train_local(
         for epoch in itertools.count(1):
             indices = order.permutation(count)
             for start in range(0, count, settings.batch_size):
-                chosen = indices[start : start + settings.batch_size]
-                images = data.fetch(chosen).to(device, non_blocking=True)
-                if settings.flip:
-                    mirrored = torch.rand(len(chosen), generator=generator, device=device) < 0.5
-                    images = torch.where(mirrored[:, None, None, None], images.flip(-1), images)
-                batch_labels = torch.from_numpy(labels[chosen]).to(device, non_blocking=True)
+                images, labels = training.batch(indices[start : start + settings.batch_size])
                 with _autocast(settings.precision, device):
-                    loss = objective.loss(model, images, batch_labels, generator)
+                    loss = objective.loss(model, images, labels, generator)
                 loss.backward()  # type: ignore[no-untyped-call]
                 objective.after_backward(model)
                 for group in clipped:
                     nn.utils.clip_grad_norm_(group, settings.clip_norm)
                 lr_sum += optimizer.step()
-                loss_sum += loss.detach() * len(chosen)
+                loss_sum += loss.detach() * len(labels)
                 steps += 1
-                seen += len(chosen)
+                seen += len(labels)
                 if steps == settings.local_steps:
                     break
             # One synchronisation per epoch: an update computed from a NaN must not leave the client.
@@ -114,14 +103,81 @@ def train_local(
             if steps == settings.local_steps or (not settings.local_steps and epoch == settings.local_epochs):
                 break
     optimizer.store(local.state)
-    return LocalResult(
-        steps=steps,
-        samples=count,
-        loss=loss_sum.item() / seen,
-        lr_sum=lr_sum,
-        seconds=time.perf_counter() - started,
-        cpu_seconds=time.process_time() - worked,
-    )
+    return training.result(steps, loss_sum.item() / seen, lr_sum)
+
+
+class TrainingContext:
+    """What every local training sets up: the network on its device, seeded randomness, batches, and the clocks.
+
+    The clocks start once the network is on its device.
+
+    Parameters
+    ----------
+    model : nn.Module
+        Moved to `device` and set to training mode.
+    data : ImageSet
+        The client's own images.
+    local : LocalRound
+        The round's settings.
+    seed : int
+        Seed of `generator` and, in `seeded`, of torch's global generators.
+    device : torch.device or str
+        Where to train.
+
+    Attributes
+    ----------
+    device : torch.device
+        The device.
+    generator : torch.Generator
+        Source of noise and mirroring, on the device.
+    parameters : list of nn.Parameter
+        The network's trained parameters.
+
+    Raises
+    ------
+    TrainingError
+        The client has no images.
+    """
+
+    def __init__(
+        self, model: nn.Module, data: ImageSet, local: LocalRound, seed: int, device: torch.device | str
+    ) -> None:
+        if len(data) == 0:
+            raise TrainingError(f"round {local.round}: this client has no images to train on")
+        self.device = torch.device(device)
+        model.to(self.device).train()
+        self._start, self._cpu_start = time.perf_counter(), time.process_time()
+        self.generator = torch.Generator(device=self.device).manual_seed(seed)
+        self.parameters = [p for p in model.parameters() if p.requires_grad]
+        self._seed, self._flip = seed, local.settings.flip
+        self._data, self._labels = data, np.asarray(data.labels)
+
+    @contextlib.contextmanager
+    def seeded(self) -> Iterator[None]:
+        """Seed torch's global generators (used by dropout) and restore their state afterwards."""
+        devices = [self.device] if self.device.type == "cuda" else []
+        with torch.random.fork_rng(devices=devices):
+            torch.manual_seed(self._seed)
+            yield
+
+    def batch(self, indices: np.ndarray) -> tuple[Tensor, Tensor]:
+        """Return the images [B, C, H, W], each mirrored with probability 1/2 under ``flip``, and labels [B]."""
+        images = self._data.fetch(indices).to(self.device, non_blocking=True)
+        if self._flip:
+            mirrored = torch.rand(len(indices), generator=self.generator, device=self.device) < 0.5
+            images = torch.where(mirrored[:, None, None, None], images.flip(-1), images)
+        return images, torch.from_numpy(self._labels[indices]).to(self.device, non_blocking=True)
+
+    def result(self, steps: int, loss: float, lr_sum: float) -> LocalResult:
+        """Return the training's result; its times end now."""
+        return LocalResult(
+            steps=steps,
+            samples=len(self._data),
+            loss=loss,
+            lr_sum=lr_sum,
+            seconds=time.perf_counter() - self._start,
+            cpu_seconds=time.process_time() - self._cpu_start,
+        )
 
 
 def _autocast(precision: str, device: torch.device) -> contextlib.AbstractContextManager[Any]:
@@ -129,15 +185,6 @@ def _autocast(precision: str, device: torch.device) -> contextlib.AbstractContex
         precision == "auto" and device.type == "cuda" and torch.cuda.is_bf16_supported()
     )
     return torch.autocast(device.type, dtype=torch.bfloat16) if wanted else contextlib.nullcontext()
-
-
-@contextlib.contextmanager
-def seeded(seed: int, device: torch.device) -> Iterator[None]:
-    """Seed torch's global generators (used by dropout) and restore their state afterwards."""
-    devices = [device] if device.type == "cuda" else []
-    with torch.random.fork_rng(devices=devices):
-        torch.manual_seed(seed)
-        yield
 
 
 @contextlib.contextmanager

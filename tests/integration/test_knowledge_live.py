@@ -9,7 +9,6 @@ from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
-import torch
 from bench.knowledge_sizes import pair_bytes, table_bytes
 from bench.local_tree import LocalClient, LocalTree
 from bench.stock import wait_until
@@ -18,6 +17,8 @@ from PIL import Image
 from espalier_server.run import TreeRun
 from tests.support.generators import random_gan
 from tests.support.tree import LiveTree, live_tree, start_client
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 Flat = dict[str, bool | int | float | str]
 
@@ -65,15 +66,6 @@ def live(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Processes]:
         for i, name in enumerate(PLACES):
             processes.start(name, DATA.format(i=i))
         yield processes
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    """Sum in the order in which the clients' processes do."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")

@@ -13,7 +13,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 from bench.local_tree import LocalClient, LocalTree
 from bench.stock import wait_until
 
@@ -21,6 +20,8 @@ from espalier.methods.cfl import MEMBERSHIP
 from espalier_server.records.record import RunRecord
 from espalier_server.run import TreeRun
 from tests.support.tree import LiveTree, espalier, live_tree, process_environment, start_client
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 Flat = dict[str, bool | int | float | str]
 
@@ -36,15 +37,6 @@ DIFFUSION: Flat = {"model": "unet-tiny", "sample-steps": 2, "sample-count": 1, "
 def tree(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LiveTree]:
     with live_tree(tmp_path_factory.mktemp("live"), data=DATA, levels=LEVELS) as live:
         yield live
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    """Sum in the order in which the clients' processes do."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def local_tree(folder: Path, more: Mapping[str, str] | None = None) -> LocalTree:

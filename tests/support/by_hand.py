@@ -139,18 +139,20 @@ def loaded(architecture: pb.ArchitectureSpec, arrays: Arrays) -> Any:
 
 def network_loss(architecture: pb.ArchitectureSpec, arrays: Arrays, data: str) -> torch.Tensor:
     """Return the mean cross-entropy over all of a client's images in evaluation mode, in plain torch."""
-    model, images = loaded(architecture, arrays), open_data(data)
-    logits = model(images.fetch(np.arange(len(images))))
-    return functional.cross_entropy(logits, torch.from_numpy(np.asarray(images.labels)))
+    return _cross_entropy(loaded(architecture, arrays), data)
 
 
 def gradient(architecture: pb.ArchitectureSpec, arrays: Arrays, data: str) -> Arrays:
     """Return the gradient of :func:`network_loss`, float64 by parameter."""
-    model, images = loaded(architecture, arrays), open_data(data)
-    logits = model(images.fetch(np.arange(len(images))))
-    loss = functional.cross_entropy(logits, torch.from_numpy(np.asarray(images.labels)))
-    loss.backward()  # type: ignore[no-untyped-call]
+    model = loaded(architecture, arrays)
+    _cross_entropy(model, data).backward()  # type: ignore[no-untyped-call]
     return {n: p.grad.numpy().astype(np.float64) for n, p in model.named_parameters()}
+
+
+def _cross_entropy(model: Any, data: str) -> torch.Tensor:
+    images = open_data(data)
+    logits = model(images.fetch(np.arange(len(images))))
+    return functional.cross_entropy(logits, torch.from_numpy(np.asarray(images.labels)))
 
 
 def trained(run: TreeRun) -> Arrays:
@@ -210,6 +212,21 @@ def tapped(tree: LocalTree, change: Change | None = None) -> list[Call]:
     for node in (node for below in tree.edges for node in below):
         node.app = _tap(node.app, calls, change)
     return calls
+
+
+def in_round(calls: Sequence[Call], round_: int, trains: bool) -> list[Call]:
+    """Return the calls of one round: those that train, or the inquiries."""
+    return [c for c in calls if c.plan.round == round_ and c.trains == trains]
+
+
+def sample_mean(calls: Sequence[Call], name: str) -> np.ndarray:
+    """Return the n_k-weighted mean of a tensor over the clients that sent it, in float64."""
+    holders = [c for c in calls if name in c.payload]
+    total = sum(c.report.samples for c in holders)
+    mean: np.ndarray = np.sum(
+        [c.report.samples / total * c.payload[name].astype(np.float64) for c in holders], axis=0
+    )
+    return mean
 
 
 def _tap(app: Callable[[Message, Any], Message], calls: list[Call], change: Change | None) -> Any:

@@ -7,24 +7,27 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Generator, Tensor, nn
+from torch.nn import functional
 
 from espalier.config.fields import key_of
 from espalier.config.run_settings import keys_of
 from espalier.data.imageset import ImageSet
 from espalier.methods.run_config import RunConfig
 from espalier.models.initial import initial_model
+from espalier.tasks.classification import CrossEntropy
 from espalier.training.objectives import LocalResult, LocalRound, Objective
+from espalier_client.trainer import train_local
 
 
 class Images:
     """Random 8x8 images in memory, of classes 0 to 9 in turn."""
 
-    def __init__(self, count: int) -> None:
+    def __init__(self, count: int, channels: int = 1) -> None:
         generator = Generator().manual_seed(count)
-        self.images = torch.rand(count, 1, 8, 8, generator=generator) * 2 - 1
+        self.images = torch.rand(count, channels, 8, 8, generator=generator) * 2 - 1
         self.labels = np.arange(count, dtype=np.int64) % 10
         self.classes = tuple("0123456789")
-        self.shape = (1, 8, 8)
+        self.shape = (channels, 8, 8)
         self.name = "random"
 
     def __len__(self) -> int:
@@ -82,3 +85,36 @@ def moved(model: nn.Module, by: float = 0.1, seed: int = 3) -> nn.Module:
 
 def result(lr_sum: float = 0.1, steps: int = 1) -> LocalResult:
     return LocalResult(steps=steps, samples=6, loss=0.0, lr_sum=lr_sum, seconds=0.0)
+
+
+class Quadratic(Objective):
+    """Half the squared distance of a vector to a client's own optimum, the same on every batch."""
+
+    def __init__(self, optimum: list[float]) -> None:
+        self.optimum = torch.tensor(optimum)
+
+    def loss(self, model: nn.Module, images: Tensor, labels: Tensor, generator: Generator) -> Tensor:
+        return (model.get_parameter("theta") - self.optimum).square().sum() / 2
+
+
+class Vector(nn.Module):
+    """A network that is one vector, and a buffer."""
+
+    def __init__(self, *values: float) -> None:
+        super().__init__()
+        self.theta = nn.Parameter(torch.tensor(values))
+        self.register_buffer("counter", torch.tensor(1.0))
+
+
+def train_in_one_batch(model: nn.Module, objective: Objective, local: LocalRound) -> dict[str, float]:
+    """Train on eight images in one batch, and end with exactly what was trained; return the report's scalars."""
+    outcome = train_local(model, objective, Images(8), local, seed=1, device="cpu")
+    return objective.end(model, outcome, received(model))
+
+
+def added_loss(term: Objective, model: Any, seed: int = 0) -> float:
+    """Return what a term adds to the cross-entropy of :func:`batch`."""
+    images, labels = batch()
+    whole = (CrossEntropy() + term).loss(model, images, labels, Generator().manual_seed(seed)).item()
+    with torch.no_grad():
+        return whole - functional.cross_entropy(model(images), labels).item()

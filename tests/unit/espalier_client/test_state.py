@@ -13,19 +13,9 @@ from hypothesis import strategies as st
 from espalier.errors import StateError
 from espalier.storage.tensor_file import read_tensors, write_tensors
 from espalier_client.state import StateStore, Version
+from tests.support.stored_state import tensors, value_of
 
 needs_rights = pytest.mark.skipif(os.geteuid() == 0, reason="the superuser may write anywhere")
-
-
-def tensors(value: float) -> dict[str, np.ndarray]:
-    return {
-        "adam.step": np.array(int(value), dtype=np.int64),
-        "adam.m": np.full((2, 3), value, dtype=np.float32),
-    }
-
-
-def value_of(state: dict[str, np.ndarray]) -> float:
-    return float(state["adam.m"][0, 0]) if state else 0.0
 
 
 def test_no_saved_version_is_an_empty_state(tmp_path: Path) -> None:

@@ -9,7 +9,6 @@ import torch
 from torch import Generator, Tensor, nn
 from torch.nn import functional
 
-from espalier.data.imageset import ImageSet
 from espalier.errors import ConfigError
 from espalier.methods.fedphd import GroupNormPenalty
 from espalier.methods.run_config import RunConfig
@@ -19,27 +18,7 @@ from espalier.tasks.diffusion import DDPMLoss
 from espalier.training.device import resolve_device
 from espalier.training.objectives import LocalResult, LocalRound, Objective
 from espalier_client.trainer import TrainingError, train_local
-
-
-class Images:
-    """Random images in memory."""
-
-    def __init__(self, count: int, channels: int = 1) -> None:
-        generator = torch.Generator().manual_seed(count)
-        self.images = torch.rand(count, channels, 8, 8, generator=generator) * 2 - 1
-        self.labels = np.arange(count, dtype=np.int64) % 10
-        self.classes = tuple("0123456789")
-        self.shape = (channels, 8, 8)
-        self.name = "random"
-
-    def __len__(self) -> int:
-        return len(self.images)
-
-    def fetch(self, indices: np.ndarray) -> Tensor:
-        return self.images[torch.from_numpy(indices)]
-
-    def subset(self, indices: np.ndarray) -> ImageSet:
-        raise NotImplementedError
+from tests.support.terms import Images
 
 
 class Fit(Objective):

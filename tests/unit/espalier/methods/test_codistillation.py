@@ -7,25 +7,14 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Generator
-from torch.nn import functional
 
 from espalier.errors import WireError
 from espalier.methods.codistillation import PeerDistillation, peer_section
 from espalier.models.architecture import describe
 from espalier.models.arrays import model_arrays
 from espalier.tasks.classification import CrossEntropy
-from espalier.training.objectives import Objective
 from espalier_client.trainer import train_local
-from tests.support.terms import Images, batch, local_round, network, received, result
-
-
-def value(term: Objective, model: Any, seed: int = 0) -> float:
-    """Return base loss and term on the usual batch, minus the base loss."""
-    images, labels = batch()
-    whole = (CrossEntropy() + term).loss(model, images, labels, Generator().manual_seed(seed)).item()
-    with torch.no_grad():
-        return whole - functional.cross_entropy(model(images), labels).item()
+from tests.support.terms import Images, added_loss, batch, local_round, network, received, result
 
 
 def test_the_peers_term_by_its_formula() -> None:
@@ -36,7 +25,7 @@ def test_the_peers_term_by_its_formula() -> None:
     with torch.no_grad():
         teacher = torch.stack([peer.eval()(images).softmax(1) for peer in peers]).mean(0)
         by_hand = -(teacher * model(images).log_softmax(1)).sum(1).mean().item()
-    assert value(term, model) == pytest.approx(0.5 * by_hand, rel=1e-5)
+    assert added_loss(term, model) == pytest.approx(0.5 * by_hand, rel=1e-5)
 
 
 def test_peers_are_never_changed_and_get_no_gradient() -> None:
@@ -53,7 +42,7 @@ def test_no_term_during_the_burn_in_or_without_peers() -> None:
     model = network("cnn")
     for term in (PeerDistillation(1.0, burn_in=2, peers=lambda _: [network("mlp")]), PeerDistillation(1.0)):
         term.begin(model, local_round(model, round_=2))
-        assert value(term, model) == 0.0
+        assert added_loss(term, model) == 0.0
         assert term.end(model, result(), {}) == {}
 
 
@@ -66,10 +55,10 @@ def test_received_peers_are_the_others_networks() -> None:
     }
     term, same = PeerDistillation(1.0), PeerDistillation(1.0, peers=lambda _: [peer])
     term.begin(model, local_round(model, **known))
-    found = value(term, model)
+    found = added_loss(term, model)
     term.end(model, result(), {})
     same.begin(model, local_round(model))
-    assert found == pytest.approx(value(same, model))
+    assert found == pytest.approx(added_loss(same, model))
     assert found > math.log(10) / 2
     del arrays["classifier.bias"]
     with pytest.raises(WireError, match="b's network cannot be built"):

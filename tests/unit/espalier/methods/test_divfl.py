@@ -4,48 +4,22 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from torch.nn import functional
 
-from espalier.data.spec import open_data
 from espalier.methods.divfl import cost, distances, greedy, lazy_greedy, refresh, sketch, stochastic_greedy
-from espalier.methods.planning import Member, pick_clients
-from espalier.methods.run_config import RunConfig
-from espalier.methods.selection import (
-    Answer,
-    Selection,
-    create_selection,
-)
-from espalier.methods.state import build_model
-from espalier.wire.payload import Weights
-from espalier_proto import espalier_pb2 as pb
-from tests.support.by_hand import Arrays, Call, run_tree, small_tree, tapped, wave
+from espalier.methods.planning import pick_clients
+from espalier.methods.selection import Answer
+from tests.support.by_hand import gradient as network_gradient
+from tests.support.by_hand import in_round, run_tree, small_tree, tapped, wave
+from tests.support.selections import member, members_with, names, selection_of
 
 SPEC = "digits:{i}/{of}:pathological=2"
-
-
-def measured(architecture: pb.ArchitectureSpec, arrays: Arrays, client: str) -> tuple[float, np.ndarray]:
-    """Return F_k(w) over all of a client's images and its gradient as one vector, by plain torch."""
-    own = {t.name: np.array(arrays[t.name]) for t in architecture.tensors}
-    model = build_model(architecture, Weights.pack(own)).eval()
-    images = open_data(SPEC.format(i=client[1:], of=30))
-    logits = model(images.fetch(np.arange(len(images))))
-    loss = functional.cross_entropy(logits, torch.from_numpy(np.asarray(images.labels)))
-    loss.backward()  # type: ignore[no-untyped-call]
-    gradient = torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
-    return float(loss.detach()), gradient.numpy().astype(np.float64)
-
-
-def in_round(calls: list[Call], round_: int, trains: bool) -> list[Call]:
-    return [c for c in calls if c.plan.round == round_ and c.trains == trains]
 
 
 def test_divfl_on_a_tree_chooses_by_the_clients_gradients(tmp_path: Path) -> None:
@@ -60,7 +34,12 @@ def test_divfl_on_a_tree_chooses_by_the_clients_gradients(tmp_path: Path) -> Non
         names = sorted(c.plan.client for c in asked)
         assert names == [f"c{i}" for i in range(6)]
         sent = {c.plan.client: c.sent for c in asked}
-        found = [measured(run.state.architecture, sent[n], n)[1] for n in names]
+        found = [
+            np.concatenate(
+                [g.ravel() for g in network_gradient(run.state.architecture, sent[n], data).values()]
+            )
+            for n, data in ((n, SPEC.format(i=n[1:], of=30)) for n in names)
+        ]
         table = np.array([[np.linalg.norm(a - b) for b in found] for a in found])
         first = int(np.argmin(table.sum(axis=0)))
         totals = [np.minimum(table[:, first], table[:, j]).sum() if j != first else np.inf for j in range(6)]
@@ -231,26 +210,6 @@ def test_the_squared_length_is_kept_on_average() -> None:
     assert np.std(squares) <= 1.15 * math.sqrt(2 / 32) * norm
 
 
-def member(name: str, samples: int = 10) -> Member:
-    return Member(name, samples, np.ones(2), ("edge-1",))
-
-
-def crowd(samples: Sequence[int]) -> list[Member]:
-    return [member(f"c{i:02d}", n) for i, n in enumerate(samples)]
-
-
-def rule(name: str, **settings: object) -> Selection:
-    return create_selection(RunConfig.from_flat({"selection": name, **settings_of(settings)}), name)
-
-
-def settings_of(settings: Mapping[str, object]) -> dict[str, object]:
-    return {k.replace("_", "-"): v for k, v in settings.items()}
-
-
-def names(members: Sequence[Member]) -> list[str]:
-    return [m.name for m in members]
-
-
 def gradient(*values: float) -> dict[str, np.ndarray]:
     """Two tensors; their order must not matter."""
     return {"b.weight": np.array([values[1:]]), "a.weight": np.array(values[:1])}
@@ -272,8 +231,8 @@ GROUPS: dict[str, tuple[float, ...]] = {
 
 @pytest.mark.parametrize("how", ["greedy", "lazy"])
 def test_divfl_takes_one_of_each_group(how: str) -> None:
-    members = crowd([1] * 5)
-    selection = rule("divfl", fraction=0.4, divfl_gradients="ideal", divfl_greedy=how)
+    members = members_with([1] * 5)
+    selection = selection_of("divfl", fraction=0.4, divfl_gradients="ideal", divfl_greedy=how)
     asked = selection.candidates(1, members)
     assert asked == members
     assert selection.probe == "gradient"
@@ -291,23 +250,23 @@ def test_divfl_takes_one_of_each_group(how: str) -> None:
 
 
 def test_divfl_ideal_asks_everyone_every_time() -> None:
-    members = crowd([1] * 5)
-    selection = rule("divfl", fraction=0.2, divfl_gradients="ideal")
+    members = members_with([1] * 5)
+    selection = selection_of("divfl", fraction=0.2, divfl_gradients="ideal")
     selection.choose(1, selection.candidates(1, members), grads(**GROUPS))
     assert selection.candidates(2, members) == members
     # c04 did not answer: it is out, although its gradient was known a round ago
     answers = grads(c00=(0.0, 0.0), c01=(0.0, 0.0), c02=(5.0, 0.0), c03=(5.0, 0.1))
-    selection = rule("divfl", fraction=1.0, divfl_gradients="ideal")
+    selection = selection_of("divfl", fraction=1.0, divfl_gradients="ideal")
     selection.choose(1, selection.candidates(1, members), grads(**GROUPS))
     assert names(selection.choose(2, selection.candidates(2, members), answers)) == names(members[:4])
     assert selection.choose(3, selection.candidates(3, members), {}) == []
 
 
 def test_divfl_no_overhead_asks_once() -> None:
-    members = crowd([1] * 5)
-    selection = rule("divfl", fraction=0.2, divfl_gradients="no-overhead", seed=3)
+    members = members_with([1] * 5)
+    selection = selection_of("divfl", fraction=0.2, divfl_gradients="no-overhead", seed=3)
     assert selection.reports == "gradient"
-    assert rule("divfl", divfl_gradients="ideal").reports == rule("pow-d").reports == ""
+    assert selection_of("divfl", divfl_gradients="ideal").reports == selection_of("pow-d").reports == ""
     asked = selection.candidates(1, members)
     assert asked == members
     assert names(selection.choose(1, asked, grads(**GROUPS))) == ["c02"]
@@ -331,8 +290,8 @@ def test_divfl_no_overhead_asks_once() -> None:
 
 
 def test_divfl_chosen_set_is_kept_in_a_window() -> None:
-    members = crowd([1] * 5)
-    selection = rule("divfl", fraction=0.4)
+    members = members_with([1] * 5)
+    selection = selection_of("divfl", fraction=0.4)
     picks = selection.choose(1, selection.candidates(1, members), grads(**GROUPS))
     assert selection.later(2, members) == (picks, 0)
     assert selection.later(2, [m for m in members if m != picks[0]]) == (picks[1:], 0)
@@ -343,13 +302,13 @@ def test_divfl_chosen_set_is_kept_in_a_window() -> None:
 
 
 def test_divfl_state_round_trip() -> None:
-    members = crowd([1] * 5)
-    selection = rule("divfl", fraction=0.4)
+    members = members_with([1] * 5)
+    selection = selection_of("divfl", fraction=0.4)
     assert selection.state() == {}
     picks = selection.choose(1, selection.candidates(1, members), grads(**GROUPS))
     state = selection.state()
     assert state["gradient"]["c04"].tolist() == [9.0, 9.5]
-    again = rule("divfl", fraction=0.4)
+    again = selection_of("divfl", fraction=0.4)
     again.restore(state)
     assert again.candidates(2, members[::-1]) == []
     assert again.choose(2, [], {}) == picks
@@ -358,8 +317,8 @@ def test_divfl_state_round_trip() -> None:
 
 
 def test_divfl_forgets_gradients_of_another_size() -> None:
-    members = crowd([1] * 3)
-    selection = rule("divfl", fraction=0.4)
+    members = members_with([1] * 3)
+    selection = selection_of("divfl", fraction=0.4)
     selection.choose(1, selection.candidates(1, members), grads(c00=(0, 0), c01=(1, 1), c02=(2, 2)))
     selection.observe(1, {}, {"c01": gradient(1.0, 2.0, 3.0), "c00": gradient(1.0, 2.0, 3.0)})
     assert names(selection.candidates(2, members)) == ["c02"]
@@ -372,12 +331,12 @@ def test_divfl_forgets_gradients_of_another_size() -> None:
 def test_divfl_sketches_long_gradients() -> None:
     rng = np.random.default_rng(0)
     centre = rng.normal(size=(2, 200_000)).astype(np.float32)
-    members = crowd([1] * 6)
+    members = members_with([1] * 6)
     answers = {
         m.name: Answer({}, {"w": centre[i % 2] + 0.01 * rng.normal(size=200_000).astype(np.float32)})
         for i, m in enumerate(members)
     }
-    selection = rule("divfl", fraction=0.34)
+    selection = selection_of("divfl", fraction=0.34)
     picks = names(selection.choose(1, selection.candidates(1, members), answers))
     assert len({int(n[1:]) % 2 for n in picks}) == 2
     assert all(row.nbytes <= 4 * 16384 for row in selection.state()["gradient"].values())
@@ -385,11 +344,11 @@ def test_divfl_sketches_long_gradients() -> None:
 
 def test_divfl_stochastic_is_seeded() -> None:
     rng = np.random.default_rng(1)
-    members = crowd([1] * 30)
+    members = members_with([1] * 30)
     answers = {m.name: Answer({}, {"w": rng.normal(size=4)}) for m in members}
 
     def picks(seed: int, round_: int) -> list[str]:
-        selection = rule("divfl", fraction=0.1, divfl_greedy="stochastic", seed=seed)
+        selection = selection_of("divfl", fraction=0.1, divfl_greedy="stochastic", seed=seed)
         return names(selection.choose(round_, selection.candidates(round_, members), answers))
 
     assert picks(1, 1) == picks(1, 1)

@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
 import pytest
 import torch
 from torch import Generator, Tensor
-from torch.nn import functional
 
 from espalier.methods.fd import STATE, SoftLabelDistillation
 from espalier.tasks.classification import CrossEntropy
-from espalier.training.objectives import Objective
 from espalier.wire.class_table import (
     COUNT,
     MEAN,
@@ -26,7 +22,7 @@ from espalier.wire.class_table import (
     merge,
 )
 from espalier_client.trainer import train_local
-from tests.support.terms import Images, batch, local_round, moved, network, result
+from tests.support.terms import Images, added_loss, batch, local_round, moved, network, result
 
 CLASSES = 10
 
@@ -36,19 +32,11 @@ def soft(labels: list[int], seed: int = 0) -> ClassTable:
     return ClassTable.of(SOFT_LABEL, CLASSES, labels, vectors)
 
 
-def value(term: Objective, model: Any, seed: int = 0) -> float:
-    """Return base loss and term on the usual batch, minus the base loss."""
-    images, labels = batch()
-    whole = (CrossEntropy() + term).loss(model, images, labels, Generator().manual_seed(seed)).item()
-    with torch.no_grad():
-        return whole - functional.cross_entropy(model(images), labels).item()
-
-
 def test_no_soft_labels_no_term() -> None:
     model = network("cnn")
     term = SoftLabelDistillation(2.0)
     term.begin(model, local_round(model))
-    assert value(term, model) == 0.0
+    assert added_loss(term, model) == 0.0
     assert term.end(model, result(), {}) == {}
 
 
@@ -70,7 +58,7 @@ def test_the_soft_label_term_by_its_formula() -> None:
     }
     outputs = model(batch()[0]).double().softmax(1).detach().numpy()
     by_hand = -sum(float(q @ np.log(outputs[label])) for label, q in targets.items()) / 6
-    found = value(term, model)
+    found = added_loss(term, model)
     assert found == pytest.approx(1.5 * by_hand, rel=1e-5)
     assert term.end(model, result(), {})["soft-label-loss"] == pytest.approx(by_hand, rel=1e-5)
 
@@ -85,7 +73,7 @@ def test_who_sat_out_takes_nothing_out(kept_round: int | None) -> None:
     term.begin(model, local_round(model, round_=4, sections={TABLE: given_arrays(given, 3)}, state=state))
     outputs = model(batch()[0]).double().softmax(1).detach().numpy()
     by_hand = -sum(float(given.vectors[y] @ np.log(outputs[y])) for y in range(6)) / 6
-    assert value(term, model) == pytest.approx(by_hand, rel=1e-5)
+    assert added_loss(term, model) == pytest.approx(by_hand, rel=1e-5)
 
 
 def test_the_local_table_is_the_mean_output_by_label() -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +15,7 @@ from tests.support.by_hand import (
     kept,
     run_tree,
     same,
+    sample_mean,
     small_tree,
     tapped,
     trained,
@@ -47,16 +47,6 @@ def sizes(arrays: Arrays) -> dict[str, int]:
     return found
 
 
-def weighted(calls: Sequence[Call], name: str) -> np.ndarray:
-    """Return the n_k-weighted mean of a tensor over those who sent it, number by number in float64."""
-    holders = [c for c in calls if name in c.payload]
-    total = sum(c.report.samples for c in holders)
-    mean: np.ndarray = np.sum(
-        [c.report.samples / total * c.payload[name].astype(np.float64) for c in holders], axis=0
-    )
-    return mean
-
-
 def test_usplits_pairs_send_complementary_parts(tmp_path: Path) -> None:
     tree = small_tree(tmp_path, 5, of=150, data=SPEC, reach=lambda i: (i % 2,))
     calls = tapped(tree)
@@ -77,7 +67,7 @@ def test_usplits_pairs_send_complementary_parts(tmp_path: Path) -> None:
                 assert size == (whole[name] if name in parts_of(call) else 0)
         assert sum(sum(sizes(c.payload).values()) for c in own) == 3 * sum(whole.values())
     last = [c for c in calls if c.plan.round == 3]
-    same(trained(run), {n: weighted(last, n) for n in trained(run)})
+    same(trained(run), {n: sample_mean(last, n) for n in trained(run)})
     # Who sends what changes from round to round.
     who = [{c.plan.client: parts_of(c) for c in calls if c.plan.round == r} for r in (1, 2, 3)]
     assert who[0] != who[1] or who[1] != who[2]

@@ -8,11 +8,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from torch import Generator, Tensor, nn
+from torch import Generator
 
 from espalier.methods.feddyn import DynamicRegularizer, H
-from espalier.training.objectives import LocalRound, Objective
-from espalier_client.trainer import train_local
 from tests.support.by_hand import (
     EDGES,
     aggregate,
@@ -26,32 +24,9 @@ from tests.support.by_hand import (
     tapped,
     wave,
 )
-from tests.support.terms import Images, gradients, local_round, received, result
+from tests.support.terms import Quadratic, Vector, gradients, local_round, result, train_in_one_batch
 
 NOTHING = torch.zeros(1, 1, 8, 8), torch.zeros(1, dtype=torch.int64), Generator()
-
-
-class Quadratic(Objective):
-    """Half the squared distance of a vector to a client's own optimum, the same on every batch."""
-
-    def __init__(self, optimum: list[float]) -> None:
-        self.optimum = torch.tensor(optimum)
-
-    def loss(self, model: nn.Module, images: Tensor, labels: Tensor, generator: Generator) -> Tensor:
-        return (model.get_parameter("theta") - self.optimum).square().sum() / 2
-
-
-class Vector(nn.Module):
-    def __init__(self, *values: float) -> None:
-        super().__init__()
-        self.theta = nn.Parameter(torch.tensor(values))
-        self.register_buffer("counter", torch.tensor(1.0))
-
-
-def train(model: nn.Module, objective: Objective, local: LocalRound) -> dict[str, float]:
-    """Train on eight images in one batch, and end with exactly what was trained."""
-    outcome = train_local(model, objective, Images(8), local, seed=1, device="cpu")
-    return objective.end(model, outcome, received(model))
 
 
 def test_the_dynamic_regulariser_and_its_recursion() -> None:
@@ -82,7 +57,7 @@ def test_feddyns_fixed_point_is_the_optimum_of_the_sum() -> None:
         for optimum, state in zip(optima, states, strict=True):
             model = Vector(weights)
             local = local_round(model, local_epochs=30, learning_rate=0.4, state=state, round_=number)
-            train(model, Quadratic(optimum) + DynamicRegularizer(alpha), local)
+            train_in_one_batch(model, Quadratic(optimum) + DynamicRegularizer(alpha), local)
             trained.append(model.theta.item())
         h -= alpha / 2 * sum(theta - weights for theta in trained)
         assert h == pytest.approx(np.mean([s["dyn/theta"][0] for s in states]), abs=1e-4)

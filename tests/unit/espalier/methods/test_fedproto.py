@@ -3,35 +3,35 @@
 from __future__ import annotations
 
 import copy
-from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from torch import Generator
-from torch.nn import functional
 
 from espalier.methods.fedproto import PrototypeTerm
 from espalier.models.layers import SingleHead
 from espalier.tasks.classification import CrossEntropy
-from espalier.training.objectives import Objective, TrainingError
+from espalier.training.objectives import TrainingError
 from espalier.wire.class_table import (
     PROTOTYPE,
     TABLE,
     ClassTable,
     given_arrays,
 )
-from tests.support.terms import Images, batch, gradients, local_round, moved, network, received, result
+from tests.support.terms import (
+    Images,
+    added_loss,
+    batch,
+    gradients,
+    local_round,
+    moved,
+    network,
+    received,
+    result,
+)
 
 CLASSES = 10
-
-
-def value(term: Objective, model: Any, seed: int = 0) -> float:
-    """Return base loss and term on the usual batch, minus the base loss."""
-    images, labels = batch()
-    whole = (CrossEntropy() + term).loss(model, images, labels, Generator().manual_seed(seed)).item()
-    with torch.no_grad():
-        return whole - functional.cross_entropy(model(images), labels).item()
 
 
 def prototypes(model: SingleHead, labels: list[int]) -> ClassTable:
@@ -47,7 +47,7 @@ def test_the_prototype_term_by_its_formula() -> None:
     term.begin(model, local_round(model, sections={TABLE: given_arrays(given, 0)}))
     features = model.features(batch()[0]).detach().double().numpy()
     squares = [((features[y] - given.vectors[row]) ** 2).mean() for row, y in enumerate((0, 3))]
-    assert value(term, model) == pytest.approx(4.0 * sum(squares) / 6, rel=1e-5)
+    assert added_loss(term, model) == pytest.approx(4.0 * sum(squares) / 6, rel=1e-5)
     assert term.end(model, result(), {})["prototype-loss"] == pytest.approx(sum(squares) / 6, rel=1e-5)
 
 

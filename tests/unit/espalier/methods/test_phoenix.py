@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -18,13 +17,13 @@ from espalier.wire.sections import MODEL
 from espalier_proto import espalier_pb2 as pb
 from tests.support.by_hand import (
     Arrays,
-    Call,
     aggregate,
     method,
     on_model,
     reply,
     run_tree,
     same,
+    sample_mean,
     server,
     small_tree,
     tapped,
@@ -33,16 +32,6 @@ from tests.support.by_hand import (
 
 #: Quick rounds of a small U-Net, nothing drawn but one small grid.
 QUICK = {"model": "unet-tiny", "local_steps": 2, "batch_size": 4, "sample_steps": 1, "sample_count": 1}
-
-
-def weighted(calls: Sequence[Call], name: str) -> np.ndarray:
-    """Return the n_k-weighted mean of a tensor over those who sent it, number by number in float64."""
-    holders = [c for c in calls if name in c.payload]
-    total = sum(c.report.samples for c in holders)
-    mean: np.ndarray = np.sum(
-        [c.report.samples / total * c.payload[name].astype(np.float64) for c in holders], axis=0
-    )
-    return mean
 
 
 def test_phoenix_sends_the_shared_images_once(tmp_path: Path) -> None:
@@ -94,7 +83,7 @@ def test_phoenix_names_the_client_that_the_filter_leaves_out(tmp_path: Path) -> 
     assert f"its loss {left_out.report.loss:.4g} is above {limit:.4g}" in fault.detail
     counted = [c for c in second if c.plan.client != "c1"]
     received = third[0].sent
-    same(received, {n: weighted(counted, n) for n in received})
+    same(received, {n: sample_mean(counted, n) for n in received})
     starts = {c.plan.client: (c.plan.start.window, c.plan.start.round) for c in third}
     assert starts == {"c0": (2, 2), "c1": (1, 1), "c2": (2, 2)}
 

@@ -10,40 +10,22 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
-from torch.nn import functional
 
-from espalier.data.spec import open_data
-from espalier.methods.planning import Member
 from espalier.methods.power_of_choice import adaptive_count
-from espalier.methods.run_config import RunConfig
-from espalier.methods.selection import (
-    Answer,
-    Selection,
-    create_selection,
-)
-from espalier.methods.state import build_model
-from espalier.wire.payload import Weights
+from espalier.methods.selection import Answer
 from espalier_proto import espalier_pb2 as pb
-from tests.support.by_hand import Arrays, Call, run_tree, same, small_tree, tapped
+from tests.support.by_hand import Call, in_round, network_loss, run_tree, same, small_tree, tapped
+from tests.support.selections import chi_square, members_with, names, selection_of
 
 SPEC = "digits:{i}/{of}:pathological=2"
 
 
-def measured(architecture: pb.ArchitectureSpec, arrays: Arrays, client: str) -> tuple[float, np.ndarray]:
-    """Return F_k(w) over all of a client's images and its gradient as one vector, by plain torch."""
-    own = {t.name: np.array(arrays[t.name]) for t in architecture.tensors}
-    model = build_model(architecture, Weights.pack(own)).eval()
-    images = open_data(SPEC.format(i=client[1:], of=30))
-    logits = model(images.fetch(np.arange(len(images))))
-    loss = functional.cross_entropy(logits, torch.from_numpy(np.asarray(images.labels)))
-    loss.backward()  # type: ignore[no-untyped-call]
-    gradient = torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
-    return float(loss.detach()), gradient.numpy().astype(np.float64)
-
-
-def in_round(calls: list[Call], round_: int, trains: bool) -> list[Call]:
-    return [c for c in calls if c.plan.round == round_ and c.trains == trains]
+def losses_of(architecture: pb.ArchitectureSpec, calls: Sequence[Call]) -> dict[str, float]:
+    """Return F_k(w) of each call's client over all of its images, w being what it was sent, by plain torch."""
+    return {
+        c.plan.client: network_loss(architecture, c.sent, SPEC.format(i=c.plan.client[1:], of=30)).item()
+        for c in calls
+    }
 
 
 def test_power_of_choice_trains_the_clients_of_largest_loss(tmp_path: Path) -> None:
@@ -56,7 +38,7 @@ def test_power_of_choice_trains_the_clients_of_largest_loss(tmp_path: Path) -> N
     for round_ in range(1, 5):
         asked, picked = in_round(calls, round_, trains=False), in_round(calls, round_, trains=True)
         assert sorted(c.plan.client for c in asked) == [f"c{i}" for i in range(6)]
-        losses = {c.plan.client: measured(run.state.architecture, c.sent, c.plan.client)[0] for c in asked}
+        losses = losses_of(run.state.architecture, asked)
         for call in asked:
             assert call.report.loss == pytest.approx(losses[call.plan.client], rel=1e-5)
         expected = sorted(losses, key=lambda c: -losses[c])[:2]
@@ -76,7 +58,7 @@ def test_edges_choose_by_their_own_model_in_later_rounds(tmp_path: Path) -> None
     assert run.state is not None
     for round_ in range(1, 5):
         asked, picked = in_round(calls, round_, trains=False), in_round(calls, round_, trains=True)
-        losses = {c.plan.client: measured(run.state.architecture, c.sent, c.plan.client)[0] for c in asked}
+        losses = losses_of(run.state.architecture, asked)
         assert len(losses) == 6
         edges = {c.plan.client: c.plan.edge for c in asked}
         if round_ % 2:  # The window's first round: the cloud asks about the global model and ranks everyone.
@@ -108,7 +90,7 @@ def test_candidates_are_fewer_than_everyone(tmp_path: Path) -> None:
     for round_ in (1, 2, 3):
         asked, picked = in_round(calls, round_, trains=False), in_round(calls, round_, trains=True)
         assert len(asked) == 3
-        losses = {c.plan.client: measured(run.state.architecture, c.sent, c.plan.client)[0] for c in asked}
+        losses = losses_of(run.state.architecture, asked)
         assert sorted(c.plan.client for c in picked) == sorted(sorted(losses, key=lambda c: -losses[c])[:2])
 
 
@@ -132,41 +114,14 @@ def test_remembered_losses_need_no_inquiry(tmp_path: Path) -> None:
     assert len(remembered) == 4
 
 
-def member(name: str, samples: int = 10) -> Member:
-    return Member(name, samples, np.ones(2), ("edge-1",))
-
-
-def crowd(samples: Sequence[int]) -> list[Member]:
-    return [member(f"c{i:02d}", n) for i, n in enumerate(samples)]
-
-
-def rule(name: str, **settings: object) -> Selection:
-    return create_selection(RunConfig.from_flat({"selection": name, **settings_of(settings)}), name)
-
-
-def settings_of(settings: Mapping[str, object]) -> dict[str, object]:
-    return {k.replace("_", "-"): v for k, v in settings.items()}
-
-
-def names(members: Sequence[Member]) -> list[str]:
-    return [m.name for m in members]
-
-
 def losses(**values: float) -> dict[str, Answer]:
     return {name: Answer({"loss": value}) for name, value in values.items()}
 
 
-def chi_square(found: Counter[tuple[str, ...]], expected: Mapping[tuple[str, ...], float]) -> float:
-    """Pearson's statistic; `expected` are probabilities."""
-    assert set(found) <= set(expected)
-    total = sum(found.values())
-    return sum((found[k] - total * p) ** 2 / (total * p) for k, p in expected.items())
-
-
 def test_everyone_a_candidate_gives_the_largest_losses() -> None:
     """D = K takes the m largest losses, ties by name."""
-    members = crowd([1, 9, 5, 2, 7])
-    selection = rule("pow-d", fraction=0.4, candidates=5)
+    members = members_with([1, 9, 5, 2, 7])
+    selection = selection_of("pow-d", fraction=0.4, candidates=5)
     for round_ in range(1, 10):
         asked = selection.candidates(round_, members)
         assert asked == members
@@ -178,19 +133,19 @@ def test_everyone_a_candidate_gives_the_largest_losses() -> None:
 
 def test_a_large_clients_loss_can_be_given_more_say() -> None:
     """n_k F_k of c00 … c04: 1·1 = 1, 9·0.25 = 2.25, 5·0.5 = 2.5, 2·2 = 4, 7·0 = 0."""
-    members = crowd([1, 9, 5, 2, 7])
+    members = members_with([1, 9, 5, 2, 7])
     told = losses(c00=1.0, c01=0.25, c02=0.5, c03=2.0, c04=0.0)
     for weight, expected in (("none", ["c00", "c03"]), ("samples", ["c02", "c03"])):
-        selection = rule("pow-d", fraction=0.4, candidates=5, loss_weight=weight)
+        selection = selection_of("pow-d", fraction=0.4, candidates=5, loss_weight=weight)
         assert names(selection.choose(1, selection.candidates(1, members), told)) == expected
-        remembered = rule("rpow-d", fraction=0.4, candidates=5, loss_weight=weight)
+        remembered = selection_of("rpow-d", fraction=0.4, candidates=5, loss_weight=weight)
         remembered.observe(1, {name: answer.metrics for name, answer in told.items()}, {})
         assert names(remembered.candidates(2, members)) == expected
 
 
 def test_only_who_answered_is_chosen() -> None:
-    members = crowd([1] * 5)
-    selection = rule("pow-d", fraction=0.4, candidates=5)
+    members = members_with([1] * 5)
+    selection = selection_of("pow-d", fraction=0.4, candidates=5)
     asked = selection.candidates(1, members)
     picks = selection.choose(1, asked, {**losses(c00=1.0, c03=0.1, stranger=9.0), "c01": Answer({})})
     assert names(picks) == ["c00", "c03"]
@@ -213,8 +168,8 @@ def successive(p: Mapping[str, float], size: int) -> dict[tuple[str, ...], float
 @pytest.mark.parametrize("name", ["pow-d", "cpow-d", "rpow-d"])
 def test_as_many_candidates_as_picks_is_proportional_sampling(name: str) -> None:
     """D = m is sampling ∝ p_k, whatever the losses."""
-    members = crowd([1, 2, 3, 4])
-    selection = rule(name, fraction=0.5, candidates=2, seed=11)
+    members = members_with([1, 2, 3, 4])
+    selection = selection_of(name, fraction=0.5, candidates=2, seed=11)
     expected = successive({"c00": 0.1, "c01": 0.2, "c02": 0.3, "c03": 0.4}, 2)
     found: Counter[tuple[str, ...]] = Counter()
     answers = losses(c00=9.0, c01=1.0, c02=5.0, c03=0.0)
@@ -226,24 +181,30 @@ def test_as_many_candidates_as_picks_is_proportional_sampling(name: str) -> None
 
 
 def test_number_of_candidates() -> None:
-    members = crowd([1] * 10)
+    members = members_with([1] * 10)
 
     def count(**settings: object) -> int:
-        return len(rule("pow-d", **settings).candidates(1, members))
+        return len(selection_of("pow-d", **settings).candidates(1, members))
 
     assert count(fraction=0.3) == 6
     assert count(fraction=0.8) == 10
     assert count(fraction=0.3, candidates=1) == 3
     assert count(fraction=0.3, candidates=7) == 7
     assert count(fraction=0.3, candidates=99) == 10
-    assert len(rule("pow-d", fraction=0.5, candidates=4).candidates(1, crowd([0, 5, 0, 0, 5, 5]))) == 3
-    assert len(rule("pow-d", fraction=0.5, candidates=4).candidates(1, crowd([0, 0, 0, 0, 0]))) == 4
+    assert (
+        len(selection_of("pow-d", fraction=0.5, candidates=4).candidates(1, members_with([0, 5, 0, 0, 5, 5])))
+        == 3
+    )
+    assert (
+        len(selection_of("pow-d", fraction=0.5, candidates=4).candidates(1, members_with([0, 0, 0, 0, 0])))
+        == 4
+    )
 
 
 def test_later_rounds_are_for_the_edges() -> None:
-    members = crowd([1] * 10)
+    members = members_with([1] * 10)
     for name, probe in (("pow-d", "loss"), ("cpow-d", "batch-loss")):
-        selection = rule(name, fraction=0.3)
+        selection = selection_of(name, fraction=0.3)
         found, keep = selection.later(2, members)
         assert (len(found), keep) == (6, 3)
         assert found == selection.candidates(2, members)
@@ -251,8 +212,8 @@ def test_later_rounds_are_for_the_edges() -> None:
 
 
 def test_remembered_losses() -> None:
-    members = crowd([1] * 6)
-    selection = rule("rpow-d", fraction=0.34, candidates=6, seed=4)
+    members = members_with([1] * 6)
+    selection = selection_of("rpow-d", fraction=0.34, candidates=6, seed=4)
     assert selection.probe == ""
     # c01 and c04 are unseen and come first, whatever the others' losses
     seen = {"c00": {"loss": 50.0}, "c02": {"loss": 0.3}, "c03": {"loss": 7.0}, "c05": {"loss": 0.1}}
@@ -268,7 +229,7 @@ def test_remembered_losses() -> None:
     selection.observe(4, {"c03": {"loss": math.nan}, "c04": {}}, {})
     assert names(selection.candidates(5, members)) == ["c03", "c04"]
 
-    again = rule("rpow-d", fraction=0.34, candidates=6, seed=4)
+    again = selection_of("rpow-d", fraction=0.34, candidates=6, seed=4)
     state = selection.state()
     assert state["loss"]["c03"].shape == (1,)
     again.restore(state)
@@ -277,13 +238,13 @@ def test_remembered_losses() -> None:
 
 
 def test_unseen_ties_are_drawn_anew_in_every_round() -> None:
-    members = crowd([1] * 6)
-    selection = rule("rpow-d", fraction=0.17, candidates=6, seed=4)
+    members = members_with([1] * 6)
+    selection = selection_of("rpow-d", fraction=0.17, candidates=6, seed=4)
     found = Counter(names(selection.candidates(r, members))[0] for r in range(1, 301))
     # 300 draws among six: mean 50, standard deviation 6.5
     assert set(found) == set(names(members))
     assert max(found.values()) < 80
-    twin = rule("rpow-d", fraction=0.17, candidates=6, seed=4)
+    twin = selection_of("rpow-d", fraction=0.17, candidates=6, seed=4)
     assert twin.candidates(3, members) == selection.candidates(3, members)
 
 
@@ -294,7 +255,7 @@ def test_adaptive_schedule() -> None:
     assert [adaptive_count(r, 6, 10, 2) for r in range(1, 7)] == [10, 10, 5, 3, 3, 2]
     assert [adaptive_count(r, 3, 4, 4) for r in range(1, 4)] == [4, 4, 4]
     assert adaptive_count(1, 1, 100, 1) == 100
-    members = crowd([1] * 16)
-    selection = rule("pow-d", fraction=0.1875, adaptive_candidates=True, candidates=5, rounds=8)
+    members = members_with([1] * 16)
+    selection = selection_of("pow-d", fraction=0.1875, adaptive_candidates=True, candidates=5, rounds=8)
     assert [len(selection.candidates(r, members)) for r in range(1, 9)] == [16, 16, 8, 8, 4, 4, 3, 3]
     assert [selection.later(r, members)[1] for r in range(1, 9)] == [3, 3, 3, 3, 3, 3, 0, 0]

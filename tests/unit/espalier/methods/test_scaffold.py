@@ -11,7 +11,7 @@ import torch
 from torch import Generator, Tensor, nn
 
 from espalier.methods.scaffold import CONTROL, ControlVariates
-from espalier.training.objectives import LocalRound, Objective
+from espalier.training.objectives import Objective
 from espalier_client.trainer import train_local
 from tests.support.by_hand import (
     EDGES,
@@ -28,30 +28,7 @@ from tests.support.by_hand import (
     trained,
     wave,
 )
-from tests.support.terms import Images, local_round, network, received, result
-
-
-class Quadratic(Objective):
-    """Half the squared distance of a vector to a client's own optimum, the same on every batch."""
-
-    def __init__(self, optimum: list[float]) -> None:
-        self.optimum = torch.tensor(optimum)
-
-    def loss(self, model: nn.Module, images: Tensor, labels: Tensor, generator: Generator) -> Tensor:
-        return (model.get_parameter("theta") - self.optimum).square().sum() / 2
-
-
-class Vector(nn.Module):
-    def __init__(self, *values: float) -> None:
-        super().__init__()
-        self.theta = nn.Parameter(torch.tensor(values))
-        self.register_buffer("counter", torch.tensor(1.0))
-
-
-def train(model: nn.Module, objective: Objective, local: LocalRound) -> dict[str, float]:
-    """Train on eight images in one batch, and end with exactly what was trained."""
-    outcome = train_local(model, objective, Images(8), local, seed=1, device="cpu")
-    return objective.end(model, outcome, received(model))
+from tests.support.terms import Images, Quadratic, Vector, local_round, network, result, train_in_one_batch
 
 
 def test_one_step_of_scaffold_and_its_control_variate() -> None:
@@ -59,7 +36,7 @@ def test_one_step_of_scaffold_and_its_control_variate() -> None:
     model, state = Vector(5.0, 1.0), {"scaffold/theta": np.array([0.5, -1.0], np.float32)}
     local = local_round(model, local_steps=1, state=state)
     local.sections = {CONTROL: {"theta": np.array([1.0, 2.0], np.float32)}}
-    metrics = train(model, Quadratic([1.0, 2.0]) + ControlVariates(), local)
+    metrics = train_in_one_batch(model, Quadratic([1.0, 2.0]) + ControlVariates(), local)
     # y = w - 0.1 (g - c_k + c) = (5, 1) - 0.1 (4.5, 2)
     assert model.theta.tolist() == pytest.approx([4.55, 0.8])
     # c_k+ = c_k - c + (w - y) / 0.1: after one step that is the gradient at w.
@@ -71,7 +48,7 @@ def test_one_step_of_scaffold_and_its_control_variate() -> None:
 def test_scaffolds_variate_is_the_mean_gradient_of_all_its_steps() -> None:
     model, state = Vector(5.0), dict[str, np.ndarray]()
     local = local_round(model, local_epochs=3, learning_rate=0.5, state=state)
-    metrics = train(model, Quadratic([1.0]) + ControlVariates(), local)
+    metrics = train_in_one_batch(model, Quadratic([1.0]) + ControlVariates(), local)
     # Without variates yet: theta - 1 is 4, 2, 1 at the three steps.
     assert state["scaffold/theta"].tolist() == pytest.approx([7 / 3])
     assert metrics["lr-sum"] == pytest.approx(1.5)
@@ -100,7 +77,7 @@ def test_control_variates_average_to_the_servers() -> None:
             model = Vector(*weights.tolist())
             local = local_round(model, local_steps=k + 1, state=states[k], round_=number)
             local.sections = {CONTROL: {"theta": common}}
-            metrics = train(model, Quadratic(optima[k]) + ControlVariates(), local)
+            metrics = train_in_one_batch(model, Quadratic(optima[k]) + ControlVariates(), local)
             move = model.theta.detach().numpy() - weights
             moves.append(move)
             changes.append(-common - move / metrics["lr-sum"])
@@ -121,7 +98,7 @@ def test_one_step_of_scaffold_with_everyone_is_a_step_of_sgd() -> None:
             model = Vector(*weights.tolist())
             local = local_round(model, local_steps=1, state=state, round_=number)
             local.sections = {CONTROL: {"theta": common}}
-            train(model, Quadratic(optimum) + ControlVariates(), local)
+            train_in_one_batch(model, Quadratic(optimum) + ControlVariates(), local)
             trained.append(model.theta.detach().numpy())
             changes.append(-common + (weights - trained[-1]) / 0.1)
         assert np.mean(trained, 0) == pytest.approx(weights - 0.1 * gradient, abs=1e-5)

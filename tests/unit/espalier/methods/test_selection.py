@@ -5,55 +5,21 @@ from __future__ import annotations
 import itertools
 import math
 from collections import Counter
-from collections.abc import Mapping, Sequence
 
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from espalier.methods.planning import Member, pick_clients
-from espalier.methods.run_config import RunConfig
-from espalier.methods.selection import (
-    Proportional,
-    Selection,
-    create_selection,
-    shares,
-    top,
-)
-
-
-def member(name: str, samples: int = 10) -> Member:
-    return Member(name, samples, np.ones(2), ("edge-1",))
-
-
-def crowd(samples: Sequence[int]) -> list[Member]:
-    return [member(f"c{i:02d}", n) for i, n in enumerate(samples)]
-
-
-def rule(name: str, **settings: object) -> Selection:
-    return create_selection(RunConfig.from_flat({"selection": name, **settings_of(settings)}), name)
-
-
-def settings_of(settings: Mapping[str, object]) -> dict[str, object]:
-    return {k.replace("_", "-"): v for k, v in settings.items()}
-
-
-def names(members: Sequence[Member]) -> list[str]:
-    return [m.name for m in members]
-
-
-def chi_square(found: Counter[tuple[str, ...]], expected: Mapping[tuple[str, ...], float]) -> float:
-    """Pearson's statistic; `expected` are probabilities."""
-    assert set(found) <= set(expected)
-    total = sum(found.values())
-    return sum((found[k] - total * p) ** 2 / (total * p) for k, p in expected.items())
+from espalier.methods.planning import pick_clients
+from espalier.methods.selection import Proportional, shares, top
+from tests.support.selections import chi_square, members_with, names, selection_of
 
 
 @pytest.mark.parametrize("fraction", [0.01, 0.3, 1.0])
 def test_uniform_is_the_plain_draw(fraction: float) -> None:
-    members = crowd([5] * 10)
-    selection = rule("uniform", fraction=fraction, seed=7)
+    members = members_with([5] * 10)
+    selection = selection_of("uniform", fraction=fraction, seed=7)
     for round_ in range(1, 6):
         picks = selection.candidates(round_, members[::-1])
         assert names(picks) == names(pick_clients(members, fraction, 7, round_))
@@ -65,14 +31,14 @@ def test_uniform_is_the_plain_draw(fraction: float) -> None:
 
 def test_proportional_draws_by_samples() -> None:
     """Two draws of chances .5, .3, .2: the pairs' chances are products; duplicates collapse."""
-    members = crowd([5, 3, 2])
+    members = members_with([5, 3, 2])
     p = {"c00": 0.5, "c01": 0.3, "c02": 0.2}
     expected: dict[tuple[str, ...], float] = {}
     for a, b in itertools.product(p, p):
         key = tuple(sorted({a, b}))
         expected[key] = expected.get(key, 0.0) + p[a] * p[b]
     found: Counter[tuple[str, ...]] = Counter()
-    selection = rule("proportional", fraction=0.67, seed=3)
+    selection = selection_of("proportional", fraction=0.67, seed=3)
     assert isinstance(selection, Proportional)
     for round_ in range(1, 3001):
         drawn = selection.draws(round_, members)
@@ -85,24 +51,24 @@ def test_proportional_draws_by_samples() -> None:
 
 
 def test_bernoulli() -> None:
-    members = crowd([1] * 20)
-    selection = rule("bernoulli", fraction=0.3, seed=1)
+    members = members_with([1] * 20)
+    selection = selection_of("bernoulli", fraction=0.3, seed=1)
     counts = [len(selection.candidates(r, members)) for r in range(1, 401)]
     # 8000 coins of chance 0.3: standard deviation sqrt(8000 * 0.21) = 41
     assert abs(sum(counts) - 2400) < 4 * 41
     # binomial variance 20 * 0.21 = 4.2; a fixed number would have none
     assert 3.2 < np.var(counts) < 5.3
-    alone = rule("bernoulli", fraction=1e-9, seed=1)
+    alone = selection_of("bernoulli", fraction=1e-9, seed=1)
     found = Counter(names(alone.candidates(r, members))[0] for r in range(1, 401))
     assert all(len(alone.candidates(r, members)) == 1 for r in range(1, 401))
     assert len(found) == 20
-    everyone = rule("bernoulli", fraction=1.0, seed=1)
+    everyone = selection_of("bernoulli", fraction=1.0, seed=1)
     assert everyone.candidates(1, members) == members
 
 
 def test_bernoulli_coin_does_not_depend_on_the_others() -> None:
-    selection = rule("bernoulli", fraction=0.5, seed=9)
-    few, many = crowd([1] * 10), crowd([1] * 30)
+    selection = selection_of("bernoulli", fraction=0.5, seed=9)
+    few, many = members_with([1] * 10), members_with([1] * 30)
     for round_ in range(1, 20):
         of_few, of_many = (set(names(selection.candidates(round_, c))) for c in (few, many))
         if len(of_few) > 1:
@@ -139,4 +105,4 @@ def test_shares_add_up(counts: dict[str, int], m: int) -> None:
 
 def test_unknown_name() -> None:
     with pytest.raises(ValueError, match="no selection is called 'auto'"):
-        rule("auto")
+        selection_of("auto")

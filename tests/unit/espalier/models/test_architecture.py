@@ -17,6 +17,7 @@ from espalier.models.pruning import prune
 from espalier.models.unet import unet
 from espalier.models.unet_family import UNetArguments
 from espalier_proto import espalier_pb2 as pb
+from tests.support.networks import over_the_wire
 
 
 @pytest.fixture(scope="module")
@@ -33,10 +34,6 @@ def pruned(dense: nn.Module) -> nn.Module:
 @pytest.fixture(scope="module")
 def spec(dense: nn.Module) -> bytes:
     return describe(dense).SerializeToString()
-
-
-def over_the_wire(model: nn.Module) -> pb.ArchitectureSpec:
-    return pb.ArchitectureSpec.FromString(describe(model).SerializeToString())
 
 
 @pytest.mark.parametrize("which", ["dense", "pruned"])

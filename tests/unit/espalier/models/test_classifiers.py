@@ -7,7 +7,7 @@ from typing import Any, cast
 import numpy as np
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.nn import functional
 
 from espalier.errors import ConfigError
@@ -22,6 +22,7 @@ from espalier.models.presets import MODELS, PRESETS, is_model, is_output_tensor,
 from espalier.models.statistics import Statistics, batch_statistics, with_statistics
 from espalier_proto import espalier_pb2 as pb
 from espalier_server.evaluation.cost import macs_and_params
+from tests.support.networks import images, over_the_wire, parameter_count
 from tests.support.paths import ROOT
 
 #: The networks of the family "backbone", some of them large, have their own tests in test_families.py.
@@ -37,18 +38,6 @@ def made(family: str, **arguments: Any) -> Any:
     given = {"in_channels": 1, "sample_size": 8, "classes": 3} | arguments
     torch.manual_seed(7)
     return FAMILIES[family].construct(given)
-
-
-def images(count: int, channels: int = 1, size: int = 8, seed: int = 0) -> Tensor:
-    return torch.rand(count, channels, size, size, generator=torch.Generator().manual_seed(seed)) * 2 - 1
-
-
-def parameters(network: nn.Module) -> int:
-    return sum(p.numel() for p in network.parameters())
-
-
-def over_the_wire(network: nn.Module) -> pb.ArchitectureSpec:
-    return pb.ArchitectureSpec.FromString(describe(network).SerializeToString())
 
 
 # --- names -------------------------------------------------------------------------------------
@@ -130,7 +119,7 @@ def test_the_resnet_has_its_known_number_of_parameters() -> None:
     assert total == 11_172_170
     with torch.device("meta"):
         network = model("preact-resnet18", (3, 32, 32))
-    assert parameters(network) == total
+    assert parameter_count(network) == total
 
 
 @pytest.mark.parametrize("name", CLASSIFIERS)

@@ -6,7 +6,7 @@ from typing import Any, cast
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.nn import functional
 
 from espalier.errors import ConfigError
@@ -22,6 +22,7 @@ from espalier.models.presets import PRESETS, family_of, is_output_tensor, task_o
 from espalier.models.variants import narrowed
 from espalier_proto import espalier_pb2 as pb
 from espalier_server.evaluation.cost import macs_and_params
+from tests.support.networks import images, over_the_wire, parameter_count
 from tests.support.paths import ROOT
 
 BACKBONES = [name for name, preset in PRESETS.items() if preset.family == "backbone"]
@@ -50,18 +51,6 @@ def made(name: str, channels: int = 1, size: int = 8, classes: int = 10, **more:
 def on_meta(name: str, *args: Any, **more: Any) -> Backbone:
     with torch.device("meta"):
         return made(name, *args, **more)
-
-
-def images(count: int, channels: int = 1, size: int = 8, seed: int = 0) -> Tensor:
-    return torch.rand(count, channels, size, size, generator=torch.Generator().manual_seed(seed)) * 2 - 1
-
-
-def parameters(network: nn.Module) -> int:
-    return sum(p.numel() for p in network.parameters())
-
-
-def over_the_wire(network: nn.Module) -> pb.ArchitectureSpec:
-    return pb.ArchitectureSpec.FromString(describe(network).SerializeToString())
 
 
 # --- names -------------------------------------------------------------------------------------
@@ -145,7 +134,7 @@ def test_clients_take_models_in_turn() -> None:
 
 @pytest.mark.parametrize("name", DOCUMENTED)
 def test_networks_have_their_documented_sizes(name: str) -> None:
-    assert parameters(on_meta(name, 3, 224, 1000, feature_dim=0, head=0)) == DOCUMENTED[name]
+    assert parameter_count(on_meta(name, 3, 224, 1000, feature_dim=0, head=0)) == DOCUMENTED[name]
 
 
 def test_the_short_resnets_by_hand() -> None:
@@ -156,7 +145,7 @@ def test_the_short_resnets_by_hand() -> None:
         total += before * width + 2 * width if before != width else 0
         before = width
         # The output layer reads 512 values whatever the network's width.
-        assert parameters(on_meta(name, 3, 32, 10)) == total + 512 * 10 + 10
+        assert parameter_count(on_meta(name, 3, 32, 10)) == total + 512 * 10 + 10
 
 
 @pytest.mark.parametrize(("size", "side"), [(32, 5), (64, 13), (28, 4), (16, 1), (15, 2), (8, 1)])
@@ -165,10 +154,10 @@ def test_the_cnn_is_htfllibs(size: int, side: int) -> None:
     network = on_meta("cnn4", 3, size, 100)
     assert network.state_dict()["body.hidden.weight"].shape == (512, 64 * side**2)
     convolutions = (25 * 3 + 1) * 32 + (25 * 32 + 1) * 64
-    assert parameters(network) == convolutions + (64 * side**2 + 1) * 512 + 513 * 100
+    assert parameter_count(network) == convolutions + (64 * side**2 + 1) * 512 + 513 * 100
     if size == 32:
         # What FedKTL's table 5 charges FML for it, 100 classes.
-        assert parameters(network) == 924_708
+        assert parameter_count(network) == 924_708
 
 
 def test_patches_fill_the_image() -> None:
@@ -190,7 +179,7 @@ def test_operations_of_a_vision_transformer() -> None:
     linear = 12 * tokens * (4 * width**2 + 2 * width * 3072)
     norms = 25 * 2 * tokens * width
     macs = 4 * 32 * 32 * width + linear + norms + 512 * 768 + 768 * 10
-    assert macs_and_params(network) == (macs, parameters(network))
+    assert macs_and_params(network) == (macs, parameter_count(network))
 
 
 # --- shapes ------------------------------------------------------------------------------------

@@ -5,20 +5,17 @@ import torch
 
 from espalier.errors import ConfigError
 from espalier.models.unet import PRESETS, unet
-
-
-def parameters(model: torch.nn.Module) -> int:
-    return sum(p.numel() for p in model.parameters())
+from tests.support.networks import parameter_count
 
 
 def test_the_papers_net_has_its_published_size() -> None:
     with torch.device("meta"):
-        assert parameters(unet("unet-paper", 3, 32)) == 35_746_307
+        assert parameter_count(unet("unet-paper", 3, 32)) == 35_746_307
 
 
 @pytest.mark.parametrize(("preset", "low", "high"), [("unet-tiny", 0.9e6, 1.3e6), ("unet-small", 4e6, 6e6)])
 def test_the_small_presets_have_about_their_size(preset: str, low: float, high: float) -> None:
-    assert low < parameters(unet(preset, 1, 28)) < high
+    assert low < parameter_count(unet(preset, 1, 28)) < high
 
 
 @pytest.mark.parametrize(

@@ -1,32 +1,15 @@
-"""Structured logs: one JSON object an event, with what is known beside the message."""
+"""Structured logs: one JSON object an event, with the fields given besides the message."""
 
 from __future__ import annotations
 
-import json
 import logging
-from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 from espalier.monitor import logs
 from espalier.monitor.node_log import event_logger
-
-
-@pytest.fixture
-def as_json() -> Iterator[None]:
-    flower = logging.getLogger("flwr")
-    handlers, level = list(flower.handlers), flower.level
-    logs.configure("json")
-    yield
-    logs.configure("text")
-    flower.handlers[:] = handlers
-    flower.setLevel(level)
-
-
-def lines(capsys: pytest.CaptureFixture[str]) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in capsys.readouterr().err.splitlines()]
+from tests.support.log_lines import json_lines
 
 
 @pytest.mark.usefixtures("as_json")
@@ -35,7 +18,7 @@ def test_a_line_has_time_level_logger_message_and_fields(capsys: pytest.CaptureF
     with logs.bind(run="r-1", window=2):
         log.info("round %d:\n%s", 3, "done", extra={"round": 3})
     log.warning("after", extra={"path": Path("x"), "odd": object()})
-    first, second = lines(capsys)
+    first, second = json_lines(capsys)
     assert first.pop("time").endswith("+00:00")
     assert first == {
         "level": "INFO",
@@ -59,7 +42,7 @@ def test_flowers_loggers_warnings_and_tracebacks(capsys: pytest.CaptureFixture[s
         logging.getLogger("espalier").exception("unforeseen")
     logs.announce("cloud is ready")
     logs.say_error("no data")
-    found = lines(capsys)
+    found = json_lines(capsys)
     assert [(f["logger"], f["level"], f["message"]) for f in found] == [
         ("flwr", "INFO", "Starting Flower"),
         ("espalier", "ERROR", "unforeseen"),
@@ -72,7 +55,7 @@ def test_flowers_loggers_warnings_and_tracebacks(capsys: pytest.CaptureFixture[s
 @pytest.mark.usefixtures("as_json")
 def test_a_nodes_events_are_fields(capsys: pytest.CaptureFixture[str]) -> None:
     event_logger(logging.getLogger("espalier.client"))("disconnected", {"upstream": "e:1", "reason": "gone"})
-    [found] = lines(capsys)
+    [found] = json_lines(capsys)
     assert (found["event"], found["upstream"], found["reason"]) == ("disconnected", "e:1", "gone")
 
 

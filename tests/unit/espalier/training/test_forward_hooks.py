@@ -2,12 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import pytest
-import torch
 from torch import Generator, nn
-from torch.nn import functional
 
 from espalier.methods.codistillation import PeerDistillation
 from espalier.methods.fd import SoftLabelDistillation
@@ -16,17 +12,9 @@ from espalier.methods.run_config import RunConfig
 from espalier.models.initial import initial_bases
 from espalier.tasks.classification import CrossEntropy
 from espalier.training.objectives import Objective, TrainingError
-from tests.support.terms import batch, local_round, network, result
+from tests.support.terms import added_loss, batch, local_round, network, result
 
 CLASSES = 10
-
-
-def value(term: Objective, model: Any, seed: int = 0) -> float:
-    """Return base loss and term on the usual batch, minus the base loss."""
-    images, labels = batch()
-    whole = (CrossEntropy() + term).loss(model, images, labels, Generator().manual_seed(seed)).item()
-    with torch.no_grad():
-        return whole - functional.cross_entropy(model(images), labels).item()
 
 
 @pytest.mark.parametrize("term", [SoftLabelDistillation(1.0), PrototypeTerm(1.0), PeerDistillation(1.0)])
@@ -43,7 +31,7 @@ def test_terms_follow_the_base_loss(term: Objective) -> None:
     with pytest.raises(RuntimeError, match="after the base loss"):
         term.loss(model, *batch(), Generator())
     term.begin(model, local_round(model))
-    value(term, model)
+    added_loss(term, model)
     term.end(model, result(), {})
     model(batch()[0])
     with pytest.raises(RuntimeError, match="after the base loss"):

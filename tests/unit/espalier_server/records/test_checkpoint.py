@@ -9,17 +9,7 @@ import pytest
 
 from espalier.errors import StateError
 from espalier_server.records.checkpoint import Checkpoints
-
-
-def tensors(value: float) -> dict[str, np.ndarray]:
-    return {
-        "adam.step": np.array(int(value), dtype=np.int64),
-        "adam.m": np.full((2, 3), value, dtype=np.float32),
-    }
-
-
-def value_of(state: dict[str, np.ndarray]) -> float:
-    return float(state["adam.m"][0, 0]) if state else 0.0
+from tests.support.stored_state import tensors, value_of
 
 
 def test_checkpoints_come_back(tmp_path: Path) -> None:

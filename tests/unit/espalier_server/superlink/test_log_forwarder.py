@@ -2,32 +2,14 @@
 
 from __future__ import annotations
 
-import json
-import logging
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from espalier.monitor import logs
 from espalier_server.superlink.log_forwarder import LogForwarder
+from tests.support.log_lines import json_lines
 from tests.support.processes import wait_until
-
-
-@pytest.fixture
-def as_json() -> Iterator[None]:
-    flower = logging.getLogger("flwr")
-    handlers, level = list(flower.handlers), flower.level
-    logs.configure("json")
-    yield
-    logs.configure("text")
-    flower.handlers[:] = handlers
-    flower.setLevel(level)
-
-
-def lines(capsys: pytest.CaptureFixture[str]) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in capsys.readouterr().err.splitlines()]
 
 
 @pytest.mark.usefixtures("as_json")
@@ -43,13 +25,13 @@ def test_lines_of_a_stock_process_are_forwarded(tmp_path: Path, capsys: pytest.C
         file.flush()
 
         def all_said() -> bool:
-            said.extend(lines(capsys))
+            said.extend(json_lines(capsys))
             return len(said) >= 3
 
         wait_until(all_said, 10, "the lines")
         file.write(" a line\n")
         file.flush()
-    said += lines(capsys)
+    said += json_lines(capsys)
     assert [(f["level"], f["message"]) for f in said] == [
         ("WARNING", "a node is gone"),
         ("INFO", "plain words"),
