@@ -153,7 +153,7 @@ def test_a_killed_serverapp_is_brought_back_and_costs_no_bit(tree: Tree, unbroke
 def test_a_killed_cloud_is_replaced_and_its_run_resumed(tree: Tree, unbroken: dict[str, bytes]) -> None:
     out = tree.folder / "second"
     run = tree.run("--out", str(out), *words("second"))
-    wait_until(lambda: len(events(out, "checkpoint")) >= 2, 240, "two windows")
+    wait_until(lambda: events(out, "checkpoint"), 240, "a window")
     again = tree.run("--resume", str(out))
     said, _ = again.communicate(timeout=60)
     assert (again.returncode, "still running" in said) == (2, True), said
