@@ -227,7 +227,7 @@ def test_a_thread_continues_after_an_unexpected_exception(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     pull = FleetClient.pull
-    faults = iter([RuntimeError("nobody foresaw this"), UpstreamRefusedError("no")])
+    faults = iter([RuntimeError("an unexpected error"), UpstreamRefusedError("no")])
 
     def stumble(self: FleetClient) -> Pulled | None:
         if fault := next(faults, None):

@@ -59,7 +59,7 @@ def test_a_heartbeats_calls_in_time_and_outlives_a_fault() -> None:
         done.set()
 
     def fail() -> None:
-        raise RuntimeError("nobody foresaw this")
+        raise RuntimeError("an unexpected error")
 
     heartbeats.after(0.2, late)
     heartbeats.after(0.0, fail)

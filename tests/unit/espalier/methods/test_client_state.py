@@ -91,7 +91,7 @@ def test_clients_that_join_late_count_as_zeros(
 
 
 def test_a_round_below_quorum_leaves_no_trace_at_its_clients(tmp_path: Path) -> None:
-    """c2, alone at its edge, trains in vain every time: always from the start, and c counts it as zero."""
+    """Every round of c2, alone at its edge, is discarded: it starts from its initial state, and c counts it as zero."""
     tree = small_tree(tmp_path, 3, reach=lambda i: (i // 2,))
     calls = tapped(tree)
     run = run_tree(tree, "scaffold", 3, rounds=4, rg=2, quorum=2)

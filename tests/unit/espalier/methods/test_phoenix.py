@@ -110,7 +110,7 @@ def test_who_was_left_out_with_the_images_gets_them_again() -> None:
 
 
 def test_personal_tensors_start_from_the_runs_own() -> None:
-    """Two clients that never met begin with the same personal layers, which hang on the seed alone."""
+    """Clients initialise the same personal layers without an exchange: the run seed alone determines them."""
     one, two = (
         model_arrays(create_method(RunConfig(method="phoenix", seed=s)).initial((1, 8, 8), 10))
         for s in (5, 5)
